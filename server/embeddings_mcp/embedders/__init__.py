@@ -1,0 +1,1 @@
+"""Sources of vectors, one protocol for all."""

@@ -1,0 +1,79 @@
+"""The one thing an embedder is: texts in, vectors and token counts out.
+
+Everything that gives vectors (the local encoder, a NIM endpoint, a cache before either) follows `Embedder`, so the
+service above needs to know none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from embeddings_mcp.models import InputType, ModelCard, Truncate
+from embeddings_mcp.vectors import FloatMatrix
+
+OnProgress = Callable[[int], Awaitable[None]]
+"""Told, on the event loop, how many of the request's texts are done so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """What an embedder made of a list of texts.
+
+    Attributes:
+        vectors: float32 ``[n, d]``, row i for text i, at the model's full length.
+        token_counts: int64 ``[n]``, tokens of text i as the model saw it: prompt and special tokens included, after
+            truncation.
+    """
+
+    vectors: FloatMatrix
+    token_counts: npt.NDArray[np.int64]
+
+
+class Embedder(Protocol):
+    """A source of vectors for one model."""
+
+    @property
+    def card(self) -> ModelCard:
+        """What the model takes and gives; may become more exact once the model has been loaded."""
+        ...
+
+    @property
+    def origin(self) -> str:
+        """Where the vectors are made: ``local``, or the address of an endpoint. Holds no secret."""
+        ...
+
+    async def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        input_type: InputType | None,
+        truncate: Truncate,
+        on_progress: OnProgress | None = None,
+    ) -> Embeddings:
+        """Embed `texts`, each independent of its neighbours.
+
+        Cancelling the call stops the work that has not begun.
+
+        Raises:
+            InputTooLong: a text is too long and `truncate` is NONE; ``param`` names it by its index.
+            ModelUnavailable: the model cannot be loaded or reached.
+            Overloaded: no room in the queue.
+        """
+        ...
+
+    async def check(self) -> None:
+        """Return once the model can answer.
+
+        Raises:
+            ModelUnavailable: it cannot, and why.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Stop the work in progress and free what the embedder holds."""
+        ...

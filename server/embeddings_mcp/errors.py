@@ -1,0 +1,132 @@
+"""The exception tree, and the one table that says how each error looks on the wire.
+
+    EmbeddingsError
+    |-- InvalidRequest            the request breaks a rule: names the field and says what is accepted
+    |   `-- InputTooLong          more tokens than the model takes, and truncate is NONE
+    |-- AuthenticationFailed      no API key, or a wrong one
+    |-- UnknownModel              no such model here: lists those that are
+    |-- PayloadTooLarge           the body is over the limit
+    |-- Overloaded                no room in the queue now: says when to come back
+    |-- ServerStopped             the server is shutting down
+    `-- ModelUnavailable          the model is known, but cannot answer here and now
+        |-- MissingDependency     a package is not installed: says which extra brings it
+        `-- CheckpointInvalid     the model's files are wrong: names file and reason
+
+Messages are written for whoever has to act on them, a model included: what was wrong, what is accepted, what to do
+next. They never hold a key or a caller's whole text. This module imports nothing, so that every layer can use it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class EmbeddingsError(Exception):
+    """Base of every error this package raises on purpose.
+
+    Attributes:
+        message: the whole text for the caller.
+        param: the request field it is about, as in ``input[3]``; None where no single field is to blame.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class InvalidRequest(EmbeddingsError):
+    """The request breaks a rule of the schema or of the model it names."""
+
+
+class InputTooLong(InvalidRequest):
+    """A text has more tokens than the model takes, and the request does not allow truncation.
+
+    An embedder knows the text by its position only; `at` names the request's field.
+
+    Attributes:
+        index: position of the text in the list that was to be embedded.
+        tokens: its length as the model counts it, special tokens and prompt included.
+        allowed: the model's limit.
+    """
+
+    def __init__(self, *, index: int, tokens: int, allowed: int, param: str | None = None) -> None:
+        super().__init__(
+            f"`{param or f'text {index}'}` has {tokens:,} tokens, and the model takes {allowed:,}: shorten it, or set "
+            "`truncate` to 'END' or 'START' to drop what is too much",
+            param=param,
+        )
+        self.index, self.tokens, self.allowed = index, tokens, allowed
+
+    def at(self, param: str) -> InputTooLong:
+        """The same error about the request field `param`."""
+        return InputTooLong(index=self.index, tokens=self.tokens, allowed=self.allowed, param=param)
+
+
+class AuthenticationFailed(EmbeddingsError):
+    """The caller gave no API key, or one that this server does not accept."""
+
+
+class UnknownModel(EmbeddingsError):
+    """The request names a model that is not served here."""
+
+
+class PayloadTooLarge(EmbeddingsError):
+    """The request body is over the size limit."""
+
+
+class Overloaded(EmbeddingsError):
+    """The queue has no room for this request.
+
+    Attributes:
+        retry_after: seconds after which it is worth trying again.
+    """
+
+    def __init__(self, message: str, *, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class ServerStopped(EmbeddingsError):
+    """The server is shutting down and takes no more work."""
+
+
+class ModelUnavailable(EmbeddingsError):
+    """The model is known here but cannot answer now."""
+
+
+class MissingDependency(ModelUnavailable):
+    """An optional package that the model needs is not installed."""
+
+
+class CheckpointInvalid(ModelUnavailable):
+    """The model's files are missing, damaged or of an unsupported kind."""
+
+
+@dataclass(frozen=True, slots=True)
+class WireForm:
+    """How a class of errors appears to a REST caller: HTTP status, and ``type`` and ``code`` of the OpenAI envelope."""
+
+    status: int
+    type: str
+    code: str
+
+
+_WIRE: dict[type[EmbeddingsError], WireForm] = {
+    InvalidRequest: WireForm(400, "invalid_request_error", "invalid_request"),
+    InputTooLong: WireForm(400, "invalid_request_error", "input_too_long"),
+    AuthenticationFailed: WireForm(401, "authentication_error", "invalid_api_key"),
+    UnknownModel: WireForm(404, "invalid_request_error", "model_not_found"),
+    PayloadTooLarge: WireForm(413, "invalid_request_error", "payload_too_large"),
+    Overloaded: WireForm(429, "rate_limit_error", "overloaded"),
+    ServerStopped: WireForm(503, "server_error", "server_stopped"),
+    ModelUnavailable: WireForm(503, "server_error", "model_unavailable"),
+    MissingDependency: WireForm(503, "server_error", "missing_dependency"),
+    CheckpointInvalid: WireForm(503, "server_error", "checkpoint_invalid"),
+    EmbeddingsError: WireForm(500, "server_error", "internal_error"),
+}
+
+
+def wire_form(error: EmbeddingsError) -> WireForm:
+    """The wire form of `error`: that of the nearest class in its ancestry which the table names."""
+    return next(_WIRE[cls] for cls in type(error).__mro__ if cls in _WIRE)

@@ -1,0 +1,117 @@
+"""What the service can be asked: the one table from which tools, routes and published descriptions are made."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+
+from embeddings_mcp.embedders.base import OnProgress
+from embeddings_mcp.schema import (
+    EmbeddingRequest,
+    EmbeddingResponse,
+    ListModelsRequest,
+    ModelsResponse,
+    SearchRequest,
+    SearchResponse,
+    SimilarityRequest,
+    SimilarityResponse,
+)
+from embeddings_mcp.service import EmbeddingService
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One thing to ask the service for.
+
+    Attributes:
+        name: the MCP tool's name, and the stem of the OpenAPI operation id.
+        title: a few words for people.
+        description: for the agent that has to choose: what it does, when to use it, and when not to. Hosts cut tool
+            descriptions at 2,048 characters.
+        request: the request's wire type.
+        response: the response's wire type.
+        path: where REST callers POST it; None where REST has another form of its own.
+        call: the service's method.
+    """
+
+    name: str
+    title: str
+    description: str
+    request: type[BaseModel]
+    response: type
+    path: str | None
+    call: Callable[[EmbeddingService, Any, OnProgress | None], Awaitable[Mapping[str, Any]]]
+
+
+async def _list_models(
+    service: EmbeddingService, _request: ListModelsRequest, _on_progress: OnProgress | None
+) -> ModelsResponse:
+    return service.list_models()
+
+
+CREATE_EMBEDDING = Operation(
+    name="create_embedding",
+    title="Create embeddings",
+    description=(
+        "Turn text into embedding vectors, for a program that stores or indexes them (a vector database, a file).\n"
+        "Do NOT use it to find out which texts are alike or which passage answers a question: vectors are hundreds of "
+        "numbers each and mean nothing to read. Use `similarity` or `search`, which answer with a few scores.\n"
+        "Give many texts in one call (an array as `input`); vectors come back in the same order. If vectors must pass "
+        "through you, set `encoding_format` to `base64`. Asymmetric models need `input_type`: `query` for questions, "
+        "`passage` for documents. Vectors of different models cannot be compared."
+    ),
+    request=EmbeddingRequest,
+    response=EmbeddingResponse,
+    path="/v1/embeddings",
+    call=EmbeddingService.create_embedding,
+)
+
+SIMILARITY = Operation(
+    name="similarity",
+    title="Compare texts",
+    description=(
+        "Score how alike texts are in meaning; answers with numbers only, no vectors. With `other`, every `input` is "
+        "compared with every `other`; without it, the texts of `input` with each other. `top_k` returns only the "
+        "closest pairs: use it to find duplicates or best matches among many texts.\n"
+        "Do NOT use it to find the passages that answer a question: `search` does that, and embeds question and "
+        "passages each in the right way. Scores rank pairs within one model; what counts as close differs by model."
+    ),
+    request=SimilarityRequest,
+    response=SimilarityResponse,
+    path="/v1/similarity",
+    call=EmbeddingService.similarity,
+)
+
+SEARCH = Operation(
+    name="search",
+    title="Rank passages by a query",
+    description=(
+        "Rank the given passages by how well they answer a query; returns positions and scores, best first, no text "
+        "and no vectors. The query is embedded as a query and the passages as passages.\n"
+        "Do NOT use it on texts that you do not have at hand: it searches only what is in `input`, stores nothing, and "
+        "reads no files. To compare texts of the same kind with each other use `similarity`."
+    ),
+    request=SearchRequest,
+    response=SearchResponse,
+    path="/v1/search",
+    call=EmbeddingService.search,
+)
+
+LIST_MODELS = Operation(
+    name="list_models",
+    title="List embedding models",
+    description=(
+        "List the models served here: id, vector length, the shorter `dimensions` each allows, longest text in tokens, "
+        "whether `input_type` must be given, and where it runs.\n"
+        "Do NOT call it before every request: `default` names the default model, and an error says what a model needs."
+    ),
+    request=ListModelsRequest,
+    response=ModelsResponse,
+    path=None,
+    call=_list_models,
+)
+
+OPERATIONS = (CREATE_EMBEDDING, SIMILARITY, SEARCH, LIST_MODELS)

@@ -1,0 +1,403 @@
+"""The wire types: the single source of every published schema.
+
+`EmbeddingRequest` and `EmbeddingResponse` mirror the NVIDIA NIM embeddings API (its OpenAPI document of 2026-05-25,
+``POST /v1/embeddings``) field for field. Validation is as strict as the published schema: no unknown field, no null for
+an optional one, no number where a string is asked for. `parse` turns what fails into one message that teaches, and
+`json_schema` publishes a type the way the OpenAPI document writes it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Any, Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    WithJsonSchema,
+    with_config,
+)
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, JsonSchemaValue
+from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema
+from typing_extensions import NotRequired, TypedDict  # noqa: UP035 - pydantic reads typing's own only from Python 3.12 on
+
+from embeddings_mcp.errors import InvalidRequest
+from embeddings_mcp.models import DEFAULT_MODEL, InputType, InputTypeUse, Truncate
+from embeddings_mcp.vectors import Metric
+
+EncodingFormat = Literal["float", "base64"]
+
+# --- Values ----------------------------------------------------------------------------------------------------------
+
+
+def _refuse_null(value: object) -> object:
+    if value is None:
+        raise PydanticCustomError("null", "must not be null: leave the field out instead")
+    return value
+
+
+def _whole_number(value: object) -> object:
+    """JSON Schema counts 3.0 as an integer, pydantic's strict mode does not."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _check_text(value: object, at: str = "") -> None:
+    if not isinstance(value, str):
+        raise PydanticCustomError("text", "must be a string, not {kind}", {"at": at, "kind": _kind(value)})
+    if not value:
+        raise PydanticCustomError("empty", "must not be an empty string", {"at": at})
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            # JSON can spell half of a surrogate pair; no tokenizer and no UTF-8 answer can hold it.
+            raise PydanticCustomError("surrogate", "must not hold an unpaired surrogate", {"at": at}) from None
+
+
+def _text(value: object) -> object:
+    _check_text(value)
+    return value
+
+
+def _texts(value: object) -> object:
+    """Check by hand what a union would report once for every branch that failed."""
+    if not isinstance(value, list):
+        if isinstance(value, str):
+            return _text(value)
+        raise PydanticCustomError(
+            "texts", "must be a string or an array of strings, not {kind}", {"kind": _kind(value)}
+        )
+    if not value:
+        raise PydanticCustomError("empty", "must not be an empty array: give at least one text")
+    if _is_token_array(value) or _is_token_array(value[0]):
+        raise PydanticCustomError(
+            "tokens",
+            "must be text, not token ids, which mean nothing to another model's tokenizer; a client that tokenizes "
+            "first can be told not to (langchain-openai: OpenAIEmbeddings(check_embedding_ctx_length=False))",
+        )
+    for index, text in enumerate(value):
+        _check_text(text, at=f"[{index}]")
+    return value
+
+
+def _is_token_array(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
+
+
+def _kind(value: object) -> str:
+    """What JSON calls the value's type."""
+    kinds: dict[type, str] = {bool: "a boolean", str: "a string", list: "an array", dict: "an object"}
+    return "null" if value is None else kinds.get(type(value), "a number")
+
+
+_Value = TypeVar("_Value")
+Optional = Annotated[_Value | None, BeforeValidator(_refuse_null)]
+"""A field that may be left out but, when it is given, is never null."""
+
+WholeNumber = Annotated[int, BeforeValidator(_whole_number)]
+Text = Annotated[str, BeforeValidator(_text)]
+Texts = Annotated[str | list[str], BeforeValidator(_texts)]
+FloatVector = Annotated[npt.NDArray[np.float32], WithJsonSchema({"type": "array", "items": {"type": "number"}})]
+
+# --- Fields that several requests share ------------------------------------------------------------------------------
+
+ModelField = Annotated[
+    str,
+    Field(
+        description=f"Model id, e.g. `{DEFAULT_MODEL}`, `nvidia/nv-embedqa-e5-v5`, `baai/bge-m3`; "
+        "`default` is the server's default model."
+    ),
+]
+InputTypeField = Annotated[
+    Optional[InputType],
+    Field(
+        description="What the texts are for: `query` for questions and search terms, `passage` for documents to be "
+        "found. Asymmetric models (E5, NV-Embed, Nemotron) need it, symmetric ones ignore it."
+    ),
+]
+TruncateField = Annotated[
+    Truncate,
+    Field(
+        description="For a text longer than the model takes: `NONE` refuses it, `START` drops its beginning, "
+        "`END` its end."
+    ),
+]
+DimensionsField = Annotated[
+    Optional[WholeNumber],
+    Field(description="Length of the vectors, on models that allow a shorter one (Matryoshka models)."),
+]
+UserField = Annotated[Optional[str], Field(description="A label for the end user; it does not change the answer.")]
+TopKField = Annotated[int, Field(ge=1), BeforeValidator(_whole_number)]
+
+# --- Requests --------------------------------------------------------------------------------------------------------
+
+
+class EmbeddingRequest(BaseModel):
+    """Ask for the vectors of one or more texts."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    model: ModelField
+    input: Annotated[Texts, Field(description="The text to embed, or an array of texts.")]
+    input_type: InputTypeField = None
+    encoding_format: Annotated[
+        EncodingFormat,
+        Field(description="`float`: arrays of numbers. `base64`: little-endian float32 bytes, a quarter of the size."),
+    ] = "float"
+    truncate: TruncateField = "NONE"
+    dimensions: DimensionsField = None
+    user: UserField = None
+
+
+class SimilarityRequest(BaseModel):
+    """Ask how close texts are to each other."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    model: ModelField
+    input: Annotated[Texts, Field(description="The text to compare, or an array of texts.")]
+    other: Annotated[
+        Optional[Texts],
+        Field(description="Compare every `input` with each of these; left out, the texts of `input` with each other."),
+    ] = None
+    metric: Annotated[
+        Metric,
+        Field(
+            description="`cosine` (-1 to 1, higher is closer), `dot` (higher is closer) or `euclidean` "
+            "(a distance, lower is closer)."
+        ),
+    ] = "cosine"
+    top_k: Annotated[
+        Optional[TopKField],
+        Field(description="Return only this many closest pairs, best first, in place of the whole matrix."),
+    ] = None
+    input_type: InputTypeField = None
+    truncate: TruncateField = "NONE"
+    dimensions: DimensionsField = None
+    user: UserField = None
+
+
+class SearchRequest(BaseModel):
+    """Ask which passages answer a query best."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    query: Annotated[Text, Field(description="The question or search terms; embedded as a query.")]
+    input: Annotated[Texts, Field(description="The passages to rank; embedded as passages.")]
+    top_k: Annotated[TopKField, Field(description="Return at most this many passages, best first.")] = 10
+    model: ModelField = "default"
+    truncate: TruncateField = "NONE"
+    dimensions: DimensionsField = None
+    user: UserField = None
+
+
+class ListModelsRequest(BaseModel):
+    """Ask which models are served."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+# --- Responses -------------------------------------------------------------------------------------------------------
+# Plain dictionaries, since vectors go from numpy to bytes without a model in between (see `dump_json`).
+
+
+class Usage(TypedDict):
+    """Tokens that the request cost, as the model counted them."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+@with_config(arbitrary_types_allowed=True)
+class Embedding(TypedDict):
+    """One vector of an answer."""
+
+    object: str
+    index: Annotated[int, Field(description="Position of the text in `input`.")]
+    embedding: Annotated[
+        FloatVector | str, Field(description="Array of numbers, or base64 of little-endian float32 bytes.")
+    ]
+
+
+class EmbeddingResponse(TypedDict):
+    """The vectors of the texts, in their order."""
+
+    object: str
+    data: list[Embedding]
+    model: str
+    usage: Usage
+
+
+class SimilarPair(TypedDict):
+    """Two texts and how close they are."""
+
+    input: Annotated[int, Field(description="Position in `input`.")]
+    other: Annotated[int, Field(description="Position in `other`, or in `input` where `other` was left out.")]
+    score: float
+
+
+class SimilarityResponse(TypedDict):
+    """How close the texts are: the whole matrix, or with `top_k` the closest pairs."""
+
+    model: str
+    metric: Metric
+    scores: NotRequired[
+        Annotated[
+            list[list[float]],
+            Field(description="One row for each `input`, one column for each `other`; absent with `top_k`."),
+        ]
+    ]
+    pairs: NotRequired[Annotated[list[SimilarPair], Field(description="Closest first; only with `top_k`.")]]
+    usage: Usage
+
+
+class SearchHit(TypedDict):
+    """A passage and its score."""
+
+    index: Annotated[int, Field(description="Position of the passage in `input`.")]
+    score: Annotated[float, Field(description="Cosine similarity to the query, -1 to 1.")]
+
+
+class SearchResponse(TypedDict):
+    """The passages that answer the query best, best first."""
+
+    model: str
+    results: list[SearchHit]
+    usage: Usage
+
+
+class ModelEntry(TypedDict):
+    """A model that this server answers for; what is not known of it is left out."""
+
+    id: str
+    aliases: list[str]
+    default: Annotated[bool, Field(description="Whether `default` means this model.")]
+    dimensions: NotRequired[
+        Annotated[int, Field(description="Length of a vector; unknown until a model from the hub was loaded once.")]
+    ]
+    allowed_dimensions: Annotated[
+        list[int], Field(description="Shorter lengths that `dimensions` may ask for; empty where there are none.")
+    ]
+    max_tokens: NotRequired[
+        Annotated[int, Field(description="Longest text in tokens, special tokens and prompt included.")]
+    ]
+    input_type: Annotated[InputTypeUse, Field(description="Whether a request must, may or need not say `input_type`.")]
+    served_from: Annotated[str, Field(description="`local`, or the address of the endpoint that makes the vectors.")]
+    licence: NotRequired[str]
+
+
+class ModelsResponse(TypedDict):
+    """The models that this server answers for."""
+
+    models: list[ModelEntry]
+
+
+def dump_json(response: object) -> bytes:
+    """A response as JSON; float32 numbers in their shortest exact form (``0.1234567``, not 17 digits)."""
+    return orjson.dumps(response, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+# --- From JSON to a request, and to the schema -----------------------------------------------------------------------
+
+_Request = TypeVar("_Request", bound=BaseModel)
+_MOST_PROBLEMS = 5
+
+
+def parse(request_type: type[_Request], value: object) -> _Request:
+    """Validate parsed JSON as a request.
+
+    Raises:
+        InvalidRequest: with one message over all that is wrong, its ``param`` the first field it is about.
+    """
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"the request must be a JSON object, not {_kind(value)}")
+    try:
+        return request_type.model_validate(value)
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        problems = [_teach(request_type, detail) for detail in details[:_MOST_PROBLEMS]]
+        if len(details) > _MOST_PROBLEMS:
+            problems.append(f"and {len(details) - _MOST_PROBLEMS} more")
+        raise InvalidRequest("; ".join(problems), param=_place(details[0])) from None
+
+
+def _place(detail: ErrorDetails) -> str:
+    return str(detail["loc"][0]) + str(detail.get("ctx", {}).get("at", ""))
+
+
+def _teach(request_type: type[BaseModel], detail: ErrorDetails) -> str:
+    """One sentence: the field, what was wrong with it, what is accepted."""
+    field, value, context = _place(detail), detail["input"], detail.get("ctx", {})
+    match detail["type"]:
+        case "missing":
+            problem = f"is required: {request_type.model_fields[field].description}"
+        case "extra_forbidden":
+            known = list(request_type.model_fields)
+            guess = difflib.get_close_matches(field, known, n=1)
+            meant = f"; did you mean `{guess[0]}`?" if guess else ""
+            problem = f"is not a field of this request, which has {', '.join(known) or 'none'}{meant}"
+        case "literal_error":
+            given = f"'{value[:40]}'" if isinstance(value, str) else _kind(value)
+            problem = f"must be {context['expected']}, not {given}"
+        case "string_type":
+            problem = f"must be a string, not {_kind(value)}"
+        case "int_type" | "int_from_float":
+            problem = f"must be an integer, not {value if isinstance(value, float) else _kind(value)}"
+        case "greater_than_equal":
+            problem = f"must be at least {context['ge']}, not {value}"
+        case _:
+            problem = detail["msg"]
+    return f"`{field[:60]}` {problem}"
+
+
+class _Published(GenerateJsonSchema):
+    """Writes a type as the OpenAPI document does: oneOf for unions, no titles, no null for what may be left out."""
+
+    def generate(self, schema: CoreSchema, mode: JsonSchemaMode = "validation") -> JsonSchemaValue:
+        published = super().generate(schema, mode)
+        definitions = published.pop("$defs", {})
+        published.pop("description", None)  # the docstring is for readers of the code
+        inlined = _inline(published, definitions)
+        assert isinstance(inlined, dict)
+        return inlined
+
+    def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ANN401, ARG002 - the base class's signature
+        return False
+
+    def nullable_schema(self, schema: core_schema.NullableSchema) -> JsonSchemaValue:
+        return self.generate_inner(schema["schema"])
+
+    def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
+        published = super().default_schema(schema)
+        if published.get("default", ...) is None:
+            del published["default"]
+        return published
+
+    def union_schema(self, schema: core_schema.UnionSchema) -> JsonSchemaValue:
+        published = super().union_schema(schema)
+        published["oneOf"] = published.pop("anyOf")
+        return published
+
+
+def _inline(node: object, definitions: dict[str, object]) -> object:
+    """Put definitions in the place of references, and leave out what the published schema does not say."""
+    if isinstance(node, list):
+        return [_inline(item, definitions) for item in node]
+    if not isinstance(node, dict):
+        return node
+    if "$ref" in node:
+        return _inline(definitions[node["$ref"].removeprefix("#/$defs/")], definitions)
+    unsaid = {"title", "additionalProperties"} if node.get("type") == "object" else set()
+    return {key: _inline(value, definitions) for key, value in node.items() if key not in unsaid}
+
+
+def json_schema(wire_type: type) -> dict[str, Any]:
+    """The JSON Schema of a wire type, without references, fit for a tool's schema and for an OpenAPI component."""
+    return TypeAdapter(wire_type).json_schema(schema_generator=_Published)

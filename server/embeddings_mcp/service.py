@@ -1,0 +1,314 @@
+"""The service: the only place that knows a whole request.
+
+It resolves the model, checks what the model allows, asks one embedder for vectors, and makes the answer: cut and
+renormalised, encoded, scored, with usage counted. It knows neither how vectors are made nor how a request came in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from embeddings_mcp.embedders.base import Embedder, Embeddings, OnProgress
+from embeddings_mcp.errors import InputTooLong, InvalidRequest, ModelUnavailable, UnknownModel
+from embeddings_mcp.models import InputType, ModelCard, Truncate
+from embeddings_mcp.schema import (
+    EmbeddingRequest,
+    EmbeddingResponse,
+    ModelEntry,
+    ModelsResponse,
+    SearchRequest,
+    SearchResponse,
+    SimilarityRequest,
+    SimilarityResponse,
+    Usage,
+)
+from embeddings_mcp.vectors import best_first, compare, shorten, to_base64
+
+MAX_SCORES = 10_000
+"""Most scores in one similarity matrix: it is read by a model, which larger ones would only drown."""
+
+_SUFFIXES: dict[str, InputType] = {"-query": "query", "-passage": "passage"}
+
+
+class EmbeddingService:
+    """Answers requests with the embedders it was given.
+
+    Args:
+        embedders: one for each model.
+        default_model: the name that ``default`` stands for.
+
+    Raises:
+        UnknownModel: no embedder answers to `default_model`.
+        ValueError: two embedders answer to the same name.
+    """
+
+    def __init__(self, embedders: Iterable[Embedder], *, default_model: str) -> None:
+        self._embedders = list(embedders)
+        self._by_name: dict[str, Embedder] = {}
+        for embedder in self._embedders:
+            for name in embedder.card.names:
+                if name in self._by_name:
+                    raise ValueError(f"two models answer to the name {name!r}")
+                self._by_name[name] = embedder
+        self._default = self._by_name.get(default_model.lower())
+        if self._default is None:
+            raise UnknownModel(f"the default model {default_model!r} is not among the models served: {self._ids()}")
+
+    # --- What can be asked -------------------------------------------------------------------------------------------
+
+    async def create_embedding(
+        self, request: EmbeddingRequest, on_progress: OnProgress | None = None
+    ) -> EmbeddingResponse:
+        """Embed the request's texts; row i of ``data`` belongs to text i.
+
+        Raises:
+            EmbeddingsError: any of the tree in `errors`; ``param`` names the field to blame.
+        """
+        embedder, input_type = self._resolve(request.model, request.input_type)
+        made = await self._embed(
+            embedder,
+            {"input": request.input},
+            input_type=input_type,
+            truncate=request.truncate,
+            dimensions=request.dimensions,
+            on_progress=on_progress,
+        )
+        encode = to_base64 if request.encoding_format == "base64" else np.ascontiguousarray
+        return {
+            "object": "list",
+            "data": [
+                {"object": "embedding", "index": index, "embedding": encode(vector)}
+                for index, vector in enumerate(made.vectors)
+            ],
+            "model": embedder.card.id,
+            "usage": _usage(made),
+        }
+
+    async def similarity(self, request: SimilarityRequest, on_progress: OnProgress | None = None) -> SimilarityResponse:
+        """Score every ``input`` against every ``other``, or the texts of ``input`` against each other.
+
+        Raises:
+            EmbeddingsError: any of the tree in `errors`; ``param`` names the field to blame.
+        """
+        rows = _count(request.input)
+        columns = rows if request.other is None else _count(request.other)
+        if request.top_k is None and rows * columns > MAX_SCORES:
+            raise InvalidRequest(
+                f"`top_k` is required here: {rows} x {columns} scores are more than the {MAX_SCORES:,} of one matrix",
+                param="top_k",
+            )
+        embedder, input_type = self._resolve(request.model, request.input_type)
+        made = await self._embed(
+            embedder,
+            {"input": request.input} if request.other is None else {"input": request.input, "other": request.other},
+            input_type=input_type,
+            truncate=request.truncate,
+            dimensions=request.dimensions,
+            on_progress=on_progress,
+        )
+        scores = compare(made.vectors[:rows], made.vectors[-columns:], request.metric)
+        response: SimilarityResponse = {"model": embedder.card.id, "metric": request.metric, "usage": _usage(made)}
+        if request.top_k is None:
+            response["scores"] = [[_rounded(score) for score in row] for row in scores]
+        else:
+            # Among themselves, two texts are one pair, and a text is no pair with itself.
+            left, right = (
+                np.triu_indices(rows, k=1) if request.other is None else np.indices(scores.shape).reshape(2, -1)
+            )
+            candidates = scores[left, right]
+            response["pairs"] = [
+                {"input": int(left[i]), "other": int(right[i]), "score": _rounded(candidates[i])}
+                for i in best_first(candidates, request.metric, request.top_k)
+            ]
+        return response
+
+    async def search(self, request: SearchRequest, on_progress: OnProgress | None = None) -> SearchResponse:
+        """Rank the passages of ``input`` by cosine similarity to ``query``.
+
+        Raises:
+            EmbeddingsError: any of the tree in `errors`; ``param`` names the field to blame.
+        """
+        embedder, asked_type = self._resolve(request.model, None)
+        if asked_type is not None:
+            raise InvalidRequest(
+                f"`model` must be without the suffix -{asked_type} here: search embeds the query as a query and the "
+                "passages as passages",
+                param="model",
+            )
+        query = await self._embed(
+            embedder,
+            {"query": request.query},
+            input_type="query",
+            truncate=request.truncate,
+            dimensions=request.dimensions,
+        )
+        found = await self._embed(
+            embedder,
+            {"input": request.input},
+            input_type="passage",
+            truncate=request.truncate,
+            dimensions=request.dimensions,
+            on_progress=on_progress,
+        )
+        scores = compare(query.vectors, found.vectors, "cosine")[0]
+        return {
+            "model": embedder.card.id,
+            "results": [
+                {"index": int(index), "score": _rounded(scores[index])}
+                for index in best_first(scores, "cosine", request.top_k)
+            ],
+            "usage": _usage(query, found),
+        }
+
+    def list_models(self) -> ModelsResponse:
+        """Every model served, in the order it was given."""
+        return {"models": [self._entry(embedder) for embedder in self._embedders]}
+
+    def describe(self, model: str) -> ModelEntry:
+        """What is known of one model.
+
+        Raises:
+            UnknownModel: it is not served here.
+        """
+        return self._entry(self._resolve(model, None)[0])
+
+    async def check(self) -> None:
+        """Return once the default model can answer.
+
+        Raises:
+            ModelUnavailable: it cannot, and why.
+        """
+        await self.default.check()
+
+    async def aclose(self) -> None:
+        """Close every embedder."""
+        for embedder in self._embedders:
+            await embedder.aclose()
+
+    @property
+    def default(self) -> Embedder:
+        """The embedder that ``default`` means."""
+        assert self._default is not None
+        return self._default
+
+    # --- The steps ---------------------------------------------------------------------------------------------------
+
+    def _resolve(self, model: str, input_type: InputType | None) -> tuple[Embedder, InputType | None]:
+        """The embedder that a model name means, and the input type, which the name's suffix may say."""
+        name = model.lower()
+        if name == "default":
+            return self.default, input_type
+        if embedder := self._by_name.get(name):
+            return embedder, input_type
+        for suffix, implied in _SUFFIXES.items():
+            embedder = self._by_name.get(name.removesuffix(suffix)) if name.endswith(suffix) else None
+            if embedder is None:
+                continue
+            if input_type not in {None, implied}:
+                raise InvalidRequest(
+                    f"`input_type` is '{input_type}', but the model name ends in {suffix}: leave one of them out",
+                    param="input_type",
+                )
+            return embedder, implied
+        raise UnknownModel(
+            f"`model` {model[:100]!r} is not served here; served are: {self._ids()} (or `default`)", param="model"
+        )
+
+    async def _embed(
+        self,
+        embedder: Embedder,
+        fields: Mapping[str, str | list[str]],
+        *,
+        input_type: InputType | None,
+        truncate: Truncate,
+        dimensions: int | None,
+        on_progress: OnProgress | None = None,
+    ) -> Embeddings:
+        """Vectors, of the length asked for, of the texts in these fields of the request, one field after the other."""
+        _check_input_type(embedder.card, input_type)
+        if dimensions is not None:
+            if embedder.card.dimensions is None:
+                await embedder.check()  # only a loaded model knows its length
+            _check_dimensions(embedder.card, dimensions)
+        texts = [text for value in fields.values() for text in _as_list(value)]
+        try:
+            made = await embedder.embed(texts, input_type=input_type, truncate=truncate, on_progress=on_progress)
+        except InputTooLong as error:
+            raise error.at(_place(fields, error.index)) from None
+        broken = np.flatnonzero(~np.isfinite(made.vectors).all(axis=1))
+        if broken.size:
+            raise ModelUnavailable(
+                f"the model {embedder.card.id} made values that are not finite for `{_place(fields, int(broken[0]))}`"
+            )
+        if dimensions is None or dimensions == made.vectors.shape[1]:
+            return made
+        return Embeddings(shorten(made.vectors, dimensions), made.token_counts)
+
+    def _entry(self, embedder: Embedder) -> ModelEntry:
+        card = embedder.card
+        entry: ModelEntry = {
+            "id": card.id,
+            "aliases": list(card.aliases),
+            "default": embedder is self._default,
+            "allowed_dimensions": list(card.matryoshka),
+            "input_type": card.input_type,
+            "served_from": embedder.origin,
+        }
+        if card.dimensions is not None:
+            entry["dimensions"] = card.dimensions
+        if card.max_tokens is not None:
+            entry["max_tokens"] = card.max_tokens
+        if card.licence is not None:
+            entry["licence"] = card.licence
+        return entry
+
+    def _ids(self) -> str:
+        return ", ".join(embedder.card.id for embedder in self._embedders)
+
+
+def _check_input_type(card: ModelCard, input_type: InputType | None) -> None:
+    if card.input_type == "required" and input_type is None:
+        raise InvalidRequest(
+            f"`input_type` is required by {card.id}, which embeds questions and documents differently: 'query' for "
+            "what is searched with, 'passage' for what is searched",
+            param="input_type",
+        )
+
+
+def _check_dimensions(card: ModelCard, dimensions: int) -> None:
+    if dimensions == card.dimensions or dimensions in card.matryoshka:
+        return
+    if card.matryoshka:
+        accepted = f"accepted are {', '.join(str(length) for length in card.matryoshka)} and {card.dimensions}"
+    else:
+        accepted = f"its vectors have {card.dimensions} and cannot be cut (it is not a Matryoshka model)"
+    raise InvalidRequest(f"`dimensions` {dimensions} is not possible with {card.id}: {accepted}", param="dimensions")
+
+
+def _place(fields: Mapping[str, str | list[str]], index: int) -> str:
+    """The field, and the position in it, of the text at `index` of all the fields' texts."""
+    for field, value in fields.items():
+        if index < _count(value):
+            return field if isinstance(value, str) else f"{field}[{index}]"
+        index -= _count(value)
+    raise IndexError(index)
+
+
+def _count(texts: str | list[str]) -> int:
+    return 1 if isinstance(texts, str) else len(texts)
+
+
+def _as_list(texts: str | list[str]) -> list[str]:
+    return [texts] if isinstance(texts, str) else texts
+
+
+def _rounded(score: np.float32) -> float:
+    """Four decimals: more would cost an agent tokens and tell it nothing."""
+    return round(float(score), 4)
+
+
+def _usage(*made: Embeddings) -> Usage:
+    tokens = int(sum(embeddings.token_counts.sum() for embeddings in made))
+    return {"prompt_tokens": tokens, "total_tokens": tokens}
