@@ -46,7 +46,7 @@ class HashEmbedder:
         for done in range(1, len(texts) + 1):
             if on_progress is not None:
                 await on_progress(done)
-        return Embeddings(np.stack(vectors), np.array([len(text.split()) + 2 for text in texts], dtype=np.int64))
+        return Embeddings(np.stack(vectors), sum(len(text.split()) + 2 for text in texts))
 
     def vector(self, text: str, input_type: InputType | None = None) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
         """The vector that this text has."""

@@ -244,7 +244,7 @@ class EmbeddingService:
             )
         if dimensions is None or dimensions == made.vectors.shape[1]:
             return made
-        return Embeddings(shorten(made.vectors, dimensions), made.token_counts)
+        return Embeddings(shorten(made.vectors, dimensions), made.prompt_tokens)
 
     def _entry(self, embedder: Embedder) -> ModelEntry:
         card = embedder.card
@@ -310,5 +310,5 @@ def _rounded(score: np.float32) -> float:
 
 
 def _usage(*made: Embeddings) -> Usage:
-    tokens = int(sum(embeddings.token_counts.sum() for embeddings in made))
+    tokens = sum(embeddings.prompt_tokens for embeddings in made)
     return {"prompt_tokens": tokens, "total_tokens": tokens}

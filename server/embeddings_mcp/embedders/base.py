@@ -1,4 +1,4 @@
-"""The one thing an embedder is: texts in, vectors and token counts out.
+"""The one thing an embedder is: texts in, vectors and a token count out.
 
 Everything that gives vectors (the local encoder, a NIM endpoint, a cache before either) follows `Embedder`, so the
 service above needs to know none of them.
@@ -9,9 +9,6 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
-
-import numpy as np
-import numpy.typing as npt
 
 from embeddings_mcp.models import InputType, ModelCard, Truncate
 from embeddings_mcp.vectors import FloatMatrix
@@ -26,12 +23,12 @@ class Embeddings:
 
     Attributes:
         vectors: float32 ``[n, d]``, row i for text i, at the model's full length.
-        token_counts: int64 ``[n]``, tokens of text i as the model saw it: prompt and special tokens included, after
-            truncation.
+        prompt_tokens: tokens of all the texts as the model saw them: prompt and special tokens included, after
+            truncation. One number for all, since an endpoint reports usage by the request, not by the text.
     """
 
     vectors: FloatMatrix
-    token_counts: npt.NDArray[np.int64]
+    prompt_tokens: int
 
 
 class Embedder(Protocol):
