@@ -1,0 +1,319 @@
+"""The MCP face: the service's operations as tools, its model cards as resources, and one prompt.
+
+One server object answers over stdio and over streamable HTTP, in the protocol versions 2025-11-25 and 2026-07-28. It
+only translates: what a request means, and what is wrong with it, is known further down.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Annotated, Any
+from urllib.parse import quote
+
+import orjson
+from mcp.server.caching import CacheableMethod, CacheHint
+from mcp.server.mcpserver import Context, MCPServer
+from mcp.server.mcpserver.exceptions import ResourceNotFoundError, UnexpectedToolError
+from mcp.server.mcpserver.resources import FunctionResource
+from mcp.shared.exceptions import MCPError
+from mcp.types import (
+    INVALID_PARAMS,
+    CallToolResult,
+    Completion,
+    CompletionArgument,
+    CompletionContext,
+    GetPromptResult,
+    InputRequiredResult,
+    PromptReference,
+    ResourceTemplateReference,
+    TextContent,
+    Tool,
+    ToolAnnotations,
+)
+from pydantic import BaseModel, Field
+
+from embeddings_mcp import __version__, schema
+from embeddings_mcp.embedders.base import OnProgress
+from embeddings_mcp.errors import EmbeddingsError, UnknownModel
+from embeddings_mcp.operations import CREATE_EMBEDDING, LIST_MODELS, OPERATIONS, SEARCH, SIMILARITY, Operation
+from embeddings_mcp.schema import (
+    EmbeddingRequest,
+    EmbeddingResponse,
+    ListModelsRequest,
+    ModelEntry,
+    ModelsResponse,
+    SearchRequest,
+    SearchResponse,
+    SimilarityRequest,
+    SimilarityResponse,
+)
+from embeddings_mcp.service import EmbeddingService
+
+CARD_TEMPLATE = "embeddings://models/{+model}"
+"""Address of a model's card; the plus lets the slashes of a model id stand as they are (RFC 6570, section 3.2.3)."""
+
+_LISTS: tuple[CacheableMethod, ...] = (
+    "server/discover",
+    "tools/list",
+    "prompts/list",
+    "resources/list",
+    "resources/templates/list",
+)
+"""What cannot change while the server runs, and is the same for every caller. A card may grow more exact."""
+
+_LISTS_FRESH_MS = 5 * 60 * 1000
+"""A client that stays while the server is restarted with other models sees them this much later, at most."""
+
+_MOST_COMPLETIONS = 100  # the protocol's limit
+
+
+class EmbeddingsServer(MCPServer[dict[str, Any]]):
+    """An `MCPServer` whose tools are the service's operations, with exactly the schemas that we publish.
+
+    The SDK makes a tool from a function's signature: it derives the schema, decodes strings that look like JSON, and
+    drops unknown arguments. Each of these would break the mirrored API, so the methods that list and call tools are
+    overridden, and arguments reach `schema.parse` as they came.
+    """
+
+    def __init__(self, service: EmbeddingService) -> None:
+        self._service = service
+        self._operations = {operation.name: operation for operation in OPERATIONS}
+        elsewhere = any(entry["served_from"] != "local" for entry in service.list_models()["models"])
+        self._advertised = [_tool(operation, open_world=elsewhere) for operation in OPERATIONS]
+        super().__init__(
+            "embeddings-mcp",
+            title="Text embeddings",
+            version=__version__,
+            instructions=_instructions(service),
+            cache_hints={method: CacheHint(ttl_ms=_LISTS_FRESH_MS, scope="public") for method in _LISTS},
+            subscriptions=False,
+            log_level="WARNING",
+        )
+
+    async def list_tools(self) -> list[Tool]:
+        """The operations as tools, in the order of their table."""
+        return self._advertised
+
+    async def call_tool(
+        self, name: str, arguments: dict[str, Any], context: Context[dict[str, Any], Any] | None = None
+    ) -> CallToolResult:
+        """Answer a tool call; what the caller can put right comes back as a result with ``is_error``.
+
+        Raises:
+            MCPError: there is no such tool.
+            UnexpectedToolError: a fault of ours. Its cause goes to the log and not to the caller.
+        """
+        operation = self._operations.get(name)
+        if operation is None:
+            raise MCPError(INVALID_PARAMS, f"Unknown tool: {name!r}; the tools are {', '.join(self._operations)}")
+        try:
+            request = schema.parse(operation.request, arguments)
+            response = await operation.call(self._service, request, _reporter(request, context))
+        except EmbeddingsError as error:
+            return CallToolResult(content=[TextContent(text=error.message)], is_error=True)
+        except Exception as error:
+            raise UnexpectedToolError(f"{name} failed inside the server; its log says why") from error
+        return CallToolResult(
+            content=[TextContent(text=_READABLE[operation](request, response))],
+            # By way of JSON, since a Python float read from the shortest digits of a float32 is written with the same.
+            structured_content=orjson.loads(schema.dump_json(response)),
+        )
+
+    async def get_prompt(
+        self,
+        name: str,
+        arguments: dict[str, Any] | None = None,
+        context: Context[dict[str, Any], Any] | None = None,
+    ) -> GetPromptResult | InputRequiredResult:
+        """Render a prompt.
+
+        Raises:
+            MCPError: no such prompt, or wrong arguments. The SDK would call both an internal error.
+        """
+        try:
+            return await super().get_prompt(name, arguments, context)
+        except ValueError as error:
+            raise MCPError(INVALID_PARAMS, str(error)) from error
+
+
+def build_mcp_server(service: EmbeddingService) -> EmbeddingsServer:
+    """The server for both transports; it does not close the service, which whoever made it does."""
+    server = EmbeddingsServer(service)
+    _add_resources(server, service)
+    server.prompt(title="Answer a question from texts")(answer_from_texts)
+
+    async def complete(
+        _about: PromptReference | ResourceTemplateReference,
+        argument: CompletionArgument,
+        _context: CompletionContext | None,
+    ) -> Completion | None:
+        if argument.name != "model":
+            return None
+        names = ["default", *(entry["id"] for entry in service.list_models()["models"])]
+        fitting = [name for name in names if argument.value.lower() in name.lower()]
+        return Completion(
+            values=fitting[:_MOST_COMPLETIONS], total=len(fitting), has_more=len(fitting) > _MOST_COMPLETIONS
+        )
+
+    server.completion()(complete)  # type: ignore[no-untyped-call]  # the SDK left its return type out
+    return server
+
+
+def _tool(operation: Operation, *, open_world: bool) -> Tool:
+    return Tool(
+        name=operation.name,
+        title=operation.title,
+        description=operation.description,
+        input_schema=schema.json_schema(operation.request),
+        output_schema=schema.json_schema(operation.response),
+        annotations=ToolAnnotations(
+            title=operation.title,
+            read_only_hint=True,
+            destructive_hint=False,
+            idempotent_hint=True,
+            open_world_hint=open_world,
+        ),
+    )
+
+
+def _instructions(service: EmbeddingService) -> str:
+    """What a host puts before the model once, beside the tools' own descriptions; hosts cut it at 2,048 characters."""
+    return (
+        "Compares and ranks texts by meaning, and makes embedding vectors.\n"
+        "- Which of these passages answer a question? `search`.\n"
+        "- How alike are these texts, which are duplicates? `similarity`, with `top_k` where there are many.\n"
+        "- Vectors for a program, a file or a vector database? `create_embedding`; never to compare texts yourself.\n"
+        "Give many texts in one call, as an array. Every string is taken as it is, also one that looks like JSON. "
+        "Positions in answers count from 0. Nothing is stored: a call knows only the texts that it is given.\n"
+        f"`model` may be `default`, which is {service.default.card.id}; `list_models` describes every model. Vectors "
+        "and scores of different models cannot be compared."
+    )
+
+
+def _reporter(request: BaseModel, context: Context[dict[str, Any], Any] | None) -> OnProgress | None:
+    """Tells the client how many texts are done; the SDK sends nothing to one that has not asked for progress."""
+    if context is None:
+        return None
+    fields = (getattr(request, field, None) for field in ("input", "other"))
+    total = sum(1 if isinstance(texts, str) else len(texts) for texts in fields if texts is not None)
+
+    async def report(done: int) -> None:
+        await context.report_progress(done, total, f"{done} of {total} texts embedded")
+
+    return report
+
+
+# --- Resources and the prompt ----------------------------------------------------------------------------------------
+
+
+def _add_resources(server: EmbeddingsServer, service: EmbeddingService) -> None:
+    """Every model's card as a resource of its own, and by any of the model's names through the template."""
+
+    async def read_card(model: str) -> str:
+        try:
+            return orjson.dumps(service.describe(model), option=orjson.OPT_INDENT_2).decode()
+        except UnknownModel as error:
+            raise ResourceNotFoundError(error.message) from None
+
+    server.resource(
+        CARD_TEMPLATE,
+        name="model",
+        title="Embedding model",
+        description="What a model takes and gives: vector lengths, longest text, input types, where it runs.",
+        mime_type="application/json",
+    )(read_card)
+    for entry in service.list_models()["models"]:
+        server.add_resource(
+            FunctionResource(
+                uri=CARD_TEMPLATE.replace("{+model}", quote(entry["id"], safe="/")),
+                name=entry["id"],
+                title=f"Embedding model {entry['id']}",
+                description=_model_as_text(entry),
+                mime_type="application/json",
+                fn=partial(read_card, entry["id"]),
+            )
+        )
+
+
+def answer_from_texts(
+    question: Annotated[str, Field(description="What to find out.")],
+    model: Annotated[str, Field(description="Embedding model to search with; `default` when left out.")] = "default",
+) -> str:
+    """Find the passages that answer a question in the texts at hand, by meaning, and answer from them alone."""
+    return (
+        f"Answer this question from the texts that I gave you or named: {question}\n\n"
+        "1. Split the texts into passages of one to three paragraphs, and note where each comes from.\n"
+        f"2. Call `search` once with all passages as `input`, the question as `query`, `model` '{model}' and `top_k` 5."
+        " If it finds little, ask again in the words that an answer would use.\n"
+        "3. Answer from the passages found and from nothing else, and name the source of every claim. Scores rank "
+        "passages but prove nothing: read them, and say so plainly if they do not answer the question."
+    )
+
+
+# --- Answers as text -------------------------------------------------------------------------------------------------
+# Some hosts show the model this text alone, others the structured content alone, so both say the same; but never a
+# vector, which nobody can read.
+
+
+def _embeddings_as_text(request: EmbeddingRequest, response: EmbeddingResponse) -> str:
+    vectors, tokens = response["data"], response["usage"]["prompt_tokens"]
+    first = vectors[0]["embedding"]
+    length = len(base64.b64decode(first)) // 4 if isinstance(first, str) else len(first)
+    if request.encoding_format == "base64":
+        form = "each base64 of little-endian float32 bytes"
+    else:
+        form = (
+            "as arrays of numbers. `encoding_format` 'base64' takes a quarter of the room; to compare or rank texts, "
+            "`similarity` and `search` answer without vectors"
+        )
+    count = "1 vector" if len(vectors) == 1 else f"{len(vectors)} vectors"
+    return f"{count} of {length} numbers by {response['model']} ({tokens} tokens) in the structured content, {form}."
+
+
+def _similarity_as_text(request: SimilarityRequest, response: SimilarityResponse) -> str:
+    other = "input" if request.other is None else "other"
+    closer = "lower is closer" if response["metric"] == "euclidean" else "higher is closer"
+    lines = [f"{response['metric']} by {response['model']}, {closer}"]
+    if "pairs" in response:
+        lines += [f"input[{pair['input']}] {other}[{pair['other']}] {pair['score']:.4f}" for pair in response["pairs"]]
+    else:
+        width = len(response["scores"][0])
+        lines[0] += f"; columns are {other}[0]" + (f" to {other}[{width - 1}]" if width > 1 else "")
+        lines += [
+            f"input[{index}] {' '.join(f'{score:.4f}' for score in row)}"
+            for index, row in enumerate(response["scores"])
+        ]
+    return "\n".join(lines)
+
+
+def _search_as_text(_request: SearchRequest, response: SearchResponse) -> str:
+    hits = [f"input[{hit['index']}] {hit['score']:.4f}" for hit in response["results"]]
+    return "\n".join([f"cosine by {response['model']}, best first", *hits])
+
+
+def _models_as_text(_request: ListModelsRequest, response: ModelsResponse) -> str:
+    return "\n".join(f"{entry['id']}: {_model_as_text(entry)}" for entry in response["models"])
+
+
+def _model_as_text(entry: ModelEntry) -> str:
+    facts = ["the default model"] if entry["default"] else []
+    if "dimensions" in entry:
+        shorter = f" (on request {', '.join(map(str, entry['allowed_dimensions']))})" if entry["allowed_dimensions"] else ""
+        facts.append(f"{entry['dimensions']} dimensions{shorter}")
+    if "max_tokens" in entry:
+        facts.append(f"texts up to {entry['max_tokens']} tokens")
+    facts.append(f"input_type {entry['input_type']}")
+    facts.append(f"served from {entry['served_from']}")
+    if entry["aliases"]:
+        facts.append(f"also called {', '.join(entry['aliases'])}")
+    return "; ".join(facts)
+
+
+_READABLE: Mapping[Operation, Callable[[Any, Any], str]] = {
+    CREATE_EMBEDDING: _embeddings_as_text,
+    SIMILARITY: _similarity_as_text,
+    SEARCH: _search_as_text,
+    LIST_MODELS: _models_as_text,
+}
