@@ -10,7 +10,12 @@
     |-- ServerStopped             the server is shutting down
     `-- ModelUnavailable          the model is known, but cannot answer here and now
         |-- MissingDependency     a package is not installed: says which extra brings it
-        `-- CheckpointInvalid     the model's files are wrong: names file and reason
+        |-- CheckpointInvalid     the model's files are wrong: names file and reason
+        |-- ModelRetired          its endpoint has switched it off: says when, and what goes on making its vectors
+        |-- UpstreamRefused       its endpoint turns this server's key or account down: says which key
+        |-- UpstreamFailed        its endpoint failed, or answered what cannot be used
+        |-- UpstreamUnavailable   its endpoint cannot be reached, or takes no work now
+        `-- UpstreamTimeout       its endpoint did not answer in time
 
 Messages are written for whoever has to act on them, a model included: what was wrong, what is accepted, what to do
 next. They never hold a key or a caller's whole text. This module imports nothing, so that every layer can use it.
@@ -27,12 +32,14 @@ class EmbeddingsError(Exception):
     Attributes:
         message: the whole text for the caller.
         param: the request field it is about, as in ``input[3]``; None where no single field is to blame.
+        retry_after: seconds after which it is worth trying again; None where nobody knows, or waiting does not help.
     """
 
-    def __init__(self, message: str, *, param: str | None = None) -> None:
+    def __init__(self, message: str, *, param: str | None = None, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
+        self.retry_after = retry_after
 
 
 class InvalidRequest(EmbeddingsError):
@@ -46,21 +53,32 @@ class InputTooLong(InvalidRequest):
 
     Attributes:
         index: position of the text in the list that was to be embedded.
-        tokens: its length as the model counts it, special tokens and prompt included.
-        allowed: the model's limit.
+        tokens: its length as the model counts it, special tokens and prompt included; None where an endpoint did not
+            say.
+        allowed: the model's limit; None where it is not known.
+        certain: False where an endpoint refused several texts at once without a word about which, and `index` is that
+            of the longest.
     """
 
-    def __init__(self, *, index: int, tokens: int, allowed: int, param: str | None = None) -> None:
+    def __init__(
+        self, *, index: int, tokens: int | None, allowed: int | None, param: str | None = None, certain: bool = True
+    ) -> None:
+        text = f"`{param or f'text {index}'}`"
+        subject = text if certain else f"a text (probably {text}, the longest of those sent together)"
+        length = "more tokens than the model takes" if tokens is None else f"{tokens:,} tokens"
+        limit = "" if allowed is None else f", and the model takes {allowed:,}"
         super().__init__(
-            f"`{param or f'text {index}'}` has {tokens:,} tokens, and the model takes {allowed:,}: shorten it, or set "
-            "`truncate` to 'END' or 'START' to drop what is too much",
+            f"{subject} has {length}{limit}: shorten it, or set `truncate` to 'END' or 'START' to drop what is too "
+            "much",
             param=param,
         )
-        self.index, self.tokens, self.allowed = index, tokens, allowed
+        self.index, self.tokens, self.allowed, self.certain = index, tokens, allowed, certain
 
     def at(self, param: str) -> InputTooLong:
         """The same error about the request field `param`."""
-        return InputTooLong(index=self.index, tokens=self.tokens, allowed=self.allowed, param=param)
+        return InputTooLong(
+            index=self.index, tokens=self.tokens, allowed=self.allowed, param=param, certain=self.certain
+        )
 
 
 class AuthenticationFailed(EmbeddingsError):
@@ -76,15 +94,10 @@ class PayloadTooLarge(EmbeddingsError):
 
 
 class Overloaded(EmbeddingsError):
-    """The queue has no room for this request.
-
-    Attributes:
-        retry_after: seconds after which it is worth trying again.
-    """
+    """The queue has no room for this request; `retry_after` is always known."""
 
     def __init__(self, message: str, *, retry_after: float) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
+        super().__init__(message, retry_after=retry_after)
 
 
 class ServerStopped(EmbeddingsError):
@@ -101,6 +114,29 @@ class MissingDependency(ModelUnavailable):
 
 class CheckpointInvalid(ModelUnavailable):
     """The model's files are missing, damaged or of an unsupported kind."""
+
+
+class ModelRetired(ModelUnavailable):
+    """The model's endpoint has switched it off for good."""
+
+
+class UpstreamRefused(ModelUnavailable):
+    """The model's endpoint does not accept this server's key, or its account may not do this.
+
+    The caller's own key was fine, so this is no `AuthenticationFailed`.
+    """
+
+
+class UpstreamFailed(ModelUnavailable):
+    """The model's endpoint failed, or its answer cannot be used."""
+
+
+class UpstreamUnavailable(ModelUnavailable):
+    """The model's endpoint cannot be reached, or says that it takes no work now."""
+
+
+class UpstreamTimeout(ModelUnavailable):
+    """The model's endpoint did not answer in time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +159,11 @@ _WIRE: dict[type[EmbeddingsError], WireForm] = {
     ModelUnavailable: WireForm(503, "server_error", "model_unavailable"),
     MissingDependency: WireForm(503, "server_error", "missing_dependency"),
     CheckpointInvalid: WireForm(503, "server_error", "checkpoint_invalid"),
+    ModelRetired: WireForm(410, "invalid_request_error", "model_retired"),
+    UpstreamRefused: WireForm(502, "server_error", "upstream_refused"),
+    UpstreamFailed: WireForm(502, "server_error", "upstream_failed"),
+    UpstreamUnavailable: WireForm(503, "server_error", "upstream_unavailable"),
+    UpstreamTimeout: WireForm(504, "server_error", "upstream_timeout"),
     EmbeddingsError: WireForm(500, "server_error", "internal_error"),
 }
 

@@ -7,6 +7,7 @@ renormalised, encoded, scored, with usage counted. It knows neither how vectors 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -82,7 +83,7 @@ class EmbeddingService:
                 {"object": "embedding", "index": index, "embedding": encode(vector)}
                 for index, vector in enumerate(made.vectors)
             ],
-            "model": embedder.card.id,
+            "model": made.served_model or embedder.card.id,
             "usage": _usage(made),
         }
 
@@ -109,7 +110,11 @@ class EmbeddingService:
             on_progress=on_progress,
         )
         scores = compare(made.vectors[:rows], made.vectors[-columns:], request.metric)
-        response: SimilarityResponse = {"model": embedder.card.id, "metric": request.metric, "usage": _usage(made)}
+        response: SimilarityResponse = {
+            "model": made.served_model or embedder.card.id,
+            "metric": request.metric,
+            "usage": _usage(made),
+        }
         if request.top_k is None:
             response["scores"] = [[_rounded(score) for score in row] for row in scores]
         else:
@@ -154,7 +159,7 @@ class EmbeddingService:
         )
         scores = compare(query.vectors, found.vectors, "cosine")[0]
         return {
-            "model": embedder.card.id,
+            "model": found.served_model or embedder.card.id,
             "results": [
                 {"index": int(index), "score": _rounded(scores[index])}
                 for index in best_first(scores, "cosine", request.top_k)
@@ -244,7 +249,7 @@ class EmbeddingService:
             )
         if dimensions is None or dimensions == made.vectors.shape[1]:
             return made
-        return Embeddings(shorten(made.vectors, dimensions), made.prompt_tokens)
+        return replace(made, vectors=shorten(made.vectors, dimensions))
 
     def _entry(self, embedder: Embedder) -> ModelEntry:
         card = embedder.card

@@ -25,10 +25,13 @@ class Embeddings:
         vectors: float32 ``[n, d]``, row i for text i, at the model's full length.
         prompt_tokens: tokens of all the texts as the model saw them: prompt and special tokens included, after
             truncation. One number for all, since an endpoint reports usage by the request, not by the text.
+        served_model: the id under which an endpoint says that it served the model; None where the card's id is all
+            there is.
     """
 
     vectors: FloatMatrix
     prompt_tokens: int
+    served_model: str | None = None
 
 
 class Embedder(Protocol):
