@@ -1,6 +1,7 @@
 """The exception tree, and the one table that says how each error looks on the wire.
 
     EmbeddingsError
+    |-- InvalidSetting            the server was told something that cannot be: says which setting to change
     |-- InvalidRequest            the request breaks a rule: names the field and says what is accepted
     |   `-- InputTooLong          more tokens than the model takes, and truncate is NONE
     |-- AuthenticationFailed      no API key, or a wrong one
@@ -40,6 +41,10 @@ class EmbeddingsError(Exception):
         self.message = message
         self.param = param
         self.retry_after = retry_after
+
+
+class InvalidSetting(EmbeddingsError):
+    """The server was told something that cannot be, so it does not start."""
 
 
 class InvalidRequest(EmbeddingsError):
@@ -148,7 +153,7 @@ class WireForm:
     code: str
 
 
-_WIRE: dict[type[EmbeddingsError], WireForm] = {
+WIRE_FORMS: dict[type[EmbeddingsError], WireForm] = {
     InvalidRequest: WireForm(400, "invalid_request_error", "invalid_request"),
     InputTooLong: WireForm(400, "invalid_request_error", "input_too_long"),
     AuthenticationFailed: WireForm(401, "authentication_error", "invalid_api_key"),
@@ -166,8 +171,9 @@ _WIRE: dict[type[EmbeddingsError], WireForm] = {
     UpstreamTimeout: WireForm(504, "server_error", "upstream_timeout"),
     EmbeddingsError: WireForm(500, "server_error", "internal_error"),
 }
+"""The one table; an error that is not in it looks like its nearest ancestor that is."""
 
 
 def wire_form(error: EmbeddingsError) -> WireForm:
     """The wire form of `error`: that of the nearest class in its ancestry which the table names."""
-    return next(_WIRE[cls] for cls in type(error).__mro__ if cls in _WIRE)
+    return next(WIRE_FORMS[cls] for cls in type(error).__mro__ if cls in WIRE_FORMS)
