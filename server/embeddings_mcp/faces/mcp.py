@@ -300,8 +300,8 @@ def _models_as_text(_request: ListModelsRequest, response: ModelsResponse) -> st
 def _model_as_text(entry: ModelEntry) -> str:
     facts = ["the default model"] if entry["default"] else []
     if "dimensions" in entry:
-        shorter = f" (on request {', '.join(map(str, entry['allowed_dimensions']))})" if entry["allowed_dimensions"] else ""
-        facts.append(f"{entry['dimensions']} dimensions{shorter}")
+        lengths = [entry["dimensions"], *entry["allowed_dimensions"]]
+        facts.append(f"{' or '.join(map(str, lengths))} dimensions")
     if "max_tokens" in entry:
         facts.append(f"texts up to {entry['max_tokens']} tokens")
     facts.append(f"input_type {entry['input_type']}")
