@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import anyio
 import numpy as np
+import uvicorn
+from starlette.types import ASGIApp
 
 from embeddings_mcp.embedders.base import Embeddings, OnProgress
+from embeddings_mcp.errors import InputTooLong
 from embeddings_mcp.models import InputType, ModelCard, Truncate
 
 
 @dataclass
 class HashEmbedder:
     """An embedder without a model: every (text, prompt) has one unit vector of its own, drawn from its hash.
+
+    It counts a word as a token, and two more for a text.
 
     For tests of what lies above the embedder. `gate`, when set, holds every call until the event is set.
     """
@@ -36,6 +44,11 @@ class HashEmbedder:
         on_progress: OnProgress | None = None,
     ) -> Embeddings:
         self.batches.append(list(texts))
+        counts = [len(text.split()) + 2 for text in texts]
+        allowed = self.card.max_tokens
+        for index, tokens in enumerate(counts):
+            if truncate == "NONE" and allowed is not None and tokens > allowed:
+                raise InputTooLong(index=index, tokens=tokens, allowed=allowed)
         if self.gate is not None:
             try:
                 await self.gate.wait()
@@ -46,7 +59,7 @@ class HashEmbedder:
         for done in range(1, len(texts) + 1):
             if on_progress is not None:
                 await on_progress(done)
-        return Embeddings(np.stack(vectors), sum(len(text.split()) + 2 for text in texts))
+        return Embeddings(np.stack(vectors), sum(counts))
 
     def vector(self, text: str, input_type: InputType | None = None) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
         """The vector that this text has."""
@@ -59,3 +72,31 @@ class HashEmbedder:
 
     async def aclose(self) -> None:
         self.closed = True
+
+
+@contextmanager
+def serving(app: ASGIApp) -> Iterator[str]:
+    """Serves `app` on a free loopback port, in a thread; gives its address."""
+    server = _Server(uvicorn.Config(app, port=0, lifespan="on", ws="none", log_config=None, access_log=False))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        assert server.up.wait(10), "the server did not start"
+        host, port = server.servers[0].sockets[0].getsockname()
+        yield f"http://{host}:{port}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        assert not thread.is_alive(), "the server did not stop"
+
+
+class _Server(uvicorn.Server):
+    """Says when it listens."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.up = threading.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.up.set()

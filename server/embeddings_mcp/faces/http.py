@@ -1,0 +1,124 @@
+"""The HTTP application: the REST and the MCP face behind one guard, with one life, on one port."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator
+
+import uvicorn
+from mcp.server.mcpserver import MCPServer
+from mcp.server.transport_security import TransportSecuritySettings
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from embeddings_mcp.errors import InvalidSetting
+from embeddings_mcp.faces import rest
+from embeddings_mcp.faces.guard import Guard
+from embeddings_mcp.publish.openapi import openapi_document
+from embeddings_mcp.schema import dump_json
+from embeddings_mcp.service import EmbeddingService
+from embeddings_mcp.settings import Settings
+
+MCP_PATH = "/mcp"
+
+SHUTDOWN_SECONDS = 10
+"""How long requests in progress may go on after the server was told to stop."""
+
+
+def create_app(service: EmbeddingService, mcp_server: MCPServer, settings: Settings) -> ASGIApp:
+    """The application: ``/v1``, ``/mcp`` and ``/openapi.json``; `service` is closed when its life ends.
+
+    Raises:
+        InvalidSetting: the server would be open to other machines without a key.
+    """
+    mcp_app = mcp_server.streamable_http_app(
+        streamable_http_path=MCP_PATH,
+        # Up to protocol 2025-11-25 a client cancels a call by a second request, which finds the first only through
+        # their session; later protocols have none, whatever is set here. Answers in JSON only would leave out the
+        # progress of long calls.
+        stateless_http=False,
+        json_response=False,
+        # The guard limits and checks first; two rules for one thing would only contradict each other.
+        max_request_body_size=settings.max_body_bytes,
+        transport_security=TransportSecuritySettings(enable_dns_rebinding_protection=False),
+    )
+    document = dump_json(openapi_document())
+
+    async def openapi(_request: Request) -> Response:
+        return Response(document, media_type="application/json")
+
+    @contextlib.asynccontextmanager
+    async def life(_app: Starlette) -> AsyncIterator[None]:
+        async with contextlib.aclosing(service), mcp_server.session_manager.run():
+            yield
+
+    app = Starlette(
+        routes=[*rest.routes(service), Route("/openapi.json", openapi), *mcp_app.routes],
+        exception_handlers=rest.EXCEPTION_HANDLERS,
+        lifespan=life,
+    )
+    return Guard(app, settings)
+
+
+def serve_http(service: EmbeddingService, mcp_server: MCPServer, settings: Settings) -> None:
+    """Serve until SIGINT or SIGTERM; what is in progress then may go on for `SHUTDOWN_SECONDS`.
+
+    The address is said in one line on stderr once the server listens: port 0 takes a free one.
+
+    Raises:
+        InvalidSetting: it cannot listen there, or would be open to other machines without a key.
+    """
+    config = uvicorn.Config(
+        create_app(service, mcp_server, settings),
+        lifespan="on",
+        ws="none",
+        log_config=None,  # what is logged and how is settled for the whole process, not here
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+    )
+    with _listen(settings.host, settings.port) as listener, contextlib.suppress(KeyboardInterrupt):
+        _Server(config, listener).run(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """Says where it listens once it does."""
+
+    def __init__(self, config: uvicorn.Config, listener: socket.socket) -> None:
+        super().__init__(config)
+        self._url = _url(listener)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        sys.stderr.write(f"embeddings-mcp: serving MCP at {self._url}{MCP_PATH} and REST at {self._url}/v1\n")
+        sys.stderr.flush()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket bound to the address, for the server to listen on."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # The protocol is said, since asyncio switches Nagle's algorithm off only where it is: else every answer waits
+    # 40 ms for the client's delayed acknowledgement of its own head.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        if os.name == "posix":  # elsewhere it would let two servers have one port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise InvalidSetting(
+            f"cannot listen on {host} port {port}: {error.strerror}; choose another host or port (port 0 takes a free "
+            "one)"
+        ) from error
+    return listener
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,0 +1,280 @@
+"""The REST face: the OpenAI and NIM routes under ``/v1``, and every error in OpenAI's envelope.
+
+One handler serves every operation of the table that has a path. A caller who hangs up cancels the work. Large answers
+are written in pieces: the JSON encoder holds the interpreter lock, so one long call would stop all other requests, on
+whatever thread it runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import AsyncIterator, Awaitable, Mapping
+from functools import partial
+from http import HTTPStatus
+from typing import Annotated, Any
+
+import anyio
+import anyio.lowlevel
+import anyio.to_thread
+import orjson
+from pydantic import BaseModel, Field, WithJsonSchema
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ExceptionHandler, Receive
+from typing_extensions import NotRequired, TypedDict  # noqa: UP035 - pydantic reads typing's own only from Python 3.12 on
+
+from embeddings_mcp.errors import AuthenticationFailed, EmbeddingsError, InvalidRequest, wire_form
+from embeddings_mcp.operations import OPERATIONS, Operation
+from embeddings_mcp.schema import ModelEntry, dump_json, parse
+from embeddings_mcp.service import EmbeddingService
+
+logger = logging.getLogger(__name__)
+
+READY_SECONDS = 5.0
+"""Longest that a readiness probe waits for the default model."""
+
+_LARGE_BODY = 1024 * 1024
+"""Request bodies above this many bytes are read on a worker thread: a million short texts take 0.2 s to validate."""
+
+_ROWS_AT_ONCE = 128
+"""Rows of an answer that are written without letting other requests in: 1 ms for vectors of 384 numbers."""
+
+# --- What REST alone says --------------------------------------------------------------------------------------------
+
+NullableString = Annotated[str | None, WithJsonSchema({"type": ["string", "null"]})]
+
+
+class ErrorDetail(TypedDict):
+    """What went wrong."""
+
+    message: Annotated[str, Field(description="What was wrong, what is accepted, what to do next.")]
+    type: str
+    param: Annotated[NullableString, Field(description="The field it is about, as in `input[3]`.")]
+    code: str
+
+
+class ErrorResponse(TypedDict):
+    """Every answer that is not a success."""
+
+    error: ErrorDetail
+
+
+class ModelObject(ModelEntry):
+    """A model in OpenAI's form, with what this server knows of it besides."""
+
+    object: str
+    created: Annotated[int, Field(description="Unix time at which this server began to serve it.")]
+    owned_by: Annotated[str, Field(description="What stands before the slash in its id.")]
+
+
+class ModelList(TypedDict):
+    """The models that this server answers for."""
+
+    object: str
+    data: list[ModelObject]
+
+
+class HealthResponse(TypedDict):
+    """Whether the server is up, or can answer."""
+
+    object: str
+    message: str
+    live: NotRequired[bool]
+    ready: NotRequired[bool]
+
+
+# --- Routes ----------------------------------------------------------------------------------------------------------
+
+
+def routes(service: EmbeddingService) -> list[Route]:
+    """The REST routes, answered by `service`."""
+    started = int(time.time())
+
+    async def list_models(_request: Request) -> Response:
+        models = [_model_object(entry, started) for entry in service.list_models()["models"]]
+        return _json(ModelList(object="list", data=models))
+
+    async def get_model(request: Request) -> Response:
+        return _json(_model_object(service.describe(request.path_params["model"]), started))
+
+    async def live(_request: Request) -> Response:
+        return _json(HealthResponse(object="health.response", message="live", live=True))
+
+    async def ready(_request: Request) -> Response:
+        problem = await _why_not_ready(service)
+        health = HealthResponse(object="health.response", message=problem or "ready", ready=problem is None)
+        return _json(health, HTTPStatus.OK if problem is None else HTTPStatus.SERVICE_UNAVAILABLE)
+
+    return [
+        *(
+            Route(operation.path, partial(_post, service, operation), methods=["POST"], name=operation.name)
+            for operation in OPERATIONS
+            if operation.path is not None
+        ),
+        Route("/v1/models", list_models),
+        Route("/v1/models/{model:path}", get_model),
+        Route("/v1/health/live", live),
+        Route("/v1/health/ready", ready),
+    ]
+
+
+async def _post(service: EmbeddingService, operation: Operation, request: Request) -> Response:
+    """Answer one operation."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise HTTPException(
+            HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+            "the request must be JSON, with the header Content-Type: application/json",
+        )
+    body = await request.body()
+    read = partial(_read, operation.request, body)
+    asked = read() if len(body) <= _LARGE_BODY else await anyio.to_thread.run_sync(read)
+    return await _unless_gone(request.receive, operation.call(service, asked, None))
+
+
+def _read(request_type: type[BaseModel], body: bytes) -> BaseModel:
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"the request body is not JSON: {error}") from None
+    return parse(request_type, value)
+
+
+async def _unless_gone(receive: Receive, work: Awaitable[Mapping[str, Any]]) -> Response:
+    """The answer that `work` gives; a caller who hangs up before cancels it.
+
+    The request's body has been read, so all that `receive` still has to say is that the caller is gone.
+    """
+    with anyio.CancelScope() as scope:
+
+        async def cancel_when_gone() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            scope.cancel()
+
+        # Not a task group, which would wrap whatever `work` raises into a group.
+        watcher = asyncio.create_task(cancel_when_gone())
+        try:
+            return _json(await work)
+        finally:
+            watcher.cancel()
+    return _nobody_there()
+
+
+async def _why_not_ready(service: EmbeddingService) -> str | None:
+    """What keeps the default model from answering, None where nothing does.
+
+    A probe needs no key, so details (paths, addresses) go to the log and only the error's code goes out.
+    """
+    try:
+        with anyio.fail_after(READY_SECONDS):
+            await service.check()
+    except TimeoutError:
+        return f"not ready: the default model did not come up within {READY_SECONDS:.0f} s"
+    except EmbeddingsError as error:
+        logger.warning("Not ready: %s", error.message)
+        return f"not ready: {wire_form(error).code}"
+    return None
+
+
+def _model_object(entry: ModelEntry, created: int) -> ModelObject:
+    owner, slash, _ = entry["id"].partition("/")
+    return {**entry, "object": "model", "created": created, "owned_by": owner if slash else "embeddings-mcp"}
+
+
+# --- Answers ---------------------------------------------------------------------------------------------------------
+
+
+def _json(answer: Mapping[str, Any], status: int = HTTPStatus.OK) -> Response:
+    if any(isinstance(value, list) and len(value) > _ROWS_AT_ONCE for value in answer.values()):
+        return StreamingResponse(_pieces(answer), status, media_type="application/json")
+    return Response(dump_json(answer), status, media_type="application/json")
+
+
+async def _pieces(answer: Mapping[str, Any]) -> AsyncIterator[bytes]:
+    """The answer's JSON, its lists in slices, with room for other requests after each."""
+    opening = b"{"
+    for key, value in answer.items():
+        yield opening + dump_json(key) + b":"
+        if isinstance(value, list) and value:
+            opening = b"["
+            for start in range(0, len(value), _ROWS_AT_ONCE):
+                # A slice's own brackets make way for those of the whole list.
+                yield opening + dump_json(value[start : start + _ROWS_AT_ONCE])[1:-1]
+                opening = b","
+                await anyio.lowlevel.checkpoint()
+            yield b"]"
+        else:
+            yield dump_json(value)
+        opening = b","
+    yield b"}"
+
+
+def error_body(error: EmbeddingsError) -> ErrorResponse:
+    """The error in OpenAI's envelope."""
+    form = wire_form(error)
+    return {"error": {"message": error.message, "type": form.type, "param": error.param, "code": form.code}}
+
+
+def error_response(error: EmbeddingsError) -> Response:
+    """The error as an answer, with the headers that belong to it."""
+    response = _json(error_body(error), wire_form(error).status)
+    if error.retry_after is not None:
+        response.headers["Retry-After"] = str(math.ceil(error.retry_after))
+    if isinstance(error, AuthenticationFailed):
+        response.headers["WWW-Authenticate"] = "Bearer"
+    return response
+
+
+def http_error_response(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
+    """An error of HTTP itself (no such route, wrong method) in the same envelope."""
+    kind = "invalid_request_error" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
+    code = HTTPStatus(status).name.lower()
+    response = _json(ErrorResponse(error={"message": message, "type": kind, "param": None, "code": code}), status)
+    response.headers.update(headers or {})
+    return response
+
+
+def _nobody_there() -> Response:
+    """What is said to a caller who hung up: nothing, under the status that web servers log for it."""
+    return Response(status_code=499)
+
+
+async def _on_embeddings_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, EmbeddingsError)
+    return error_response(error)
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = error.detail
+    if error.status_code == HTTPStatus.NOT_FOUND:
+        message = f"nothing is served at {request.url.path[:100]}; GET /openapi.json lists what is"
+    elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        allowed = (error.headers or {}).get("Allow", "")
+        message = f"{request.method} is not possible at {request.url.path[:100]}, which takes {allowed}"
+    return http_error_response(error.status_code, message, error.headers)
+
+
+async def _on_disconnect(_request: Request, _error: Exception) -> Response:
+    return _nobody_there()
+
+
+async def _on_crash(_request: Request, _error: Exception) -> Response:
+    # Starlette raises the exception again once this is sent: the HTTP server logs its traceback and hangs up.
+    return http_error_response(
+        HTTPStatus.INTERNAL_SERVER_ERROR, "an error inside the server; its log says more", {"Connection": "close"}
+    )
+
+
+EXCEPTION_HANDLERS: Mapping[Any, ExceptionHandler] = {
+    EmbeddingsError: _on_embeddings_error,
+    HTTPException: _on_http_exception,
+    ClientDisconnect: _on_disconnect,
+    Exception: _on_crash,
+}
+"""How an exception becomes an answer, for the application that holds the routes."""

@@ -1,0 +1,165 @@
+"""The OpenAPI document of the REST face."""
+
+from __future__ import annotations
+
+import inspect
+from http import HTTPStatus
+from typing import Any
+
+from embeddings_mcp import __version__
+from embeddings_mcp.errors import WIRE_FORMS
+from embeddings_mcp.faces.rest import ErrorResponse, HealthResponse, ModelList, ModelObject
+from embeddings_mcp.models import DEFAULT_MODEL
+from embeddings_mcp.operations import CREATE_EMBEDDING, OPERATIONS, SEARCH, SIMILARITY, Operation
+from embeddings_mcp.schema import json_schema
+
+_USAGE = {"prompt_tokens": 18, "total_tokens": 18}
+
+_EXAMPLES: dict[Operation, tuple[dict[str, Any], dict[str, Any]]] = {
+    CREATE_EMBEDDING: (
+        {"model": "default", "input": ["The cat sleeps.", "A cat is asleep."]},
+        {
+            "object": "list",
+            "data": [
+                {"object": "embedding", "index": 0, "embedding": [0.0631, -0.0224, 0.0413]},
+                {"object": "embedding", "index": 1, "embedding": [0.0587, -0.0169, 0.0502]},
+            ],
+            "model": DEFAULT_MODEL,
+            "usage": _USAGE,
+        },
+    ),
+    SIMILARITY: (
+        {"model": "default", "input": "The cat sleeps.", "other": ["A cat is asleep.", "Shares fell."]},
+        {"model": DEFAULT_MODEL, "metric": "cosine", "scores": [[0.9215, 0.0312]], "usage": _USAGE},
+    ),
+    SEARCH: (
+        {"query": "How do I reset my password?", "input": ["Opening hours", "Forgotten your login?"], "top_k": 1},
+        {"model": DEFAULT_MODEL, "results": [{"index": 1, "score": 0.5127}], "usage": _USAGE},
+    ),
+}
+"""A request and an answer to it; the vectors are shortened."""
+
+_WHEN = ("Retry-After", "Seconds after which it is worth trying again, where the server knows.", "integer")
+_HEADERS = {401: ("WWW-Authenticate", "Always `Bearer`.", "string"), 429: _WHEN, 503: _WHEN}
+
+
+def openapi_document() -> dict[str, Any]:
+    """The document, OpenAPI 3.1."""
+    types = [part for operation in _EXAMPLES for part in (operation.request, operation.response)]
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "embeddings-mcp",
+            "summary": "Text embeddings, OpenAI-compatible, in the manner of the NVIDIA NIM embeddings API",
+            "version": __version__,
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        },
+        "servers": [{"url": "/", "description": "The server that serves this document"}],
+        # A server without a key asks for none.
+        "security": [{"BearerAuth": []}, {}],
+        "tags": [
+            {"name": "Embeddings", "description": "Vectors of texts, and what can be told from them"},
+            {"name": "Models", "description": "What is served"},
+            {"name": "Health", "description": "For orchestrators; asks for no key"},
+        ],
+        "paths": {
+            **{operation.path: {"post": _post(operation)} for operation in OPERATIONS if operation.path is not None},
+            "/v1/models": {"get": _get("listModels", "List the models served", "Models", ModelList)},
+            "/v1/models/{model}": {
+                "parameters": [
+                    {
+                        "name": "model",
+                        "in": "path",
+                        "required": True,
+                        "description": "Model id or alias; the slashes in it may stay as they are.",
+                        "schema": {"type": "string"},
+                    }
+                ],
+                "get": _get("getModel", "Describe one model", "Models", ModelObject, 404),
+            },
+            "/v1/health/live": {"get": _health("healthLive", "Tell whether the server is up")},
+            "/v1/health/ready": {
+                "get": _health("healthReady", "Tell whether the default model can answer", unready=True)
+            },
+        },
+        "components": {
+            "securitySchemes": {"BearerAuth": {"type": "http", "scheme": "bearer"}},
+            "schemas": {
+                wire_type.__name__: json_schema(wire_type)
+                for wire_type in (*types, ModelObject, ModelList, HealthResponse, ErrorResponse)
+            },
+            "responses": {str(status): _error(status) for status in _statuses()},
+        },
+    }
+
+
+def _post(operation: Operation) -> dict[str, Any]:
+    request, response = _EXAMPLES[operation]
+    first, *rest = operation.name.split("_")
+    return {
+        "operationId": first + "".join(word.capitalize() for word in rest),
+        "summary": operation.title,
+        "description": operation.description,
+        "tags": ["Embeddings"],
+        "requestBody": {"required": True, "content": _json(operation.request, request)},
+        "responses": {
+            "200": {"description": "The answer.", "content": _json(operation.response, response)},
+            **_errors(*_statuses()),
+        },
+    }
+
+
+def _get(operation_id: str, summary: str, tag: str, response: type, *statuses: int) -> dict[str, Any]:
+    return {
+        "operationId": operation_id,
+        "summary": summary,
+        "tags": [tag],
+        "responses": {"200": {"description": "The answer.", "content": _json(response)}, **_errors(401, *statuses)},
+    }
+
+
+def _health(operation_id: str, summary: str, *, unready: bool = False) -> dict[str, Any]:
+    answers = {"200": "It is."} | ({"503": "It cannot, and why."} if unready else {})
+    return {
+        "operationId": operation_id,
+        "summary": summary,
+        "tags": ["Health"],
+        "security": [],
+        "responses": {
+            status: {"description": description, "content": _json(HealthResponse)}
+            for status, description in answers.items()
+        },
+    }
+
+
+def _json(wire_type: type, example: dict[str, Any] | None = None) -> dict[str, Any]:
+    content: dict[str, Any] = {"schema": {"$ref": f"#/components/schemas/{wire_type.__name__}"}}
+    if example is not None:
+        content["example"] = example
+    return {"application/json": content}
+
+
+def _statuses() -> list[int]:
+    """Every status that an error can have, 415 included, which is HTTP's own."""
+    return sorted({form.status for form in WIRE_FORMS.values()} | {415})
+
+
+def _errors(*statuses: int) -> dict[str, Any]:
+    return {str(status): {"$ref": f"#/components/responses/{status}"} for status in statuses}
+
+
+def _error(status: int) -> dict[str, Any]:
+    """What a status means: the errors of the table that have it, in the words of their classes."""
+    meanings = [
+        f"`{form.code}`: {(inspect.getdoc(error) or '').splitlines()[0]}"
+        for error, form in WIRE_FORMS.items()
+        if form.status == status
+    ]
+    response: dict[str, Any] = {
+        "description": "\n\n".join(meanings) or HTTPStatus(status).phrase,
+        "content": _json(ErrorResponse),
+    }
+    if status in _HEADERS:
+        name, description, value_type = _HEADERS[status]
+        response["headers"] = {name: {"description": description, "schema": {"type": value_type}}}
+    return response

@@ -1,0 +1,95 @@
+"""The OpenAPI document: valid, equal to the published one where it mirrors, and true of the server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from openapi_spec_validator import OpenAPIV31SpecValidator
+
+from embeddings_mcp.errors import WIRE_FORMS
+from embeddings_mcp.faces import rest
+from embeddings_mcp.operations import OPERATIONS
+from embeddings_mcp.publish.openapi import openapi_document
+from embeddings_mcp.schema import parse
+from embeddings_mcp.service import EmbeddingService
+from tests.support import HashEmbedder
+
+PUBLISHED = yaml.safe_load((Path(__file__).parents[1] / "data" / "nim-embeddings-openapi.yaml").read_text("utf-8"))
+
+
+@pytest.fixture(scope="module")
+def document() -> dict[str, Any]:
+    return openapi_document()
+
+
+def without_descriptions(node: Any) -> Any:
+    if isinstance(node, list):
+        return [without_descriptions(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    return {key: without_descriptions(value) for key, value in node.items() if key != "description"}
+
+
+def test_the_document_is_valid_openapi(document: dict[str, Any]) -> None:
+    OpenAPIV31SpecValidator(document).validate()
+
+
+def test_the_embeddings_request_is_the_published_one(document: dict[str, Any]) -> None:
+    ours, published = (written["components"]["schemas"]["EmbeddingRequest"] for written in (document, PUBLISHED))
+
+    assert without_descriptions(ours) == without_descriptions(published)
+    assert list(ours["properties"]) == list(published["properties"])
+
+
+def test_the_embeddings_operation_is_the_published_one(document: dict[str, Any]) -> None:
+    ours, published = (written["paths"]["/v1/embeddings"]["post"] for written in (document, PUBLISHED))
+
+    assert ours["operationId"] == published["operationId"]
+    body = ours["requestBody"]
+    assert body["required"] is published["requestBody"]["required"]
+    assert (
+        body["content"]["application/json"]["schema"]
+        == published["requestBody"]["content"]["application/json"]["schema"]
+    )
+    assert set(ours["responses"]) >= set(published["responses"])
+
+
+def test_every_route_is_described_and_every_description_is_a_route(document: dict[str, Any]) -> None:
+    service = EmbeddingService([HashEmbedder()], default_model="test/hash")
+    routes = {
+        (route.path.replace(":path", ""), method.lower())
+        for route in rest.routes(service)
+        for method in (route.methods or set()) - {"HEAD"}
+    }
+
+    described = {
+        (path, method) for path, item in document["paths"].items() for method in item if method in {"get", "post"}
+    }
+    assert described == routes
+
+
+def test_every_status_that_an_error_can_have_is_described(document: dict[str, Any]) -> None:
+    responses = document["paths"]["/v1/embeddings"]["post"]["responses"]
+
+    assert {str(form.status) for form in WIRE_FORMS.values()} <= set(responses)
+    assert {"400", "401", "404", "413", "429", "503"} <= set(responses)
+    for error, form in WIRE_FORMS.items():
+        assert (
+            f"`{form.code}`: {(error.__doc__ or '').splitlines()[0]}"
+            in (document["components"]["responses"][str(form.status)]["description"])
+        )
+
+
+@pytest.mark.parametrize("operation", [o for o in OPERATIONS if o.path is not None], ids=lambda o: o.name)
+def test_the_examples_are_what_they_illustrate(document: dict[str, Any], operation: Any) -> None:
+    described = document["paths"][operation.path]["post"]
+
+    parse(operation.request, described["requestBody"]["content"]["application/json"]["example"])
+    jsonschema.validate(
+        described["responses"]["200"]["content"]["application/json"]["example"],
+        document["components"]["schemas"][operation.response.__name__],
+    )
