@@ -1,0 +1,183 @@
+"""The way to an endpoint: one HTTP client, one turnstile and one manner of trying again, shared by all its models."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection
+from typing import TypeVar
+
+import anyio
+import httpx2
+import stamina
+
+from embeddings_mcp import __version__
+from embeddings_mcp.embedders.nim.endpoint import Endpoint
+from embeddings_mcp.embedders.nim.failures import Failure, understand, understand_silence, unusable
+from embeddings_mcp.embedders.nim.limits import Turnstile
+from embeddings_mcp.embedders.nim.wire import AnswerInvalid
+from embeddings_mcp.errors import ServerStopped
+
+logger = logging.getLogger(__name__)
+
+LONGEST_PAUSE = 30.0
+"""Seconds. An endpoint that asks for a longer pause (a model that is offline asks for 10,800) is not asked again."""
+
+_CONNECT_TIMEOUT = 10.0
+_POLL_PAUSES = (0.1, 0.5, 2.0, 5.0)  # the last one again and again; the deadline ends it
+
+_Read = TypeVar("_Read")
+
+# How often is decided by each failure, how long in all by the caller's cancel scope.
+_call = stamina.AsyncRetryingCaller(attempts=None, timeout=None, wait_initial=1.0, wait_max=LONGEST_PAUSE)
+
+
+class EndpointClient:
+    """Sends requests to one endpoint, within its limits, and again where that can help.
+
+    Args:
+        endpoint: where to, with which key.
+        turnstile: what all requests pass; made from the endpoint's limits where it is not given.
+    """
+
+    def __init__(self, endpoint: Endpoint, *, turnstile: Turnstile | None = None) -> None:
+        self.endpoint = endpoint
+        self.turnstile = turnstile or Turnstile(
+            f"the endpoint {endpoint.url}", concurrency=endpoint.concurrency, requests=endpoint.rate
+        )
+        self._http: httpx2.AsyncClient | None = None
+        self._in_flight: set[anyio.CancelScope] = set()
+        self._closed = False
+
+    async def fetch(
+        self,
+        method: str,
+        path: str,
+        read: Callable[[httpx2.Response], _Read],
+        *,
+        body: bytes | None = None,
+        model: str | None = None,
+        texts: Collection[str] = (),
+        once: bool = False,
+    ) -> _Read:
+        """Send a request and read its answer.
+
+        Args:
+            method: of HTTP.
+            path: after the endpoint's address.
+            read: takes an answer with status 200, and raises `AnswerInvalid` when it cannot be used.
+            body: JSON.
+            model: the one asked for, and
+            texts: the texts that the body holds, for what is said of a failure.
+            once: do not try again.
+
+        Raises:
+            Failure: the last attempt's.
+            Overloaded: the endpoint's limits leave no room before the caller's deadline.
+            ServerStopped: the client was closed.
+        """
+        made = 0
+
+        def again(error: Exception) -> bool | float:
+            nonlocal made
+            made += 1
+            if not isinstance(error, Failure) or once or made >= error.attempts:
+                return False
+            if error.pause is not None:
+                left = anyio.current_effective_deadline() - anyio.current_time()
+                if error.pause > min(LONGEST_PAUSE, left):
+                    return False
+                self.turnstile.close_for(error.pause)
+            logger.info("attempt %d at %s %s failed: %s", made, method, path, error)
+            return True if error.pause is None else error.pause
+
+        with anyio.CancelScope() as scope:
+            self._in_flight.add(scope)
+            try:
+                return await _call(again, self._attempt, method, path, read, body=body, model=model, texts=texts)
+            finally:
+                self._in_flight.discard(scope)
+        raise ServerStopped("the server is shutting down")
+
+    async def check(self) -> None:
+        """Return once the endpoint says on its own route that it is ready; on the hosted API, which has none, at once.
+
+        The status is what counts: the words differ from release to release.
+
+        Raises:
+            EmbeddingsError: it is not, or cannot be reached.
+        """
+        if self.endpoint.ready_path is None:
+            return
+        try:
+            await self.fetch("GET", self.endpoint.ready_path, lambda _: None, once=True)
+        except Failure as error:
+            failure = error
+        else:
+            return
+        raise failure.error
+
+    async def aclose(self) -> None:
+        """Give up what is in flight and close the connections; what comes later is refused."""
+        self._closed = True
+        for scope in self._in_flight:
+            scope.cancel()
+        if self._http is not None:
+            await self._http.aclose()
+
+    async def _attempt(
+        self,
+        method: str,
+        path: str,
+        read: Callable[[httpx2.Response], _Read],
+        *,
+        body: bytes | None,
+        model: str | None,
+        texts: Collection[str],
+    ) -> _Read:
+        """One attempt. What fails is raised outside of every ``except``, lest the request and its key hang on to it."""
+        async with self.turnstile.turn():
+            try:
+                response = await self._send(method, path, body)
+            except httpx2.RequestError as error:
+                failure = understand_silence(error, endpoint=self.endpoint)
+            else:
+                if response.status_code == httpx2.codes.OK:
+                    try:
+                        return read(response)
+                    except AnswerInvalid as error:
+                        failure = unusable(str(error), endpoint=self.endpoint, damaged=error.damaged)
+                else:
+                    failure = understand(response, endpoint=self.endpoint, model=model, texts=texts)
+        raise failure
+
+    async def _send(self, method: str, path: str, body: bytes | None) -> httpx2.Response:
+        """Send, and where the hosted API says "accepted", fetch the answer when it is ready."""
+        http, headers = self._client(), self.endpoint.headers
+        content_type = {} if body is None else {"Content-Type": "application/json"}
+        response = await http.request(
+            method, self.endpoint.url + path, content=body, headers={**headers, **content_type}
+        )
+        polls = 0
+        while response.status_code == httpx2.codes.ACCEPTED and self.endpoint.status_url is not None:
+            ticket = response.headers.get("NVCF-REQID")
+            if not ticket:
+                break
+            await anyio.sleep(_POLL_PAUSES[min(polls, len(_POLL_PAUSES) - 1)])
+            polls += 1
+            response = await http.get(f"{self.endpoint.status_url}/{ticket}", headers=headers)
+        return response
+
+    def _client(self) -> httpx2.AsyncClient:
+        """Made at the first request: loading the certificates takes a while."""
+        if self._closed:
+            raise ServerStopped("the server is shutting down")
+        if self._http is None:
+            connections = self.endpoint.concurrency
+            self._http = httpx2.AsyncClient(
+                timeout=httpx2.Timeout(self.endpoint.timeout, connect=_CONNECT_TIMEOUT, pool=None),
+                limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections),
+                follow_redirects=False,  # a redirect could carry the key to another host
+                trust_env=not self.endpoint.loopback,  # a proxy for the outside world has no way to this machine
+                headers={"User-Agent": f"embeddings-mcp/{__version__}", "Accept": "application/json"},
+            )
+        return self._http

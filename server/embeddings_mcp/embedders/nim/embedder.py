@@ -1,0 +1,233 @@
+"""The embedder of one model at an endpoint."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+import anyio
+import httpx2
+import numpy as np
+
+from embeddings_mcp.embedders.base import Embeddings, OnProgress
+from embeddings_mcp.embedders.nim.client import EndpointClient
+from embeddings_mcp.embedders.nim.failures import Failure
+from embeddings_mcp.embedders.nim.wire import Answer, read_answer, read_json, request_body
+from embeddings_mcp.errors import EmbeddingsError, InputTooLong, InvalidRequest, UpstreamFailed, UpstreamTimeout
+from embeddings_mcp.models import InputType, ModelCard, Truncate
+
+logger = logging.getLogger(__name__)
+
+
+class NimEmbedder:
+    """Embeds with one model of an endpoint; follows `embedders.base.Embedder`.
+
+    A call's texts go out in sub-batches, several at a time, and a call has no more of them waiting than the endpoint
+    takes at once, so that a short call gets its turn beside a long one. The first sub-batch that fails for good fails
+    the call and cancels the others.
+
+    Args:
+        client: the way to the endpoint, which its other models share. Closing the embedder closes it.
+        card: what the model takes and gives; a length that it does not know is learnt from the first answer.
+        model: the model's name at the endpoint; the card's id where it is not given.
+    """
+
+    def __init__(self, client: EndpointClient, card: ModelCard, *, model: str | None = None) -> None:
+        self._client = client
+        self._endpoint = client.endpoint
+        self._card = card
+        self._model = model or card.id
+        self._answered = False
+        self._told: set[str] = set()
+
+    @property
+    def card(self) -> ModelCard:
+        """What the model takes and gives."""
+        return self._card
+
+    @property
+    def origin(self) -> str:
+        """The endpoint's address."""
+        return self._endpoint.url
+
+    async def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        input_type: InputType | None,
+        truncate: Truncate,
+        on_progress: OnProgress | None = None,
+    ) -> Embeddings:
+        """Embed `texts`, row i for text i.
+
+        Raises:
+            InvalidRequest: the model or the endpoint cannot do what is asked.
+            InputTooLong: a text is too long and `truncate` is NONE.
+            UnknownModel: the endpoint does not serve the model, or not to this account.
+            Overloaded: the endpoint's limits leave no room within the deadline, or it said so itself.
+            ModelUnavailable: one of its kinds says what is wrong with the endpoint.
+        """
+        if self._endpoint.dialect == "openai" and truncate != "NONE":
+            raise InvalidRequest(
+                f"`truncate` must be 'NONE' with {self._card.id}: {self.origin} cannot be asked to truncate",
+                param="truncate",
+            )
+        size = self._endpoint.batch_size
+        starts = range(0, len(texts), size)
+        self._check_feasible(len(starts))
+        answers: dict[int, Answer] = {}
+        failures: list[EmbeddingsError] = []
+        done = 0
+        waiting = iter(starts)
+
+        async def work() -> None:
+            nonlocal done
+            for start in waiting:
+                batch = texts[start : start + size]
+                try:
+                    answers[start] = await self._embed_batch(batch, start, input_type=input_type, truncate=truncate)
+                except EmbeddingsError as error:
+                    failures.append(error)
+                    group.cancel_scope.cancel()
+                    return
+                done += len(batch)
+                if on_progress is not None:
+                    await on_progress(done)
+
+        with anyio.move_on_after(self._endpoint.deadline) as scope:
+            self._client.turnstile.admit(len(starts))
+            async with anyio.create_task_group() as group:
+                for _ in range(min(self._endpoint.concurrency, len(starts))):
+                    group.start_soon(work)
+        if failures:
+            raise failures[0]
+        if scope.cancelled_caught:
+            raise UpstreamTimeout(
+                f"the endpoint {self.origin} had embedded {done:,} of {len(texts):,} texts after "
+                f"{self._endpoint.deadline:g} s, the longest that a call may take: send fewer texts at once, or raise "
+                "its `deadline`"
+            )
+        answer = _joined([answers[start] for start in starts], self.origin)
+        self._learn(answer)
+        return Embeddings(answer.vectors, answer.prompt_tokens, answer.model)
+
+    async def check(self) -> None:
+        """Return once the model can answer.
+
+        Most endpoints have a route that tells. The hosted API has none: all that can be known is whether the model
+        answers, so it is asked for one vector, and never again once it has given any.
+
+        Raises:
+            EmbeddingsError: it cannot, and why.
+        """
+        with anyio.move_on_after(self._endpoint.timeout):
+            if self._card.dimensions is None or (self._endpoint.ready_path is None and not self._answered):
+                self._learn(await self._embed_batch(["ready?"], 0, input_type="passage", truncate="NONE", once=True))
+            else:
+                await self._client.check()
+            return
+        raise UpstreamTimeout(f"the endpoint {self.origin} did not answer within {self._endpoint.timeout:g} s")
+
+    async def aclose(self) -> None:
+        """Give up what is in flight, for all models of the endpoint, and close its connections."""
+        await self._client.aclose()
+
+    # --- The steps ---------------------------------------------------------------------------------------------------
+
+    async def _embed_batch(
+        self,
+        texts: Sequence[str],
+        start: int,
+        *,
+        input_type: InputType | None,
+        truncate: Truncate,
+        once: bool = False,
+    ) -> Answer:
+        """Embed in one request, or, should the endpoint find them too much for one, in halves.
+
+        Args:
+            texts: a sub-batch.
+            start: position of its first text in the call.
+            input_type: as in `embed`.
+            truncate: as in `embed`.
+            once: do not try again.
+        """
+
+        def read(response: httpx2.Response) -> Answer:
+            if retires := response.headers.get("Deprecation"):
+                self._tell(f"{self._model} reaches its end of life at {self.origin} on {retires}")
+            return read_answer(read_json(response.content), count=len(texts), dimensions=self._card.dimensions)
+
+        body = request_body(
+            texts,
+            model=self._model,
+            card=self._card,
+            dialect=self._endpoint.dialect,
+            input_type=input_type,
+            truncate=truncate,
+        )
+        try:
+            return await self._client.fetch(
+                "POST", "/embeddings", read, body=body, model=self._model, texts=texts, once=once
+            )
+        except Failure as error:
+            failure = error
+        if not failure.divisible or len(texts) == 1:
+            raise _shifted(failure.error, start)
+        self._tell(f"{failure.error.message}; smaller requests are sent, which `batch_size` could say at once")
+        middle = len(texts) // 2
+        halves = [
+            await self._embed_batch(half, begin, input_type=input_type, truncate=truncate)
+            for half, begin in ((texts[:middle], start), (texts[middle:], start + middle))
+        ]
+        return _joined(halves, self.origin)
+
+    def _check_feasible(self, requests: int) -> None:
+        """Refuse at once what even an idle endpoint could not do: waiting and trying again would not help."""
+        most = self._client.turnstile.capacity(self._endpoint.deadline)
+        if requests > most:
+            raise InvalidRequest(
+                f"`input` has too many texts for one call: {self.origin} takes {self._endpoint.rate:g} requests a "
+                f"minute and a call may last {self._endpoint.deadline:g} s; send at most "
+                f"{most * self._endpoint.batch_size:,.0f} texts at once",
+                param="input",
+            )
+
+    def _learn(self, answer: Answer) -> None:
+        """Keep what an answer tells about the model."""
+        self._answered = True
+        if self._card.dimensions is None:
+            self._card = replace(self._card, dimensions=answer.vectors.shape[1])
+        if answer.model is not None and answer.model.lower() not in self._card.names | {self._model.lower()}:
+            self._tell(f"{self.origin} was asked for {self._model} and says that it serves {answer.model}")
+
+    def _tell(self, message: str) -> None:
+        """Log a warning, but the same one only once."""
+        if message not in self._told:
+            self._told.add(message)
+            logger.warning(message)
+
+
+def _joined(answers: Sequence[Answer], origin: str) -> Answer:
+    """Several answers as one, in their order."""
+    if len(answers) == 1:
+        return answers[0]
+    models = {answer.model for answer in answers}
+    lengths = {answer.vectors.shape[1] for answer in answers}
+    if len(models) > 1 or len(lengths) > 1:
+        # A server in the middle of an exchange: vectors of two spaces in one answer would be worse than none.
+        names = " and ".join(sorted(f"{model} ({length} dimensions)" for model in models for length in lengths))
+        raise UpstreamFailed(f"the endpoint {origin} served one call with different models ({names}): try again")
+    return Answer(
+        np.concatenate([answer.vectors for answer in answers]),
+        sum(answer.prompt_tokens for answer in answers),
+        answers[0].model,
+    )
+
+
+def _shifted(error: EmbeddingsError, start: int) -> EmbeddingsError:
+    """The error about a text of a sub-batch as one about a text of the call."""
+    if not isinstance(error, InputTooLong):
+        return error
+    return InputTooLong(index=start + error.index, tokens=error.tokens, allowed=error.allowed, certain=error.certain)

@@ -1,0 +1,352 @@
+"""What an endpoint's refusal means: one table from status and words to our errors, and to whether asking again helps.
+
+NVIDIA calls the wording of its errors unstable, so the status decides first, and the words only where one status has
+several meanings. What an endpoint said is repeated in one short line, and never with the key in it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+
+import httpx2
+import orjson
+
+from embeddings_mcp.embedders.nim.endpoint import HOSTED_DEFAULT_MODEL, KEYS_URL, Endpoint
+from embeddings_mcp.errors import (
+    EmbeddingsError,
+    InputTooLong,
+    InvalidRequest,
+    ModelRetired,
+    Overloaded,
+    PayloadTooLarge,
+    UnknownModel,
+    UpstreamFailed,
+    UpstreamRefused,
+    UpstreamTimeout,
+    UpstreamUnavailable,
+)
+from embeddings_mcp.models import find_card
+
+PATIENT = 7
+"""Attempts at what passes with the minute (a rate limit): their pauses of 1, 2, 4 ... 30 s last just over one."""
+
+BRIEF = 4
+"""Attempts at what passes at once or not soon: a lost connection, a failure inside the endpoint."""
+
+_RATE_WINDOW = 60.0
+_LONGEST_QUOTE = 300
+
+
+class Failure(Exception):
+    """An attempt that failed. It does not leave this package: its `error` does.
+
+    Attributes:
+        error: what the caller is told if nothing more is tried.
+        attempts: how many attempts in all are worth making; 1 where asking again cannot help.
+        pause: seconds that the endpoint asks to wait before the next; None where it does not say.
+        divisible: the same texts may go through in smaller requests.
+    """
+
+    def __init__(
+        self, error: EmbeddingsError, *, attempts: int = 1, pause: float | None = None, divisible: bool = False
+    ) -> None:
+        super().__init__(error.message)
+        self.error = error
+        self.attempts = attempts
+        self.pause = pause
+        self.divisible = divisible
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """An answer that is no success, with all that the table's rows look at.
+
+    Attributes:
+        endpoint: who refused.
+        model: the model's name there; None for a request that names none.
+        status: of the answer.
+        said: the endpoint's own words in one line; empty where it had none.
+        retry_after: seconds it asks to wait; None where it does not say.
+        location: where a redirect leads.
+        texts: the texts that were sent.
+    """
+
+    endpoint: Endpoint
+    model: str | None
+    status: int
+    said: str
+    retry_after: float | None
+    location: str | None
+    texts: Collection[str]
+
+    @property
+    def quote(self) -> str:
+        """Status and words."""
+        return f"{self.status}: {self.said}" if self.said else str(self.status)
+
+    @property
+    def account(self) -> str:
+        """Whose account it was, by the name of what holds the key."""
+        return f"the account of the key in {self.endpoint.key_name}"
+
+    def __str__(self) -> str:
+        return f"the endpoint {self.endpoint.url}"
+
+
+def understand(
+    response: httpx2.Response, *, endpoint: Endpoint, model: str | None = None, texts: Collection[str] = ()
+) -> Failure:
+    """What an answer that is no success means."""
+    refusal = Refusal(
+        endpoint=endpoint,
+        model=model,
+        status=response.status_code,
+        said=endpoint.redact(words(response.content))[:_LONGEST_QUOTE],
+        retry_after=retry_after(response.headers.get("Retry-After")),
+        location=response.headers.get("Location"),
+        texts=texts,
+    )
+    for statuses, pattern, meaning in _TABLE:
+        if refusal.status in statuses and (found := re.search(pattern, refusal.said, re.IGNORECASE)):
+            return meaning(refusal, found)
+    return _failed(refusal)
+
+
+def understand_silence(error: httpx2.RequestError, *, endpoint: Endpoint) -> Failure:
+    """What it means that no answer came, or not a whole one."""
+    detail = endpoint.redact(str(error)) or type(error).__name__
+    match error:
+        case httpx2.ConnectTimeout() | httpx2.ConnectError():
+            address = f"cannot connect to the endpoint {endpoint.url} ({detail}): is it running, is the address right?"
+            return Failure(UpstreamUnavailable(address), attempts=BRIEF)
+        case httpx2.TimeoutException():
+            silent = f"the endpoint {endpoint.url} was silent for {endpoint.timeout:g} s"
+            return Failure(UpstreamTimeout(silent), attempts=BRIEF)
+        case _:
+            broken = (
+                f"the connection to the endpoint {endpoint.url} broke off before its answer was complete ({detail})"
+            )
+            return Failure(UpstreamFailed(broken), attempts=BRIEF)
+
+
+def unusable(reason: str, *, endpoint: Endpoint, damaged: bool) -> Failure:
+    """An answer with status 200 that cannot be believed; a damaged one may be whole the next time."""
+    error = UpstreamFailed(f"the answer of the endpoint {endpoint.url} cannot be used: {reason}")
+    return Failure(error, attempts=BRIEF if damaged else 1)
+
+
+# --- The table -------------------------------------------------------------------------------------------------------
+
+
+def _too_long(refusal: Refusal, found: re.Match[str]) -> Failure:
+    groups = found.groupdict()
+    tokens, allowed = (_number(groups.get(name)) for name in ("tokens", "allowed"))
+    index = _number(groups.get("index"))
+    if index is not None and index < len(refusal.texts):
+        return Failure(InputTooLong(index=index, tokens=tokens, allowed=allowed))
+    lengths = [len(text) for text in refusal.texts]
+    return Failure(
+        InputTooLong(index=lengths.index(max(lengths)), tokens=tokens, allowed=allowed, certain=len(lengths) == 1)
+    )
+
+
+def _too_large(refusal: Refusal, _found: re.Match[str]) -> Failure:
+    texts = "the text is" if len(refusal.texts) == 1 else f"{len(refusal.texts)} texts are"
+    error = PayloadTooLarge(f"{texts} too much for one request to {refusal} ({refusal.quote})", param="input")
+    return Failure(error, divisible=True)
+
+
+def _input_type(refusal: Refusal, _found: re.Match[str]) -> Failure:
+    return Failure(
+        InvalidRequest(
+            f"`input_type` is not as {refusal.model} wants it: 'query' for what is searched with, 'passage' for what "
+            f"is searched ({refusal} answered {refusal.quote})",
+            param="input_type",
+        )
+    )
+
+
+def _invalid(refusal: Refusal, _found: re.Match[str]) -> Failure:
+    return Failure(InvalidRequest(f"{refusal} does not accept the request ({refusal.quote})"))
+
+
+def _degraded(refusal: Refusal, _found: re.Match[str]) -> Failure:
+    error = UpstreamUnavailable(f"{refusal} says that {refusal.model} is degraded at the moment; try again later")
+    return Failure(error, attempts=BRIEF)
+
+
+def _key_refused(refusal: Refusal, _found: re.Match[str]) -> Failure:
+    endpoint = refusal.endpoint
+    source = f"keys come from {KEYS_URL}" if endpoint.hosted else "ask whoever runs it for one"
+    if endpoint.api_key is None:
+        message = f"{refusal} asks for an API key, and none is set: set {endpoint.key_name}; {source}"
+    else:
+        message = (
+            f"{refusal} does not accept the API key in {endpoint.key_name} ({refusal.status}): it is mistyped, revoked "
+            f"or not meant for this; {source}"
+        )
+    return Failure(UpstreamRefused(message))
+
+
+def _no_credits(refusal: Refusal, _found: re.Match[str]) -> Failure:
+    where = f"; see {KEYS_URL}" if refusal.endpoint.hosted else ""
+    return Failure(UpstreamRefused(f"{refusal.account} has no credits left at {refusal.endpoint.url} (402){where}"))
+
+
+def _not_entitled(refusal: Refusal, _found: re.Match[str]) -> Failure:
+    return Failure(
+        UnknownModel(
+            f"{refusal.account} may not use {refusal.model} at {refusal.endpoint.url}, which lists more models than an "
+            "account can call (404): choose another model",
+            param="model",
+        )
+    )
+
+
+def _not_found(refusal: Refusal, _found: re.Match[str]) -> Failure:
+    if refusal.model is None:
+        return Failure(UpstreamFailed(f"{refusal} has no such route (404): is its address right?"))
+    return Failure(
+        UnknownModel(f"{refusal} serves no model {refusal.model} ({refusal.quote}): choose another one", param="model")
+    )
+
+
+def _retired(refusal: Refusal, found: re.Match[str]) -> Failure:
+    date = found.groupdict().get("date")
+    when = f" on {date}" if date else ""
+    if refusal.model and (card := find_card(refusal.model)):
+        heir = f"{card.id} goes on making the same vectors on your own machine: serve it with `--model {card.id}`"
+    else:
+        heir = (
+            "no model known here makes the same vectors, so what was stored must be embedded anew, for example with "
+            + HOSTED_DEFAULT_MODEL
+        )
+    return Failure(ModelRetired(f"{refusal} switched {refusal.model} off{when} (410); {heir}", param="model"))
+
+
+def _rate_limited(refusal: Refusal, _found: re.Match[str]) -> Failure:
+    error = Overloaded(
+        f"{refusal} takes no more requests for now ({refusal.quote}): send fewer texts at once, or lower "
+        "`requests_per_minute` for it",
+        retry_after=refusal.retry_after or _RATE_WINDOW,
+    )
+    return Failure(error, attempts=PATIENT, pause=refusal.retry_after)
+
+
+def _timed_out(refusal: Refusal, _found: re.Match[str]) -> Failure:
+    return Failure(UpstreamTimeout(f"{refusal} did not finish in its own time ({refusal.quote})"), attempts=BRIEF)
+
+
+def _unavailable(refusal: Refusal, _found: re.Match[str]) -> Failure:
+    error = UpstreamUnavailable(f"{refusal} takes no work now ({refusal.quote})", retry_after=refusal.retry_after)
+    return Failure(error, attempts=BRIEF, pause=refusal.retry_after)
+
+
+def _broken(refusal: Refusal, _found: re.Match[str]) -> Failure:
+    return Failure(UpstreamFailed(f"{refusal} failed ({refusal.quote})"), attempts=BRIEF)
+
+
+def _redirected(refusal: Refusal, _found: re.Match[str]) -> Failure:
+    leads = refusal.endpoint.redact(refusal.location or "nowhere")[:_LONGEST_QUOTE]
+    return Failure(
+        UpstreamFailed(
+            f"{refusal} redirects to {leads} ({refusal.status}), which is not followed, since the key would go with "
+            "it: if that address is the right one, set it as the endpoint's"
+        )
+    )
+
+
+def _failed(refusal: Refusal) -> Failure:
+    return Failure(UpstreamFailed(f"{refusal} answered what embeddings have no use for ({refusal.quote})"))
+
+
+_INVALID = frozenset({400, 413, 422})
+_ANY = ""
+
+_TABLE: tuple[tuple[Collection[int], str, Callable[[Refusal, re.Match[str]], Failure]], ...] = (
+    # Every (status, words) once, the first that fits; statuses that are in no row are a failure not worth repeating.
+    # NIM, then servers of the same API: ours, text-embeddings-inference, vLLM, Ollama.
+    (_INVALID, r"Input length (?P<tokens>\d+) exceeds maximum allowed token size (?P<allowed>\d+)", _too_long),
+    (_INVALID, r"exceeds maximum allowed token size", _too_long),
+    (_INVALID, r"`input\[(?P<index>\d+)\]` has (?P<tokens>[\d,]+) tokens, .* takes (?P<allowed>[\d,]+)", _too_long),
+    (_INVALID, r"must have less than (?P<allowed>\d+) tokens\. Given: (?P<tokens>\d+)", _too_long),
+    (_INVALID, r"maximum context length is (?P<allowed>\d+) tokens.*?(?P<tokens>\d+) (input )?tokens", _too_long),
+    (_INVALID, r"exceeds (the|maximum) context length", _too_long),
+    # The hosted gateway's limit is on bytes, other servers have one on texts.
+    (_INVALID, r"payload is below|batch size|less than \d+ elements", _too_large),
+    ({413}, _ANY, _too_large),
+    ({400}, r"DEGRADED", _degraded),
+    (_INVALID, r"input_type", _input_type),
+    (_INVALID, _ANY, _invalid),
+    ({401, 403}, _ANY, _key_refused),
+    ({402}, _ANY, _no_credits),
+    ({404}, r"not found for account", _not_entitled),
+    ({404}, _ANY, _not_found),
+    ({410}, r"end of life on (?P<date>\d{4}-\d\d-\d\d)", _retired),
+    ({410}, _ANY, _retired),
+    ({429}, _ANY, _rate_limited),
+    ({408, 504}, _ANY, _timed_out),
+    ({503}, _ANY, _unavailable),
+    ({500, 502}, _ANY, _broken),
+    (range(300, 400), _ANY, _redirected),
+)
+
+
+# --- Reading an answer -----------------------------------------------------------------------------------------------
+
+
+def words(body: bytes) -> str:
+    """What the body of a refusal says, in one line, whichever of the known forms it has.
+
+    ``{"error": text}``, ``{"error": {"message": text}}``, ``{"detail": text | object | array}``,
+    ``{"message": text, "detail": ...}``, problem+json, plain text. A page of HTML says nothing.
+    """
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        value = body.decode(errors="replace")
+        if value.lstrip().startswith("<"):
+            return ""
+    return " ".join(_said(value).split())
+
+
+def _said(value: object) -> str:
+    match value:
+        case str():
+            return value
+        case {"error": (str() | dict()) as error}:
+            return _said(error)
+        case {"loc": [*place], "msg": str(message)}:
+            return f"{'.'.join(map(str, place))}: {message}"
+        case [*several]:
+            return "; ".join(filter(None, map(_said, several)))
+        case dict():
+            # A title is only a name for the status, so it speaks where nothing else does.
+            parts = [_said(value[key]) for key in ("message", "msg", "detail") if value.get(key)]
+            return " ".join(filter(None, parts)) or _said(value.get("title"))
+        case _:
+            return ""
+
+
+def retry_after(header: str | None) -> float | None:
+    """Seconds from a ``Retry-After`` header, which holds a number or a date (RFC 9110, section 10.2.3)."""
+    if header is None:
+        return None
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            date = parsedate_to_datetime(header)
+        except ValueError:
+            return None
+        seconds = (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
+    return max(seconds, 0.0) if math.isfinite(seconds) else None
+
+
+def _number(digits: str | None) -> int | None:
+    return None if digits is None else int(digits.replace(",", ""))
