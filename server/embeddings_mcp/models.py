@@ -35,6 +35,7 @@ class ModelCard:
         input_type: whether the model needs to be told queries from passages.
         query_prompt: text put before a query.
         passage_prompt: text put before a passage.
+        default_prompt: text put before an input whose type was not said.
         licence: SPDX id or the licence's own name, None where unknown.
     """
 
@@ -46,12 +47,13 @@ class ModelCard:
     input_type: InputTypeUse = "ignored"
     query_prompt: str = ""
     passage_prompt: str = ""
+    default_prompt: str = ""
     licence: str | None = None
 
     def prompt(self, input_type: InputType | None) -> str:
-        """The text that goes before an input of this type; empty for an input whose type was not said."""
+        """The text that goes before an input of this type."""
         if input_type is None or self.input_type == "ignored":
-            return ""
+            return self.default_prompt
         return self.query_prompt if input_type == "query" else self.passage_prompt
 
     @property

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from embeddings_mcp.embedders.base import Embedder, Embeddings, OnProgress
-from embeddings_mcp.errors import InputTooLong, InvalidRequest, ModelUnavailable, UnknownModel
+from embeddings_mcp.errors import InputTooLong, InvalidRequest, InvalidSetting, ModelUnavailable, UnknownModel
 from embeddings_mcp.models import InputType, ModelCard, Truncate
 from embeddings_mcp.schema import (
     EmbeddingRequest,
@@ -41,8 +41,7 @@ class EmbeddingService:
         default_model: the name that ``default`` stands for.
 
     Raises:
-        UnknownModel: no embedder answers to `default_model`.
-        ValueError: two embedders answer to the same name.
+        InvalidSetting: two embedders answer to one name, or none to `default_model`.
     """
 
     def __init__(self, embedders: Iterable[Embedder], *, default_model: str) -> None:
@@ -51,11 +50,11 @@ class EmbeddingService:
         for embedder in self._embedders:
             for name in embedder.card.names:
                 if name in self._by_name:
-                    raise ValueError(f"two models answer to the name {name!r}")
+                    raise InvalidSetting(f"two of the models answer to the name {name!r}: give each a name of its own")
                 self._by_name[name] = embedder
         self._default = self._by_name.get(default_model.lower())
         if self._default is None:
-            raise UnknownModel(f"the default model {default_model!r} is not among the models served: {self._ids()}")
+            raise InvalidSetting(f"the default model {default_model!r} is not among the models served: {self._ids()}")
 
     # --- What can be asked -------------------------------------------------------------------------------------------
 

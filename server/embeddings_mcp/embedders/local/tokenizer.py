@@ -1,0 +1,122 @@
+"""Texts to token ids, with the prompt before them and cut to the model's length, straight from ``tokenizer.json``.
+
+The file is read by the tokenizers library itself: it is what the model was trained with, while transformers' classes
+rebuild parts of it for some families and then give other ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer as FastTokenizer
+
+from embeddings_mcp.errors import CheckpointInvalid, InputTooLong, InvalidRequest
+from embeddings_mcp.models import Truncate
+
+_CHARACTERS_PER_TOKEN = 16
+"""Of a text with more characters than this for each token that the model takes, only one end is tokenized at first.
+English has about 4; text that has more still comes out right, at the cost of a second look."""
+
+_MARGIN = 64
+"""Tokens at the edge of such a rough cut that are not believed, since the cut may have parted what belongs together."""
+
+
+class Tokenizer:
+    """A model's tokenizer.
+
+    Args:
+        tokenizer: the tokenizer of the tokenizers library; its own truncation and padding are switched off.
+        max_tokens: longest text, special tokens and prompt included.
+        lowercase: whether texts are put in lower case first.
+    """
+
+    def __init__(self, tokenizer: FastTokenizer, *, max_tokens: int, lowercase: bool = False) -> None:
+        # Files may carry the settings of some training run: MiniLM's cuts at 128 and pads to 128.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self._lowercase = lowercase
+        self.max_tokens = max_tokens
+        added = tokenizer.encode("a").special_tokens_mask
+        self._before, self._after = added.index(0), added[::-1].index(0)
+
+    @classmethod
+    def from_folder(cls, folder: Path, *, max_tokens: int, lowercase: bool = False) -> Tokenizer:
+        """Read the tokenizer of a checkpoint.
+
+        Raises:
+            CheckpointInvalid: there is none, or it cannot be read.
+        """
+        path = folder / "tokenizer.json"
+        try:
+            if path.is_file():
+                tokenizer = FastTokenizer.from_file(str(path))
+            else:
+                from transformers import AutoTokenizer  # slow to import, but able to convert older files
+
+                tokenizer = AutoTokenizer.from_pretrained(str(folder)).backend_tokenizer
+            return cls(tokenizer, max_tokens=max_tokens, lowercase=lowercase)
+        except Exception as error:  # tokenizers raises no narrower class, and transformers' readers whatever comes
+            raise CheckpointInvalid(f"{path}: the tokenizer cannot be read: {error}") from error
+
+    def encode(self, texts: Sequence[str], *, prompt: str, truncate: Truncate) -> list[list[int]]:
+        """The token ids of each text, prompt and special tokens included, never more than the model takes.
+
+        `truncate` END drops the end of a text, START its beginning; prompt and special tokens stay. A text much longer
+        than the model takes costs about as much as the part that is kept.
+
+        Raises:
+            InputTooLong: a text is too long and `truncate` is NONE.
+            InvalidRequest: the tokenizer leaves nothing of a text.
+        """
+        if self._lowercase:
+            prompt, texts = prompt.lower(), [text.lower() for text in texts]
+        reach = _CHARACTERS_PER_TOKEN * self.max_tokens
+        excerpts = [_excerpt(text, reach, truncate) for text in texts]
+        encodings = self._tokenizer.encode_batch_fast([prompt + excerpt for excerpt in excerpts])
+        rows = []
+        for index, (text, excerpt, encoding) in enumerate(zip(texts, excerpts, encodings, strict=True)):
+            ids, seen = encoding.ids, len(excerpt)
+            while len(ids) < self.max_tokens + _MARGIN and seen < len(text):
+                seen *= 8
+                ids = self._tokenizer.encode_batch_fast([prompt + _excerpt(text, seen, truncate)])[0].ids
+            if len(ids) > self.max_tokens:
+                if truncate == "NONE":
+                    tokens = len(ids) if seen >= len(text) else None
+                    raise InputTooLong(index=index, tokens=tokens, allowed=self.max_tokens)
+                ids = self._cut(ids, prompt, truncate)
+            if not ids:
+                raise InvalidRequest(f"text {index} holds nothing that the model's tokenizer keeps")
+            rows.append(ids)
+        return rows
+
+    def prompt_length(self, prompt: str) -> int:
+        """How many tokens at the start of a text are the prompt's or special.
+
+        The last of the prompt may join the first of the text and is then not counted.
+        """
+        if not prompt:
+            return 0
+        return len(self._tokenizer.encode(prompt).ids) - self._after
+
+    def _cut(self, ids: list[int], prompt: str, truncate: Truncate) -> list[int]:
+        """Drop as many tokens as are too many, from the text's end or from its start."""
+        last = ids[len(ids) - self._after :]
+        if truncate == "END":
+            return ids[: self.max_tokens - len(last)] + last
+        first = ids[: self._before + self._shared(ids, prompt)]
+        kept = self.max_tokens - len(first) - len(last)
+        end = len(ids) - len(last)
+        return first + ids[end - kept : end] + last
+
+    def _shared(self, ids: list[int], prompt: str) -> int:
+        """How many tokens behind the special ones are the prompt's and nothing else's."""
+        alone = self._tokenizer.encode(prompt, add_special_tokens=False).ids if prompt else []
+        pairs = zip(alone, ids[self._before :], strict=False)
+        return next((count for count, (ours, theirs) in enumerate(pairs) if ours != theirs), len(alone))
+
+
+def _excerpt(text: str, reach: int, truncate: Truncate) -> str:
+    """The end of the text that is to be kept, `reach` characters of it at most."""
+    return text[-reach:] if truncate == "START" else text[:reach]

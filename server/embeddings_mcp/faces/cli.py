@@ -1,0 +1,288 @@
+"""The command line: it starts the server, and asks what the tools ask, for people and scripts.
+
+Answers go to stdout, as a table or with ``--json`` as the very response that REST gives; all else goes to stderr. Exit
+codes: 0 done, 1 refused or failed (a line on stderr says why), 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import AsyncIterator, Mapping
+from typing import Annotated, Any, Literal
+
+import anyio
+import typer
+from pydantic import ValidationError
+
+from embeddings_mcp import __version__
+from embeddings_mcp.assemble import build_service
+from embeddings_mcp.embedders.base import OnProgress
+from embeddings_mcp.errors import EmbeddingsError, InvalidSetting
+from embeddings_mcp.operations import CREATE_EMBEDDING, LIST_MODELS, SEARCH, SIMILARITY, Operation
+from embeddings_mcp.schema import dump_json, parse
+from embeddings_mcp.settings import Settings
+
+app = typer.Typer(
+    help="Text embeddings for agents: an MCP server with an OpenAI-compatible REST API, and the same from a terminal.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Transport = Literal["stdio", "http"]
+InputType = Literal["query", "passage"]
+Truncate = Literal["NONE", "START", "END"]
+Metric = Literal["cosine", "dot", "euclidean"]
+EncodingFormat = Literal["float", "base64"]
+
+TextsArgument = Annotated[
+    list[str], typer.Argument(metavar="TEXT...", help="Texts; `-` stands for the lines of stdin.")
+]
+ModelOption = Annotated[str | None, typer.Option("--model", metavar="ID[=PATH]", help="The model, or its folder.")]
+InputTypeOption = Annotated[InputType | None, typer.Option(help="What the texts are for; asymmetric models need it.")]
+TruncateOption = Annotated[Truncate, typer.Option(help="What to drop of a text that is too long.")]
+DimensionsOption = Annotated[int | None, typer.Option(help="Length of the vectors, on Matryoshka models.")]
+DeviceOption = Annotated[str | None, typer.Option(help="Where the model runs: auto, cpu, cuda, cuda:1, mps.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the response as JSON.")]
+
+_PROGRESS_FROM = 64
+"""Texts from which on a progress bar is worth its lines."""
+
+
+def main() -> None:
+    """Run the command line; an error that was foreseen is one line on stderr and exit code 1."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        app()
+    except EmbeddingsError as error:
+        sys.stderr.write(f"embeddings-mcp: {error}\n")
+        sys.exit(1)
+
+
+@app.command()
+def serve(
+    *,
+    transport: Annotated[Transport, typer.Option(help="stdio for one MCP host, http for MCP and REST.")] = "stdio",
+    host: Annotated[str | None, typer.Option(help="Address to listen on; 127.0.0.1 if not set.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 8000 if not set, 0 takes a free one.")] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ID[=PATH]", help="A model to serve, or its folder; may be given several times."),
+    ] = None,
+    default_model: Annotated[str | None, typer.Option(metavar="ID", help="The model that `default` means.")] = None,
+    device: DeviceOption = None,
+) -> None:
+    """Serve the tools over MCP (stdio or HTTP) and the REST API (HTTP)."""
+    settings = _settings(models=model, default_model=default_model, device=device, host=host, port=port)
+    # Imported late, since the other commands need neither.
+    from embeddings_mcp.faces.mcp import build_mcp_server
+
+    service = build_service(settings)
+    server = build_mcp_server(service)
+    if transport == "http":
+        from embeddings_mcp.faces.http import serve_http
+
+        serve_http(service, server, settings)
+        return
+
+    async def serve_stdio() -> None:
+        async with contextlib.aclosing(service):
+            await server.run_stdio_async()
+
+    anyio.run(serve_stdio)
+
+
+@app.command()
+def embed(
+    texts: TextsArgument,
+    *,
+    model: ModelOption = None,
+    input_type: InputTypeOption = None,
+    truncate: TruncateOption = "NONE",
+    dimensions: DimensionsOption = None,
+    encoding_format: Annotated[EncodingFormat, typer.Option(help="How --json writes a vector.")] = "float",
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Turn texts into vectors."""
+    lines = _lines(texts)
+    answer = _ask(
+        CREATE_EMBEDDING,
+        _settings(models=model, device=device),
+        input=lines,
+        input_type=input_type,
+        truncate=truncate,
+        dimensions=dimensions,
+        encoding_format=encoding_format if as_json else "float",
+    )
+    from embeddings_mcp.faces import tables
+
+    _print(dump_json(answer) if as_json else tables.embeddings(answer, lines))
+
+
+@app.command()
+def similarity(
+    texts: TextsArgument,
+    *,
+    other: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="Compare with this text; may be given several times.")
+    ] = None,
+    metric: Annotated[Metric, typer.Option(help="How closeness is measured.")] = "cosine",
+    top_k: Annotated[int | None, typer.Option(help="Show only this many closest pairs.")] = None,
+    model: ModelOption = None,
+    input_type: InputTypeOption = None,
+    truncate: TruncateOption = "NONE",
+    dimensions: DimensionsOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Score how alike texts are: with each other, or with every --other."""
+    lines = _lines(texts)
+    others = _lines(other) if other else None
+    answer = _ask(
+        SIMILARITY,
+        _settings(models=model, device=device),
+        input=lines,
+        other=others,
+        metric=metric,
+        top_k=top_k,
+        input_type=input_type,
+        truncate=truncate,
+        dimensions=dimensions,
+    )
+    from embeddings_mcp.faces import tables
+
+    _print(dump_json(answer) if as_json else tables.similarity(answer, lines, others or lines))
+
+
+@app.command()
+def search(
+    query: Annotated[str, typer.Argument(help="What to look for.")],
+    texts: TextsArgument,
+    *,
+    top_k: Annotated[int, typer.Option(help="Show at most this many passages.")] = 10,
+    model: ModelOption = None,
+    truncate: TruncateOption = "NONE",
+    dimensions: DimensionsOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Rank passages by how well they answer a query."""
+    lines = _lines(texts)
+    answer = _ask(
+        SEARCH,
+        _settings(models=model, device=device),
+        query=query,
+        input=lines,
+        top_k=top_k,
+        truncate=truncate,
+        dimensions=dimensions,
+    )
+    from embeddings_mcp.faces import tables
+
+    _print(dump_json(answer) if as_json else tables.search(answer, lines))
+
+
+@app.command()
+def models(
+    *,
+    model: Annotated[list[str] | None, typer.Option(metavar="ID[=PATH]", help="Besides those of the settings.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the models that would be served."""
+    answer = _ask(LIST_MODELS, _settings(models=model))
+    from embeddings_mcp.faces import tables
+
+    _print(dump_json(answer) if as_json else tables.models(answer))
+
+
+@app.command()
+def demo(
+    texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT...]", help="Texts to try it on.")] = None,
+) -> None:
+    """Start the server over stdio as an MCP host would, and ask it a few things."""
+    from embeddings_mcp.faces.demo import run_demo
+
+    anyio.run(run_demo, _lines(texts) if texts else None)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    _print(__version__.encode())
+
+
+def _settings(**flags: object) -> Settings:
+    """The settings, with the flags that were given over the environment.
+
+    Raises:
+        InvalidSetting: a value is not accepted.
+    """
+    given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
+    if isinstance(given.get("models"), str):
+        given["models"] = (given["models"],)  # as a bare string it would be split at spaces, as in the environment
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        name = str(first["loc"][0])
+        raise InvalidSetting(
+            f"the setting `{name}` (--{name.replace('_', '-')}, or EMBEDDINGS_MCP_{name.upper()}): {first['msg']}"
+        ) from None
+
+
+def _lines(texts: list[str]) -> list[str]:
+    """The texts, with the lines of stdin in the place of ``-``; empty lines are left out."""
+    return [line for text in texts for line in (_stdin_lines() if text == "-" else [text])]
+
+
+def _stdin_lines() -> list[str]:
+    return [line for line in sys.stdin.read().splitlines() if line]
+
+
+def _ask(operation: Operation, settings: Settings, **fields: object) -> Any:  # noqa: ANN401 - the operation's response
+    """Ask a service of our own, made for this one question.
+
+    Raises:
+        EmbeddingsError: whatever the service refuses or fails with.
+    """
+    if "model" in operation.request.model_fields:
+        fields["model"] = "default"
+    request = parse(operation.request, {name: value for name, value in fields.items() if value is not None})
+    texts = fields.get("input")
+
+    async def ask() -> Mapping[str, Any]:
+        async with contextlib.aclosing(build_service(settings)) as service, _progress(texts) as on_progress:
+            return await operation.call(service, request, on_progress)
+
+    return anyio.run(ask)
+
+
+@contextlib.asynccontextmanager
+async def _progress(texts: object) -> AsyncIterator[OnProgress | None]:
+    """A progress bar on stderr, where somebody watches and there is something to wait for."""
+    if not isinstance(texts, list) or len(texts) < _PROGRESS_FROM or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("embedding", total=len(texts))
+
+        async def on_progress(done: int) -> None:
+            progress.update(task, completed=done)
+
+        yield on_progress
+
+
+def _print(answer: object) -> None:
+    if isinstance(answer, bytes):
+        sys.stdout.buffer.write(answer + b"\n")
+        sys.stdout.flush()
+        return
+    from rich.console import Console
+
+    Console().print(answer)

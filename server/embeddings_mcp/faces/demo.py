@@ -1,0 +1,62 @@
+"""A first look: what an MCP host does with this server, done before your eyes."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any, cast
+
+from mcp import Client, StdioServerParameters
+from rich.console import Console
+
+from embeddings_mcp.errors import ModelUnavailable
+from embeddings_mcp.faces import tables
+from embeddings_mcp.schema import EmbeddingResponse, SearchResponse, SimilarityResponse
+
+SAMPLES = [
+    "How do I change my password?",
+    "Open Settings, choose Security, and pick a new password.",
+    "Our office is closed on public holidays.",
+    "Die Rechnung kommt am Monatsende per E-Mail.",
+    "The invoice is sent by email at the end of the month.",
+]
+
+
+async def run_demo(texts: list[str] | None = None) -> None:
+    """Start ``embeddings-mcp serve`` over stdio, list its tools, embed, compare and search `texts`.
+
+    Raises:
+        ModelUnavailable: the server could not answer, with its own words.
+    """
+    texts = texts or SAMPLES
+    console = Console()
+    command = [sys.executable, "-m", "embeddings_mcp", "serve"]
+    console.print(f"[dim]$ {' '.join(command)}[/dim]")
+    started = time.perf_counter()
+    server = StdioServerParameters(command=command[0], args=command[1:], env=dict(os.environ))
+    async with Client(server, read_timeout_seconds=600) as client:
+        listed = await client.list_tools()
+        console.print(f"[dim]tools after {time.perf_counter() - started:.1f} s[/dim]")
+        console.print(tables.tools([(tool.name, tool.title or "") for tool in listed.tools]))
+
+        asked = time.perf_counter()
+        embedded = await _call(client, "create_embedding", {"model": "default", "input": texts})
+        console.print(f"[dim]model loaded and {len(texts)} texts embedded in {time.perf_counter() - asked:.1f} s[/dim]")
+        console.print(tables.embeddings(cast("EmbeddingResponse", embedded), texts))
+
+        asked = time.perf_counter()
+        compared = await _call(client, "similarity", {"model": "default", "input": texts})
+        console.print(f"[dim]compared in {(time.perf_counter() - asked) * 1000:.0f} ms[/dim]")
+        console.print(tables.similarity(cast("SimilarityResponse", compared), texts, texts))
+
+        found = await _call(client, "search", {"query": texts[0], "input": texts[1:] or texts})
+        console.print(f"[dim]search: {texts[0]!r}[/dim]", highlight=False)
+        console.print(tables.search(cast("SearchResponse", found), texts[1:] or texts))
+
+
+async def _call(client: Client, tool: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    result = await client.call_tool(tool, arguments)
+    if result.is_error:
+        raise ModelUnavailable(" ".join(block.text for block in result.content if block.type == "text"))
+    return cast("dict[str, Any]", result.structured_content)

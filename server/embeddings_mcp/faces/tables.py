@@ -1,0 +1,92 @@
+"""Answers as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from embeddings_mcp.schema import EmbeddingResponse, ModelsResponse, SearchResponse, SimilarityResponse
+
+_LONGEST_TEXT = 56
+_NUMBERS_SHOWN = 4
+
+
+def embeddings(answer: EmbeddingResponse, texts: Sequence[str]) -> Table:
+    """A row for each text, with the first numbers of its vector."""
+    table = _table("text", "vector", "length", title=_title(answer))
+    for item, text in zip(answer["data"], texts, strict=True):
+        vector = item["embedding"]
+        numbers = "  ".join(f"{float(number):+.4f}" for number in vector[:_NUMBERS_SHOWN])
+        table.add_row(_short(text), f"{numbers}  ...", str(len(vector)))
+    return table
+
+
+def similarity(answer: SimilarityResponse, texts: Sequence[str], others: Sequence[str]) -> Table:
+    """The matrix, its columns numbered as its rows where both are the same texts; or a row for each pair."""
+    title = f"{answer['metric']}, {_title(answer)}"
+    if "pairs" in answer:
+        table = _table("score", "input", "other", title=title)
+        for pair in answer["pairs"]:
+            table.add_row(_score(pair["score"]), _short(texts[pair["input"]]), _short(others[pair["other"]]))
+        return table
+    columns = map(str, range(len(texts))) if others is texts else (_short(other, 16).plain for other in others)
+    table = _table("", "text", *columns, title=title)
+    for index, (row, text) in enumerate(zip(answer.get("scores", []), texts, strict=True)):
+        table.add_row(str(index), _short(text), *map(_score, row))
+    return table
+
+
+def search(answer: SearchResponse, passages: Sequence[str]) -> Table:
+    """A row for each passage found, best first."""
+    table = _table("score", "index", "passage", title=_title(answer))
+    for hit in answer["results"]:
+        table.add_row(_score(hit["score"]), str(hit["index"]), _short(passages[hit["index"]]))
+    return table
+
+
+def models(answer: ModelsResponse) -> Table:
+    """A row for each model."""
+    table = _table("model", "length", "also", "most tokens", "input_type", "from", "licence")
+    for entry in answer["models"]:
+        table.add_row(
+            f"{entry['id']} (default)" if entry["default"] else entry["id"],
+            str(entry.get("dimensions", "?")),
+            ", ".join(map(str, entry["allowed_dimensions"])),
+            str(entry.get("max_tokens", "?")),
+            entry["input_type"],
+            entry["served_from"],
+            entry.get("licence", ""),
+        )
+    return table
+
+
+def tools(names_and_titles: Sequence[tuple[str, str]]) -> Table:
+    """A row for each tool."""
+    table = _table("tool", "what it does")
+    for name, title in names_and_titles:
+        table.add_row(name, title)
+    return table
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    table = Table(title=title, title_justify="left", title_style="dim", box=SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(Text(column), no_wrap=True)
+    return table
+
+
+def _title(answer: EmbeddingResponse | SimilarityResponse | SearchResponse) -> str:
+    return f"{answer['model']}, {answer['usage']['prompt_tokens']} tokens"
+
+
+def _score(score: float) -> str:
+    return f"{score:.4f}"
+
+
+def _short(text: str, longest: int = _LONGEST_TEXT) -> Text:
+    """The text on one line; `Text`, so that brackets in it are not taken for markup."""
+    line = " ".join(text.split())
+    return Text(line if len(line) <= longest else line[: longest - 1] + "…")
