@@ -11,7 +11,9 @@ from rich.text import Text
 from embeddings_mcp.schema import EmbeddingResponse, ModelsResponse, SearchResponse, SimilarityResponse
 
 _LONGEST_TEXT = 56
-_NUMBERS_SHOWN = 4
+"""Characters of a text that are shown beside a column or two of numbers, on a terminal of 80."""
+
+_NUMBERS_SHOWN = 3
 
 
 def embeddings(answer: EmbeddingResponse, texts: Sequence[str]) -> Table:
@@ -20,7 +22,7 @@ def embeddings(answer: EmbeddingResponse, texts: Sequence[str]) -> Table:
     for item, text in zip(answer["data"], texts, strict=True):
         vector = item["embedding"]
         numbers = "  ".join(f"{float(number):+.4f}" for number in vector[:_NUMBERS_SHOWN])
-        table.add_row(_short(text), f"{numbers}  ...", str(len(vector)))
+        table.add_row(_short(text, 34), f"{numbers}  …", str(len(vector)))
     return table
 
 
@@ -30,12 +32,13 @@ def similarity(answer: SimilarityResponse, texts: Sequence[str], others: Sequenc
     if "pairs" in answer:
         table = _table("score", "input", "other", title=title)
         for pair in answer["pairs"]:
-            table.add_row(_score(pair["score"]), _short(texts[pair["input"]]), _short(others[pair["other"]]))
+            table.add_row(_score(pair["score"]), _short(texts[pair["input"]], 30), _short(others[pair["other"]], 30))
         return table
     columns = map(str, range(len(texts))) if others is texts else (_short(other, 16).plain for other in others)
     table = _table("", "text", *columns, title=title)
+    room = max(16, 66 - 9 * len(others))
     for index, (row, text) in enumerate(zip(answer.get("scores", []), texts, strict=True)):
-        table.add_row(str(index), _short(text), *map(_score, row))
+        table.add_row(str(index), _short(text, room), *map(_score, row))
     return table
 
 
