@@ -94,7 +94,7 @@ class EmbeddingsServer(MCPServer[dict[str, Any]]):
 
     async def list_tools(self) -> list[Tool]:
         """The operations as tools, in the order of their table."""
-        return self._advertised
+        return [*self._advertised]
 
     async def call_tool(
         self, name: str, arguments: dict[str, Any], context: Context[dict[str, Any], Any] | None = None
@@ -186,7 +186,7 @@ def _instructions(service: EmbeddingService) -> str:
         "- How alike are these texts, which are duplicates? `similarity`, with `top_k` where there are many.\n"
         "- Vectors for a program, a file or a vector database? `create_embedding`; never to compare texts yourself.\n"
         "Give many texts in one call, as an array. Every string is taken as it is, also one that looks like JSON. "
-        "Positions in answers count from 0. Nothing is stored: a call knows only the texts that it is given.\n"
+        "Positions in answers count from 0. A call knows only the texts that it is given.\n"
         f"`model` may be `default`, which is {service.default.card.id}; `list_models` describes every model. Vectors "
         "and scores of different models cannot be compared."
     )

@@ -1,0 +1,54 @@
+"""A server whose embedder says on stderr what happens to it: ``python -m tests.e2e.waiting_server stdio|http``.
+
+A request for the text `WAIT` is never answered. Every request also writes to stdout, as a careless library would.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import anyio
+
+from embeddings_mcp.embedders.base import Embeddings, OnProgress
+from embeddings_mcp.faces.http import serve_http
+from embeddings_mcp.faces.mcp import build_mcp_server
+from embeddings_mcp.models import InputType, Truncate
+from embeddings_mcp.service import EmbeddingService
+from embeddings_mcp.settings import Settings
+from tests.support import HashEmbedder
+
+WAIT = "wait"
+
+
+class TalkingEmbedder(HashEmbedder):
+    """Writes ``began`` and ``cancelled`` to stderr, one a line."""
+
+    async def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        input_type: InputType | None,
+        truncate: Truncate,
+        on_progress: OnProgress | None = None,
+    ) -> Embeddings:
+        print("a library prints to stdout")
+        os.write(1, b"and another writes to the descriptor\n")
+        print("began", file=sys.stderr, flush=True)
+        self.gate = anyio.Event() if WAIT in texts else None
+        try:
+            return await super().embed(texts, input_type=input_type, truncate=truncate, on_progress=on_progress)
+        finally:
+            if self.cancelled:
+                print("cancelled", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    embedder = TalkingEmbedder()
+    service = EmbeddingService([embedder], default_model=embedder.card.id)
+    server = build_mcp_server(service)
+    if sys.argv[1] == "http":
+        serve_http(service, server, Settings(port=0))
+    else:
+        anyio.run(server.run_stdio_async)
