@@ -90,12 +90,15 @@ class Guard:
     def _is_ours(self, authority: str, scope: Scope) -> bool:
         """Whether this ``host:port`` names this server.
 
-        The address that the connection came in on always does: rebinding needs a name, and on a server that listens
-        on all addresses (0.0.0.0) nobody could list them.
+        The numeric address that the connection came in on always does: rebinding takes a name, and of a server that
+        listens on all addresses (0.0.0.0) nobody could list them.
         """
         name = _name(authority)
+        if name is None:
+            return False
         server = scope.get("server")
-        return name in self._names or (server is not None and name == server[0])
+        reached = server is not None and name == server[0] and _address(name) is not None
+        return reached or name in self._names
 
     def _shows_key(self, scope: Scope) -> bool:
         values = _values(scope, b"authorization")
@@ -124,10 +127,16 @@ class Guard:
 
 
 def _is_loopback(host: str) -> bool:
+    address = _address(host)
+    return host.lower() == "localhost" if address is None else address.is_loopback
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The numeric address that `host` is; None where it is a name."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host)
     except ValueError:
-        return host.lower() == "localhost"
+        return None
 
 
 def _values(scope: Scope, name: bytes) -> list[str]:

@@ -1,0 +1,148 @@
+"""The HTTP application as one thing: both faces, one life, and the server that it runs in."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import anyio
+import httpx
+import httpx2
+import numpy as np
+import pytest
+from mcp import Client
+from mcp.client.streamable_http import streamable_http_client
+
+from embeddings_mcp.errors import InvalidSetting
+from embeddings_mcp.faces.http import create_app, serve_http
+from embeddings_mcp.faces.mcp import build_mcp_server
+from embeddings_mcp.publish.openapi import openapi_document
+from embeddings_mcp.service import EmbeddingService
+from embeddings_mcp.settings import Settings
+from tests.support import HashEmbedder, serving
+
+SERVER = """
+from embeddings_mcp.faces.http import serve_http
+from embeddings_mcp.faces.mcp import build_mcp_server
+from embeddings_mcp.service import EmbeddingService
+from embeddings_mcp.settings import Settings
+from tests.support import HashEmbedder
+
+class Closing(HashEmbedder):
+    async def aclose(self):
+        print("closed", flush=True)
+
+service = EmbeddingService([Closing()], default_model="test/hash")
+serve_http(service, build_mcp_server(service), Settings(port=0))
+"""
+
+
+def service_of(embedder: HashEmbedder) -> EmbeddingService:
+    return EmbeddingService([embedder], default_model=embedder.card.id)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("mode", ["legacy", "auto"])
+async def test_both_faces_give_the_same_vector(mode: str) -> None:
+    service = service_of(HashEmbedder())
+    with serving(create_app(service, build_mcp_server(service), Settings(api_key="key"))) as url:  # type: ignore[arg-type]
+        async with httpx2.AsyncClient(headers={"authorization": "Bearer key"}) as http:
+            ask = {"model": "default", "input": "one"}
+            rest = (await http.post(f"{url}/v1/embeddings", json=ask)).json()
+            with anyio.fail_after(10):
+                async with Client(streamable_http_client(f"{url}/mcp", http_client=http), mode=mode) as client:
+                    tool = (await client.call_tool("create_embedding", ask)).structured_content
+
+    assert tool == rest
+    assert np.array_equal(np.array(rest["data"][0]["embedding"], dtype=np.float32), HashEmbedder().vector("one"))
+
+
+def test_the_openapi_document_is_served() -> None:
+    service = service_of(HashEmbedder())
+    with serving(create_app(service, build_mcp_server(service), Settings())) as url:
+        assert httpx.get(f"{url}/openapi.json").json() == openapi_document()
+
+
+def test_the_embedders_are_closed_when_the_server_stops() -> None:
+    embedder = HashEmbedder()
+    service = service_of(embedder)
+    with serving(create_app(service, build_mcp_server(service), Settings())) as url:
+        assert httpx.get(f"{url}/v1/health/live").status_code == 200
+        assert not embedder.closed
+
+    assert embedder.closed
+
+
+# --- The server ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def server() -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`serve_http` in a process of its own, on a free port; and where it says that it listens."""
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER],
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert process.stderr is not None
+            said = process.stderr.readline()
+            found = re.fullmatch(
+                r"embeddings-mcp: serving MCP at (http://127\.0\.0\.1:\d+)/mcp and REST at \1/v1\n", said
+            )
+            assert found, said + process.stderr.read()
+            yield process, found[1]
+        finally:
+            process.kill()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("mode", ["legacy", "auto"])
+async def test_a_server_told_to_stop_closes_its_sessions_and_embedders(mode: str) -> None:
+    with server() as (process, url):
+        with anyio.fail_after(20):
+            async with Client(f"{url}/mcp", mode=mode) as client:
+                assert (await client.list_tools()).tools
+                process.send_signal(signal.SIGTERM)
+                await anyio.to_thread.run_sync(process.wait)
+
+        assert process.stdout is not None
+        assert process.stdout.read() == "closed\n"
+        assert process.returncode == -signal.SIGTERM
+
+
+def test_ctrl_c_ends_the_server_without_a_traceback() -> None:
+    with server() as (process, _url):
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=10)
+
+    assert (stdout, stderr, process.returncode) == ("closed\n", "", 0)
+
+
+def test_answers_are_not_held_back_by_the_network() -> None:
+    """Nagle's algorithm would hold the body back until the client's delayed acknowledgement, 40 ms later."""
+    with server() as (_process, url), httpx.Client(base_url=url) as client:
+        client.get("/v1/health/live")
+        times = []
+        for _ in range(10):
+            start = time.perf_counter()
+            client.post("/v1/embeddings", json={"model": "default", "input": "one"})
+            times.append(time.perf_counter() - start)
+
+    assert min(times) < 0.03
+
+
+def test_a_port_that_is_taken_is_an_error_that_teaches() -> None:
+    service = service_of(HashEmbedder())
+    with serving(create_app(service, build_mcp_server(service), Settings())) as url:
+        port = httpx.URL(url).port or 0
+        with pytest.raises(InvalidSetting, match=f"127.0.0.1 port {port}: Address already in use; choose another"):
+            serve_http(service, build_mcp_server(service), Settings(port=port))
