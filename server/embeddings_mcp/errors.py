@@ -101,6 +101,8 @@ class PayloadTooLarge(EmbeddingsError):
 class Overloaded(EmbeddingsError):
     """The queue has no room for this request; `retry_after` is always known."""
 
+    retry_after: float
+
     def __init__(self, message: str, *, retry_after: float) -> None:
         super().__init__(message, retry_after=retry_after)
 

@@ -28,7 +28,7 @@ _POLL_PAUSES = (0.1, 0.5, 2.0, 5.0)  # the last one again and again; the deadlin
 _Read = TypeVar("_Read")
 
 # How often is decided by each failure, how long in all by the caller's cancel scope.
-_call = stamina.AsyncRetryingCaller(attempts=None, timeout=None, wait_initial=1.0, wait_max=LONGEST_PAUSE)
+_call = stamina.AsyncRetryingCaller(attempts=None, timeout=None, wait_initial=0.5, wait_max=LONGEST_PAUSE)
 
 
 class EndpointClient:

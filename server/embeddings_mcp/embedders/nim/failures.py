@@ -32,13 +32,12 @@ from embeddings_mcp.errors import (
 )
 from embeddings_mcp.models import find_card
 
-PATIENT = 7
-"""Attempts at what passes with the minute (a rate limit): their pauses of 1, 2, 4 ... 30 s last just over one."""
+# Attempts in all. The pauses between them are 0.5, 1, 2 ... 30 s, with some chance added.
+_NOT_THERE = 3  # an address where nothing listens: whoever mistyped it should not wait long
+_TRANSIENT = 6  # a failure inside the endpoint or on the way
+_RATE_LIMITED = 8  # the pauses last just over the minute by which such limits count
 
-BRIEF = 4
-"""Attempts at what passes at once or not soon: a lost connection, a failure inside the endpoint."""
-
-_RATE_WINDOW = 60.0
+_RATE_WINDOW = 60.0  # seconds
 _LONGEST_QUOTE = 300
 
 
@@ -123,21 +122,21 @@ def understand_silence(error: httpx2.RequestError, *, endpoint: Endpoint) -> Fai
     match error:
         case httpx2.ConnectTimeout() | httpx2.ConnectError():
             address = f"cannot connect to the endpoint {endpoint.url} ({detail}): is it running, is the address right?"
-            return Failure(UpstreamUnavailable(address), attempts=BRIEF)
+            return Failure(UpstreamUnavailable(address), attempts=_NOT_THERE)
         case httpx2.TimeoutException():
             silent = f"the endpoint {endpoint.url} was silent for {endpoint.timeout:g} s"
-            return Failure(UpstreamTimeout(silent), attempts=BRIEF)
+            return Failure(UpstreamTimeout(silent), attempts=_TRANSIENT)
         case _:
             broken = (
                 f"the connection to the endpoint {endpoint.url} broke off before its answer was complete ({detail})"
             )
-            return Failure(UpstreamFailed(broken), attempts=BRIEF)
+            return Failure(UpstreamFailed(broken), attempts=_TRANSIENT)
 
 
 def unusable(reason: str, *, endpoint: Endpoint, damaged: bool) -> Failure:
     """An answer with status 200 that cannot be believed; a damaged one may be whole the next time."""
     error = UpstreamFailed(f"the answer of the endpoint {endpoint.url} cannot be used: {reason}")
-    return Failure(error, attempts=BRIEF if damaged else 1)
+    return Failure(error, attempts=_TRANSIENT if damaged else 1)
 
 
 # --- The table -------------------------------------------------------------------------------------------------------
@@ -177,7 +176,7 @@ def _invalid(refusal: Refusal, _found: re.Match[str]) -> Failure:
 
 def _degraded(refusal: Refusal, _found: re.Match[str]) -> Failure:
     error = UpstreamUnavailable(f"{refusal} says that {refusal.model} is degraded at the moment; try again later")
-    return Failure(error, attempts=BRIEF)
+    return Failure(error, attempts=_TRANSIENT)
 
 
 def _key_refused(refusal: Refusal, _found: re.Match[str]) -> Failure:
@@ -235,20 +234,20 @@ def _rate_limited(refusal: Refusal, _found: re.Match[str]) -> Failure:
         "`requests_per_minute` for it",
         retry_after=refusal.retry_after or _RATE_WINDOW,
     )
-    return Failure(error, attempts=PATIENT, pause=refusal.retry_after)
+    return Failure(error, attempts=_RATE_LIMITED, pause=refusal.retry_after)
 
 
 def _timed_out(refusal: Refusal, _found: re.Match[str]) -> Failure:
-    return Failure(UpstreamTimeout(f"{refusal} did not finish in its own time ({refusal.quote})"), attempts=BRIEF)
+    return Failure(UpstreamTimeout(f"{refusal} did not finish in its own time ({refusal.quote})"), attempts=_TRANSIENT)
 
 
 def _unavailable(refusal: Refusal, _found: re.Match[str]) -> Failure:
     error = UpstreamUnavailable(f"{refusal} takes no work now ({refusal.quote})", retry_after=refusal.retry_after)
-    return Failure(error, attempts=BRIEF, pause=refusal.retry_after)
+    return Failure(error, attempts=_TRANSIENT, pause=refusal.retry_after)
 
 
 def _broken(refusal: Refusal, _found: re.Match[str]) -> Failure:
-    return Failure(UpstreamFailed(f"{refusal} failed ({refusal.quote})"), attempts=BRIEF)
+    return Failure(UpstreamFailed(f"{refusal} failed ({refusal.quote})"), attempts=_TRANSIENT)
 
 
 def _redirected(refusal: Refusal, _found: re.Match[str]) -> Failure:

@@ -1,0 +1,299 @@
+"""A stand-in for a NIM endpoint: a real HTTP server on loopback that answers as NIM does, and fails as it is told to.
+
+It speaks HTTP by hand, since a proper server would refuse to break off in the middle of a body or to lie about its
+length. What it sends is drawn from a text's hash (see `tests.support.HashEmbedder`), so that a swapped row shows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import gzip
+import itertools
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from http import HTTPStatus
+from typing import Any
+
+import anyio
+
+from embeddings_mcp.models import InputType, ModelCard
+from tests.support import HashEmbedder
+
+ASYMMETRIC = ModelCard(
+    id="test/asymmetric",
+    dimensions=8,
+    max_tokens=64,
+    input_type="required",
+    query_prompt="query: ",
+    passage_prompt="passage: ",
+)
+SYMMETRIC = ModelCard(id="test/symmetric", dimensions=8, max_tokens=64)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A request that the stand-in received.
+
+    Attributes:
+        at: `time.monotonic` of its arrival.
+    """
+
+    method: str
+    path: str
+    headers: Mapping[str, str]
+    body: bytes
+    at: float
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer, true or broken.
+
+    Attributes:
+        length: what Content-Length says; the truth when None.
+        cut_after: break the connection off after so many bytes of the body.
+        held_by: send nothing before this event.
+    """
+
+    status: int = 200
+    body: bytes = b""
+    headers: Mapping[str, str] = field(default_factory=lambda: {"Content-Type": "application/json"})
+    length: int | None = None
+    cut_after: int | None = None
+    held_by: anyio.Event | None = None
+
+
+Fault = Callable[[Reply], Reply]
+"""Makes, of the answer that a request deserves, the one that it gets."""
+
+
+def answering(status: int, body: object = b"", **headers: str) -> Fault:
+    """Another answer altogether; bytes are sent as they are, all else as JSON."""
+    encoded = body if isinstance(body, bytes) else json.dumps(body).encode()
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return lambda _: Reply(status, encoded, named)
+
+
+def changing(change: Callable[[dict[str, Any]], object]) -> Fault:
+    """The answer with something in its JSON changed in place."""
+
+    def fault(reply: Reply) -> Reply:
+        payload = json.loads(reply.body)
+        change(payload)
+        return replace(reply, body=json.dumps(payload).encode())
+
+    return fault
+
+
+def zipped(reply: Reply) -> Reply:
+    """The answer compressed."""
+    return replace(reply, body=gzip.compress(reply.body), headers={**reply.headers, "Content-Encoding": "gzip"})
+
+
+def cut(reply: Reply) -> Reply:
+    """Only the first half of the answer's bytes."""
+    return replace(reply, cut_after=len(reply.body) // 2)
+
+
+def truncated(reply: Reply) -> Reply:
+    """The first half of the answer's JSON, sent properly."""
+    return replace(reply, body=reply.body[: len(reply.body) // 2])
+
+
+def overstated(reply: Reply) -> Reply:
+    """A Content-Length of more than there is."""
+    return replace(reply, length=len(reply.body) + 10)
+
+
+def understated(reply: Reply) -> Reply:
+    """A Content-Length of less than there is."""
+    return replace(reply, length=len(reply.body) - 10)
+
+
+def held(event: anyio.Event) -> Fault:
+    """The answer, but not before the event."""
+    return lambda reply: replace(reply, held_by=event)
+
+
+@dataclass
+class StandIn:
+    """The server.
+
+    Attributes:
+        models: the models it serves, by name.
+        base64: whether it knows ``encoding_format``; some servers answer with numbers whatever is asked.
+        prompts: whether it puts a model's prompts before the texts, as NIM does and plain OpenAI servers do not.
+        served_as: the model id in its answers; the requested one when None.
+        faults: what is wrong with each embedding request in turn; None is an answer in order.
+        seen: every request so far.
+        most_at_once: of the requests that were being answered at the same time.
+        hung_up: set when a client has closed the connection before it had its answer.
+    """
+
+    models: Mapping[str, ModelCard] = field(default_factory=lambda: {c.id: c for c in (ASYMMETRIC, SYMMETRIC)})
+    base64: bool = True
+    prompts: bool = True
+    served_as: str | None = None
+    faults: Iterator[Fault | None] = field(default_factory=lambda: itertools.repeat(None))
+    seen: list[Seen] = field(default_factory=list)
+    most_at_once: int = 0
+    hung_up: anyio.Event = field(default_factory=anyio.Event)
+    url: str = ""
+    _at_once: int = 0
+    _arrival: anyio.Event = field(default_factory=anyio.Event)
+    _pending: dict[str, Reply] = field(default_factory=dict)
+
+    async def received(self, requests: int) -> None:
+        """Return when so many requests have arrived in all."""
+        while len(self.seen) < requests:
+            self._arrival = anyio.Event()
+            await self._arrival.wait()
+
+    @property
+    def embedding_requests(self) -> list[Seen]:
+        return [seen for seen in self.seen if seen.path == "/v1/embeddings"]
+
+    def vector(self, text: str, model: str, input_type: InputType | None = None) -> Any:
+        """The vector that this text has in this model."""
+        return HashEmbedder(self.models[model]).vector(text, input_type)
+
+    def accepting(self, polls: int) -> Fault:
+        """Say "accepted", and give the answer at the nth question for it."""
+
+        def fault(reply: Reply) -> Reply:
+            for poll in range(polls):
+                self._pending[f"ticket-{poll + 1}"] = (
+                    reply if poll == polls - 1 else Reply(202, headers={"NVCF-REQID": f"ticket-{poll + 2}"})
+                )
+            return Reply(202, headers={"NVCF-REQID": "ticket-1"})
+
+        return fault
+
+    # --- What a request deserves -------------------------------------------------------------------------------------
+
+    def _answer(self, seen: Seen) -> Reply:
+        match seen.method, seen.path:
+            case "POST", "/v1/embeddings":
+                fault = next(self.faults, None)
+                reply = self._embed(seen.json)
+                return reply if fault is None else fault(reply)
+            case "GET", "/v1/models":
+                return _json({"object": "list", "data": [{"id": name, "object": "model"} for name in self.models]})
+            case "GET", "/v1/health/ready":
+                return _json({"object": "health.response", "message": "ready", "ready": True})
+            case "GET", path if path.startswith("/status/"):
+                return self._pending[path.removeprefix("/status/")]
+        return Reply(404, b"404 page not found", {"Content-Type": "text/plain"})
+
+    def _embed(self, body: dict[str, Any]) -> Reply:
+        card = self.models.get(body["model"])
+        if card is None:
+            return Reply(404, b"404 page not found", {"Content-Type": "text/plain"})
+        if unknown := set(body) - {"model", "input", "input_type", "encoding_format", "truncate", "user"}:
+            return _json({"detail": f"Extra inputs are not permitted: {unknown}"}, 400)
+        if any(value is None for value in body.values()):
+            return _json({"detail": "Input should be 'float' or 'base64'"}, 422)
+        input_type = body.get("input_type")
+        if self.prompts and card.input_type == "required" and input_type is None:
+            return _json({"error": "'input_type' parameter is required for asymmetric models"}, 400)
+        lengths = [len(text.split()) for text in body["input"]]
+        if card.max_tokens and max(lengths) > card.max_tokens and body.get("truncate", "NONE") == "NONE":
+            message = f"Input length {max(lengths)} exceeds maximum allowed token size {card.max_tokens}"
+            return _json({"error": message}, 400)
+        vectors = [HashEmbedder(card).vector(text, input_type if self.prompts else None) for text in body["input"]]
+        packed = self.base64 and body.get("encoding_format") == "base64"
+        return _json(
+            {
+                "object": "list",
+                "data": [
+                    {
+                        "object": "embedding",
+                        "index": index,
+                        "embedding": base64.b64encode(vector.tobytes()).decode() if packed else vector.tolist(),
+                    }
+                    for index, vector in enumerate(vectors)
+                ],
+                "model": self.served_as or body["model"],
+                "usage": {"prompt_tokens": sum(lengths), "total_tokens": sum(lengths)},
+            }
+        )
+
+    # --- HTTP --------------------------------------------------------------------------------------------------------
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while (seen := await _read_request(reader)) is not None:
+                self.seen.append(seen)
+                self._arrival.set()
+                self._at_once += 1
+                self.most_at_once = max(self.most_at_once, self._at_once)
+                try:
+                    going_on = await self._send(self._answer(seen), reader, writer)
+                finally:
+                    self._at_once -= 1
+                if not going_on:
+                    return
+        except ConnectionError:
+            self.hung_up.set()
+        finally:
+            writer.close()
+
+    async def _send(self, reply: Reply, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        """Whether the connection can be used again."""
+        if reply.held_by is not None:
+            released = asyncio.ensure_future(reply.held_by.wait())
+            hung_up = asyncio.ensure_future(reader.read(1))  # a client that waits sends nothing, unless it hangs up
+            try:
+                await asyncio.wait({released, hung_up}, return_when=asyncio.FIRST_COMPLETED)
+                if hung_up.done():
+                    self.hung_up.set()
+                    return False
+            finally:
+                for task in (released, hung_up):
+                    task.cancel()
+                await asyncio.gather(released, hung_up, return_exceptions=True)
+        length = len(reply.body) if reply.length is None else reply.length
+        head = [f"HTTP/1.1 {reply.status} {HTTPStatus(reply.status).phrase}", f"Content-Length: {length}"]
+        head += [f"{name}: {value}" for name, value in reply.headers.items()]
+        writer.write("\r\n".join([*head, "", ""]).encode() + reply.body[: reply.cut_after])
+        await writer.drain()
+        return reply.cut_after is None and length == len(reply.body)
+
+
+@asynccontextmanager
+async def stand_in(**attributes: Any) -> AsyncIterator[StandIn]:
+    """A stand-in, listening for as long as the block lasts."""
+    standing = StandIn(**attributes)
+    server = await asyncio.start_server(standing._serve, "127.0.0.1", 0)
+    standing.url = "http://{}:{}".format(*server.sockets[0].getsockname())
+    try:
+        yield standing
+    finally:
+        server.close()
+        for _ in range(3):  # let the handlers of closed connections end
+            await asyncio.sleep(0)
+
+
+async def _read_request(reader: asyncio.StreamReader) -> Seen | None:
+    """The next request of a connection; None when the client has no more."""
+    try:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+    except asyncio.IncompleteReadError:
+        return None
+    request_line, *lines = head.strip().split("\r\n")
+    method, path, _ = request_line.split(" ")
+    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    body = await reader.readexactly(int(headers.get("content-length", "0")))
+    return Seen(method, path, headers, body, time.monotonic())
+
+
+def _json(payload: object, status: int = 200) -> Reply:
+    return Reply(status, json.dumps(payload).encode())

@@ -1,0 +1,492 @@
+"""Embedding at an endpoint: what is sent, what of an answer is believed, and what is given up."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import anyio
+import numpy as np
+import pytest
+from pydantic import SecretStr
+
+from embeddings_mcp.embedders.nim import Endpoint, EndpointClient, NimEmbedder
+from embeddings_mcp.embedders.nim.limits import Turnstile
+from embeddings_mcp.errors import (
+    EmbeddingsError,
+    InputTooLong,
+    InvalidRequest,
+    Overloaded,
+    PayloadTooLarge,
+    ServerStopped,
+    UpstreamFailed,
+    UpstreamTimeout,
+    UpstreamUnavailable,
+)
+from embeddings_mcp.models import InputType, ModelCard, Truncate
+from tests.nim.standin import (
+    ASYMMETRIC,
+    SYMMETRIC,
+    Fault,
+    StandIn,
+    answering,
+    changing,
+    cut,
+    held,
+    overstated,
+    stand_in,
+    truncated,
+    understated,
+    zipped,
+)
+
+pytestmark = pytest.mark.anyio
+
+TEXTS = [f"text number {number}" for number in range(7)]
+
+
+@asynccontextmanager
+async def embedding_at(
+    standing: StandIn,
+    card: ModelCard = SYMMETRIC,
+    *,
+    model: str | None = None,
+    window: float = 60.0,
+    **endpoint: Any,
+) -> AsyncIterator[NimEmbedder]:
+    """An embedder at the stand-in."""
+    at = Endpoint(url=standing.url, **endpoint)
+    turnstile = Turnstile("the stand-in", concurrency=at.concurrency, requests=at.rate, window=window)
+    embedder = NimEmbedder(EndpointClient(at, turnstile=turnstile), card, model=model)
+    try:
+        with anyio.fail_after(60):
+            yield embedder
+    finally:
+        await embedder.aclose()
+
+
+async def embed(
+    embedder: NimEmbedder,
+    texts: list[str] = TEXTS,
+    *,
+    input_type: InputType | None = None,
+    truncate: Truncate = "NONE",
+) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+    made = await embedder.embed(texts, input_type=input_type, truncate=truncate)
+    return made.vectors
+
+
+def expected(
+    standing: StandIn, card: ModelCard = SYMMETRIC, input_type: InputType | None = None, texts: list[str] = TEXTS
+) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+    return np.stack([standing.vector(text, card.id, input_type) for text in texts])
+
+
+# --- What is sent ----------------------------------------------------------------------------------------------------
+
+
+async def test_every_text_gets_its_own_vector_and_usage_is_added_up() -> None:
+    async with stand_in() as standing, embedding_at(standing, batch_size=2) as embedder:
+        made = await embedder.embed(TEXTS, input_type=None, truncate="NONE")
+        np.testing.assert_array_equal(made.vectors, expected(standing))
+        assert made.prompt_tokens == 3 * len(TEXTS)
+        assert made.served_model == SYMMETRIC.id
+        assert sorted(len(seen.json["input"]) for seen in standing.seen) == [1, 2, 2, 2]
+
+
+async def test_a_request_holds_what_the_model_needs_and_nothing_else() -> None:
+    async with stand_in() as standing, embedding_at(standing, ASYMMETRIC) as embedder:
+        await embed(embedder, ["one"], input_type="query", truncate="END")
+        assert standing.seen[-1].json == {
+            "model": "test/asymmetric",
+            "input": ["one"],
+            "encoding_format": "base64",
+            "truncate": "END",
+            "input_type": "query",
+        }
+    async with stand_in() as standing, embedding_at(standing, SYMMETRIC) as embedder:
+        await embed(embedder, ["one"], input_type="query")
+        assert standing.seen[-1].json == {
+            "model": "test/symmetric",
+            "input": ["one"],
+            "encoding_format": "base64",
+            "truncate": "NONE",
+        }
+
+
+async def test_the_endpoints_own_name_for_a_model_is_the_one_it_is_asked_for() -> None:
+    served = replace(SYMMETRIC, id="symmetric:latest")
+    async with stand_in(models={served.id: served}) as standing:
+        async with embedding_at(standing, SYMMETRIC, model=served.id) as embedder:
+            made = await embedder.embed(["one"], input_type=None, truncate="NONE")
+        assert made.served_model == "symmetric:latest"
+        assert embedder.card.id == SYMMETRIC.id
+
+
+async def test_a_server_that_knows_no_input_type_gets_the_prompt_before_the_text() -> None:
+    async with stand_in(prompts=False) as standing:
+        async with embedding_at(standing, ASYMMETRIC, dialect="openai") as embedder:
+            vectors = await embed(embedder, input_type="query")
+            assert set(standing.seen[0].json) == {"model", "input", "encoding_format"}
+            with pytest.raises(InvalidRequest, match="`truncate` must be 'NONE' with test/asymmetric"):
+                await embed(embedder, input_type="query", truncate="END")
+        np.testing.assert_array_equal(vectors, expected(standing, ASYMMETRIC, "query"))
+
+
+async def test_a_server_that_ignores_base64_is_understood() -> None:
+    async with stand_in(base64=False) as standing, embedding_at(standing) as embedder:
+        np.testing.assert_array_equal(await embed(embedder), expected(standing))
+
+
+async def test_the_length_of_a_vector_is_learnt_from_the_first_answer() -> None:
+    async with stand_in() as standing, embedding_at(standing, replace(SYMMETRIC, dimensions=None)) as embedder:
+        await embedder.check()
+        assert embedder.card.dimensions == 8
+
+
+async def test_progress_counts_the_texts_that_are_done() -> None:
+    told: list[int] = []
+
+    async def on_progress(done: int) -> None:
+        told.append(done)
+
+    async with stand_in() as standing, embedding_at(standing, batch_size=3, concurrency=1) as embedder:
+        await embedder.embed(TEXTS, input_type=None, truncate="NONE", on_progress=on_progress)
+    assert told == [3, 6, 7]
+
+
+# --- Answers ---------------------------------------------------------------------------------------------------------
+
+
+def _shuffle(payload: dict[str, Any]) -> None:
+    payload["data"].reverse()
+
+
+def _duplicate_index(payload: dict[str, Any]) -> None:
+    payload["data"][1]["index"] = 0
+
+
+def _no_index(payload: dict[str, Any]) -> None:
+    del payload["data"][1]["index"]
+
+
+def _index_beyond(payload: dict[str, Any]) -> None:
+    payload["data"][1]["index"] = 99
+
+
+def _one_less(payload: dict[str, Any]) -> None:
+    del payload["data"][1]
+
+
+def _shorter(payload: dict[str, Any]) -> None:
+    payload["data"][1]["embedding"] = [0.5] * 4
+
+
+def _all_shorter(payload: dict[str, Any]) -> None:
+    for item in payload["data"]:
+        item["embedding"] = [0.5] * 4
+
+
+def _embedding(value: object) -> Fault:
+    def change(payload: dict[str, Any]) -> None:
+        payload["data"][1]["embedding"] = value
+
+    return changing(change)
+
+
+def _no_data(payload: dict[str, Any]) -> None:
+    del payload["data"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "requests"),
+    [
+        pytest.param(changing(_shuffle), 1, id="shuffled"),
+        pytest.param(zipped, 1, id="gzip"),
+        pytest.param(cut, 2, id="cut off in the middle of the body"),
+        pytest.param(truncated, 2, id="JSON truncated"),
+        pytest.param(overstated, 2, id="Content-Length too large"),
+        pytest.param(understated, 2, id="Content-Length too small"),
+        pytest.param(lambda reply: replace(zipped(reply), body=reply.body), 2, id="not the gzip that it says"),
+        pytest.param(answering(200, b""), 2, id="empty body"),
+    ],
+)
+async def test_what_order_or_one_more_attempt_puts_right_is_put_right(fault: Fault, requests: int) -> None:
+    async with stand_in(faults=iter([fault])) as standing, embedding_at(standing) as embedder:
+        np.testing.assert_array_equal(await embed(embedder), expected(standing))
+        assert len(standing.seen) == requests
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (changing(_duplicate_index), "two vectors claim to belong to text 0"),
+        (changing(_no_index), "a vector does not say which text it belongs to"),
+        (changing(_index_beyond), "a vector does not say which text it belongs to"),
+        (changing(_one_less), "7 texts were sent and 6 vectors came back"),
+        (changing(_shorter), "the vector of text 1 has 4 dimensions in place of 8"),
+        (changing(_all_shorter), "the vector of text 0 has 4 dimensions in place of 8"),
+        (_embedding([float("nan")] * 8), "the vector of text 1 holds values that are not finite numbers"),
+        (_embedding([float("inf")] * 8), "the vector of text 1 holds values that are not finite numbers"),
+        (_embedding([1e300] * 8), "the vector of text 1 holds values that are not finite numbers"),
+        (_embedding([None] * 8), "the vector of text 1 holds values that are not finite numbers"),
+        (_embedding("AAAAAAAA+H8AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="), "the vector of text 1 holds values"),
+        (_embedding("not base64!"), "the vector of text 1 cannot be read"),
+        (_embedding("AAAA"), "the vector of text 1 cannot be read"),
+        (_embedding(["a"] * 8), "the vector of text 1 cannot be read"),
+        (_embedding([[0.5] * 8]), "the vector of text 1 is empty or not flat"),
+        (_embedding([]), "the vector of text 1 is empty or not flat"),
+        (_embedding(None), "the vector of text 1 is neither numbers nor base64"),
+        (changing(_no_data), "it holds no list `data`"),
+        (answering(200, [1, 2]), "it holds no list `data`"),
+    ],
+)
+async def test_an_answer_that_cannot_be_right_is_refused_and_not_asked_for_again(fault: Fault, reason: str) -> None:
+    async with stand_in(faults=iter([fault])) as standing, embedding_at(standing) as embedder:
+        with pytest.raises(UpstreamFailed) as caught:
+            await embed(embedder)
+        assert reason in caught.value.message
+        assert standing.url in caught.value.message
+        assert len(standing.seen) == 1
+
+
+async def test_two_models_in_one_call_are_refused() -> None:
+    def exchanged(payload: dict[str, Any]) -> None:
+        payload["model"] = "test/other"
+
+    async with (
+        stand_in(faults=iter([changing(exchanged)])) as standing,
+        embedding_at(standing, batch_size=4) as embedder,
+    ):
+        with pytest.raises(UpstreamFailed, match=r"different models \(test/other .* and test/symmetric"):
+            await embed(embedder)
+
+
+async def test_a_model_id_that_was_not_asked_for_is_passed_on_and_logged_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with stand_in(served_as="test/renamed") as standing, embedding_at(standing) as embedder:
+        for _ in range(2):
+            made = await embedder.embed(["one"], input_type=None, truncate="NONE")
+            assert made.served_model == "test/renamed"
+    assert [record.message for record in caplog.records if record.levelno == logging.WARNING] == [
+        f"{standing.url}/v1 was asked for test/symmetric and says that it serves test/renamed"
+    ]
+
+
+async def test_a_coming_end_of_life_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    def deprecated(reply: Any) -> Any:
+        return replace(reply, headers={**reply.headers, "Deprecation": "2027-01-31T09:00:00Z"})
+
+    async with stand_in(faults=itertools.repeat(deprecated)) as standing, embedding_at(standing) as embedder:
+        await embed(embedder)
+    assert "reaches its end of life" in caplog.text
+    assert "2027-01-31" in caplog.text
+
+
+async def test_an_answer_that_is_not_ready_is_fetched_when_it_is() -> None:
+    async with stand_in() as standing:
+        standing.faults = iter([standing.accepting(polls=2)])
+        key = SecretStr("nvapi-secret")
+        async with embedding_at(standing, status_url=f"{standing.url}/status", api_key=key) as embedder:
+            np.testing.assert_array_equal(await embed(embedder), expected(standing))
+        assert [seen.path for seen in standing.seen] == ["/v1/embeddings", "/status/ticket-1", "/status/ticket-2"]
+        assert {seen.headers["authorization"] for seen in standing.seen} == {"Bearer nvapi-secret"}
+
+
+# --- Failures --------------------------------------------------------------------------------------------------------
+
+
+async def test_a_text_that_is_too_long_is_named_by_its_place_in_the_call() -> None:
+    texts = [*TEXTS, "word " * 70]
+    async with stand_in() as standing:
+        async with embedding_at(standing, batch_size=1) as embedder:
+            with pytest.raises(InputTooLong) as caught:
+                await embed(embedder, texts)
+            assert (caught.value.index, caught.value.tokens, caught.value.allowed) == (7, 70, 64)
+            assert caught.value.certain
+        async with embedding_at(standing, batch_size=5) as embedder:
+            with pytest.raises(InputTooLong) as caught:
+                await embed(embedder, texts)
+            assert caught.value.index == 7
+            assert "probably `input[7]`, the longest of those sent together" in caught.value.at("input[7]").message
+
+
+async def test_texts_that_are_too_much_for_one_request_go_out_in_smaller_ones() -> None:
+    def at_most_two(reply: Any) -> Any:
+        too_many = "batch size 50 > maximum allowed batch size 2"
+        return answering(413, {"error": too_many})(reply) if len(standing.seen[-1].json["input"]) > 2 else reply
+
+    async with stand_in(faults=itertools.repeat(at_most_two)) as standing, embedding_at(standing) as embedder:
+        np.testing.assert_array_equal(await embed(embedder), expected(standing))
+        assert [len(seen.json["input"]) for seen in standing.seen] == [7, 3, 1, 2, 4, 2, 2]
+    async with stand_in(faults=itertools.repeat(answering(413))) as standing, embedding_at(standing) as embedder:
+        with pytest.raises(PayloadTooLarge, match="the text is too much for one request"):
+            await embed(embedder)
+
+
+async def test_one_failing_sub_batch_fails_the_call_with_its_error_and_cancels_the_others() -> None:
+    never = anyio.Event()
+    async with (
+        stand_in(faults=iter([held(never), answering(400, {"error": "no such thing"})])) as standing,
+        embedding_at(standing, batch_size=4) as embedder,
+    ):
+        with pytest.raises(InvalidRequest, match="no such thing"):
+            await embed(embedder)
+        await standing.hung_up.wait()
+
+
+async def test_cancelling_a_call_hangs_up_on_the_endpoint() -> None:
+    never = anyio.Event()
+    async with stand_in(faults=itertools.repeat(held(never))) as standing, embedding_at(standing) as embedder:
+        async with anyio.create_task_group() as group:
+            group.start_soon(embed, embedder)
+            await standing.received(1)
+            group.cancel_scope.cancel()
+        await standing.hung_up.wait()
+
+
+async def test_closing_the_embedder_fails_what_is_in_flight_and_what_comes_later() -> None:
+    never = anyio.Event()
+    errors: list[EmbeddingsError] = []
+
+    async def call(embedder: NimEmbedder) -> None:
+        try:
+            await embed(embedder)
+        except EmbeddingsError as error:
+            errors.append(error)
+
+    async with stand_in(faults=itertools.repeat(held(never))) as standing, embedding_at(standing) as embedder:
+        async with anyio.create_task_group() as group:
+            group.start_soon(call, embedder)
+            await standing.received(1)
+            await embedder.aclose()
+        await standing.hung_up.wait()
+        await call(embedder)
+    assert [type(error) for error in errors] == [ServerStopped, ServerStopped]
+
+
+async def test_an_endpoint_that_stays_silent_is_given_up() -> None:
+    never = anyio.Event()
+    async with stand_in(faults=itertools.repeat(held(never))) as standing:
+        async with embedding_at(standing, timeout=0.02) as embedder:
+            with pytest.raises(UpstreamTimeout, match=r"was silent for 0\.02 s"):
+                await embed(embedder)
+            assert len(standing.seen) == 6
+        async with embedding_at(standing, deadline=0.05) as embedder:
+            with pytest.raises(UpstreamTimeout, match=r"had embedded 0 of 7 texts after 0\.05 s"):
+                await embed(embedder)
+
+
+async def test_an_endpoint_that_is_not_there_is_named() -> None:
+    async with stand_in() as standing:
+        pass
+    async with embedding_at(standing) as embedder:
+        for ask in (embedder.check, lambda: embed(embedder)):
+            with pytest.raises(UpstreamUnavailable, match=f"cannot connect to the endpoint {standing.url}"):
+                await ask()
+
+
+async def test_a_short_pause_that_the_endpoint_asks_for_is_kept_by_all_its_requests() -> None:
+    pausing = answering(503, b"", Retry_After="0.2")
+    async with stand_in(faults=iter([pausing])) as standing, embedding_at(standing, concurrency=1) as embedder:
+        await embed(embedder)
+        first, second = standing.seen
+        assert second.at - first.at >= 0.19
+
+
+async def test_a_long_pause_that_the_endpoint_asks_for_is_passed_on_to_the_caller() -> None:
+    offline = answering(503, {"detail": "The model is offline."}, Retry_After="10800")
+    async with stand_in(faults=itertools.repeat(offline)) as standing, embedding_at(standing) as embedder:
+        with pytest.raises(UpstreamUnavailable, match="The model is offline") as caught:
+            await embed(embedder)
+        assert caught.value.retry_after == 10800
+        assert len(standing.seen) == 1
+
+
+# --- Limits ----------------------------------------------------------------------------------------------------------
+
+
+async def test_no_more_requests_are_under_way_than_the_endpoint_takes() -> None:
+    gate = anyio.Event()
+    async with (
+        stand_in(faults=itertools.repeat(held(gate))) as standing,
+        embedding_at(standing, batch_size=1, concurrency=3) as embedder,
+    ):
+        async with anyio.create_task_group() as group:
+            for _ in range(4):
+                group.start_soon(embed, embedder)
+            await standing.received(3)
+            gate.set()
+        assert standing.most_at_once == 3
+        assert len(standing.seen) == 4 * len(TEXTS)
+
+
+async def test_a_call_that_could_never_end_in_time_is_refused_at_once() -> None:
+    async with (
+        stand_in() as standing,
+        embedding_at(standing, batch_size=1, requests_per_minute=2, deadline=100) as embedder,
+    ):
+        with pytest.raises(InvalidRequest, match="send at most 4 texts at once"):
+            await embed(embedder)
+        assert not standing.seen
+
+
+async def test_a_call_whose_turn_would_come_too_late_is_refused_with_the_time_to_come_back() -> None:
+    async with (
+        stand_in() as standing,
+        embedding_at(standing, batch_size=4, requests_per_minute=2, deadline=50) as embedder,
+    ):
+        await embed(embedder)
+        with pytest.raises(Overloaded) as caught:
+            await embed(embedder)
+        assert 1 <= caught.value.retry_after <= 10
+        assert len(standing.seen) == 2
+
+
+async def test_a_thousand_texts_of_five_callers_arrive_in_order_past_a_failure_in_every_five() -> None:
+    rate, window = 40, 0.25
+    chance = random.Random(5)
+    failing = [
+        answering(429, {"status": 429, "title": "Too Many Requests"}),
+        answering(500, b"failed"),
+        answering(504),
+        cut,
+        truncated,
+    ]
+    one_in_five = iter(lambda: chance.choice([chance.choice(failing), None, None, None, None]), ...)
+    async with stand_in(faults=one_in_five) as standing:
+        async with embedding_at(
+            standing, ASYMMETRIC, batch_size=10, requests_per_minute=rate, window=window, concurrency=8
+        ) as embedder:
+            vectors: dict[int, np.ndarray[Any, Any]] = {}
+
+            async def call(caller: int) -> None:
+                texts = [f"caller {caller} text {number}" for number in range(200)]
+                vectors[caller] = await embed(embedder, texts, input_type="passage")
+
+            async with anyio.create_task_group() as group:
+                for caller in range(5):
+                    group.start_soon(call, caller)
+        for caller in range(5):
+            texts = [f"caller {caller} text {number}" for number in range(200)]
+            np.testing.assert_array_equal(vectors[caller], expected(standing, ASYMMETRIC, "passage", texts))
+        arrivals = [seen.at for seen in standing.seen]
+        assert len(arrivals) > 110
+        # Arrivals are a little later than departures, so a window of arrivals may be a little shorter.
+        assert all(later - earlier > 0.8 * window for earlier, later in zip(arrivals, arrivals[rate:], strict=False))
+        assert standing.most_at_once <= 8
+
+
+# --- Health ----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_nim_is_asked_on_its_own_route_whether_it_is_ready() -> None:
+    async with stand_in() as standing, embedding_at(standing) as embedder:
+        await embedder.check()
+        assert [seen.path for seen in standing.seen] == ["/v1/health/ready"]
