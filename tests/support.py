@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import socket
+import subprocess
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import anyio
 import numpy as np
@@ -17,6 +20,11 @@ from starlette.types import ASGIApp
 from embeddings_mcp.embedders.base import Embeddings, OnProgress
 from embeddings_mcp.errors import InputTooLong
 from embeddings_mcp.models import InputType, ModelCard, Truncate
+
+ROOT = Path(__file__).parents[1]
+
+START_SECONDS = 60
+"""Longest that a server process may take to listen, on a machine that is busy."""
 
 
 @dataclass
@@ -100,3 +108,26 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.up.set()
+
+
+@contextmanager
+def running(*command: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A process that serves HTTP on a free port, once it has said where, and its address."""
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+    ) as process:
+        deadline = threading.Timer(START_SECONDS, process.kill)
+        deadline.start()
+        try:
+            assert process.stderr is not None
+            said = []
+            for line in process.stderr:
+                said.append(line)
+                if found := re.search(r"serving MCP at (\S+)/mcp and REST at \1/v1$", line):
+                    deadline.cancel()
+                    yield process, found[1]
+                    return
+            raise AssertionError(f"the server did not start: {''.join(said)}")
+        finally:
+            deadline.cancel()
+            process.kill()

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import anyio
 import httpx
@@ -25,9 +20,9 @@ from embeddings_mcp.faces.mcp import build_mcp_server
 from embeddings_mcp.publish.openapi import openapi_document
 from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
-from tests.support import HashEmbedder, serving
+from tests.support import HashEmbedder, running, serving
 
-SERVER = """
+SCRIPT = """
 from embeddings_mcp.faces.http import serve_http
 from embeddings_mcp.faces.mcp import build_mcp_server
 from embeddings_mcp.service import EmbeddingService
@@ -41,6 +36,7 @@ class Closing(HashEmbedder):
 service = EmbeddingService([Closing()], default_model="test/hash")
 serve_http(service, build_mcp_server(service), Settings(port=0))
 """
+SERVER = (sys.executable, "-c", SCRIPT)
 
 
 def service_of(embedder: HashEmbedder) -> EmbeddingService:
@@ -82,32 +78,10 @@ def test_the_embedders_are_closed_when_the_server_stops() -> None:
 # --- The server ------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def server() -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`serve_http` in a process of its own, on a free port; and where it says that it listens."""
-    with subprocess.Popen(
-        [sys.executable, "-c", SERVER],
-        cwd=Path(__file__).parents[2],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            assert process.stderr is not None
-            said = process.stderr.readline()
-            found = re.fullmatch(
-                r"embeddings-mcp: serving MCP at (http://127\.0\.0\.1:\d+)/mcp and REST at \1/v1\n", said
-            )
-            assert found, said + process.stderr.read()
-            yield process, found[1]
-        finally:
-            process.kill()
-
-
 @pytest.mark.anyio
 @pytest.mark.parametrize("mode", ["legacy", "auto"])
 async def test_a_server_told_to_stop_closes_its_sessions_and_embedders(mode: str) -> None:
-    with server() as (process, url):
+    with running(*SERVER) as (process, url):
         with anyio.fail_after(20):
             async with Client(f"{url}/mcp", mode=mode) as client:
                 assert (await client.list_tools()).tools
@@ -120,7 +94,7 @@ async def test_a_server_told_to_stop_closes_its_sessions_and_embedders(mode: str
 
 
 def test_ctrl_c_ends_the_server_without_a_traceback() -> None:
-    with server() as (process, _url):
+    with running(*SERVER) as (process, _url):
         process.send_signal(signal.SIGINT)
         stdout, stderr = process.communicate(timeout=10)
 
@@ -129,7 +103,7 @@ def test_ctrl_c_ends_the_server_without_a_traceback() -> None:
 
 def test_answers_are_not_held_back_by_the_network() -> None:
     """Nagle's algorithm would hold the body back until the client's delayed acknowledgement, 40 ms later."""
-    with server() as (_process, url), httpx.Client(base_url=url) as client:
+    with running(*SERVER) as (_process, url), httpx.Client(base_url=url) as client:
         client.get("/v1/health/live")
         times = []
         for _ in range(10):
