@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,15 +18,15 @@ from langchain_openai import OpenAIEmbeddings
 from langchain_tests.integration_tests import EmbeddingsIntegrationTests
 
 from embeddings_mcp.models import DEFAULT_MODEL
-from tests.support import running
+from tests.support import START_SECONDS, running
 
+COMMAND = str(Path(sys.executable).with_name("embeddings-mcp"))
 TEXTS = ["A cat is asleep.", '["a","b"]', "null", "A cat is asleep.", "Les actions ont chuté."]
 
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    command = str(Path(sys.executable).with_name("embeddings-mcp"))
-    with running(command, "serve", "--transport", "http", "--port", "0") as (_process, url):
+    with running(COMMAND, "serve", "--transport", "http", "--port", "0") as (_process, url):
         yield url
 
 
@@ -33,6 +34,20 @@ def url() -> Iterator[str]:
 def client(url: str) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none is asked for", max_retries=0, timeout=60) as client:
         yield client
+
+
+def test_a_server_that_others_can_reach_does_not_start_without_a_key() -> None:
+    tried = subprocess.run(
+        [COMMAND, "serve", "--transport", "http", "--host", "0.0.0.0", "--port", "0"],
+        capture_output=True,
+        text=True,
+        timeout=START_SECONDS,
+        check=False,
+    )
+
+    assert (tried.returncode, tried.stdout) == (1, "")
+    assert "EMBEDDINGS_MCP_API_KEY" in tried.stderr
+    assert "Traceback" not in tried.stderr
 
 
 # --- openai ----------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import httpx
 import numpy as np
 import orjson
@@ -162,6 +163,24 @@ async def test_an_answer_in_pieces_is_the_answer(answer: dict[str, Any]) -> None
     pieces = [piece async for piece in rest._pieces(answer)]
 
     assert b"".join(pieces) == dump_json(answer)
+
+
+@pytest.mark.anyio
+async def test_other_requests_have_their_turn_between_the_pieces_of_a_large_answer() -> None:
+    turns = 0
+
+    async def another() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await anyio.lowlevel.checkpoint()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(another)
+        async for _ in rest._pieces({"data": [0] * 10 * rest._ROWS_AT_ONCE}):
+            pass
+        group.cancel_scope.cancel()
+    assert turns >= 10
 
 
 def test_similarity_and_search_answer_with_scores(client: httpx.Client) -> None:
@@ -350,6 +369,15 @@ def test_an_overloaded_server_says_when_to_come_back() -> None:
     assert answer.status_code == 429
     assert answer.headers["retry-after"] == "2"
     assert answer.json()["error"]["type"] == "rate_limit_error"
+
+
+def test_a_failure_of_the_server_is_told_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with client_of(FailingEmbedder(error=CheckpointInvalid("config.json is not JSON"))) as client:
+        answer = client.post("/v1/embeddings", json=ONE)
+
+    assert answer.status_code == 503
+    assert answer.json()["error"]["code"] == "checkpoint_invalid"
+    assert "/v1/embeddings failed: config.json is not JSON" in caplog.text
 
 
 def test_a_crash_says_nothing_to_the_caller_and_all_to_the_log(caplog: pytest.LogCaptureFixture) -> None:

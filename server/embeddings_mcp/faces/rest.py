@@ -244,8 +244,10 @@ def _nobody_there() -> Response:
     return Response(status_code=499)
 
 
-async def _on_embeddings_error(_request: Request, error: Exception) -> Response:
+async def _on_embeddings_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, EmbeddingsError)
+    if wire_form(error).status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        logger.warning("%s failed: %s", request.url.path, error.message)
     return error_response(error)
 
 
