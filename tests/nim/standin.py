@@ -15,7 +15,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from http import HTTPStatus
 from typing import Any
 
 import anyio
@@ -133,6 +132,7 @@ class StandIn:
         prompts: whether it puts a model's prompts before the texts, as NIM does and plain OpenAI servers do not.
         served_as: the model id in its answers; the requested one when None.
         faults: what is wrong with each embedding request in turn; None is an answer in order.
+        elsewhere: what is always wrong with the answers of other routes, by path.
         seen: every request so far.
         most_at_once: of the requests that were being answered at the same time.
         hung_up: set when a client has closed the connection before it had its answer.
@@ -143,6 +143,7 @@ class StandIn:
     prompts: bool = True
     served_as: str | None = None
     faults: Iterator[Fault | None] = field(default_factory=lambda: itertools.repeat(None))
+    elsewhere: Mapping[str, Fault] = field(default_factory=dict)
     seen: list[Seen] = field(default_factory=list)
     most_at_once: int = 0
     hung_up: anyio.Event = field(default_factory=anyio.Event)
@@ -156,10 +157,6 @@ class StandIn:
         while len(self.seen) < requests:
             self._arrival = anyio.Event()
             await self._arrival.wait()
-
-    @property
-    def embedding_requests(self) -> list[Seen]:
-        return [seen for seen in self.seen if seen.path == "/v1/embeddings"]
 
     def vector(self, text: str, model: str, input_type: InputType | None = None) -> Any:
         """The vector that this text has in this model."""
@@ -180,11 +177,14 @@ class StandIn:
     # --- What a request deserves -------------------------------------------------------------------------------------
 
     def _answer(self, seen: Seen) -> Reply:
+        fault = next(self.faults, None) if seen.path == "/v1/embeddings" else self.elsewhere.get(seen.path)
+        reply = self._deserved(seen)
+        return reply if fault is None else fault(reply)
+
+    def _deserved(self, seen: Seen) -> Reply:
         match seen.method, seen.path:
             case "POST", "/v1/embeddings":
-                fault = next(self.faults, None)
-                reply = self._embed(seen.json)
-                return reply if fault is None else fault(reply)
+                return self._embed(seen.json)
             case "GET", "/v1/models":
                 return _json({"object": "list", "data": [{"id": name, "object": "model"} for name in self.models]})
             case "GET", "/v1/health/ready":
@@ -261,7 +261,7 @@ class StandIn:
                     task.cancel()
                 await asyncio.gather(released, hung_up, return_exceptions=True)
         length = len(reply.body) if reply.length is None else reply.length
-        head = [f"HTTP/1.1 {reply.status} {HTTPStatus(reply.status).phrase}", f"Content-Length: {length}"]
+        head = [f"HTTP/1.1 {reply.status} ", f"Content-Length: {length}"]
         head += [f"{name}: {value}" for name, value in reply.headers.items()]
         writer.write("\r\n".join([*head, "", ""]).encode() + reply.body[: reply.cut_after])
         await writer.drain()

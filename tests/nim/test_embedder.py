@@ -481,12 +481,3 @@ async def test_a_thousand_texts_of_five_callers_arrive_in_order_past_a_failure_i
         # Arrivals are a little later than departures, so a window of arrivals may be a little shorter.
         assert all(later - earlier > 0.8 * window for earlier, later in zip(arrivals, arrivals[rate:], strict=False))
         assert standing.most_at_once <= 8
-
-
-# --- Health ----------------------------------------------------------------------------------------------------------
-
-
-async def test_a_nim_is_asked_on_its_own_route_whether_it_is_ready() -> None:
-    async with stand_in() as standing, embedding_at(standing) as embedder:
-        await embedder.check()
-        assert [seen.path for seen in standing.seen] == ["/v1/health/ready"]

@@ -10,6 +10,8 @@ from typing import Literal
 import httpx2
 from pydantic import SecretStr
 
+from embeddings_mcp.errors import InvalidSetting
+
 HOSTED_URL = "https://integrate.api.nvidia.com/v1"
 """NVIDIA's hosted API, the one behind build.nvidia.com."""
 
@@ -49,7 +51,7 @@ class Endpoint:
         status_url: where an answer is fetched that was not ready at once; None where a server has no such place.
 
     Raises:
-        ValueError: the address or the key cannot be right.
+        InvalidSetting: the address or the key cannot be right, or a limit is not above zero.
     """
 
     url: str
@@ -69,6 +71,9 @@ class Endpoint:
         object.__setattr__(self, "api_key", _checked_key(self.api_key, self.key_name))
         if self.hosted and self.status_url is None:
             object.__setattr__(self, "status_url", HOSTED_STATUS_URL)
+        for limit in ("batch_size", "concurrency", "rate", "timeout", "deadline"):
+            if getattr(self, limit) <= 0:
+                raise InvalidSetting(f"`{limit}` of the endpoint {self.url} must be more than 0")
 
     @property
     def host(self) -> str:
@@ -123,17 +128,19 @@ def _checked_url(text: str, *, allow_http: bool) -> str:
     try:
         url = httpx2.URL(text.strip())
     except httpx2.InvalidURL as error:
-        raise ValueError(f"an endpoint's address is not a URL: {error}") from None
+        raise InvalidSetting(f"an endpoint's address is not a URL: {error}") from None
     if url.userinfo or url.query or url.fragment:
         # Not repeated: what stands there may be a key.
-        raise ValueError(
+        raise InvalidSetting(
             f"the address of the endpoint at {url.host!r} must end with its path, and hold neither user name nor "
             "password: a key goes into the endpoint's key setting"
         )
     if url.scheme not in {"http", "https"} or not url.host:
-        raise ValueError(f"an endpoint's address must look like https://host or http://localhost:8000, not {text!r}")
+        raise InvalidSetting(
+            f"an endpoint's address must look like https://host or http://localhost:8000, not {text!r}"
+        )
     if url.scheme == "http" and not (allow_http or is_loopback(url.host)):
-        raise ValueError(
+        raise InvalidSetting(
             f"the endpoint {text} must be reached over https, since texts and key would travel readable; if the "
             "network in between is trusted, allow http for this endpoint"
         )
@@ -148,5 +155,5 @@ def _checked_key(key: SecretStr | None, name: str) -> SecretStr | None:
     if not value:
         return None
     if not (value.isascii() and value.isprintable() and " " not in value):
-        raise ValueError(f"the key in {name} holds characters that no key has: copy it anew")
+        raise InvalidSetting(f"the key in {name} holds characters that no key has: copy it anew")
     return SecretStr(value)

@@ -229,10 +229,11 @@ def _retired(refusal: Refusal, found: re.Match[str]) -> Failure:
 
 
 def _rate_limited(refusal: Refusal, _found: re.Match[str]) -> Failure:
+    wait = refusal.retry_after or _RATE_WINDOW
     error = Overloaded(
-        f"{refusal} takes no more requests for now ({refusal.quote}): send fewer texts at once, or lower "
-        "`requests_per_minute` for it",
-        retry_after=refusal.retry_after or _RATE_WINDOW,
+        f"{refusal} takes no more requests for now ({refusal.quote}): try again in {wait:,.0f} s, with fewer texts at "
+        "once",
+        retry_after=wait,
     )
     return Failure(error, attempts=_RATE_LIMITED, pause=refusal.retry_after)
 
@@ -242,7 +243,9 @@ def _timed_out(refusal: Refusal, _found: re.Match[str]) -> Failure:
 
 
 def _unavailable(refusal: Refusal, _found: re.Match[str]) -> Failure:
-    error = UpstreamUnavailable(f"{refusal} takes no work now ({refusal.quote})", retry_after=refusal.retry_after)
+    wait = refusal.retry_after
+    when = "later" if wait is None else f"in {wait:,.0f} s"
+    error = UpstreamUnavailable(f"{refusal} takes no work now ({refusal.quote}): try again {when}", retry_after=wait)
     return Failure(error, attempts=_TRANSIENT, pause=refusal.retry_after)
 
 
