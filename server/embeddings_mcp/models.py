@@ -1,11 +1,16 @@
 """Model cards: what is known of a model before any of its weights is read.
 
-A card says what a request to the model may ask for. The table `CARDS` holds the models we know by name; a checkpoint
-that is not in it describes itself (see `embedders.local.checkpoint`), and users add to the table in their settings.
+A card says what a request to the model may ask for, where its weights are, and what has become of NVIDIA's hosted
+endpoint. The table `CARDS` holds the models that the NIM embeddings API names; a checkpoint that is not in it describes
+itself (see `embedders.local.checkpoint`), and users add cards of their own in the settings.
+
+Sources: NVIDIA's support matrices 1.5 to 2.4 for lengths, limits and dimensions; the models' own cards and files for
+prompts and licences; answers of the hosted endpoint in August 2026 for the ends of life.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,6 +42,10 @@ class ModelCard:
         passage_prompt: text put before a passage.
         default_prompt: text put before an input whose type was not said.
         licence: SPDX id or the licence's own name, None where unknown.
+        non_commercial: whether the licence forbids commercial use.
+        hub: the Hugging Face repository with the weights, where it is not `id`; empty where there is none.
+        hosted_until: day (ISO 8601) on which NVIDIA's hosted endpoint stopped or stops; None where it goes on or never
+            was.
     """
 
     id: str
@@ -49,6 +58,9 @@ class ModelCard:
     passage_prompt: str = ""
     default_prompt: str = ""
     licence: str | None = None
+    non_commercial: bool = False
+    hub: str | None = None
+    hosted_until: str | None = None
 
     def prompt(self, input_type: InputType | None) -> str:
         """The text that goes before an input of this type."""
@@ -61,6 +73,14 @@ class ModelCard:
         """Every name the model answers to, in lower case."""
         return frozenset(name.lower() for name in (self.id, *self.aliases))
 
+    @property
+    def repository(self) -> str | None:
+        """The Hugging Face repository with the weights, or None where they are not on the hub."""
+        return (self.id if self.hub is None else self.hub) or None
+
+
+# The example task of NVIDIA's model card; which one the hosted endpoint used for queries is not public.
+_NV_EMBED_QUERY = "Instruct: Given a question, retrieve passages that answer the question\nQuery: "
 
 CARDS: tuple[ModelCard, ...] = (
     ModelCard(
@@ -70,10 +90,122 @@ CARDS: tuple[ModelCard, ...] = (
         max_tokens=256,
         licence="Apache-2.0",
     ),
+    ModelCard(
+        id="nvidia/nemotron-3-embed-1b",
+        aliases=("nemotron-3-embed-1b", "nvidia/Nemotron-3-Embed-1B-BF16", "nemotron-3-embed"),
+        dimensions=2048,
+        max_tokens=32768,
+        input_type="optional",
+        query_prompt="query: ",
+        passage_prompt="passage: ",
+        licence="OpenMDW-1.1",
+        hub="nvidia/Nemotron-3-Embed-1B-BF16",
+    ),
+    ModelCard(
+        id="nvidia/llama-nemotron-embed-1b-v2",
+        aliases=("llama-nemotron-embed-1b-v2", "nvidia/llama-3.2-nv-embedqa-1b-v2", "llama-3.2-nv-embedqa-1b-v2"),
+        dimensions=2048,
+        matryoshka=(384, 512, 768, 1024),
+        max_tokens=8192,
+        input_type="required",
+        query_prompt="query: ",
+        passage_prompt="passage: ",
+        licence="NVIDIA Open Model License and Llama 3.2 Community License",
+        hosted_until="2026-08-25",
+    ),
+    ModelCard(
+        id="nvidia/llama-nemotron-embed-300m-v2",
+        aliases=(
+            "llama-nemotron-embed-300m-v2",
+            "nvidia/llama-3.2-nemoretriever-300m-embed-v2",
+            "llama-3.2-nemoretriever-300m-embed-v2",
+        ),
+        dimensions=2048,
+        matryoshka=(384, 512, 768, 1024),
+        max_tokens=8192,
+        input_type="required",
+        query_prompt="query: ",
+        passage_prompt="passage: ",
+        hub="nvidia/llama-3.2-nemoretriever-300m-embed-v2",
+    ),
+    ModelCard(
+        id="nvidia/nv-embedqa-e5-v5",
+        aliases=("nv-embedqa-e5-v5", "e5"),
+        dimensions=1024,
+        max_tokens=512,
+        input_type="required",
+        query_prompt="query: ",
+        passage_prompt="passage: ",
+        licence="NVIDIA Community Model License",
+        hub="",
+        hosted_until="2026-08-25",
+    ),
+    ModelCard(
+        id="nvidia/nv-embed-v1",
+        aliases=("nv-embed-v1", "ai-nv-embed-v1"),
+        dimensions=4096,
+        max_tokens=32768,
+        input_type="required",
+        query_prompt=_NV_EMBED_QUERY,
+        licence="CC-BY-NC-4.0",
+        non_commercial=True,
+        hub="nvidia/NV-Embed-v1",
+        hosted_until="2026-08-25",
+    ),
+    ModelCard(
+        id="nvidia/nv-embed-v2",
+        aliases=("nv-embed-v2",),
+        dimensions=4096,
+        max_tokens=32768,
+        input_type="required",
+        query_prompt=_NV_EMBED_QUERY,
+        licence="CC-BY-NC-4.0",
+        non_commercial=True,
+        hub="nvidia/NV-Embed-v2",
+    ),
+    ModelCard(
+        id="nvidia/nv-embedqa-mistral-7b-v2",
+        aliases=("nv-embedqa-mistral-7b-v2",),
+        dimensions=4096,
+        max_tokens=512,
+        input_type="required",
+        # Its files came with the NIM only, and what they put before a text is not public: a folder has to say it.
+        licence="NVIDIA Community Model License and Apache-2.0",
+        hub="",
+    ),
+    ModelCard(
+        id="baai/bge-m3",
+        aliases=("bge-m3",),
+        dimensions=1024,
+        max_tokens=8192,
+        licence="MIT",
+        hub="BAAI/bge-m3",
+        hosted_until="2026-08-25",
+    ),
+    ModelCard(
+        id="baai/bge-large-zh-v1.5",
+        aliases=("bge-large-zh-v1.5",),
+        dimensions=1024,
+        max_tokens=512,
+        input_type="required",
+        query_prompt="为这个句子生成表示以用于检索相关文章：",  # noqa: RUF001 - the colon is Chinese, as the model card has it
+        licence="MIT",
+        hub="BAAI/bge-large-zh-v1.5",
+    ),
+    ModelCard(
+        id="snowflake/arctic-embed-l",
+        aliases=("arctic-embed-l", "ai-arctic-embed-l", "snowflake/snowflake-arctic-embed-l"),
+        dimensions=1024,
+        max_tokens=512,
+        input_type="required",
+        query_prompt="Represent this sentence for searching relevant passages: ",
+        licence="Apache-2.0",
+        hub="Snowflake/snowflake-arctic-embed-l",
+    ),
 )
 
 
-def find_card(name: str) -> ModelCard | None:
-    """The card that answers to `name` (id or alias, in any case), or None."""
+def find_card(name: str, cards: Iterable[ModelCard] = CARDS) -> ModelCard | None:
+    """The first card that answers to `name` (id or alias, in any case), or None."""
     wanted = name.lower()
-    return next((card for card in CARDS if wanted in card.names), None)
+    return next((card for card in cards if wanted in card.names), None)

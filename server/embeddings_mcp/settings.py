@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from embeddings_mcp.models import DEFAULT_MODEL
+from embeddings_mcp.models import DEFAULT_MODEL, ModelCard
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -28,6 +28,10 @@ class Settings(BaseSettings):
     default_model: Annotated[
         str | None, Field(description="The model that `default` means; the first of the models when not set.")
     ] = None
+    cards: Annotated[
+        tuple[ModelCard, ...],
+        Field(description="Cards of your own, as a JSON array; they go before those that are built in."),
+    ] = ()
     device: Annotated[
         str, Field(description="Where the local encoder runs: `auto` (cuda, then mps, then cpu) or a torch device.")
     ] = "auto"

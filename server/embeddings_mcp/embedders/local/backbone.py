@@ -5,16 +5,18 @@ from __future__ import annotations
 import itertools
 import logging
 import pickle
+import re
 from collections.abc import Sequence
 
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AttentionInterface, AutoConfig, AutoModel, PreTrainedModel
+from transformers import CONFIG_MAPPING, AttentionInterface, AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from embeddings_mcp.embedders.local.attention import NAME, Packing, PackingUnsupported, packed_attention
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint
+from embeddings_mcp.embedders.local.latent_attention import LATENT_ATTENTION
 from embeddings_mcp.errors import CheckpointInvalid
 
 AttentionInterface.register(NAME, packed_attention)
@@ -30,7 +32,7 @@ PROVEN = frozenset(
 _ENCODER_HALVES = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
 """Architectures of two halves, of which a sentence encoder is one."""
 
-_SPARE_TENSORS = ("pooler.", "lm_head.", "cls.", "classifier.", "vocab_transform.", "vocab_layer_norm.", "decoder.")
+_SPARE_TENSORS = ("pooler.", "lm_head.", "cls.", "classifier.", "vocab_transform.", "vocab_layer_norm.")
 """Heads that a checkpoint may have or not: no embedding is made with them."""
 
 
@@ -118,20 +120,30 @@ def load_backbone(checkpoint: Checkpoint, device: torch.device, dtype: torch.dty
         CheckpointInvalid: a file is missing or damaged, the architecture is unknown, or a tensor is missing, left over
             or of another shape than its config says.
     """
-    folder = checkpoint.backbone
+    folder = checkpoint.pipeline.backbone
+    # What it would report is said below, as an error.
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        config = AutoConfig.for_model(**checkpoint.config)
-    except ValueError as error:
+    description = dict(checkpoint.backbone_config)
+    model_type = str(description.pop("model_type"))
+    if model_type not in CONFIG_MAPPING:
         raise CheckpointInvalid(
-            f"{folder / 'config.json'}: the architecture {checkpoint.model_type!r} is not one that this version of "
-            f"transformers ({transformers.__version__}) has; code that comes with a checkpoint is never run"
-        ) from error
-    half = _ENCODER_HALVES.get(checkpoint.model_type)
+            f"{folder / 'config.json'}: the architecture {model_type!r} is not one that this version of transformers "
+            f"({transformers.__version__}) has; code that comes with a checkpoint is never run"
+        )
+    half = _ENCODER_HALVES.get(model_type)
     architecture = AutoModel if half is None else getattr(transformers, half)
+    prefix = checkpoint.recipe.prefix if checkpoint.recipe else ""
     try:
+        config = AutoConfig.for_model(model_type, **description)
         model, report = architecture.from_pretrained(
-            folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
+            folder,
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # and reported below, with the file's name
+            key_mapping={f"^{re.escape(prefix)}": ""} if prefix else None,
         )
     except (OSError, RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
         raise CheckpointInvalid(f"{folder}: the weights cannot be read: {error}") from error
@@ -141,12 +153,13 @@ def load_backbone(checkpoint: Checkpoint, device: torch.device, dtype: torch.dty
 
 
 def _check_tensors(checkpoint: Checkpoint, report: dict[str, set[str]]) -> None:
+    ours = (LATENT_ATTENTION,) if checkpoint.recipe and checkpoint.recipe.latent_attention else ()
     for finding, names in (
         ("are missing", report["missing_keys"]),
         ("are not part of the architecture", report["unexpected_keys"]),
         ("have another shape than config.json says", report["mismatched_keys"]),
     ):
-        wrong = sorted(str(name) for name in names if not str(name).startswith(_SPARE_TENSORS))
+        wrong = sorted(str(name) for name in names if not str(name).startswith((*_SPARE_TENSORS, *ours)))
         if wrong:
             shown = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-            raise CheckpointInvalid(f"{checkpoint.backbone}: tensors {finding}: {shown}")
+            raise CheckpointInvalid(f"{checkpoint.pipeline.backbone}: tensors {finding}: {shown}")

@@ -1,7 +1,8 @@
 """A checkpoint folder, read without torch: what its model is, and what becomes of a text's token vectors.
 
 Two layouts are understood: that of sentence-transformers (``modules.json`` and a folder for each module), and a plain
-transformers model, which is pooled by mean as sentence-transformers would do.
+transformers model, which is pooled by mean as sentence-transformers would do. What a family says in a way of its own
+is in `recipes`.
 """
 
 from __future__ import annotations
@@ -9,13 +10,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
+from embeddings_mcp.embedders.local.recipes import PLAIN, POOLING_WORDS, RECIPES, PoolingMode, Recipe
 from embeddings_mcp.errors import CheckpointInvalid
-from embeddings_mcp.models import ModelCard, find_card
-
-PoolingMode = Literal["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
-"""How token vectors become one; in the order in which sentence-transformers joins several."""
+from embeddings_mcp.models import InputTypeUse, ModelCard
 
 _LEGACY_MODES: dict[str, PoolingMode] = {
     "pooling_mode_cls_token": "cls",
@@ -68,39 +67,56 @@ Stage = Dense | LayerNorm | Normalize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Pipeline:
+    """The steps from a text to its vector.
+
+    Attributes:
+        backbone: folder of the transformer itself, which may be a module's own.
+        pooling: how token vectors become one.
+        pool_prompt: whether the prompt's own tokens are pooled too.
+        stages: what follows the pooling.
+    """
+
+    backbone: Path
+    pooling: tuple[PoolingMode, ...] = ("mean",)
+    pool_prompt: bool = True
+    stages: tuple[Stage, ...] = ()
+
+    def then(self, stage: Stage) -> Pipeline:
+        """The same steps and one more."""
+        return replace(self, stages=(*self.stages, stage))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
     """What a checkpoint folder says.
 
     Attributes:
         folder: the checkpoint.
-        backbone: folder of the transformer itself, which may be a module's own.
         config: the transformer's ``config.json``.
+        recipe: what its family says in a way of its own; None for most.
+        pipeline: the steps from a text to its vector.
         max_tokens: longest text, special tokens and prompt included.
         lowercase: whether texts are put in lower case before tokenizing.
-        pooling: how token vectors become one.
-        pool_prompt: whether the prompt's own tokens are pooled too.
-        stages: what follows the pooling.
         query_prompt: text before a query.
         passage_prompt: text before a passage.
         default_prompt: text before an input whose type was not said; None where the checkpoint names none.
     """
 
     folder: Path
-    backbone: Path
     config: dict[str, Any]
+    recipe: Recipe | None
+    pipeline: Pipeline
     max_tokens: int
     lowercase: bool = False
-    pooling: tuple[PoolingMode, ...] = ("mean",)
-    pool_prompt: bool = True
-    stages: tuple[Stage, ...] = ()
     query_prompt: str = ""
     passage_prompt: str = ""
     default_prompt: str | None = None
 
     @property
-    def model_type(self) -> str:
-        """What transformers calls the architecture."""
-        return str(self.config["model_type"])
+    def backbone_config(self) -> dict[str, Any]:
+        """The config of the transformers class that the model is built from."""
+        return self.recipe.backbone(self.config) if self.recipe else self.config
 
     @property
     def position_offset(self) -> int:
@@ -110,83 +126,119 @@ class Checkpoint:
     @property
     def dimensions(self) -> int:
         """Length of the vectors."""
-        dense = [stage.out_features for stage in self.stages if isinstance(stage, Dense)]
-        return dense[-1] if dense else _hidden_size(self.config, self.backbone) * len(self.pooling)
+        dense = [stage.out_features for stage in self.pipeline.stages if isinstance(stage, Dense)]
+        if dense:
+            return dense[-1]
+        return _hidden_size(self.backbone_config, self.pipeline.backbone) * len(self.pipeline.pooling)
 
-    def card(self, name: str) -> ModelCard:
-        """The card of this checkpoint under the name that its user gave it.
+    def card(self, name: str, known: ModelCard | None = None) -> ModelCard:
+        """The card of this checkpoint.
 
-        A name in the table of cards brings what that table knows; what the files say of sizes is believed over it.
+        Args:
+            name: what its user calls it.
+            known: the card of that name, where there is one; of sizes the files are believed, of the rest the card.
         """
-        if known := find_card(name):
-            shorter = tuple(length for length in known.matryoshka if length < self.dimensions)
-            return replace(known, dimensions=self.dimensions, max_tokens=self.max_tokens, matryoshka=shorter)
         told_apart = self.query_prompt != self.passage_prompt
-        return ModelCard(
+        asymmetric: InputTypeUse = "required" if self.default_prompt is None else "optional"
+        described = ModelCard(
             id=name,
             dimensions=self.dimensions,
             max_tokens=self.max_tokens,
-            input_type="ignored" if not told_apart else "required" if self.default_prompt is None else "optional",
+            input_type=asymmetric if told_apart else "ignored",
             query_prompt=self.query_prompt,
             passage_prompt=self.passage_prompt,
             default_prompt=self.default_prompt or "",
         )
+        if known is None:
+            return described
+        return replace(
+            known,
+            dimensions=self.dimensions,
+            max_tokens=min(self.max_tokens, known.max_tokens or self.max_tokens),
+            matryoshka=tuple(length for length in known.matryoshka if length < self.dimensions),
+            query_prompt=known.query_prompt or self.query_prompt,
+            passage_prompt=known.passage_prompt or self.passage_prompt,
+        )
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
+def read_checkpoint(folder: Path, known: ModelCard | None = None) -> Checkpoint:
     """Read every description in a checkpoint folder.
+
+    Args:
+        folder: the checkpoint.
+        known: the card of the model that the folder is said to hold, where it is in the table.
 
     Raises:
         CheckpointInvalid: a file is missing or broken, or asks for something that is not supported; names the file.
     """
     if not folder.is_dir():
         raise CheckpointInvalid(f"{folder} is not a folder: a checkpoint is a folder that holds config.json")
-    modules = _read_json(folder / "modules.json", list, default=[])
-    backbone, stages = folder, list[Stage]()
-    pooling: tuple[PoolingMode, ...] = ("mean",)
-    pool_prompt = True
-    for module in modules:
-        kind = str(module.get("type", "")).rpartition(".")[2]
-        place = folder / str(module.get("path", ""))
-        match kind:
-            case "Transformer":
-                backbone = place
-            case "Pooling":
-                pooling, pool_prompt = _read_pooling(place / "config.json")
-            case "Dense":
-                stages.append(_read_dense(place))
-            case "LayerNorm":
-                path = place / "config.json"
-                stages.append(LayerNorm(place, _whole_number(_read_json(path, dict), "dimension", path)))
-            case "Normalize":
-                stages.append(Normalize())
-            case "Dropout":
-                pass  # does nothing outside training
-            case _:
-                raise CheckpointInvalid(
-                    f"{folder / 'modules.json'}: the module {kind!r} is not supported; supported are Transformer, "
-                    "Pooling, Dense, LayerNorm, Dropout and Normalize"
-                )
+    pipeline = _read_pipeline(folder)
+    backbone = pipeline.backbone if pipeline else folder
     config = _read_json(backbone / "config.json", dict)
-    if "model_type" not in config:
+    if not isinstance(config.get("model_type"), str):
         raise CheckpointInvalid(f"{backbone / 'config.json'}: no `model_type`, so its architecture is unknown")
+    recipe = RECIPES.get(config["model_type"])
+    if pipeline is None:
+        pipeline = _plain_pipeline(folder, config, recipe, known)
     sentence = _read_sentence_config(backbone)
     prompts = _read_json(folder / "config_sentence_transformers.json", dict, default={})
     named = {str(name): str(text) for name, text in (prompts.get("prompts") or {}).items()}
     default_name = prompts.get("default_prompt_name")
     return Checkpoint(
         folder=folder,
-        backbone=backbone,
         config=config,
+        recipe=recipe,
+        pipeline=pipeline,
         max_tokens=_max_tokens(config, sentence, backbone),
         lowercase=bool(sentence.get("do_lower_case", False)),
-        pooling=pooling,
-        pool_prompt=pool_prompt,
-        stages=tuple(stages),
         query_prompt=named.get("query", ""),
         passage_prompt=named.get("document") or named.get("passage", ""),
         default_prompt=None if default_name is None else named.get(str(default_name), ""),
     )
+
+
+def _read_pipeline(folder: Path) -> Pipeline | None:
+    """What ``modules.json`` says; None where there is none."""
+    path = folder / "modules.json"
+    modules = _read_json(path, list, default=[])
+    if not modules:
+        return None
+    pipeline = Pipeline(backbone=folder)
+    for module in modules:
+        kind = str(module.get("type", "")).rpartition(".")[2]
+        place = folder / str(module.get("path", ""))
+        match kind:
+            case "Transformer":
+                pipeline = replace(pipeline, backbone=place)
+            case "Pooling":
+                modes, pool_prompt = _read_pooling(place / "config.json")
+                pipeline = replace(pipeline, pooling=modes, pool_prompt=pool_prompt)
+            case "Dense":
+                pipeline = pipeline.then(_read_dense(place))
+            case "LayerNorm":
+                pipeline = pipeline.then(_read_layer_norm(place))
+            case "Normalize":
+                pipeline = pipeline.then(Normalize())
+            case "Dropout":
+                pass  # does nothing outside training
+            case _:
+                raise CheckpointInvalid(
+                    f"{path}: the module {kind!r} is not supported; supported are Transformer, Pooling, Dense, "
+                    "LayerNorm, Dropout and Normalize"
+                )
+    return pipeline
+
+
+def _plain_pipeline(folder: Path, config: dict[str, Any], recipe: Recipe | None, known: ModelCard | None) -> Pipeline:
+    """The steps where no ``modules.json`` says them."""
+    if recipe or (known and known.id in PLAIN):
+        pooling = POOLING_WORDS.get(str(config.get("pooling")), "mean")
+        return Pipeline(backbone=folder, pooling=(pooling,), stages=(Normalize(),))
+    if known:
+        # To guess here would be to give vectors of a space that nobody asked for.
+        raise CheckpointInvalid(f"{folder / 'modules.json'} is missing, which says how {known.id} pools its tokens")
+    return Pipeline(backbone=folder)
 
 
 def _read_pooling(path: Path) -> tuple[tuple[PoolingMode, ...], bool]:
@@ -217,6 +269,11 @@ def _read_dense(folder: Path) -> Dense:
         bias=bool(config.get("bias", True)),
         activation=name,
     )
+
+
+def _read_layer_norm(folder: Path) -> LayerNorm:
+    path = folder / "config.json"
+    return LayerNorm(folder, _whole_number(_read_json(path, dict), "dimension", path))
 
 
 def _read_sentence_config(folder: Path) -> dict[str, Any]:

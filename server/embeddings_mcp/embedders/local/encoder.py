@@ -5,23 +5,27 @@ texts -> Tokenizer -> rows of token ids -> Backbone -> token vectors -> pool -> 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 from embeddings_mcp.embedders.base import Embeddings
 from embeddings_mcp.embedders.local.backbone import Backbone, load_backbone
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint, Dense, LayerNorm, Stage, read_checkpoint
+from embeddings_mcp.embedders.local.latent_attention import LATENT_ATTENTION, LatentAttention
 from embeddings_mcp.embedders.local.pooling import pool
 from embeddings_mcp.embedders.local.tokenizer import Tokenizer
-from embeddings_mcp.errors import CheckpointInvalid, InvalidRequest
+from embeddings_mcp.embedders.local.weights import load_weights
+from embeddings_mcp.errors import InvalidRequest
 from embeddings_mcp.models import InputType, ModelCard, Truncate
 from embeddings_mcp.vectors import FloatMatrix
+
+_logger = logging.getLogger(__name__)
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -57,10 +61,12 @@ class Encoder:
 
     def __init__(
         self,
+        *,
         card: ModelCard,
         checkpoint: Checkpoint,
         tokenizer: Tokenizer,
         backbone: Backbone,
+        latent_attention: torch.nn.Module | None,
         stages: Sequence[Callable[[torch.Tensor], torch.Tensor]],
     ) -> None:
         self.card = card
@@ -68,6 +74,7 @@ class Encoder:
         self._checkpoint = checkpoint
         self._tokenizer = tokenizer
         self._backbone = backbone
+        self._latent_attention = latent_attention
         self._stages = stages
 
     def encode(
@@ -93,11 +100,19 @@ class Encoder:
         """
         prompt = self.card.prompt(input_type)
         rows = self._tokenizer.encode(texts, prompt=prompt, truncate=truncate)
-        skip = 0 if self._checkpoint.pool_prompt else self._tokenizer.prompt_length(prompt)
+        skip = self._unpooled(prompt)
         for index, row in enumerate(rows):
             if len(row) <= skip:
                 raise InvalidRequest(f"text {index} has no tokens of its own behind the prompt of {skip} tokens")
         return Tokens(rows, skip)
+
+    def _unpooled(self, prompt: str) -> int:
+        """How many tokens at a text's start are not pooled."""
+        recipe = self._checkpoint.recipe
+        pooled = 0 if recipe is None else recipe.pooled_of_prompt
+        if not prompt or (self._checkpoint.pipeline.pool_prompt and not pooled):
+            return 0
+        return self._tokenizer.prompt_length(prompt) - (pooled or 0)
 
     def batches(self, tokens: Tokens) -> list[list[int]]:
         """Which texts go through the model together: neighbours in length, within the device's token budget.
@@ -122,7 +137,9 @@ class Encoder:
     def forward(self, tokens: Tokens, batch: Sequence[int]) -> FloatMatrix:
         """The vectors, float32 ``[len(batch), d]``, of the texts at these positions."""
         hidden, packing = self._backbone.hidden_states([tokens.rows[index] for index in batch])
-        vectors = pool(hidden, packing, self._checkpoint.pooling, skip=tokens.skip)
+        if self._latent_attention is not None:
+            hidden = self._latent_attention(hidden)
+        vectors = pool(hidden, packing, self._checkpoint.pipeline.pooling, skip=tokens.skip)
         for stage in self._stages:
             vectors = stage(vectors)
         result: FloatMatrix = vectors.cpu().numpy()
@@ -133,6 +150,7 @@ def load_encoder(
     name: str,
     folder: Path,
     *,
+    known: ModelCard | None = None,
     device: str = "auto",
     precision: Precision = "auto",
     max_tokens: int | None = None,
@@ -140,8 +158,9 @@ def load_encoder(
     """Load a checkpoint.
 
     Args:
-        name: the model's name, which may bring a card of the table with it.
+        name: what the model is called.
         folder: the checkpoint.
+        known: the card of that name, where there is one.
         device: ``auto`` (cuda, then mps, then cpu), or a torch device such as ``cuda:1``.
         precision: number format of the weights; ``auto`` is bfloat16 on cuda and float32 elsewhere.
         max_tokens: a lower limit than the checkpoint's own.
@@ -149,17 +168,33 @@ def load_encoder(
     Raises:
         CheckpointInvalid: something in the folder is missing, damaged or not supported.
     """
-    checkpoint = read_checkpoint(folder)
-    limit = min(checkpoint.max_tokens, max_tokens or checkpoint.max_tokens)
+    checkpoint = read_checkpoint(folder, known)
+    card = checkpoint.card(name, known)
+    if max_tokens is not None:
+        card = replace(card, max_tokens=min(max_tokens, checkpoint.max_tokens))
+    if card.non_commercial:
+        _logger.warning("%s may not be used commercially: its licence is %s", card.id, card.licence)
     where = _device(device)
     dtype = getattr(torch, ("bfloat16" if where.type == "cuda" else "float32") if precision == "auto" else precision)
-    tokenizer = Tokenizer.from_folder(checkpoint.backbone, max_tokens=limit, lowercase=checkpoint.lowercase)
+    recipe = checkpoint.recipe
+    tokenizer = Tokenizer.from_folder(
+        checkpoint.pipeline.backbone,
+        max_tokens=card.max_tokens or checkpoint.max_tokens,
+        lowercase=checkpoint.lowercase,
+        suffix=recipe.suffix(checkpoint.config) if recipe else "",
+    )
+    latent_attention = None
+    if recipe and recipe.latent_attention:
+        latent_attention = LatentAttention(checkpoint.config["latent_attention_config"])
+        load_weights(latent_attention, checkpoint.pipeline.backbone, prefix=LATENT_ATTENTION)
+        latent_attention = latent_attention.eval().to(where, dtype)
     return Encoder(
-        checkpoint.card(name),
-        checkpoint,
-        tokenizer,
-        load_backbone(checkpoint, where, dtype),
-        [_load_stage(stage, where) for stage in checkpoint.stages],
+        card=card,
+        checkpoint=checkpoint,
+        tokenizer=tokenizer,
+        backbone=load_backbone(checkpoint, where, dtype),
+        latent_attention=latent_attention,
+        stages=[_load_stage(stage, where) for stage in checkpoint.pipeline.stages],
     )
 
 
@@ -176,24 +211,11 @@ def _load_stage(stage: Stage, device: torch.device) -> Callable[[torch.Tensor], 
     match stage:
         case Dense():
             linear = torch.nn.Linear(stage.in_features, stage.out_features, bias=stage.bias)
-            _load_weights(linear, stage.folder, prefix="linear.")
+            load_weights(linear, stage.folder, prefix="linear.")
             return torch.nn.Sequential(linear, getattr(torch.nn, stage.activation)()).eval().to(device)
         case LayerNorm():
             norm = torch.nn.LayerNorm(stage.dimensions)
-            _load_weights(norm, stage.folder, prefix="norm.")
+            load_weights(norm, stage.folder, prefix="norm.")
             return norm.eval().to(device)
         case _:
             return lambda vectors: torch.nn.functional.normalize(vectors, dim=1)
-
-
-def _load_weights(module: torch.nn.Module, folder: Path, *, prefix: str) -> None:
-    path = folder / "model.safetensors"
-    try:
-        if path.is_file():
-            tensors = load_file(path)
-        else:
-            path = folder / "pytorch_model.bin"
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-        module.load_state_dict({name.removeprefix(prefix): tensor.float() for name, tensor in tensors.items()})
-    except Exception as error:  # a damaged file fails in many ways
-        raise CheckpointInvalid(f"{path}: the weights cannot be read: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 from dataclasses import dataclass
@@ -47,8 +48,12 @@ def find_bundled(model: str) -> Path | None:
     return Path(spec.submodule_search_locations[0]) / bundle.folder
 
 
-def locate(model: str) -> Path:
+def locate(model: str, repository: str | None) -> Path:
     """The folder with the model's files, fetched from the hub if they are nowhere on this machine.
+
+    Args:
+        model: its name.
+        repository: its repository on the hub; None where it is not there.
 
     Raises:
         CheckpointInvalid: a packaged file is not the one that its authors published.
@@ -57,7 +62,12 @@ def locate(model: str) -> Path:
     if folder := find_bundled(model):
         _verify(folder / "model.safetensors", BUNDLES[model].sha256)
         return folder
-    return _from_hub(model)
+    if repository is None:
+        raise ModelUnavailable(
+            f"the weights of {model} are not published on the Hugging Face hub: take the folder out of its NIM, and "
+            f"serve it with `--model {model}=PATH`"
+        )
+    return _from_hub(model, repository)
 
 
 def _verify(path: Path, sha256: str) -> None:
@@ -69,24 +79,23 @@ def _verify(path: Path, sha256: str) -> None:
         )
 
 
-def _from_hub(model: str) -> Path:
+def _from_hub(model: str, repository: str) -> Path:
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    try:
-        folder = Path(snapshot_download(model, allow_patterns=_FILES, local_files_only=True))
+    with contextlib.suppress(Exception):  # not in the cache, for one of many reasons
+        folder = Path(snapshot_download(repository, allow_patterns=_FILES, local_files_only=True))
         if (folder / "config.json").is_file() or (folder / "modules.json").is_file():
             return folder
-    except (LocalEntryNotFoundError, HFValidationError):
-        pass
     try:
-        names = HfApi().list_repo_files(model)
-        pickles = [] if any(name.endswith(".safetensors") for name in names) else ["*.bin"]
+        files = [file.rfilename for file in HfApi().model_info(repository).siblings or ()]
+        pickles = [] if any(file.endswith(".safetensors") for file in files) else ["*.bin"]
         return Path(
-            snapshot_download(model, allow_patterns=[*_FILES, *pickles], ignore_patterns=["onnx/*", "openvino/*"])
+            snapshot_download(
+                repository, allow_patterns=[*_FILES, *pickles], ignore_patterns=["onnx/*", "openvino/*", "*/onnx/*"]
+            )
         )
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+    except Exception as error:  # the hub, its HTTP library and the disk each raise classes of their own
         raise ModelUnavailable(
-            f"the files of {model} are not on this machine and cannot be fetched from the Hugging Face hub "
-            f"({type(error).__name__}): serve a folder with `--model {model}=PATH`"
+            f"the files of {model} are not on this machine, and {repository} cannot be fetched from the Hugging Face "
+            f"hub ({type(error).__name__}): serve a folder with `--model {model}=PATH`"
         ) from error

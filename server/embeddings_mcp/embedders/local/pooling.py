@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from embeddings_mcp.embedders.local.attention import Packing
-from embeddings_mcp.embedders.local.checkpoint import PoolingMode
+from embeddings_mcp.embedders.local.recipes import PoolingMode
 
 
 def pool(hidden: torch.Tensor, packing: Packing, modes: Sequence[PoolingMode], skip: int = 0) -> torch.Tensor:

@@ -29,20 +29,22 @@ class Tokenizer:
         tokenizer: the tokenizer of the tokenizers library; its own truncation and padding are switched off.
         max_tokens: longest text, special tokens and prompt included.
         lowercase: whether texts are put in lower case first.
+        suffix: what is put behind every text; truncation at the end drops it like the text.
     """
 
-    def __init__(self, tokenizer: FastTokenizer, *, max_tokens: int, lowercase: bool = False) -> None:
+    def __init__(self, tokenizer: FastTokenizer, *, max_tokens: int, lowercase: bool = False, suffix: str = "") -> None:
         # Files may carry the settings of some training run: MiniLM's cuts at 128 and pads to 128.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self._lowercase = lowercase
+        self._suffix = suffix
         self.max_tokens = max_tokens
         added = tokenizer.encode("a").special_tokens_mask
         self._before, self._after = added.index(0), added[::-1].index(0)
 
     @classmethod
-    def from_folder(cls, folder: Path, *, max_tokens: int, lowercase: bool = False) -> Tokenizer:
+    def from_folder(cls, folder: Path, *, max_tokens: int, lowercase: bool = False, suffix: str = "") -> Tokenizer:
         """Read the tokenizer of a checkpoint.
 
         Raises:
@@ -56,7 +58,7 @@ class Tokenizer:
                 from transformers import AutoTokenizer  # slow to import, but able to convert older files
 
                 tokenizer = AutoTokenizer.from_pretrained(str(folder)).backend_tokenizer
-            return cls(tokenizer, max_tokens=max_tokens, lowercase=lowercase)
+            return cls(tokenizer, max_tokens=max_tokens, lowercase=lowercase, suffix=suffix)
         except Exception as error:  # tokenizers raises no narrower class, and transformers' readers whatever comes
             raise CheckpointInvalid(f"{path}: the tokenizer cannot be read: {error}") from error
 
@@ -68,10 +70,12 @@ class Tokenizer:
 
         Raises:
             InputTooLong: a text is too long and `truncate` is NONE.
-            InvalidRequest: the tokenizer leaves nothing of a text.
+            InvalidRequest: the tokenizer, or the model's limit behind the prompt, leaves nothing of a text.
         """
         if self._lowercase:
             prompt, texts = prompt.lower(), [text.lower() for text in texts]
+        if self._suffix:
+            texts = [text + self._suffix for text in texts]
         reach = _CHARACTERS_PER_TOKEN * self.max_tokens
         excerpts = [_excerpt(text, reach, truncate) for text in texts]
         encodings = self._tokenizer.encode_batch_fast([prompt + excerpt for excerpt in excerpts])
@@ -102,13 +106,16 @@ class Tokenizer:
 
     def _cut(self, ids: list[int], prompt: str, truncate: Truncate) -> list[int]:
         """Drop as many tokens as are too many, from the text's end or from its start."""
-        last = ids[len(ids) - self._after :]
-        if truncate == "END":
-            return ids[: self.max_tokens - len(last)] + last
-        first = ids[: self._before + self._shared(ids, prompt)]
+        end = len(ids) - self._after
+        first, last = ids[: self._before + self._shared(ids, prompt)], ids[end:]
         kept = self.max_tokens - len(first) - len(last)
-        end = len(ids) - len(last)
-        return first + ids[end - kept : end] + last
+        if kept < 1:
+            raise InvalidRequest(
+                f"the limit of {self.max_tokens} tokens leaves no room for text behind the prompt and special tokens, "
+                f"which are {len(first) + len(last)}"
+            )
+        text = ids[len(first) : end]
+        return first + (text[:kept] if truncate == "END" else text[-kept:]) + last
 
     def _shared(self, ids: list[int], prompt: str) -> int:
         """How many tokens behind the special ones are the prompt's and nothing else's."""
