@@ -308,6 +308,8 @@ def dump_json(response: object) -> bytes:
 
 _Request = TypeVar("_Request", bound=BaseModel)
 _MOST_PROBLEMS = 5
+_LONGEST_QUOTE = 40
+"""Characters of what the caller wrote that a message repeats."""
 
 
 def parse(request_type: type[_Request], value: object) -> _Request:
@@ -329,7 +331,8 @@ def parse(request_type: type[_Request], value: object) -> _Request:
 
 
 def _place(detail: ErrorDetails) -> str:
-    return str(detail["loc"][0]) + str(detail.get("ctx", {}).get("at", ""))
+    """The field, and the position in it; a name that the caller made up is cut."""
+    return str(detail["loc"][0])[:_LONGEST_QUOTE] + str(detail.get("ctx", {}).get("at", ""))
 
 
 def _teach(request_type: type[BaseModel], detail: ErrorDetails) -> str:
@@ -337,24 +340,24 @@ def _teach(request_type: type[BaseModel], detail: ErrorDetails) -> str:
     field, value, context = _place(detail), detail["input"], detail.get("ctx", {})
     match detail["type"]:
         case "missing":
-            problem = f"is required: {request_type.model_fields[field].description}"
+            problem = f"is required: {(request_type.model_fields[field].description or '').rstrip('.')}"
         case "extra_forbidden":
             known = list(request_type.model_fields)
             guess = difflib.get_close_matches(field, known, n=1)
             meant = f"; did you mean `{guess[0]}`?" if guess else ""
             problem = f"is not a field of this request, which has {', '.join(known) or 'none'}{meant}"
         case "literal_error":
-            given = f"'{value[:40]}'" if isinstance(value, str) else _kind(value)
+            given = f"'{value[:_LONGEST_QUOTE]}'" if isinstance(value, str) else _kind(value)
             problem = f"must be {context['expected']}, not {given}"
         case "string_type":
             problem = f"must be a string, not {_kind(value)}"
         case "int_type" | "int_from_float":
             problem = f"must be an integer, not {value if isinstance(value, float) else _kind(value)}"
         case "greater_than_equal":
-            problem = f"must be at least {context['ge']}, not {value}"
+            problem = f"must be at least {context['ge']}, not {str(value)[:_LONGEST_QUOTE]}"
         case _:
             problem = detail["msg"]
-    return f"`{field[:60]}` {problem}"
+    return f"`{field}` {problem}"
 
 
 class _Published(GenerateJsonSchema):

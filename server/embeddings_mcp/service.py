@@ -6,29 +6,52 @@ renormalised, encoded, scored, with usage counted. It knows neither how vectors 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from typing import TypeVar
 
+import anyio.to_thread
 import numpy as np
 
 from embeddings_mcp.embedders.base import Embedder, Embeddings, OnProgress
 from embeddings_mcp.errors import InputTooLong, InvalidRequest, InvalidSetting, ModelUnavailable, UnknownModel
 from embeddings_mcp.models import InputType, ModelCard, Truncate
 from embeddings_mcp.schema import (
+    Embedding,
     EmbeddingRequest,
     EmbeddingResponse,
+    EncodingFormat,
     ModelEntry,
     ModelsResponse,
+    SearchHit,
     SearchRequest,
     SearchResponse,
     SimilarityRequest,
     SimilarityResponse,
+    SimilarPair,
     Usage,
 )
-from embeddings_mcp.vectors import best_first, compare, shorten, to_base64
+from embeddings_mcp.vectors import (
+    FloatMatrix,
+    Metric,
+    Scores,
+    best_first,
+    closest_pairs,
+    compare,
+    shorten,
+    to_base64,
+)
+
+_Result = TypeVar("_Result")
 
 MAX_SCORES = 10_000
-"""Most scores in one similarity matrix: it is read by a model, which larger ones would only drown."""
+"""Most scores in one answer: it is read by a model, which more would only drown."""
+
+_NUMBERS_ON_LOOP = 1 << 16
+"""Vectors of more numbers than these, all together, are worked on beside the event loop: some 5 ms of work."""
+
+_DEFAULT = "default"
 
 _SUFFIXES: dict[str, InputType] = {"-query": "query", "-passage": "passage"}
 
@@ -40,8 +63,11 @@ class EmbeddingService:
         embedders: one for each model.
         default_model: the name that ``default`` stands for.
 
+    Attributes:
+        default: the embedder of the default model.
+
     Raises:
-        InvalidSetting: two embedders answer to one name, or none to `default_model`.
+        InvalidSetting: two embedders answer to one name, one to ``default``, or none to `default_model`.
     """
 
     def __init__(self, embedders: Iterable[Embedder], *, default_model: str) -> None:
@@ -49,12 +75,15 @@ class EmbeddingService:
         self._by_name: dict[str, Embedder] = {}
         for embedder in self._embedders:
             for name in embedder.card.names:
+                if name == _DEFAULT:
+                    raise InvalidSetting("no model can be named 'default', which stands for the default model")
                 if name in self._by_name:
                     raise InvalidSetting(f"two of the models answer to the name {name!r}: give each a name of its own")
                 self._by_name[name] = embedder
-        self._default = self._by_name.get(default_model.lower())
-        if self._default is None:
+        default = self._by_name.get(default_model.lower())
+        if default is None:
             raise InvalidSetting(f"the default model {default_model!r} is not among the models served: {self._ids()}")
+        self.default = self._by_name[_DEFAULT] = default
 
     # --- What can be asked -------------------------------------------------------------------------------------------
 
@@ -75,13 +104,9 @@ class EmbeddingService:
             dimensions=request.dimensions,
             on_progress=on_progress,
         )
-        encode = to_base64 if request.encoding_format == "base64" else np.ascontiguousarray
         return {
             "object": "list",
-            "data": [
-                {"object": "embedding", "index": index, "embedding": encode(vector)}
-                for index, vector in enumerate(made.vectors)
-            ],
+            "data": await _compute(made.vectors, lambda: _encoded(made.vectors, request.encoding_format)),
             "model": made.served_model or embedder.card.id,
             "usage": _usage(made),
         }
@@ -93,12 +118,8 @@ class EmbeddingService:
             EmbeddingsError: any of the tree in `errors`; ``param`` names the field to blame.
         """
         rows = _count(request.input)
-        columns = rows if request.other is None else _count(request.other)
-        if request.top_k is None and rows * columns > MAX_SCORES:
-            raise InvalidRequest(
-                f"`top_k` is required here: {rows} x {columns} scores are more than the {MAX_SCORES:,} of one matrix",
-                param="top_k",
-            )
+        columns = None if request.other is None else _count(request.other)
+        _check_scores(rows, columns, request.top_k)
         embedder, input_type = self._resolve(request.model, request.input_type)
         made = await self._embed(
             embedder,
@@ -108,24 +129,16 @@ class EmbeddingService:
             dimensions=request.dimensions,
             on_progress=on_progress,
         )
-        scores = compare(made.vectors[:rows], made.vectors[-columns:], request.metric)
+        left, right = made.vectors[:rows], None if columns is None else made.vectors[rows:]
         response: SimilarityResponse = {
             "model": made.served_model or embedder.card.id,
             "metric": request.metric,
             "usage": _usage(made),
         }
-        if request.top_k is None:
-            response["scores"] = [[_rounded(score) for score in row] for row in scores]
+        if (top_k := request.top_k) is None:
+            response["scores"] = await _compute(made.vectors, lambda: _matrix(left, right, request.metric))
         else:
-            # Among themselves, two texts are one pair, and a text is no pair with itself.
-            left, right = (
-                np.triu_indices(rows, k=1) if request.other is None else np.indices(scores.shape).reshape(2, -1)
-            )
-            candidates = scores[left, right]
-            response["pairs"] = [
-                {"input": int(left[i]), "other": int(right[i]), "score": _rounded(candidates[i])}
-                for i in best_first(candidates, request.metric, request.top_k)
-            ]
+            response["pairs"] = await _compute(made.vectors, lambda: _pairs(left, right, request.metric, top_k))
         return response
 
     async def search(self, request: SearchRequest, on_progress: OnProgress | None = None) -> SearchResponse:
@@ -156,13 +169,9 @@ class EmbeddingService:
             dimensions=request.dimensions,
             on_progress=on_progress,
         )
-        scores = compare(query.vectors, found.vectors, "cosine")[0]
         return {
             "model": found.served_model or embedder.card.id,
-            "results": [
-                {"index": int(index), "score": _rounded(scores[index])}
-                for index in best_first(scores, "cosine", request.top_k)
-            ],
+            "results": await _compute(found.vectors, lambda: _ranking(query.vectors, found.vectors, request.top_k)),
             "usage": _usage(query, found),
         }
 
@@ -187,23 +196,16 @@ class EmbeddingService:
         await self.default.check()
 
     async def aclose(self) -> None:
-        """Close every embedder."""
-        for embedder in self._embedders:
-            await embedder.aclose()
-
-    @property
-    def default(self) -> Embedder:
-        """The embedder that ``default`` means."""
-        assert self._default is not None
-        return self._default
+        """Close every embedder, also where one cannot be closed."""
+        async with contextlib.AsyncExitStack() as stack:
+            for embedder in self._embedders:
+                stack.push_async_callback(embedder.aclose)
 
     # --- The steps ---------------------------------------------------------------------------------------------------
 
     def _resolve(self, model: str, input_type: InputType | None) -> tuple[Embedder, InputType | None]:
         """The embedder that a model name means, and the input type, which the name's suffix may say."""
         name = model.lower()
-        if name == "default":
-            return self.default, input_type
         if embedder := self._by_name.get(name):
             return embedder, input_type
         for suffix, implied in _SUFFIXES.items():
@@ -241,21 +243,14 @@ class EmbeddingService:
             made = await embedder.embed(texts, input_type=input_type, truncate=truncate, on_progress=on_progress)
         except InputTooLong as error:
             raise error.at(_place(fields, error.index)) from None
-        broken = np.flatnonzero(~np.isfinite(made.vectors).all(axis=1))
-        if broken.size:
-            raise ModelUnavailable(
-                f"the model {embedder.card.id} made values that are not finite for `{_place(fields, int(broken[0]))}`"
-            )
-        if dimensions is None or dimensions == made.vectors.shape[1]:
-            return made
-        return replace(made, vectors=shorten(made.vectors, dimensions))
+        return await _compute(made.vectors, lambda: _finished(made, embedder.card, fields, dimensions))
 
     def _entry(self, embedder: Embedder) -> ModelEntry:
         card = embedder.card
         entry: ModelEntry = {
             "id": card.id,
             "aliases": list(card.aliases),
-            "default": embedder is self._default,
+            "default": embedder is self.default,
             "allowed_dimensions": list(card.matryoshka),
             "input_type": card.input_type,
             "served_from": embedder.origin,
@@ -272,6 +267,14 @@ class EmbeddingService:
         return ", ".join(embedder.card.id for embedder in self._embedders)
 
 
+async def _compute(vectors: FloatMatrix, work: Callable[[], _Result]) -> _Result:
+    """What `work` makes of `vectors`: on a worker thread where it would hold up the event loop."""
+    return work() if vectors.size <= _NUMBERS_ON_LOOP else await anyio.to_thread.run_sync(work)
+
+
+# --- What a request may ask for --------------------------------------------------------------------------------------
+
+
 def _check_input_type(card: ModelCard, input_type: InputType | None) -> None:
     if card.input_type == "required" and input_type is None:
         raise InvalidRequest(
@@ -284,11 +287,26 @@ def _check_input_type(card: ModelCard, input_type: InputType | None) -> None:
 def _check_dimensions(card: ModelCard, dimensions: int) -> None:
     if dimensions == card.dimensions or dimensions in card.matryoshka:
         return
-    if card.matryoshka:
+    if card.dimensions is None:
+        accepted = "how long its vectors are, and whether they can be cut, is not known here"
+    elif card.matryoshka:
         accepted = f"accepted are {', '.join(str(length) for length in card.matryoshka)} and {card.dimensions}"
     else:
         accepted = f"its vectors have {card.dimensions} and cannot be cut (it is not a Matryoshka model)"
-    raise InvalidRequest(f"`dimensions` {dimensions} is not possible with {card.id}: {accepted}", param="dimensions")
+    raise InvalidRequest(
+        f"`dimensions` {str(dimensions)[:20]} is not possible with {card.id}: {accepted}", param="dimensions"
+    )
+
+
+def _check_scores(rows: int, columns: int | None, top_k: int | None) -> None:
+    """Refuse a comparison with more scores in its answer than anybody would read."""
+    if top_k is None and (scores := rows * (columns or rows)) > MAX_SCORES:
+        raise InvalidRequest(
+            f"`top_k` is required here: {scores:,} scores are more than the {MAX_SCORES:,} of one answer", param="top_k"
+        )
+    pairs = rows * (rows - 1) // 2 if columns is None else rows * columns
+    if top_k is not None and min(top_k, pairs) > MAX_SCORES:
+        raise InvalidRequest(f"`top_k` must be at most {MAX_SCORES:,} here: there are {pairs:,} pairs", param="top_k")
 
 
 def _place(fields: Mapping[str, str | list[str]], index: int) -> str:
@@ -308,9 +326,54 @@ def _as_list(texts: str | list[str]) -> list[str]:
     return [texts] if isinstance(texts, str) else texts
 
 
-def _rounded(score: np.float32) -> float:
+# --- From vectors to the answer --------------------------------------------------------------------------------------
+
+
+def _finished(
+    made: Embeddings, card: ModelCard, fields: Mapping[str, str | list[str]], dimensions: int | None
+) -> Embeddings:
+    """The vectors, found to be numbers, at the length asked for."""
+    broken = np.flatnonzero(~np.isfinite(made.vectors).all(axis=1))
+    if broken.size:
+        raise ModelUnavailable(
+            f"the model {card.id} made values that are not finite for `{_place(fields, int(broken[0]))}`"
+        )
+    if dimensions is None or dimensions == made.vectors.shape[1]:
+        return made
+    return replace(made, vectors=shorten(made.vectors, dimensions))
+
+
+def _encoded(vectors: FloatMatrix, encoding_format: EncodingFormat) -> list[Embedding]:
+    encode = to_base64 if encoding_format == "base64" else np.ascontiguousarray
+    return [
+        {"object": "embedding", "index": index, "embedding": encode(vector)} for index, vector in enumerate(vectors)
+    ]
+
+
+def _matrix(left: FloatMatrix, right: FloatMatrix | None, metric: Metric) -> list[list[float]]:
+    return [_rounded(row) for row in compare(left, left if right is None else right, metric)]
+
+
+def _pairs(left: FloatMatrix, right: FloatMatrix | None, metric: Metric, top_k: int) -> list[SimilarPair]:
+    rows, columns, scores = closest_pairs(left, right, metric, top_k)
+    return [
+        {"input": row, "other": column, "score": score}
+        for row, column, score in zip(rows.tolist(), columns.tolist(), _rounded(scores), strict=True)
+    ]
+
+
+def _ranking(query: FloatMatrix, passages: FloatMatrix, top_k: int) -> list[SearchHit]:
+    scores = compare(query, passages, "cosine")[0]
+    best = best_first(scores, "cosine", top_k)
+    return [
+        {"index": index, "score": score} for index, score in zip(best.tolist(), _rounded(scores[best]), strict=True)
+    ]
+
+
+def _rounded(scores: Scores) -> list[float]:
     """Four decimals: more would cost an agent tokens and tell it nothing."""
-    return round(float(score), 4)
+    numbers: list[float] = (scores.astype(np.float64).round(4) + 0.0).tolist()  # the zero turns -0.0 into 0.0
+    return numbers
 
 
 def _usage(*made: Embeddings) -> Usage:
