@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.to_thread
@@ -17,7 +17,10 @@ from embeddings_mcp.errors import ServerStopped
 from embeddings_mcp.models import InputType, ModelCard, Truncate
 
 if TYPE_CHECKING:
-    from embeddings_mcp.embedders.local.encoder import Encoder
+    from embeddings_mcp.embedders.local.encoder import Encoder, Tokens
+
+
+_STOPPED = "the server is shutting down"
 
 
 class LocalEmbedder:
@@ -51,13 +54,20 @@ class LocalEmbedder:
     ) -> Embeddings:
         """See `Embedder.embed`."""
         encoder = await self._encoder()
-        tokens = await anyio.to_thread.run_sync(
-            lambda: encoder.tokenize(texts, input_type=input_type, truncate=truncate)
-        )
         vectors = np.empty((len(texts), encoder.dimensions), dtype=np.float32)
+
+        def tokenize() -> tuple[Tokens, list[list[int]]]:
+            tokens = encoder.tokenize(texts, input_type=input_type, truncate=truncate)
+            return tokens, encoder.batches(tokens)
+
+        def forward(batch: list[int]) -> None:
+            self._check_open()  # once it is this batch's turn
+            vectors[batch] = encoder.forward(tokens, batch)
+
+        tokens, batches = await anyio.to_thread.run_sync(tokenize)
         done = 0
-        for batch in encoder.batches(tokens):
-            vectors[batch] = await anyio.to_thread.run_sync(encoder.forward, tokens, batch, limiter=self._turn)
+        for batch in batches:
+            await anyio.to_thread.run_sync(forward, batch, limiter=self._turn)
             done += len(batch)
             if on_progress is not None:
                 await on_progress(done)
@@ -68,23 +78,22 @@ class LocalEmbedder:
         await self._encoder()
 
     async def aclose(self) -> None:
-        """Take no more work; a batch that is running ends by itself."""
+        """Take no more work, and let the model go; a batch that is running ends by itself."""
         self._closed = True
+        if self._loading is not None and not self._loading.done():
+            self._loading.set_exception(ServerStopped(_STOPPED))
+        self._loading = None
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ServerStopped(_STOPPED)
 
     async def _encoder(self) -> Encoder:
         """The loaded model; who is cancelled while it loads does not disturb the others who wait."""
-        if self._closed:
-            raise ServerStopped("the server is shutting down")
+        self._check_open()
         if self._loading is None:
             self._loading = self._start_loading()
-        loading = self._loading
-        try:
-            encoder = await asyncio.shield(loading)
-        except Exception:
-            # What failed may be a network or a disk: whoever asks next tries again.
-            if self._loading is loading:
-                self._loading = None
-            raise
+        encoder = await asyncio.shield(self._loading)
         self.card = encoder.card
         return encoder
 
@@ -92,21 +101,28 @@ class LocalEmbedder:
         """Load on a daemon thread, since neither a download nor a disk that hangs may hold up the server's end."""
         loop = asyncio.get_running_loop()
         loaded: asyncio.Future[Encoder] = loop.create_future()
+        loaded.add_done_callback(self._forget_failure)
 
-        def settle(outcome: Callable[[], None]) -> None:
+        def report(outcome: Callable[[Any], None], value: object) -> None:
+            def settle() -> None:
+                if not loaded.done():  # as it is once the embedder was closed
+                    outcome(value)
+
             with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-                loop.call_soon_threadsafe(outcome)
+                loop.call_soon_threadsafe(settle)
 
         def work() -> None:
             try:
                 encoder = self._load()
             except Exception as error:  # noqa: BLE001 - raised again where it is awaited
-                failure = error
-                settle(lambda: loaded.set_exception(failure))
+                report(loaded.set_exception, error)
             else:
-                settle(lambda: loaded.set_result(encoder))
+                report(loaded.set_result, encoder)
 
         threading.Thread(target=work, name=f"load {self.card.id}", daemon=True).start()
-        # With nobody left to await it, a failure is told to the next who asks, not to the log.
-        loaded.add_done_callback(lambda future: future.cancelled() or future.exception())
         return loaded
+
+    def _forget_failure(self, loading: asyncio.Future[Encoder]) -> None:
+        """What failed may be a network or a disk: whoever asks next tries again."""
+        if loading.exception() is not None and self._loading is loading:
+            self._loading = None
