@@ -160,6 +160,22 @@ async def test_progress_counts_the_texts_that_are_done() -> None:
     assert told == [3, 6, 7]
 
 
+async def test_a_long_wait_gives_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embeddings_mcp.embedders.nim.embedder.SIGN_OF_LIFE", 0.01)
+    gate = anyio.Event()
+    told: list[int] = []
+
+    async def on_progress(done: int) -> None:
+        told.append(done)
+        if told.count(4) == 3:
+            gate.set()
+
+    async with stand_in(faults=iter([None, held(gate)])) as standing, embedding_at(standing, batch_size=4) as embedder:
+        await embedder.embed(TEXTS, input_type=None, truncate="NONE", on_progress=on_progress)
+    assert told == sorted(told)
+    assert told[-1] == 7
+
+
 # --- Answers ---------------------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from embeddings_mcp.models import InputType, ModelCard, Truncate
 from embeddings_mcp.vectors import FloatMatrix
 
 OnProgress = Callable[[int], Awaitable[None]]
-"""Told, on the event loop, how many of the request's texts are done so far."""
+"""Told, on the event loop, how many of the request's texts are done so far; the same again while it has to wait."""
 
 
 @dataclass(frozen=True, slots=True)

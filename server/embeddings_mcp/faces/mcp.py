@@ -199,8 +199,14 @@ def _reporter(request: BaseModel, context: Context[dict[str, Any], Any] | None) 
     fields = (getattr(request, field, None) for field in ("input", "other"))
     total = sum(1 if isinstance(texts, str) else len(texts) for texts in fields if texts is not None)
 
+    told = 0.0
+
     async def report(done: int) -> None:
-        await context.report_progress(done, total, f"{done} of {total} texts embedded")
+        nonlocal told
+        waits = done <= told
+        told = told + 0.001 if waits else done  # the protocol wants every report to be above the last
+        so_far = f"{done} of {total} texts embedded"
+        await context.report_progress(told, total, f"{so_far}, waiting for the rest" if waits else so_far)
 
     return report
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import anyio
 import httpx2
@@ -18,6 +19,9 @@ from embeddings_mcp.errors import EmbeddingsError, InputTooLong, InvalidRequest,
 from embeddings_mcp.models import InputType, ModelCard, Truncate
 
 logger = logging.getLogger(__name__)
+
+SIGN_OF_LIFE = 5.0
+"""Seconds between two reports of progress while nothing gets done: clients give up on a call that says nothing."""
 
 
 class NimEmbedder:
@@ -73,44 +77,23 @@ class NimEmbedder:
                 f"`truncate` must be 'NONE' with {self._card.id}: {self.origin} cannot be asked to truncate",
                 param="truncate",
             )
-        size = self._endpoint.batch_size
-        starts = range(0, len(texts), size)
-        self._check_feasible(len(starts))
-        answers: dict[int, Answer] = {}
-        failures: list[EmbeddingsError] = []
-        done = 0
-        waiting = iter(starts)
-
-        async def work() -> None:
-            nonlocal done
-            for start in waiting:
-                batch = texts[start : start + size]
-                try:
-                    answers[start] = await self._embed_batch(batch, start, input_type=input_type, truncate=truncate)
-                except EmbeddingsError as error:
-                    failures.append(error)
-                    group.cancel_scope.cancel()
-                    return
-                done += len(batch)
-                if on_progress is not None:
-                    await on_progress(done)
-
-        with anyio.move_on_after(self._endpoint.deadline) as scope:
-            self._client.turnstile.admit(len(starts))
-            async with anyio.create_task_group() as group:
-                for _ in range(min(self._endpoint.concurrency, len(starts))):
-                    group.start_soon(work)
-        if failures:
-            raise failures[0]
-        if scope.cancelled_caught:
-            raise UpstreamTimeout(
-                f"the endpoint {self.origin} had embedded {done:,} of {len(texts):,} texts after "
-                f"{self._endpoint.deadline:g} s, the longest that a call may take: send fewer texts at once, or raise "
-                "its `deadline`"
-            )
-        answer = _joined([answers[start] for start in starts], self.origin)
-        self._learn(answer)
-        return Embeddings(answer.vectors, answer.prompt_tokens, answer.model)
+        call = _Call(
+            texts,
+            self._endpoint.batch_size,
+            partial(self._embed_batch, input_type=input_type, truncate=truncate),
+            on_progress,
+        )
+        self._check_feasible(call.requests)
+        with anyio.move_on_after(self._endpoint.deadline):
+            self._client.turnstile.admit(call.requests)
+            answer = _joined(await call.run(min(self._endpoint.concurrency, call.requests)), self.origin)
+            self._learn(answer)
+            return Embeddings(answer.vectors, answer.prompt_tokens, answer.model)
+        raise UpstreamTimeout(
+            f"the endpoint {self.origin} had embedded {call.done:,} of {len(texts):,} texts after "
+            f"{self._endpoint.deadline:g} s, the longest that a call may take: send fewer texts at once, or raise its "
+            "`deadline`"
+        )
 
     async def check(self) -> None:
         """Return once the model can answer.
@@ -207,6 +190,68 @@ class NimEmbedder:
         if message not in self._told:
             self._told.add(message)
             logger.warning(message)
+
+
+class _Call:
+    """One call's sub-batches: several under way at a time, and the first that fails for good ends the others.
+
+    Args:
+        texts: of the whole call.
+        size: most texts in a sub-batch.
+        embed: makes an answer of a sub-batch and of the position of its first text.
+        on_progress: told how many texts are done.
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[str],
+        size: int,
+        embed: Callable[[Sequence[str], int], Awaitable[Answer]],
+        on_progress: OnProgress | None,
+    ) -> None:
+        self._texts = texts
+        self._size = size
+        self._embed = embed
+        self._on_progress = on_progress
+        self._answers: dict[int, Answer] = {}
+        self._failures: list[EmbeddingsError] = []
+        starts = range(0, len(texts), size)
+        self._waiting = iter(starts)
+        self.requests = len(starts)
+        self.done = 0
+
+    async def run(self, workers: int) -> list[Answer]:
+        """The answers in the order of the texts."""
+        async with anyio.create_task_group() as company:
+            company.start_soon(self._keep_telling)
+            async with anyio.create_task_group() as group:
+                for _ in range(workers):
+                    group.start_soon(self._work, group.cancel_scope)
+            company.cancel_scope.cancel()
+        if self._failures:
+            raise self._failures[0]
+        return [self._answers[start] for start in sorted(self._answers)]
+
+    async def _work(self, all_workers: anyio.CancelScope) -> None:
+        for start in self._waiting:
+            batch = self._texts[start : start + self._size]
+            try:
+                self._answers[start] = await self._embed(batch, start)
+            except EmbeddingsError as error:
+                self._failures.append(error)
+                all_workers.cancel()
+                return
+            self.done += len(batch)
+            await self._tell()
+
+    async def _keep_telling(self) -> None:
+        while True:
+            await anyio.sleep(SIGN_OF_LIFE)
+            await self._tell()
+
+    async def _tell(self) -> None:
+        if self._on_progress is not None:
+            await self._on_progress(self.done)
 
 
 def _joined(answers: Sequence[Answer], origin: str) -> Answer:
