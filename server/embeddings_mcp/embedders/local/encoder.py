@@ -21,7 +21,7 @@ from embeddings_mcp.embedders.local.latent_attention import LATENT_ATTENTION, La
 from embeddings_mcp.embedders.local.pooling import pool
 from embeddings_mcp.embedders.local.tokenizer import Tokenizer
 from embeddings_mcp.embedders.local.weights import load_weights
-from embeddings_mcp.errors import InvalidRequest
+from embeddings_mcp.errors import InvalidRequest, ModelUnavailable
 from embeddings_mcp.models import InputType, ModelCard, Truncate
 from embeddings_mcp.vectors import FloatMatrix
 
@@ -67,6 +67,7 @@ class Encoder:
         tokenizer: Tokenizer,
         backbone: Backbone,
         latent_attention: torch.nn.Module | None,
+        heads: M3Heads | None,
         stages: Sequence[Callable[[torch.Tensor], torch.Tensor]],
     ) -> None:
         self.card = card
@@ -75,6 +76,7 @@ class Encoder:
         self._tokenizer = tokenizer
         self._backbone = backbone
         self._latent_attention = latent_attention
+        self._heads = heads
         self._stages = stages
 
     def encode(
@@ -167,6 +169,7 @@ def load_encoder(
 
     Raises:
         CheckpointInvalid: something in the folder is missing, damaged or not supported.
+        ModelUnavailable: this machine has no such device.
     """
     checkpoint = read_checkpoint(folder, known)
     card = checkpoint.card(name, known)
@@ -200,7 +203,13 @@ def load_encoder(
 
 def _device(name: str) -> torch.device:
     if name != "auto":
-        return torch.device(name)
+        try:
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+            raise ModelUnavailable(
+                f"the device {name!r} cannot be used here ({str(error).partition(chr(10))[0]}): set another one "
+                "(--device, or EMBEDDINGS_MCP_DEVICE), or auto"
+            ) from error
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
