@@ -40,7 +40,7 @@ async def test_listed_models_come_with_what_is_known_of_them() -> None:
         cards = await discover(client)
     assert cards == {
         DEFAULT_MODEL.upper(): find_card(DEFAULT_MODEL),
-        "team/own-model": ModelCard(id="team/own-model", input_type="optional"),
+        "team/own-model": ModelCard(id="team/own-model", input_type="optional", hub=""),
     }
 
 

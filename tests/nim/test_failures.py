@@ -19,7 +19,7 @@ from embeddings_mcp.embedders.nim import Endpoint, EndpointClient, NimEmbedder
 from embeddings_mcp.embedders.nim.failures import retry_after, words
 from embeddings_mcp.faces.http import create_app
 from embeddings_mcp.faces.mcp import build_mcp_server
-from embeddings_mcp.models import DEFAULT_MODEL, ModelCard
+from embeddings_mcp.models import ModelCard
 from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
 from tests.nim.standin import StandIn, answering, stand_in
@@ -29,8 +29,8 @@ pytestmark = pytest.mark.anyio
 KEY = "nvapi-0123456789secret"
 ACCOUNT = "8a4ce1d6"
 MODEL = ModelCard(id="nvidia/some-model", dimensions=8, input_type="optional")
-RETIRED = ModelCard(id="nvidia/gone", dimensions=8)
-CONTINUED = ModelCard(id=DEFAULT_MODEL, dimensions=8)
+RETIRED = ModelCard(id="nvidia/gone", dimensions=8, hub="")
+CONTINUED = ModelCard(id="baai/bge-m3", dimensions=8, hub="BAAI/bge-m3", hosted_until="2026-08-25")
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,11 @@ CASES = (
          404, "model_not_found", ("may not use nvidia/some-model", "choose another model"), param="model"),
     Case("end of life", problem(410, "Gone", "The model 'nvidia/gone' has reached its end of life on "
          "2026-08-25T09:00:00Z and is no longer available."), 410, "model_retired",
-         ("switched nvidia/gone off on 2026-08-25", "embedded anew", "nvidia/nemotron-3-embed-1b"),
+         ("switched nvidia/gone off on 2026-08-25", "`--model nvidia/gone=FOLDER`", "embedded anew with another model"),
          param="model", model=RETIRED),
-    Case("end of life of a model that runs here", problem(410, "Gone", "The model 'x' has reached its end of life on "
-         "2026-08-25T09:00:00Z and is no longer available."), 410, "model_retired",
-         (f"`--model {DEFAULT_MODEL}`", "the same vectors"), param="model", model=CONTINUED),
+    Case("end of life of a model whose weights are public", (410, b""), 410, "model_retired",
+         ("switched baai/bge-m3 off on 2026-08-25", "`--model baai/bge-m3` goes on making the same vectors"),
+         param="model", model=CONTINUED),
     Case("end of life without a word", (410, b""), 410, "model_retired", ("switched nvidia/gone off (410)",),
          param="model", model=RETIRED),
     Case("model field missing", (400, {"error": {"message": "model field is required", "type": "invalid_request_error",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import TypeVar
 
 import anyio
@@ -12,7 +12,7 @@ import stamina
 
 from embeddings_mcp import __version__
 from embeddings_mcp.embedders.nim.endpoint import Endpoint
-from embeddings_mcp.embedders.nim.failures import Failure, understand, understand_silence, unusable
+from embeddings_mcp.embedders.nim.failures import Asked, Failure, understand, understand_silence, unusable
 from embeddings_mcp.embedders.nim.limits import Turnstile
 from embeddings_mcp.embedders.nim.wire import AnswerInvalid
 from embeddings_mcp.errors import ServerStopped
@@ -55,8 +55,7 @@ class EndpointClient:
         read: Callable[[httpx2.Response], _Read],
         *,
         body: bytes | None = None,
-        model: str | None = None,
-        texts: Collection[str] = (),
+        asked: Asked | None = None,
         once: bool = False,
     ) -> _Read:
         """Send a request and read its answer.
@@ -66,8 +65,7 @@ class EndpointClient:
             path: after the endpoint's address.
             read: takes an answer with status 200, and raises `AnswerInvalid` when it cannot be used.
             body: JSON.
-            model: the one asked for, and
-            texts: the texts that the body holds, for what is said of a failure.
+            asked: what the body asks for, where it asks for embeddings.
             once: do not try again.
 
         Raises:
@@ -93,7 +91,7 @@ class EndpointClient:
         with anyio.CancelScope() as scope:
             self._in_flight.add(scope)
             try:
-                return await _call(again, self._attempt, method, path, read, body=body, model=model, texts=texts)
+                return await _call(again, self._attempt, method, path, read, body=body, asked=asked)
             finally:
                 self._in_flight.discard(scope)
         raise ServerStopped("the server is shutting down")
@@ -131,8 +129,7 @@ class EndpointClient:
         read: Callable[[httpx2.Response], _Read],
         *,
         body: bytes | None,
-        model: str | None,
-        texts: Collection[str],
+        asked: Asked | None,
     ) -> _Read:
         """One attempt. What fails is raised outside of every ``except``, lest the request and its key hang on to it."""
         async with self.turnstile.turn():
@@ -147,7 +144,7 @@ class EndpointClient:
                     except AnswerInvalid as error:
                         failure = unusable(str(error), endpoint=self.endpoint, damaged=error.damaged)
                 else:
-                    failure = understand(response, endpoint=self.endpoint, model=model, texts=texts)
+                    failure = understand(response, endpoint=self.endpoint, asked=asked)
         raise failure
 
     async def _send(self, method: str, path: str, body: bytes | None) -> httpx2.Response:

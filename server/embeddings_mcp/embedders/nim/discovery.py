@@ -13,9 +13,10 @@ from embeddings_mcp.models import ModelCard, find_card
 def card_for(name: str) -> ModelCard:
     """What is known of a model by its name at an endpoint.
 
-    One that no card names may or may not want ``input_type``: it is sent on when the caller gives it.
+    One that no card names may or may not want ``input_type``: it is sent on when the caller gives it. Nor is it known
+    whether its weights are on the hub.
     """
-    return find_card(name) or ModelCard(id=name, input_type="optional")
+    return find_card(name) or ModelCard(id=name, input_type="optional", hub="")
 
 
 async def discover(client: EndpointClient) -> dict[str, ModelCard]:

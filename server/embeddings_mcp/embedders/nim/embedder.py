@@ -13,7 +13,7 @@ import numpy as np
 
 from embeddings_mcp.embedders.base import Embeddings, OnProgress
 from embeddings_mcp.embedders.nim.client import EndpointClient
-from embeddings_mcp.embedders.nim.failures import Failure
+from embeddings_mcp.embedders.nim.failures import Asked, Failure
 from embeddings_mcp.embedders.nim.wire import Answer, read_answer, read_json, request_body
 from embeddings_mcp.errors import EmbeddingsError, InputTooLong, InvalidRequest, UpstreamFailed, UpstreamTimeout
 from embeddings_mcp.models import InputType, ModelCard, Truncate
@@ -151,9 +151,8 @@ class NimEmbedder:
             truncate=truncate,
         )
         try:
-            return await self._client.fetch(
-                "POST", "/embeddings", read, body=body, model=self._model, texts=texts, once=once
-            )
+            asked = Asked(self._model, self._card, texts)
+            return await self._client.fetch("POST", "/embeddings", read, body=body, asked=asked, once=once)
         except Failure as error:
             failure = error
         if not failure.divisible or len(texts) == 1:

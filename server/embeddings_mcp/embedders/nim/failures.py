@@ -1,4 +1,4 @@
-"""What an endpoint's refusal means: one table from status and words to our errors, and to whether asking again helps.
+"""What an endpoint's refusal means: two tables from status and words to our errors, and to whether asking again helps.
 
 NVIDIA calls the wording of its errors unstable, so the status decides first, and the words only where one status has
 several meanings. What an endpoint said is repeated in one short line, and never with the key in it.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -30,7 +30,7 @@ from embeddings_mcp.errors import (
     UpstreamTimeout,
     UpstreamUnavailable,
 )
-from embeddings_mcp.models import find_card
+from embeddings_mcp.models import ModelCard
 
 # Attempts in all. The pauses between them are 0.5, 1, 2 ... 30 s, with some chance added.
 _NOT_THERE = 3  # an address where nothing listens: whoever mistyped it should not wait long
@@ -62,26 +62,37 @@ class Failure(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Asked:
+    """What a request for embeddings asked for.
+
+    Attributes:
+        model: the model's name at the endpoint.
+        card: the same model's card.
+        texts: the texts in the request.
+    """
+
+    model: str
+    card: ModelCard
+    texts: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Refusal:
-    """An answer that is no success, with all that the table's rows look at.
+    """An answer that is no success, with all that the tables' rows look at.
 
     Attributes:
         endpoint: who refused.
-        model: the model's name there; None for a request that names none.
         status: of the answer.
         said: the endpoint's own words in one line; empty where it had none.
         retry_after: seconds it asks to wait; None where it does not say.
         location: where a redirect leads.
-        texts: the texts that were sent.
     """
 
     endpoint: Endpoint
-    model: str | None
     status: int
     said: str
     retry_after: float | None
     location: str | None
-    texts: Collection[str]
 
     @property
     def quote(self) -> str:
@@ -97,22 +108,22 @@ class Refusal:
         return f"the endpoint {self.endpoint.url}"
 
 
-def understand(
-    response: httpx2.Response, *, endpoint: Endpoint, model: str | None = None, texts: Collection[str] = ()
-) -> Failure:
-    """What an answer that is no success means."""
+def understand(response: httpx2.Response, *, endpoint: Endpoint, asked: Asked | None) -> Failure:
+    """What an answer that is no success means; `asked` is None for a request that is not for embeddings."""
     refusal = Refusal(
         endpoint=endpoint,
-        model=model,
         status=response.status_code,
         said=endpoint.redact(words(response.content))[:_LONGEST_QUOTE],
         retry_after=retry_after(response.headers.get("Retry-After")),
         location=response.headers.get("Location"),
-        texts=texts,
     )
-    for statuses, pattern, meaning in _TABLE:
-        if refusal.status in statuses and (found := re.search(pattern, refusal.said, re.IGNORECASE)):
-            return meaning(refusal, found)
+    if asked is not None:
+        for statuses, pattern, about_request in _ABOUT_REQUESTS:
+            if refusal.status in statuses and (found := re.search(pattern, refusal.said, re.IGNORECASE)):
+                return about_request(refusal, asked, found)
+    for statuses, about_endpoint in _ABOUT_ENDPOINTS:
+        if refusal.status in statuses:
+            return about_endpoint(refusal)
     return _failed(refusal)
 
 
@@ -139,47 +150,104 @@ def unusable(reason: str, *, endpoint: Endpoint, damaged: bool) -> Failure:
     return Failure(error, attempts=_TRANSIENT if damaged else 1)
 
 
-# --- The table -------------------------------------------------------------------------------------------------------
+# --- What an endpoint says of what it was asked for ------------------------------------------------------------------
 
 
-def _too_long(refusal: Refusal, found: re.Match[str]) -> Failure:
+def _too_long(_refusal: Refusal, asked: Asked, found: re.Match[str]) -> Failure:
     groups = found.groupdict()
-    tokens, allowed = (_number(groups.get(name)) for name in ("tokens", "allowed"))
-    index = _number(groups.get("index"))
-    if index is not None and index < len(refusal.texts):
+    tokens, allowed, index = (_number(groups.get(name)) for name in ("tokens", "allowed", "index"))
+    if index is not None and index < len(asked.texts):
         return Failure(InputTooLong(index=index, tokens=tokens, allowed=allowed))
-    lengths = [len(text) for text in refusal.texts]
+    lengths = [len(text) for text in asked.texts]
     return Failure(
         InputTooLong(index=lengths.index(max(lengths)), tokens=tokens, allowed=allowed, certain=len(lengths) == 1)
     )
 
 
-def _too_large(refusal: Refusal, _found: re.Match[str]) -> Failure:
-    texts = "the text is" if len(refusal.texts) == 1 else f"{len(refusal.texts)} texts are"
+def _too_large(refusal: Refusal, asked: Asked, _found: re.Match[str]) -> Failure:
+    texts = "the text is" if len(asked.texts) == 1 else f"{len(asked.texts)} texts are"
     error = PayloadTooLarge(f"{texts} too much for one request to {refusal} ({refusal.quote})", param="input")
     return Failure(error, divisible=True)
 
 
-def _input_type(refusal: Refusal, _found: re.Match[str]) -> Failure:
+def _degraded(refusal: Refusal, asked: Asked, _found: re.Match[str]) -> Failure:
+    error = UpstreamUnavailable(f"{refusal} says that {asked.model} is degraded at the moment; try again later")
+    return Failure(error, attempts=_TRANSIENT)
+
+
+def _input_type(refusal: Refusal, asked: Asked, _found: re.Match[str]) -> Failure:
     return Failure(
         InvalidRequest(
-            f"`input_type` is not as {refusal.model} wants it: 'query' for what is searched with, 'passage' for what "
-            f"is searched ({refusal} answered {refusal.quote})",
+            f"`input_type` is not as {asked.model} wants it: 'query' for what is searched with, 'passage' for what is "
+            f"searched ({refusal} answered {refusal.quote})",
             param="input_type",
         )
     )
 
 
-def _invalid(refusal: Refusal, _found: re.Match[str]) -> Failure:
+def _invalid(refusal: Refusal, _asked: Asked, _found: re.Match[str]) -> Failure:
     return Failure(InvalidRequest(f"{refusal} does not accept the request ({refusal.quote})"))
 
 
-def _degraded(refusal: Refusal, _found: re.Match[str]) -> Failure:
-    error = UpstreamUnavailable(f"{refusal} says that {refusal.model} is degraded at the moment; try again later")
-    return Failure(error, attempts=_TRANSIENT)
+def _not_entitled(refusal: Refusal, asked: Asked, _found: re.Match[str]) -> Failure:
+    return Failure(
+        UnknownModel(
+            f"{refusal.account} may not use {asked.model} at {refusal.endpoint.url}, which lists more models than an "
+            "account can call (404): choose another model",
+            param="model",
+        )
+    )
 
 
-def _key_refused(refusal: Refusal, _found: re.Match[str]) -> Failure:
+def _unknown_model(refusal: Refusal, asked: Asked, _found: re.Match[str]) -> Failure:
+    return Failure(
+        UnknownModel(f"{refusal} serves no model {asked.model} ({refusal.quote}): choose another one", param="model")
+    )
+
+
+def _retired(refusal: Refusal, asked: Asked, found: re.Match[str]) -> Failure:
+    card = asked.card
+    date = found.groupdict().get("date") or card.hosted_until
+    when = f" on {date}" if date else ""
+    heir = "goes on making the same vectors on your own machine"
+    if card.repository is not None:
+        advice = f"`--model {card.id}` {heir}"
+    else:
+        advice = (
+            f"with its files in a folder, `--model {card.id}=FOLDER` {heir}; without them, what was stored must be "
+            f"embedded anew with another model, such as {HOSTED_DEFAULT_MODEL}"
+        )
+    return Failure(ModelRetired(f"{refusal} switched {asked.model} off{when} (410): {advice}", param="model"))
+
+
+_INVALID = frozenset({400, 413, 422})
+_ANY = ""
+
+_ABOUT_REQUESTS: tuple[tuple[Collection[int], str, Callable[[Refusal, Asked, re.Match[str]], Failure]], ...] = (
+    # By status and words; the first row that fits. The words are those of NIM, of this server's own REST face, of
+    # text-embeddings-inference, of vLLM and of Ollama.
+    (_INVALID, r"Input length (?P<tokens>\d+) exceeds maximum allowed token size (?P<allowed>\d+)", _too_long),
+    (_INVALID, r"exceeds maximum allowed token size", _too_long),
+    (_INVALID, r"`input\[(?P<index>\d+)\]` has (?P<tokens>[\d,]+) tokens, .* takes (?P<allowed>[\d,]+)", _too_long),
+    (_INVALID, r"must have less than (?P<allowed>\d+) tokens\. Given: (?P<tokens>\d+)", _too_long),
+    (_INVALID, r"maximum context length is (?P<allowed>\d+) tokens.*?(?P<tokens>\d+) (input )?tokens", _too_long),
+    (_INVALID, r"exceeds (the|maximum) context length", _too_long),
+    # The hosted gateway's limit is on bytes, other servers have one on texts.
+    (_INVALID, r"payload is below|batch size|less than \d+ elements", _too_large),
+    ({413}, _ANY, _too_large),
+    ({400}, r"DEGRADED", _degraded),
+    (_INVALID, r"input_type", _input_type),
+    (_INVALID, _ANY, _invalid),
+    ({404}, r"not found for account", _not_entitled),
+    ({404}, _ANY, _unknown_model),
+    ({410}, r"end of life on (?P<date>\d{4}-\d\d-\d\d)", _retired),
+    ({410}, _ANY, _retired),
+)
+
+# --- What an endpoint says of itself, of its callers, or of the way to it --------------------------------------------
+
+
+def _key_refused(refusal: Refusal) -> Failure:
     endpoint = refusal.endpoint
     source = f"keys come from {KEYS_URL}" if endpoint.hosted else "ask whoever runs it for one"
     if endpoint.api_key is None:
@@ -192,43 +260,16 @@ def _key_refused(refusal: Refusal, _found: re.Match[str]) -> Failure:
     return Failure(UpstreamRefused(message))
 
 
-def _no_credits(refusal: Refusal, _found: re.Match[str]) -> Failure:
+def _no_credits(refusal: Refusal) -> Failure:
     where = f"; see {KEYS_URL}" if refusal.endpoint.hosted else ""
     return Failure(UpstreamRefused(f"{refusal.account} has no credits left at {refusal.endpoint.url} (402){where}"))
 
 
-def _not_entitled(refusal: Refusal, _found: re.Match[str]) -> Failure:
-    return Failure(
-        UnknownModel(
-            f"{refusal.account} may not use {refusal.model} at {refusal.endpoint.url}, which lists more models than an "
-            "account can call (404): choose another model",
-            param="model",
-        )
-    )
+def _no_route(refusal: Refusal) -> Failure:
+    return Failure(UpstreamFailed(f"{refusal} has no such route (404): is its address right?"))
 
 
-def _not_found(refusal: Refusal, _found: re.Match[str]) -> Failure:
-    if refusal.model is None:
-        return Failure(UpstreamFailed(f"{refusal} has no such route (404): is its address right?"))
-    return Failure(
-        UnknownModel(f"{refusal} serves no model {refusal.model} ({refusal.quote}): choose another one", param="model")
-    )
-
-
-def _retired(refusal: Refusal, found: re.Match[str]) -> Failure:
-    date = found.groupdict().get("date")
-    when = f" on {date}" if date else ""
-    if refusal.model and (card := find_card(refusal.model)):
-        heir = f"{card.id} goes on making the same vectors on your own machine: serve it with `--model {card.id}`"
-    else:
-        heir = (
-            "no model known here makes the same vectors, so what was stored must be embedded anew, for example with "
-            + HOSTED_DEFAULT_MODEL
-        )
-    return Failure(ModelRetired(f"{refusal} switched {refusal.model} off{when} (410); {heir}", param="model"))
-
-
-def _rate_limited(refusal: Refusal, _found: re.Match[str]) -> Failure:
+def _rate_limited(refusal: Refusal) -> Failure:
     wait = refusal.retry_after or _RATE_WINDOW
     error = Overloaded(
         f"{refusal} takes no more requests for now ({refusal.quote}): try again in {wait:,.0f} s, with fewer texts at "
@@ -238,22 +279,22 @@ def _rate_limited(refusal: Refusal, _found: re.Match[str]) -> Failure:
     return Failure(error, attempts=_RATE_LIMITED, pause=refusal.retry_after)
 
 
-def _timed_out(refusal: Refusal, _found: re.Match[str]) -> Failure:
+def _timed_out(refusal: Refusal) -> Failure:
     return Failure(UpstreamTimeout(f"{refusal} did not finish in its own time ({refusal.quote})"), attempts=_TRANSIENT)
 
 
-def _unavailable(refusal: Refusal, _found: re.Match[str]) -> Failure:
+def _unavailable(refusal: Refusal) -> Failure:
     wait = refusal.retry_after
     when = "later" if wait is None else f"in {wait:,.0f} s"
     error = UpstreamUnavailable(f"{refusal} takes no work now ({refusal.quote}): try again {when}", retry_after=wait)
-    return Failure(error, attempts=_TRANSIENT, pause=refusal.retry_after)
+    return Failure(error, attempts=_TRANSIENT, pause=wait)
 
 
-def _broken(refusal: Refusal, _found: re.Match[str]) -> Failure:
+def _broken(refusal: Refusal) -> Failure:
     return Failure(UpstreamFailed(f"{refusal} failed ({refusal.quote})"), attempts=_TRANSIENT)
 
 
-def _redirected(refusal: Refusal, _found: re.Match[str]) -> Failure:
+def _redirected(refusal: Refusal) -> Failure:
     leads = refusal.endpoint.redact(refusal.location or "nowhere")[:_LONGEST_QUOTE]
     return Failure(
         UpstreamFailed(
@@ -267,35 +308,15 @@ def _failed(refusal: Refusal) -> Failure:
     return Failure(UpstreamFailed(f"{refusal} answered what embeddings have no use for ({refusal.quote})"))
 
 
-_INVALID = frozenset({400, 413, 422})
-_ANY = ""
-
-_TABLE: tuple[tuple[Collection[int], str, Callable[[Refusal, re.Match[str]], Failure]], ...] = (
-    # Every (status, words) once, the first that fits; statuses that are in no row are a failure not worth repeating.
-    # NIM, then servers of the same API: ours, text-embeddings-inference, vLLM, Ollama.
-    (_INVALID, r"Input length (?P<tokens>\d+) exceeds maximum allowed token size (?P<allowed>\d+)", _too_long),
-    (_INVALID, r"exceeds maximum allowed token size", _too_long),
-    (_INVALID, r"`input\[(?P<index>\d+)\]` has (?P<tokens>[\d,]+) tokens, .* takes (?P<allowed>[\d,]+)", _too_long),
-    (_INVALID, r"must have less than (?P<allowed>\d+) tokens\. Given: (?P<tokens>\d+)", _too_long),
-    (_INVALID, r"maximum context length is (?P<allowed>\d+) tokens.*?(?P<tokens>\d+) (input )?tokens", _too_long),
-    (_INVALID, r"exceeds (the|maximum) context length", _too_long),
-    # The hosted gateway's limit is on bytes, other servers have one on texts.
-    (_INVALID, r"payload is below|batch size|less than \d+ elements", _too_large),
-    ({413}, _ANY, _too_large),
-    ({400}, r"DEGRADED", _degraded),
-    (_INVALID, r"input_type", _input_type),
-    (_INVALID, _ANY, _invalid),
-    ({401, 403}, _ANY, _key_refused),
-    ({402}, _ANY, _no_credits),
-    ({404}, r"not found for account", _not_entitled),
-    ({404}, _ANY, _not_found),
-    ({410}, r"end of life on (?P<date>\d{4}-\d\d-\d\d)", _retired),
-    ({410}, _ANY, _retired),
-    ({429}, _ANY, _rate_limited),
-    ({408, 504}, _ANY, _timed_out),
-    ({503}, _ANY, _unavailable),
-    ({500, 502}, _ANY, _broken),
-    (range(300, 400), _ANY, _redirected),
+_ABOUT_ENDPOINTS: tuple[tuple[Collection[int], Callable[[Refusal], Failure]], ...] = (
+    ({401, 403}, _key_refused),
+    ({402}, _no_credits),
+    ({404}, _no_route),
+    ({408, 504}, _timed_out),
+    ({429}, _rate_limited),
+    ({503}, _unavailable),
+    ({500, 502}, _broken),
+    (range(300, 400), _redirected),
 )
 
 
