@@ -70,11 +70,12 @@ class InputTooLong(InvalidRequest):
     ) -> None:
         text = f"`{param or f'text {index}'}`"
         subject = text if certain else f"a text (probably {text}, the longest of those sent together)"
-        length = "more tokens than the model takes" if tokens is None else f"{tokens:,} tokens"
-        limit = "" if allowed is None else f", and the model takes {allowed:,}"
+        if tokens is None:
+            length = f"more than the {'' if allowed is None else f'{allowed:,} '}tokens that the model takes"
+        else:
+            length = f"{tokens:,} tokens{'' if allowed is None else f', and the model takes {allowed:,}'}"
         super().__init__(
-            f"{subject} has {length}{limit}: shorten it, or set `truncate` to 'END' or 'START' to drop what is too "
-            "much",
+            f"{subject} has {length}: shorten it, or set `truncate` to 'END' or 'START' to drop what is too much",
             param=param,
         )
         self.index, self.tokens, self.allowed, self.certain = index, tokens, allowed, certain

@@ -230,8 +230,8 @@ _ABOUT_REQUESTS: tuple[tuple[Collection[int], str, Callable[[Refusal, Asked, re.
     (_INVALID, r"exceeds maximum allowed token size", _too_long),
     (_INVALID, r"`input\[(?P<index>\d+)\]` has (?P<tokens>[\d,]+) tokens, .* takes (?P<allowed>[\d,]+)", _too_long),
     (_INVALID, r"must have less than (?P<allowed>\d+) tokens\. Given: (?P<tokens>\d+)", _too_long),
-    (_INVALID, r"maximum context length is (?P<allowed>\d+) tokens.*?(?P<tokens>\d+) (input )?tokens", _too_long),
-    (_INVALID, r"exceeds (the|maximum) context length", _too_long),
+    (_INVALID, r"maximum context length is (?P<allowed>\d+) tokens(.*?(?P<tokens>\d+) (input )?tokens)?", _too_long),
+    (_INVALID | {500}, r"input length exceeds the context length", _too_long),  # Ollama takes the blame for it
     # The hosted gateway's limit is on bytes, other servers have one on texts.
     (_INVALID, r"payload is below|batch size|less than \d+ elements", _too_large),
     ({413}, _ANY, _too_large),
