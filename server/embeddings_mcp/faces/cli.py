@@ -56,6 +56,7 @@ _PROGRESS_FROM = 64
 def main() -> None:
     """Run the command line; an error that was foreseen is one line on stderr and exit code 1."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("stamina").setLevel(logging.ERROR)  # says that something is tried again; who tries says what
     try:
         app()
     except EmbeddingsError as error:

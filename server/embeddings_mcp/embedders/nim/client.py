@@ -85,7 +85,7 @@ class EndpointClient:
                 if error.pause > min(LONGEST_PAUSE, left):
                     return False
                 self.turnstile.close_for(error.pause)
-            logger.info("attempt %d at %s %s failed: %s", made, method, path, error)
+            logger.warning("attempt %d failed, another follows: %s", made, error)
             return True if error.pause is None else error.pause
 
         with anyio.CancelScope() as scope:
