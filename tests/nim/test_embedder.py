@@ -466,7 +466,7 @@ async def test_a_call_whose_turn_would_come_too_late_is_refused_with_the_time_to
 
 
 async def test_a_thousand_texts_of_five_callers_arrive_in_order_past_a_failure_in_every_five() -> None:
-    rate, window = 40, 0.25
+    rate, window = 40, 0.4
     chance = random.Random(5)
     failing = [
         answering(429, {"status": 429, "title": "Too Many Requests"}),
@@ -494,6 +494,6 @@ async def test_a_thousand_texts_of_five_callers_arrive_in_order_past_a_failure_i
             np.testing.assert_array_equal(vectors[caller], expected(standing, ASYMMETRIC, "passage", texts))
         arrivals = [seen.at for seen in standing.seen]
         assert len(arrivals) > 110
-        # Arrivals are a little later than departures, so a window of arrivals may be a little shorter.
-        assert all(later - earlier > 0.8 * window for earlier, later in zip(arrivals, arrivals[rate:], strict=False))
+        # Departures keep the limit; an arrival may be late, so a window of arrivals may be shorter.
+        assert all(later - earlier > 0.5 * window for earlier, later in zip(arrivals, arrivals[rate:], strict=False))
         assert standing.most_at_once <= 8

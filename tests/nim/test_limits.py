@@ -26,7 +26,7 @@ async def test_no_window_of_time_sees_more_requests_than_the_limit() -> None:
             for _ in range(17):
                 group.start_soon(pass_through, turnstile, times)
     assert all(times[later] - times[later - 5] >= 0.05 for later in range(5, 17))
-    assert 0.15 <= times[-1] - times[0] < 0.3  # 5 at once, 5, 5, 2
+    assert 0.15 <= times[-1] - times[0] < 1  # 5 at once, 5, 5, 2
 
 
 async def test_requests_pass_in_the_order_in_which_they_came() -> None:
