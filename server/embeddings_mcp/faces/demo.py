@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 from typing import Any, cast
 
 from mcp import Client, StdioServerParameters
+from mcp.shared.exceptions import MCPError
 from rich.console import Console
+from rich.text import Text
 
 from embeddings_mcp.errors import ModelUnavailable
 from embeddings_mcp.faces import tables
@@ -27,12 +30,22 @@ async def run_demo(texts: list[str] | None = None) -> None:
     """Start ``embeddings-mcp serve`` over stdio, list its tools, embed, compare and search `texts`.
 
     Raises:
-        ModelUnavailable: the server could not answer, with its own words.
+        ModelUnavailable: the server did not start or could not answer, with its own words.
     """
-    texts = texts or SAMPLES
-    console = Console()
+    try:
+        await _demonstrate(texts or SAMPLES, Console())
+    except ExceptionGroup as group:  # whatever happens while a client is open comes out of its task group
+        error: Exception = group
+        while isinstance(error, ExceptionGroup):
+            error = error.exceptions[0]
+        if isinstance(error, MCPError):
+            raise ModelUnavailable(f"the server has ended or does not answer: {error.message}") from error
+        raise error from None
+
+
+async def _demonstrate(texts: list[str], console: Console) -> None:
     command = [sys.executable, "-m", "embeddings_mcp", "serve"]
-    console.print(f"[dim]$ {' '.join(command)}[/dim]")
+    console.print(Text(f"$ {shlex.join(command)}", style="dim"))
     started = time.perf_counter()
     server = StdioServerParameters(command=command[0], args=command[1:], env=dict(os.environ))
     async with Client(server, read_timeout_seconds=600) as client:
@@ -50,9 +63,10 @@ async def run_demo(texts: list[str] | None = None) -> None:
         console.print(f"[dim]compared in {(time.perf_counter() - asked) * 1000:.0f} ms[/dim]")
         console.print(tables.similarity(cast("SimilarityResponse", compared), texts, texts))
 
-        found = await _call(client, "search", {"query": texts[0], "input": texts[1:] or texts})
-        console.print(f"[dim]search: {texts[0]!r}[/dim]", highlight=False)
-        console.print(tables.search(cast("SearchResponse", found), texts[1:] or texts))
+        query, passages = texts[0], texts[1:] or texts
+        found = await _call(client, "search", {"query": query, "input": passages})
+        console.print(Text(f"search: {query!r}", style="dim"))
+        console.print(tables.search(cast("SearchResponse", found), passages))
 
 
 async def _call(client: Client, tool: str, arguments: dict[str, Any]) -> dict[str, Any]:

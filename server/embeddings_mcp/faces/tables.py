@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -16,38 +17,38 @@ _LONGEST_TEXT = 56
 _NUMBERS_SHOWN = 3
 
 
-def embeddings(answer: EmbeddingResponse, texts: Sequence[str]) -> Table:
+def embeddings(answer: EmbeddingResponse, texts: Sequence[str]) -> RenderableType:
     """A row for each text, with the first numbers of its vector."""
-    table = _table("text", "vector", "length", title=_title(answer))
+    table = _table("text", "vector", "length")
     for item, text in zip(answer["data"], texts, strict=True):
         vector = item["embedding"]
         numbers = "  ".join(f"{float(number):+.4f}" for number in vector[:_NUMBERS_SHOWN])
         table.add_row(_short(text, 34), f"{numbers}  …", str(len(vector)))
-    return table
+    return _titled(_made_by(answer), table)
 
 
-def similarity(answer: SimilarityResponse, texts: Sequence[str], others: Sequence[str]) -> Table:
+def similarity(answer: SimilarityResponse, texts: Sequence[str], others: Sequence[str]) -> RenderableType:
     """The matrix, its columns numbered as its rows where both are the same texts; or a row for each pair."""
-    title = f"{answer['metric']}, {_title(answer)}"
+    title = f"{answer['metric']}, {_made_by(answer)}"
     if "pairs" in answer:
-        table = _table("score", "input", "other", title=title)
+        table = _table("score", "input", "other")
         for pair in answer["pairs"]:
             table.add_row(_score(pair["score"]), _short(texts[pair["input"]], 30), _short(others[pair["other"]], 30))
-        return table
+        return _titled(title, table)
     columns = map(str, range(len(texts))) if others is texts else (_short(other, 16).plain for other in others)
-    table = _table("", "text", *columns, title=title)
+    table = _table("", "text", *columns)
     room = max(16, 66 - 9 * len(others))
     for index, (row, text) in enumerate(zip(answer.get("scores", []), texts, strict=True)):
         table.add_row(str(index), _short(text, room), *map(_score, row))
-    return table
+    return _titled(title, table)
 
 
-def search(answer: SearchResponse, passages: Sequence[str]) -> Table:
+def search(answer: SearchResponse, passages: Sequence[str]) -> RenderableType:
     """A row for each passage found, best first."""
-    table = _table("score", "index", "passage", title=_title(answer))
+    table = _table("score", "index", "passage")
     for hit in answer["results"]:
         table.add_row(_score(hit["score"]), str(hit["index"]), _short(passages[hit["index"]]))
-    return table
+    return _titled(_made_by(answer), table)
 
 
 def models(answer: ModelsResponse) -> Table:
@@ -74,14 +75,19 @@ def tools(names_and_titles: Sequence[tuple[str, str]]) -> Table:
     return table
 
 
-def _table(*columns: str, title: str | None = None) -> Table:
-    table = Table(title=title, title_justify="left", title_style="dim", box=SIMPLE_HEAD)
+def _table(*columns: str) -> Table:
+    table = Table(box=SIMPLE_HEAD)
     for column in columns:
         table.add_column(Text(column), no_wrap=True)
     return table
 
 
-def _title(answer: EmbeddingResponse | SimilarityResponse | SearchResponse) -> str:
+def _titled(title: str, table: Table) -> RenderableType:
+    """The table under a line of its own, since a table's title is broken at the table's width."""
+    return Group(Text(title, style="dim"), table)
+
+
+def _made_by(answer: EmbeddingResponse | SimilarityResponse | SearchResponse) -> str:
     return f"{answer['model']}, {answer['usage']['prompt_tokens']} tokens"
 
 
