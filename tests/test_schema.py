@@ -1,0 +1,279 @@
+"""The wire types: as strict as the published schema, and with messages that teach."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import orjson
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from embeddings_mcp.errors import InvalidRequest
+from embeddings_mcp.operations import OPERATIONS
+from embeddings_mcp.schema import (
+    EmbeddingRequest,
+    EmbeddingResponse,
+    ListModelsRequest,
+    SearchRequest,
+    SimilarityRequest,
+    dump_json,
+    json_schema,
+    parse,
+)
+
+PUBLISHED = yaml.safe_load((Path(__file__).parent / "data" / "nim-embeddings-openapi.yaml").read_text("utf-8"))
+PUBLISHED_TYPES: dict[str, Any] = PUBLISHED["components"]["schemas"]
+
+EMBED = {"model": "default", "input": "a"}
+COMPARE = {"model": "default", "input": ["a", "b"]}
+SEARCH = {"query": "q", "input": ["a", "b"]}
+
+
+def refusal(request_type: Any, value: Any) -> InvalidRequest:
+    with pytest.raises(InvalidRequest) as caught:
+        parse(request_type, value)
+    return caught.value
+
+
+def without(keywords: set[str], node: Any) -> Any:
+    if isinstance(node, list):
+        return [without(keywords, item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    return {key: without(keywords, value) for key, value in node.items() if key not in keywords}
+
+
+# --- What is published -----------------------------------------------------------------------------------------------
+
+
+def test_the_request_is_the_published_one() -> None:
+    ours, published = json_schema(EmbeddingRequest), PUBLISHED_TYPES["EmbeddingRequest"]
+    assert without({"description"}, ours) == without({"description"}, published)
+    # Order counts: a model fills in arguments in the order in which it reads of them.
+    assert list(ours["properties"]) == list(published["properties"])
+    assert ours["required"] == published["required"]
+
+
+def test_the_response_is_the_published_one_with_base64_as_the_other_form_of_a_vector() -> None:
+    published = without({"description", "example"}, PUBLISHED_TYPES["EmbeddingResponse"])
+    vector = published["properties"]["data"]["items"]["properties"]["embedding"]
+    published["properties"]["data"]["items"]["properties"]["embedding"] = {"oneOf": [vector, {"type": "string"}]}
+    # That every field is always there is ours to say.
+    assert without({"description", "required"}, json_schema(EmbeddingResponse)) == published
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
+def test_published_schemas_are_valid_and_hold_no_reference(operation: Any) -> None:
+    for wire_type in (operation.request, operation.response):
+        schema = json_schema(wire_type)
+        jsonschema.Draft202012Validator.check_schema(schema)
+        assert schema["type"] == "object"
+        assert "$ref" not in json.dumps(schema)
+
+
+# --- What is accepted ------------------------------------------------------------------------------------------------
+
+texts = st.text(max_size=3)
+numbers = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+anything = st.recursive(
+    st.none() | st.booleans() | numbers | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=6,
+)
+fields = {
+    "model": texts,
+    "input": texts | st.lists(texts, max_size=3),
+    "input_type": st.sampled_from(["query", "passage", "Query"]),
+    "encoding_format": st.sampled_from(["float", "base64", "int8"]),
+    "truncate": st.sampled_from(["NONE", "START", "END", "none"]),
+    "dimensions": numbers,
+    "user": texts,
+}
+near_requests = st.fixed_dictionaries(
+    {},
+    optional={name: values | anything for name, values in fields.items()} | {"dimension": st.just(8)},
+) | st.fixed_dictionaries(
+    {"model": fields["model"], "input": fields["input"]},
+    optional={name: values for name, values in fields.items() if name not in {"model", "input"}},
+)
+
+
+@given(near_requests)
+def test_what_is_accepted_is_what_the_published_schema_accepts_save_empty_texts(value: dict[str, Any]) -> None:
+    strict = PUBLISHED_TYPES["EmbeddingRequest"] | {"additionalProperties": False}
+    valid = jsonschema.Draft202012Validator(strict).is_valid(value)
+    given_texts = value.get("input")
+    if valid and given_texts and "" not in ([given_texts] if isinstance(given_texts, str) else given_texts):
+        request = parse(EmbeddingRequest, value)
+        assert request.model_dump(exclude_unset=True) == value
+    else:
+        refusal(EmbeddingRequest, value)
+
+
+@pytest.mark.parametrize(
+    "text", ['["a","b"]', '{"x":1}', "null", "123", "true", '"quoted"', " ", "\x00", "\N{PILE OF POO}"]
+)
+def test_texts_stay_what_they_are(text: str) -> None:
+    assert parse(EmbeddingRequest, {"model": "default", "input": text}).input == text
+    assert parse(EmbeddingRequest, {"model": "default", "input": [text, text]}).input == [text, text]
+    assert parse(SearchRequest, {"query": text, "input": text}).query == text
+
+
+def test_a_whole_number_may_be_written_with_a_decimal_point() -> None:
+    assert parse(EmbeddingRequest, {**EMBED, "dimensions": 3.0}).dimensions == 3
+    assert parse(SearchRequest, {**SEARCH, "top_k": 2.0}).top_k == 2
+
+
+# --- What is refused, and how ----------------------------------------------------------------------------------------
+
+TOKENS = "`input` must be text, not token ids"
+KINDS = [
+    (EmbeddingRequest, {**EMBED, "input": None}, "`input` must be a string or an array of strings, not null"),
+    (EmbeddingRequest, {**EMBED, "input": 3}, "`input` must be a string or an array of strings, not a number"),
+    (EmbeddingRequest, {**EMBED, "input": {"a": 1}}, "`input` must be a string or an array of strings, not an object"),
+    (EmbeddingRequest, {**EMBED, "input": ""}, "`input` must not be an empty string"),
+    (EmbeddingRequest, {**EMBED, "input": []}, "`input` must not be an empty array: give at least one text"),
+    (EmbeddingRequest, {**EMBED, "input": ["a", ""]}, "`input[1]` must not be an empty string"),
+    (EmbeddingRequest, {**EMBED, "input": ["a", None]}, "`input[1]` must be a string, not null"),
+    (EmbeddingRequest, {**EMBED, "input": ["a", True]}, "`input[1]` must be a string, not a boolean"),
+    (EmbeddingRequest, {**EMBED, "input": ["a", ["b"]]}, "`input[1]` must be a string, not an array"),
+    (EmbeddingRequest, {**EMBED, "input": "a\ud800"}, "`input` must not hold an unpaired surrogate"),
+    (EmbeddingRequest, {**EMBED, "input": ["a", "\udfff"]}, "`input[1]` must not hold an unpaired surrogate"),
+    (EmbeddingRequest, {**EMBED, "input": [101, 102]}, TOKENS),
+    (EmbeddingRequest, {**EMBED, "input": [[101, 102], [103]]}, TOKENS),
+    (EmbeddingRequest, {**EMBED, "model": None}, "`model` must be a string, not null"),
+    (EmbeddingRequest, {**EMBED, "model": 5}, "`model` must be a string, not a number"),
+    (EmbeddingRequest, {**EMBED, "user": None}, "`user` must not be null: leave the field out instead"),
+    (EmbeddingRequest, {**EMBED, "input_type": None}, "`input_type` must not be null: leave the field out instead"),
+    (EmbeddingRequest, {**EMBED, "input_type": "Query"}, "`input_type` must be 'query' or 'passage', not 'Query'"),
+    (EmbeddingRequest, {**EMBED, "truncate": 1}, "`truncate` must be 'NONE', 'START' or 'END', not a number"),
+    (
+        EmbeddingRequest,
+        {**EMBED, "encoding_format": "int8"},
+        "`encoding_format` must be 'float' or 'base64', not 'int8'",
+    ),
+    (EmbeddingRequest, {**EMBED, "dimensions": True}, "`dimensions` must be an integer, not a boolean"),
+    (EmbeddingRequest, {**EMBED, "dimensions": "3"}, "`dimensions` must be an integer, not a string"),
+    (EmbeddingRequest, {**EMBED, "dimensions": 3.5}, "`dimensions` must be an integer, not 3.5"),
+    (EmbeddingRequest, {**EMBED, "dimensions": float("inf")}, "`dimensions` must be an integer, not inf"),
+    (SimilarityRequest, {**COMPARE, "other": []}, "`other` must not be an empty array: give at least one text"),
+    (SimilarityRequest, {**COMPARE, "other": None}, "`other` must not be null: leave the field out instead"),
+    (SimilarityRequest, {**COMPARE, "other": [7]}, "`other` must be text, not token ids"),
+    (SimilarityRequest, {**COMPARE, "metric": "l2"}, "`metric` must be 'cosine', 'dot' or 'euclidean', not 'l2'"),
+    (SimilarityRequest, {**COMPARE, "top_k": 0}, "`top_k` must be at least 1, not 0"),
+    (SearchRequest, {**SEARCH, "query": ["q"]}, "`query` must be a string, not an array"),
+    (SearchRequest, {**SEARCH, "query": ""}, "`query` must not be an empty string"),
+    (SearchRequest, {**SEARCH, "top_k": -1.0}, "`top_k` must be at least 1, not -1"),
+    (SearchRequest, {**SEARCH, "top_k": None}, "`top_k` must be an integer, not null"),
+]
+
+
+@pytest.mark.parametrize(("request_type", "value", "lesson"), KINDS, ids=[lesson for _, _, lesson in KINDS])
+def test_a_refusal_names_the_field_what_was_wrong_and_what_is_accepted(
+    request_type: Any, value: Any, lesson: str
+) -> None:
+    error = refusal(request_type, value)
+    assert error.message.startswith(lesson)
+    assert error.param == lesson.split("`")[1]
+
+
+def test_a_client_that_sends_tokens_is_told_how_to_stop_it() -> None:
+    assert (
+        "OpenAIEmbeddings(check_embedding_ctx_length=False)"
+        in refusal(EmbeddingRequest, {**EMBED, "input": [1]}).message
+    )
+
+
+def test_an_unknown_field_brings_the_known_ones_and_a_guess() -> None:
+    error = refusal(EmbeddingRequest, {**EMBED, "dimension": 8})
+    assert error.param == "dimension"
+    assert error.message == (
+        "`dimension` is not a field of this request, which has model, input, input_type, encoding_format, truncate, "
+        "dimensions, user; did you mean `dimensions`?"
+    )
+    assert "did you mean" not in refusal(EmbeddingRequest, {**EMBED, "zzz": 8}).message
+    assert (
+        refusal(ListModelsRequest, {"model": "a"}).message == "`model` is not a field of this request, which has none"
+    )
+
+
+def test_a_missing_field_is_explained() -> None:
+    error = refusal(EmbeddingRequest, {})
+    assert error.param == "model"
+    assert error.message.startswith("`model` is required: Model id, e.g. `sentence-transformers/all-MiniLM-L6-v2`")
+    assert error.message.endswith("; `input` is required: The text to embed, or an array of texts")
+
+
+def test_all_problems_come_in_one_message() -> None:
+    error = refusal(SearchRequest, {"input": "", "truncate": 3, "top_k": "x", "text": "a"})
+    assert error.param == "query"
+    problems = ["`query` is", "`input` must", "`top_k` must", "`truncate` must", "`text` is"]
+    assert sorted(problems, key=error.message.index) == problems
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"), [([], "an array"), ("a", "a string"), (None, "null"), (3, "a number"), (True, "a boolean")]
+)
+def test_a_request_is_an_object(value: Any, kind: str) -> None:
+    error = refusal(EmbeddingRequest, value)
+    assert (error.message, error.param) == (f"the request must be a JSON object, not {kind}", None)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {**EMBED, "x" * 10_000: 1},
+        {**EMBED, "truncate": "x" * 10_000},
+        {**EMBED, "input": ["x" * 10_000, 3]},
+        {**EMBED, "dimensions": "9" * 10_000},
+        {**EMBED, "dimensions": {"x" * 10_000: 1}},
+        {**EMBED, **{f"{number}{'x' * 100}": 1 for number in range(1000)}},
+    ],
+    ids=["name", "choice", "neighbour", "number", "object", "many"],
+)
+def test_what_the_caller_wrote_is_never_repeated_at_length(value: Any) -> None:
+    error = refusal(EmbeddingRequest, value)
+    assert len(error.message) < 1500
+    assert "x" * 41 not in error.message
+    assert "9" * 41 not in error.message
+    assert len(error.param or "") <= 40
+
+
+def test_a_long_number_is_cut() -> None:
+    assert len(refusal(SearchRequest, {**SEARCH, "top_k": -(10**4000)}).message) < 100
+
+
+@given(
+    operation=st.sampled_from(OPERATIONS),
+    value=anything | st.dictionaries(st.sampled_from([*fields, "query"]), anything),
+)
+def test_no_json_breaks_the_reading(operation: Any, value: Any) -> None:
+    try:
+        parse(operation.request, value)
+    except InvalidRequest as error:
+        assert len(error.message.encode()) < 2500  # noqa: PT017 - what is raised is one of two good ends
+
+
+# --- What is written -------------------------------------------------------------------------------------------------
+
+
+@given(hnp.arrays(np.float32, st.integers(0, 8), elements=st.floats(width=32, allow_nan=False, allow_infinity=False)))
+def test_every_float32_survives_json_bit_for_bit(vector: Any) -> None:
+    written = dump_json({"embedding": vector})
+    read = np.array(orjson.loads(written)["embedding"], dtype=np.float32)
+    assert read.tobytes() == vector.tobytes()
+    assert json.loads(written) == orjson.loads(written)
+
+
+def test_numbers_are_written_in_their_shortest_exact_form() -> None:
+    assert (
+        dump_json(np.array([0.1, 0.1234567, -1.0, 1e-8, 16777216.0], np.float32))
+        == b"[0.1,0.1234567,-1.0,1e-8,16777216.0]"
+    )
