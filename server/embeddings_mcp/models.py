@@ -20,6 +20,9 @@ InputType = Literal["query", "passage"]
 Truncate = Literal["NONE", "START", "END"]
 """What to do with a text longer than the model takes: refuse it, or drop tokens from its start or from its end."""
 
+Mode = Literal["dense", "sparse", "colbert", "hybrid"]
+"""What texts are compared by: one vector each, weights of shared tokens, a vector for every token, or all three."""
+
 InputTypeUse = Literal["required", "optional", "ignored"]
 """Whether a request must say the input type, may say it, or gets the same vector whatever it says."""
 
@@ -41,6 +44,7 @@ class ModelCard:
         query_prompt: text put before a query.
         passage_prompt: text put before a passage.
         default_prompt: text put before an input whose type was not said.
+        modes: what its texts can be compared by.
         licence: SPDX id or the licence's own name, None where unknown.
         non_commercial: whether the licence forbids commercial use.
         hub: the Hugging Face repository with the weights, where it is not `id`; empty where there is none.
@@ -57,6 +61,7 @@ class ModelCard:
     query_prompt: str = ""
     passage_prompt: str = ""
     default_prompt: str = ""
+    modes: tuple[Mode, ...] = ("dense",)
     licence: str | None = None
     non_commercial: bool = False
     hub: str | None = None
@@ -178,6 +183,7 @@ CARDS: tuple[ModelCard, ...] = (
         aliases=("bge-m3",),
         dimensions=1024,
         max_tokens=8192,
+        modes=("dense", "sparse", "colbert", "hybrid"),
         licence="MIT",
         hub="BAAI/bge-m3",
         hosted_until="2026-08-25",

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import BaseModel
 
 from embeddings_mcp.embedders.base import OnProgress
 from embeddings_mcp.schema import (
+    ColbertEmbeddingRequest,
+    ColbertEmbeddingResponse,
     EmbeddingRequest,
     EmbeddingResponse,
     ListModelsRequest,
@@ -18,6 +20,9 @@ from embeddings_mcp.schema import (
     SearchResponse,
     SimilarityRequest,
     SimilarityResponse,
+    SparseEmbeddingRequest,
+    SparseEmbeddingResponse,
+    TypedEmbeddingRequest,
 )
 from embeddings_mcp.service import EmbeddingService
 
@@ -114,4 +119,36 @@ LIST_MODELS = Operation(
     call=_list_models,
 )
 
+CREATE_TYPED_EMBEDDING = replace(CREATE_EMBEDDING, request=TypedEmbeddingRequest)
+
+CREATE_SPARSE_EMBEDDING = Operation(
+    name="create_sparse_embedding",
+    title="Create lexical weights",
+    description=(
+        "The weights of the tokens that a text is about, of models with mode `sparse` (BGE-M3). Two texts are as close "
+        "as the sum, over the tokens they share, of the products of their weights."
+    ),
+    request=SparseEmbeddingRequest,
+    response=SparseEmbeddingResponse,
+    path="/v1/embeddings/sparse",
+    call=EmbeddingService.create_sparse_embedding,
+)
+
+CREATE_COLBERT_EMBEDDING = Operation(
+    name="create_colbert_embedding",
+    title="Create token vectors",
+    description=(
+        "A vector for every token of a text, of models with mode `colbert` (BGE-M3). A query is as close to a passage "
+        "as the mean, over the query's tokens, of each one's best match among the passage's."
+    ),
+    request=ColbertEmbeddingRequest,
+    response=ColbertEmbeddingResponse,
+    path="/v1/embeddings/colbert",
+    call=EmbeddingService.create_colbert_embedding,
+)
+
 OPERATIONS = (CREATE_EMBEDDING, SIMILARITY, SEARCH, LIST_MODELS)
+"""What agents are offered as tools: the published request, and what spares them vectors."""
+
+ROUTES = (CREATE_TYPED_EMBEDDING, CREATE_SPARSE_EMBEDDING, CREATE_COLBERT_EMBEDDING, SIMILARITY, SEARCH)
+"""What programs may POST, each at its path: more than agents need."""

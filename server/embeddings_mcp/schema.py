@@ -29,8 +29,8 @@ from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_sc
 from typing_extensions import NotRequired, TypedDict  # noqa: UP035 - pydantic reads typing's own only from Python 3.12 on
 
 from embeddings_mcp.errors import InvalidRequest
-from embeddings_mcp.models import DEFAULT_MODEL, InputType, InputTypeUse, Truncate
-from embeddings_mcp.vectors import Metric
+from embeddings_mcp.models import DEFAULT_MODEL, InputType, InputTypeUse, Mode, Truncate
+from embeddings_mcp.vectors import EmbeddingType, Metric
 
 EncodingFormat = Literal["float", "base64"]
 
@@ -104,6 +104,11 @@ Optional = Annotated[_Value | None, BeforeValidator(_refuse_null)]
 WholeNumber = Annotated[int, BeforeValidator(_whole_number)]
 Text = Annotated[str, BeforeValidator(_text)]
 Texts = Annotated[str | list[str], BeforeValidator(_texts)]
+IntegerVector = Annotated[npt.NDArray[np.int64], WithJsonSchema({"type": "array", "items": {"type": "integer"}})]
+FloatRows = Annotated[
+    npt.NDArray[np.float32],
+    WithJsonSchema({"type": "array", "items": {"type": "array", "items": {"type": "number"}}}),
+]
 FloatVector = Annotated[npt.NDArray[np.float32], WithJsonSchema({"type": "array", "items": {"type": "number"}})]
 
 # --- Fields that several requests share ------------------------------------------------------------------------------
@@ -134,6 +139,13 @@ DimensionsField = Annotated[
     Field(description="Length of the vectors, on models that allow a shorter one (Matryoshka models)."),
 ]
 UserField = Annotated[Optional[str], Field(description="A label for the end user; it does not change the answer.")]
+ModeField = Annotated[
+    Mode,
+    Field(
+        description="What is compared: `dense` vectors; or, on models that have them (BGE-M3), `sparse` lexical "
+        "weights, `colbert` token vectors, or all three as `hybrid`."
+    ),
+]
 TopKField = Annotated[int, Field(ge=1), BeforeValidator(_whole_number)]
 
 # --- Requests --------------------------------------------------------------------------------------------------------
@@ -156,6 +168,39 @@ class EmbeddingRequest(BaseModel):
     user: UserField = None
 
 
+class TypedEmbeddingRequest(EmbeddingRequest):
+    """The request as REST takes it: with the field that NIM 2.x added to the published one."""
+
+    embedding_type: Annotated[
+        EmbeddingType,
+        Field(
+            description="Number format of a vector: `float`, one byte a component (`int8`, `uint8`), or one bit "
+            "(`binary`, `ubinary`, packed into signed or unsigned bytes)."
+        ),
+    ] = "float"
+
+
+class SparseEmbeddingRequest(BaseModel):
+    """Ask for the lexical weights of texts, of a model that makes them (BGE-M3)."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    model: ModelField
+    input: Annotated[Texts, Field(description="The text to embed, or an array of texts.")]
+    input_type: InputTypeField = None
+    truncate: TruncateField = "NONE"
+    user: UserField = None
+
+
+class ColbertEmbeddingRequest(SparseEmbeddingRequest):
+    """Ask for a vector for every token of texts, of a model that makes them (BGE-M3)."""
+
+    encoding_format: Annotated[
+        EncodingFormat,
+        Field(description="`float`: arrays of numbers. `base64`: little-endian float32 bytes, row by row."),
+    ] = "float"
+
+
 class SimilarityRequest(BaseModel):
     """Ask how close texts are to each other."""
 
@@ -174,6 +219,7 @@ class SimilarityRequest(BaseModel):
             "(a distance, lower is closer)."
         ),
     ] = "cosine"
+    mode: ModeField = "dense"
     top_k: Annotated[
         Optional[TopKField],
         Field(description="Return only this many closest pairs, best first, in place of the whole matrix."),
@@ -192,6 +238,7 @@ class SearchRequest(BaseModel):
     query: Annotated[Text, Field(description="The question or search terms; embedded as a query.")]
     input: Annotated[Texts, Field(description="The passages to rank; embedded as passages.")]
     top_k: Annotated[TopKField, Field(description="Return at most this many passages, best first.")] = 10
+    mode: ModeField = "dense"
     model: ModelField = "default"
     truncate: TruncateField = "NONE"
     dimensions: DimensionsField = None
@@ -235,6 +282,46 @@ class EmbeddingResponse(TypedDict):
     usage: Usage
 
 
+@with_config(arbitrary_types_allowed=True)
+class SparseEmbedding(TypedDict):
+    """The lexical weights of one text; of tokens that are not named the weight is 0."""
+
+    object: str
+    index: Annotated[int, Field(description="Position of the text in `input`.")]
+    token_ids: Annotated[IntegerVector, Field(description="Ids in the model's vocabulary, ascending.")]
+    weights: Annotated[FloatVector, Field(description="The weight of each, above 0.")]
+
+
+class SparseEmbeddingResponse(TypedDict):
+    """The lexical weights of the texts, in their order."""
+
+    object: str
+    data: list[SparseEmbedding]
+    model: str
+    usage: Usage
+
+
+@with_config(arbitrary_types_allowed=True)
+class ColbertEmbedding(TypedDict):
+    """The token vectors of one text, without that of the first, special token."""
+
+    object: str
+    index: Annotated[int, Field(description="Position of the text in `input`.")]
+    shape: Annotated[list[int], Field(description="Token vectors, and the length of each.")]
+    embedding: Annotated[
+        FloatRows | str, Field(description="Array of vectors, or base64 of little-endian float32 bytes row by row.")
+    ]
+
+
+class ColbertEmbeddingResponse(TypedDict):
+    """The token vectors of the texts, in their order."""
+
+    object: str
+    data: list[ColbertEmbedding]
+    model: str
+    usage: Usage
+
+
 class SimilarPair(TypedDict):
     """Two texts and how close they are."""
 
@@ -247,7 +334,7 @@ class SimilarityResponse(TypedDict):
     """How close the texts are: the whole matrix, or with `top_k` the closest pairs."""
 
     model: str
-    metric: Metric
+    metric: NotRequired[Annotated[Metric, Field(description="Only in mode `dense`.")]]
     scores: NotRequired[
         Annotated[
             list[list[float]],
@@ -262,7 +349,7 @@ class SearchHit(TypedDict):
     """A passage and its score."""
 
     index: Annotated[int, Field(description="Position of the passage in `input`.")]
-    score: Annotated[float, Field(description="Cosine similarity to the query, -1 to 1.")]
+    score: Annotated[float, Field(description="Closeness to the query, higher is closer; in mode `dense` the cosine.")]
 
 
 class SearchResponse(TypedDict):
@@ -289,8 +376,12 @@ class ModelEntry(TypedDict):
         Annotated[int, Field(description="Longest text in tokens, special tokens and prompt included.")]
     ]
     input_type: Annotated[InputTypeUse, Field(description="Whether a request must, may or need not say `input_type`.")]
+    modes: Annotated[list[Mode], Field(description="What `mode` of similarity and search may be.")]
     served_from: Annotated[str, Field(description="`local`, or the address of the endpoint that makes the vectors.")]
-    licence: NotRequired[str]
+    licence: NotRequired[Annotated[str, Field(description="The licence of its weights.")]]
+    hosted_until: NotRequired[
+        Annotated[str, Field(description="Day on which NVIDIA's hosted endpoint stopped, or will stop, to serve it.")]
+    ]
 
 
 class ModelsResponse(TypedDict):

@@ -14,34 +14,26 @@ from typing import TypeVar
 import anyio.to_thread
 import numpy as np
 
-from embeddings_mcp.embedders.base import Embedder, Embeddings, OnProgress
+from embeddings_mcp import answers
+from embeddings_mcp.embedders.base import Embedder, Embeddings, MultiEmbedder, OnProgress, Representations
 from embeddings_mcp.errors import InputTooLong, InvalidRequest, InvalidSetting, ModelUnavailable, UnknownModel
-from embeddings_mcp.models import InputType, ModelCard, Truncate
+from embeddings_mcp.models import InputType, Mode, ModelCard, Truncate
 from embeddings_mcp.schema import (
-    Embedding,
+    ColbertEmbeddingRequest,
+    ColbertEmbeddingResponse,
     EmbeddingRequest,
     EmbeddingResponse,
-    EncodingFormat,
     ModelEntry,
     ModelsResponse,
-    SearchHit,
     SearchRequest,
     SearchResponse,
     SimilarityRequest,
     SimilarityResponse,
-    SimilarPair,
-    Usage,
+    SparseEmbeddingRequest,
+    SparseEmbeddingResponse,
+    TypedEmbeddingRequest,
 )
-from embeddings_mcp.vectors import (
-    FloatMatrix,
-    Metric,
-    Scores,
-    best_first,
-    closest_pairs,
-    compare,
-    shorten,
-    to_base64,
-)
+from embeddings_mcp.vectors import shorten
 
 _Result = TypeVar("_Result")
 
@@ -104,11 +96,46 @@ class EmbeddingService:
             dimensions=request.dimensions,
             on_progress=on_progress,
         )
+        embedding_type = request.embedding_type if isinstance(request, TypedEmbeddingRequest) else "float"
         return {
             "object": "list",
-            "data": await _compute(made.vectors, lambda: _encoded(made.vectors, request.encoding_format)),
+            "data": await _compute(
+                made, lambda: answers.encoded(made.vectors, request.encoding_format, embedding_type)
+            ),
             "model": made.served_model or embedder.card.id,
-            "usage": _usage(made),
+            "usage": answers.usage(made),
+        }
+
+    async def create_sparse_embedding(
+        self, request: SparseEmbeddingRequest, on_progress: OnProgress | None = None
+    ) -> SparseEmbeddingResponse:
+        """The lexical weights of the request's texts; entry i of ``data`` belongs to text i.
+
+        Raises:
+            EmbeddingsError: any of the tree in `errors`; ``param`` names the field to blame.
+        """
+        embedder, made = await self._represent_input(request, on_progress, "sparse")
+        return {
+            "object": "list",
+            "data": answers.sparse_encoded(made),
+            "model": embedder.card.id,
+            "usage": answers.usage(made),
+        }
+
+    async def create_colbert_embedding(
+        self, request: ColbertEmbeddingRequest, on_progress: OnProgress | None = None
+    ) -> ColbertEmbeddingResponse:
+        """The token vectors of the request's texts; entry i of ``data`` belongs to text i.
+
+        Raises:
+            EmbeddingsError: any of the tree in `errors`; ``param`` names the field to blame.
+        """
+        embedder, made = await self._represent_input(request, on_progress, "colbert")
+        return {
+            "object": "list",
+            "data": await _compute(made, lambda: answers.colbert_encoded(made, request.encoding_format)),
+            "model": embedder.card.id,
+            "usage": answers.usage(made),
         }
 
     async def similarity(self, request: SimilarityRequest, on_progress: OnProgress | None = None) -> SimilarityResponse:
@@ -120,29 +147,35 @@ class EmbeddingService:
         rows = _count(request.input)
         columns = None if request.other is None else _count(request.other)
         _check_scores(rows, columns, request.top_k)
+        if request.mode != "dense" and request.metric != "cosine":
+            raise InvalidRequest("`metric` is for mode 'dense' only: leave it out", param="metric")
         embedder, input_type = self._resolve(request.model, request.input_type)
         made = await self._embed(
             embedder,
             {"input": request.input} if request.other is None else {"input": request.input, "other": request.other},
+            mode=request.mode,
             input_type=input_type,
             truncate=request.truncate,
             dimensions=request.dimensions,
             on_progress=on_progress,
         )
-        left, right = made.vectors[:rows], None if columns is None else made.vectors[rows:]
+        left = answers.part(made, slice(rows))
+        right = left if columns is None else answers.part(made, slice(rows, None))
+        score = answers.comparison(left, right, request.mode, request.metric)
         response: SimilarityResponse = {
             "model": made.served_model or embedder.card.id,
-            "metric": request.metric,
-            "usage": _usage(made),
+            "usage": answers.usage(made),
         }
+        if request.mode == "dense":
+            response["metric"] = request.metric
         if (top_k := request.top_k) is None:
-            response["scores"] = await _compute(made.vectors, lambda: _matrix(left, right, request.metric))
+            response["scores"] = await _compute(made, lambda: answers.matrix(score))
         else:
-            response["pairs"] = await _compute(made.vectors, lambda: _pairs(left, right, request.metric, top_k))
+            response["pairs"] = await _compute(made, lambda: answers.pairs(score, rows, columns, request.metric, top_k))
         return response
 
     async def search(self, request: SearchRequest, on_progress: OnProgress | None = None) -> SearchResponse:
-        """Rank the passages of ``input`` by cosine similarity to ``query``.
+        """Rank the passages of ``input`` by closeness to ``query``.
 
         Raises:
             EmbeddingsError: any of the tree in `errors`; ``param`` names the field to blame.
@@ -157,6 +190,7 @@ class EmbeddingService:
         query = await self._embed(
             embedder,
             {"query": request.query},
+            mode=request.mode,
             input_type="query",
             truncate=request.truncate,
             dimensions=request.dimensions,
@@ -164,15 +198,17 @@ class EmbeddingService:
         found = await self._embed(
             embedder,
             {"input": request.input},
+            mode=request.mode,
             input_type="passage",
             truncate=request.truncate,
             dimensions=request.dimensions,
             on_progress=on_progress,
         )
+        score = answers.comparison(query, found, request.mode, "cosine")
         return {
             "model": found.served_model or embedder.card.id,
-            "results": await _compute(found.vectors, lambda: _ranking(query.vectors, found.vectors, request.top_k)),
-            "usage": _usage(query, found),
+            "results": await _compute(found, lambda: answers.ranking(score, request.top_k)),
+            "usage": answers.usage(query, found),
         }
 
     def list_models(self) -> ModelsResponse:
@@ -227,23 +263,41 @@ class EmbeddingService:
         embedder: Embedder,
         fields: Mapping[str, str | list[str]],
         *,
+        mode: Mode = "dense",
         input_type: InputType | None,
         truncate: Truncate,
         dimensions: int | None,
         on_progress: OnProgress | None = None,
-    ) -> Embeddings:
-        """Vectors, of the length asked for, of the texts in these fields of the request, one field after the other."""
+    ) -> answers.Made:
+        """What `mode` needs, at the length asked for, of the texts in these fields, one field after the other."""
         _check_input_type(embedder.card, input_type)
         if dimensions is not None:
             if embedder.card.dimensions is None:
                 await embedder.check()  # only a loaded model knows its length
             _check_dimensions(embedder.card, dimensions)
+        make = embedder.embed if mode == "dense" else _representing(embedder, mode).represent
         texts = [text for value in fields.values() for text in _as_list(value)]
         try:
-            made = await embedder.embed(texts, input_type=input_type, truncate=truncate, on_progress=on_progress)
+            made = await make(texts, input_type=input_type, truncate=truncate, on_progress=on_progress)
         except InputTooLong as error:
             raise error.at(_place(fields, error.index)) from None
-        return await _compute(made.vectors, lambda: _finished(made, embedder.card, fields, dimensions))
+        return await _compute(made, lambda: _finished(made, embedder.card, fields, dimensions))
+
+    async def _represent_input(
+        self, request: SparseEmbeddingRequest, on_progress: OnProgress | None, mode: Mode
+    ) -> tuple[Embedder, Representations]:
+        embedder, input_type = self._resolve(request.model, request.input_type)
+        made = await self._embed(
+            embedder,
+            {"input": request.input},
+            mode=mode,
+            input_type=input_type,
+            truncate=request.truncate,
+            dimensions=None,
+            on_progress=on_progress,
+        )
+        assert isinstance(made, Representations)
+        return embedder, made
 
     def _entry(self, embedder: Embedder) -> ModelEntry:
         card = embedder.card
@@ -253,6 +307,7 @@ class EmbeddingService:
             "default": embedder is self.default,
             "allowed_dimensions": list(card.matryoshka),
             "input_type": card.input_type,
+            "modes": list(card.modes),
             "served_from": embedder.origin,
         }
         if card.dimensions is not None:
@@ -260,16 +315,19 @@ class EmbeddingService:
         if card.max_tokens is not None:
             entry["max_tokens"] = card.max_tokens
         if card.licence is not None:
-            entry["licence"] = card.licence
+            entry["licence"] = f"{card.licence} (no commercial use)" if card.non_commercial else card.licence
+        if card.hosted_until is not None:
+            entry["hosted_until"] = card.hosted_until
         return entry
 
     def _ids(self) -> str:
         return ", ".join(embedder.card.id for embedder in self._embedders)
 
 
-async def _compute(vectors: FloatMatrix, work: Callable[[], _Result]) -> _Result:
-    """What `work` makes of `vectors`: on a worker thread where it would hold up the event loop."""
-    return work() if vectors.size <= _NUMBERS_ON_LOOP else await anyio.to_thread.run_sync(work)
+async def _compute(made: answers.Made, work: Callable[[], _Result]) -> _Result:
+    """What `work` makes of `made`: on a worker thread where it would hold up the event loop."""
+    light = isinstance(made, Embeddings) and made.vectors.size <= _NUMBERS_ON_LOOP
+    return work() if light else await anyio.to_thread.run_sync(work)
 
 
 # --- What a request may ask for --------------------------------------------------------------------------------------
@@ -282,6 +340,16 @@ def _check_input_type(card: ModelCard, input_type: InputType | None) -> None:
             "what is searched with, 'passage' for what is searched",
             param="input_type",
         )
+
+
+def _representing(embedder: Embedder, mode: Mode) -> MultiEmbedder:
+    """The embedder, found to make what `mode` compares."""
+    if mode in embedder.card.modes and isinstance(embedder, MultiEmbedder):
+        return embedder
+    raise InvalidRequest(
+        f"`mode` '{mode}' is not possible with {embedder.card.id}, which has: {', '.join(embedder.card.modes)}",
+        param="mode",
+    )
 
 
 def _check_dimensions(card: ModelCard, dimensions: int) -> None:
@@ -326,12 +394,9 @@ def _as_list(texts: str | list[str]) -> list[str]:
     return [texts] if isinstance(texts, str) else texts
 
 
-# --- From vectors to the answer --------------------------------------------------------------------------------------
-
-
 def _finished(
-    made: Embeddings, card: ModelCard, fields: Mapping[str, str | list[str]], dimensions: int | None
-) -> Embeddings:
+    made: answers.Made, card: ModelCard, fields: Mapping[str, str | list[str]], dimensions: int | None
+) -> answers.Made:
     """The vectors, found to be numbers, at the length asked for."""
     broken = np.flatnonzero(~np.isfinite(made.vectors).all(axis=1))
     if broken.size:
@@ -341,41 +406,3 @@ def _finished(
     if dimensions is None or dimensions == made.vectors.shape[1]:
         return made
     return replace(made, vectors=shorten(made.vectors, dimensions))
-
-
-def _encoded(vectors: FloatMatrix, encoding_format: EncodingFormat) -> list[Embedding]:
-    encode = to_base64 if encoding_format == "base64" else np.ascontiguousarray
-    return [
-        {"object": "embedding", "index": index, "embedding": encode(vector)} for index, vector in enumerate(vectors)
-    ]
-
-
-def _matrix(left: FloatMatrix, right: FloatMatrix | None, metric: Metric) -> list[list[float]]:
-    return [_rounded(row) for row in compare(left, left if right is None else right, metric)]
-
-
-def _pairs(left: FloatMatrix, right: FloatMatrix | None, metric: Metric, top_k: int) -> list[SimilarPair]:
-    rows, columns, scores = closest_pairs(left, right, metric, top_k)
-    return [
-        {"input": row, "other": column, "score": score}
-        for row, column, score in zip(rows.tolist(), columns.tolist(), _rounded(scores), strict=True)
-    ]
-
-
-def _ranking(query: FloatMatrix, passages: FloatMatrix, top_k: int) -> list[SearchHit]:
-    scores = compare(query, passages, "cosine")[0]
-    best = best_first(scores, "cosine", top_k)
-    return [
-        {"index": index, "score": score} for index, score in zip(best.tolist(), _rounded(scores[best]), strict=True)
-    ]
-
-
-def _rounded(scores: Scores) -> list[float]:
-    """Four decimals: more would cost an agent tokens and tell it nothing."""
-    numbers: list[float] = (scores.astype(np.float64).round(4) + 0.0).tolist()  # the zero turns -0.0 into 0.0
-    return numbers
-
-
-def _usage(*made: Embeddings) -> Usage:
-    tokens = sum(embeddings.prompt_tokens for embeddings in made)
-    return {"prompt_tokens": tokens, "total_tokens": tokens}

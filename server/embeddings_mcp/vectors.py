@@ -6,6 +6,8 @@ Matrices are float32 ``[n, d]``, one vector a row.
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -16,6 +18,8 @@ Scores = npt.NDArray[np.float32]
 Positions = npt.NDArray[np.intp]
 
 Metric = Literal["cosine", "dot", "euclidean"]
+
+EmbeddingType = Literal["float", "int8", "uint8", "binary", "ubinary"]
 
 _SCORES_AT_ONCE = 1 << 20
 """Scores that are held at the same time in a search for the closest pairs."""
@@ -40,9 +44,36 @@ def shorten(vectors: FloatMatrix, dimensions: int) -> FloatMatrix:
     return normalize(vectors[:, :dimensions])
 
 
-def to_base64(vector: npt.NDArray[np.float32]) -> str:
-    """The vector's bytes, little-endian float32, in base64: what OpenAI clients decode with ``frombuffer``."""
-    return base64.b64encode(vector.astype("<f4", copy=False).tobytes()).decode("ascii")
+def quantize(vectors: FloatMatrix, embedding_type: EmbeddingType) -> npt.NDArray[np.generic]:
+    """Write each row in fewer bits; a row depends on no other, so that rows of different requests can be compared.
+
+    Calibration, with m the largest magnitude of the row:
+
+    - ``int8``: ``round(127 v / m)``, -127 to 127;
+    - ``uint8``: the same plus 128, 1 to 255: subtract 128 before comparing;
+    - ``ubinary``: one bit a component, 1 where it is above 0, eight to a byte, the first in the highest bit, the last
+      byte filled up with 0;
+    - ``binary``: the same bytes minus 128, as signed numbers.
+
+    The scale of a row is lost, which changes no cosine. NVIDIA does not say how the NIM calibrates; bits are packed as
+    in sentence-transformers' ``quantize_embeddings``.
+
+    Returns:
+        ``[n, d]`` float32, int8 or uint8, or ``[n, ceil(d / 8)]`` int8 or uint8.
+    """
+    if embedding_type == "float":
+        return vectors
+    if embedding_type in {"binary", "ubinary"}:
+        packed: npt.NDArray[np.uint8] = np.packbits(vectors > 0, axis=1)
+        return packed if embedding_type == "ubinary" else (packed.astype(np.int16) - 128).astype(np.int8)
+    largest = np.maximum(np.abs(vectors).max(axis=1, keepdims=True), np.float32(1e-12))
+    levels: npt.NDArray[np.int16] = np.rint(vectors * (127 / largest)).astype(np.int16)
+    return levels.astype(np.int8) if embedding_type == "int8" else (levels + 128).astype(np.uint8)
+
+
+def to_base64(vector: npt.NDArray[np.generic]) -> str:
+    """The vector's bytes in base64, little-endian: of float32, what OpenAI clients decode with ``frombuffer``."""
+    return base64.b64encode(vector.astype(vector.dtype.newbyteorder("<"), copy=False).tobytes()).decode("ascii")
 
 
 def compare(left: FloatMatrix, right: FloatMatrix, metric: Metric) -> FloatMatrix:
@@ -74,31 +105,87 @@ def best_first(scores: Scores, metric: Metric, top_k: int | None) -> Positions:
 
 
 def closest_pairs(
-    left: FloatMatrix, right: FloatMatrix | None, metric: Metric, top_k: int
+    score: Callable[[slice], Scores], rows: int, columns: int | None, metric: Metric, top_k: int
 ) -> tuple[Positions, Positions, Scores]:
-    """The `top_k` closest of all pairs of a row of `left` and a row of `right`, closest first.
+    """The `top_k` closest of all pairs of one of `rows` and one of `columns`, closest first.
 
-    Without `right` the rows of `left` are paired with each other: two rows are one pair, and a row is none with itself.
-    Ties keep the order of the matrix, row by row. Scores are made and dropped a block at a time, so that memory grows
-    with `top_k` and not with the number of pairs.
+    Without `columns` the rows are paired with each other: two rows are one pair, and a row is none with itself. Ties
+    keep the order of the matrix, row by row. Scores are made and dropped a block at a time, so that memory grows with
+    `top_k` and not with the number of pairs.
+
+    Args:
+        score: makes the scores ``[k, columns]`` of a slice of k rows.
+        rows: how many rows there are.
+        columns: how many columns there are, or None.
+        metric: says which way closer is.
+        top_k: how many pairs at most.
 
     Returns:
-        Positions in `left`, positions in `right` (or `left`), and scores, each at most `top_k` long.
+        Positions of the rows, positions of the columns, and scores, each at most `top_k` long.
     """
-    within = right is None
-    right = left if right is None else right
+    within = columns is None
+    width = rows if columns is None else columns
     furthest = np.float32(np.inf if metric == "euclidean" else -np.inf)
-    rows, columns, scores = np.empty(0, np.intp), np.empty(0, np.intp), np.empty(0, np.float32)
-    step = max(1, _SCORES_AT_ONCE // len(right))
-    for start in range(0, len(left), step):
-        block = compare(left[start : start + step], right, metric)
+    left, right, scores = np.empty(0, np.intp), np.empty(0, np.intp), np.empty(0, np.float32)
+    step = max(1, _SCORES_AT_ONCE // width)
+    for start in range(0, rows, step):
+        block = score(slice(start, start + step))
         if within:
-            block[np.tri(*block.shape, k=start, dtype=np.bool_)] = furthest
+            block[np.tri(len(block), width, k=start, dtype=np.bool_)] = furthest
         found = best_first(block.ravel(), metric, top_k)
-        row, column = np.divmod(found, len(right))
-        rows, columns = np.append(rows, row + start), np.append(columns, column)
+        row, column = np.divmod(found, width)
+        left, right = np.append(left, row + start), np.append(right, column)
         scores = np.append(scores, block.ravel()[found])
         kept = best_first(scores, metric, top_k)
-        rows, columns, scores = rows[kept], columns[kept], scores[kept]
-    pairs = columns > rows if within else np.ones(len(rows), np.bool_)
-    return rows[pairs], columns[pairs], scores[pairs]
+        left, right, scores = left[kept], right[kept], scores[kept]
+    pairs = right > left if within else np.ones(len(left), np.bool_)
+    return left[pairs], right[pairs], scores[pairs]
+
+
+# --- More than one vector a text -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SparseVector:
+    """Weights of the tokens that a text is about, all others being 0.
+
+    Attributes:
+        ids: token ids ``[k]``, ascending, each once.
+        weights: float32 ``[k]``, above 0.
+    """
+
+    ids: npt.NDArray[np.int64]
+    weights: npt.NDArray[np.float32]
+
+
+def lexical_scores(left: Sequence[SparseVector], right: Sequence[SparseVector]) -> Scores:
+    """Sums, over the tokens that two texts share, of the product of their weights: ``[n, m]``, higher is closer."""
+    scores = np.zeros((len(left), len(right)), dtype=np.float32)
+    for row, one in enumerate(left):
+        for column, other in enumerate(right):
+            _, ours, theirs = np.intersect1d(one.ids, other.ids, assume_unique=True, return_indices=True)
+            scores[row, column] = one.weights[ours] @ other.weights[theirs]
+    return scores
+
+
+def late_interaction_scores(left: Sequence[FloatMatrix], right: Sequence[FloatMatrix]) -> Scores:
+    """ColBERT's MaxSim: the mean, over a left text's tokens, of each one's best match in the right text.
+
+    Args:
+        left: for each text the vectors of its tokens ``[tokens, d]``, of length 1; those of a query come here.
+        right: the same of the other texts.
+
+    Returns:
+        ``[n, m]``, higher is closer; not symmetric.
+    """
+    scores = np.zeros((len(left), len(right)), dtype=np.float32)
+    for row, one in enumerate(left):
+        for column, other in enumerate(right):
+            scores[row, column] = (one @ other.T).max(axis=1).mean()
+    return scores
+
+
+def hybrid_scores(dense: Scores, lexical: Scores, late_interaction: Scores) -> Scores:
+    """The three kinds of scores in one, weighed 0.4, 0.2 and 0.4 as in BGE-M3's model card."""
+    mixed: Scores = np.float32(0.4) * dense + np.float32(0.2) * lexical + np.float32(0.4) * late_interaction
+    return mixed

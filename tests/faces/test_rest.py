@@ -26,7 +26,7 @@ from embeddings_mcp.errors import CheckpointInvalid, Overloaded
 from embeddings_mcp.faces import rest
 from embeddings_mcp.faces.http import create_app
 from embeddings_mcp.models import InputType, ModelCard, Truncate
-from embeddings_mcp.operations import OPERATIONS
+from embeddings_mcp.operations import ROUTES
 from embeddings_mcp.schema import dump_json
 from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
@@ -404,11 +404,11 @@ _likely_values = (
     st.sampled_from([MODEL, "default", "one", "float", "base64", "NONE", "END", "query", "cosine", 8, 3.0])
     | _json_values
 )
-_fields = st.sampled_from(sorted({name for operation in OPERATIONS for name in operation.request.model_fields}))
+_fields = st.sampled_from(sorted({name for operation in ROUTES for name in operation.request.model_fields}))
 
 
 @given(
-    path=st.sampled_from([operation.path for operation in OPERATIONS if operation.path is not None]),
+    path=st.sampled_from([operation.path for operation in ROUTES if operation.path is not None]),
     body=_json_values | st.dictionaries(_fields, _likely_values, max_size=6),
 )
 @settings(max_examples=300, deadline=None)

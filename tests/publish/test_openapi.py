@@ -12,7 +12,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from embeddings_mcp.errors import WIRE_FORMS
 from embeddings_mcp.faces import rest
-from embeddings_mcp.operations import OPERATIONS
+from embeddings_mcp.operations import ROUTES
 from embeddings_mcp.publish.openapi import openapi_document
 from embeddings_mcp.schema import parse
 from embeddings_mcp.service import EmbeddingService
@@ -21,7 +21,7 @@ from tests.support import HashEmbedder
 PUBLISHED = yaml.safe_load((Path(__file__).parents[1] / "data" / "nim-embeddings-openapi.yaml").read_text("utf-8"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def document() -> dict[str, Any]:
     return openapi_document()
 
@@ -38,9 +38,12 @@ def test_the_document_is_valid_openapi(document: dict[str, Any]) -> None:
     OpenAPIV31SpecValidator(document).validate()
 
 
-def test_the_embeddings_request_is_the_published_one(document: dict[str, Any]) -> None:
+def test_the_embeddings_request_is_the_published_one_and_the_field_of_nim_2(document: dict[str, Any]) -> None:
     ours, published = (written["components"]["schemas"]["EmbeddingRequest"] for written in (document, PUBLISHED))
+    added = ours["properties"].pop("embedding_type")
 
+    assert added["enum"] == ["float", "int8", "uint8", "binary", "ubinary"]
+    assert added["default"] == "float"
     assert without_descriptions(ours) == without_descriptions(published)
     assert list(ours["properties"]) == list(published["properties"])
 
@@ -84,7 +87,7 @@ def test_every_status_that_an_error_can_have_is_described(document: dict[str, An
         )
 
 
-@pytest.mark.parametrize("operation", [o for o in OPERATIONS if o.path is not None], ids=lambda o: o.name)
+@pytest.mark.parametrize("operation", [o for o in ROUTES if o.path is not None], ids=lambda o: o.name)
 def test_the_examples_are_what_they_illustrate(document: dict[str, Any], operation: Any) -> None:
     described = document["paths"][operation.path]["post"]
 

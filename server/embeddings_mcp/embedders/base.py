@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from embeddings_mcp.models import InputType, ModelCard, Truncate
-from embeddings_mcp.vectors import FloatMatrix
+from embeddings_mcp.vectors import FloatMatrix, SparseVector
 
 OnProgress = Callable[[int], Awaitable[None]]
 """Told, on the event loop, how many of the request's texts are done so far; the same again while it has to wait."""
@@ -30,6 +30,25 @@ class Embeddings:
     """
 
     vectors: FloatMatrix
+    prompt_tokens: int
+    served_model: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Representations:
+    """What a model that compares texts in more than one way made of a list of them.
+
+    Attributes:
+        vectors: the dense vectors, float32 ``[n, d]``.
+        sparse: lexical weights of each text.
+        colbert: vectors of each text's tokens, float32 ``[tokens, d]``.
+        prompt_tokens: as in `Embeddings`.
+        served_model: as in `Embeddings`.
+    """
+
+    vectors: FloatMatrix
+    sparse: Sequence[SparseVector]
+    colbert: Sequence[FloatMatrix]
     prompt_tokens: int
     served_model: str | None = None
 
@@ -76,4 +95,25 @@ class Embedder(Protocol):
 
     async def aclose(self) -> None:
         """Stop the work in progress and free what the embedder holds."""
+        ...
+
+
+@runtime_checkable
+class MultiEmbedder(Embedder, Protocol):
+    """An embedder whose card has more modes than ``dense``."""
+
+    async def represent(
+        self,
+        texts: Sequence[str],
+        *,
+        input_type: InputType | None,
+        truncate: Truncate,
+        on_progress: OnProgress | None = None,
+    ) -> Representations:
+        """All that the model makes of `texts`; in the rest as `Embedder.embed`.
+
+        Raises:
+            InputTooLong: a text is too long and `truncate` is NONE; ``index`` says which.
+            ModelUnavailable: the model cannot be loaded, or has only dense vectors.
+        """
         ...

@@ -12,9 +12,10 @@ import anyio
 import anyio.to_thread
 import numpy as np
 
-from embeddings_mcp.embedders.base import Embeddings, OnProgress
+from embeddings_mcp.embedders.base import Embeddings, OnProgress, Representations
 from embeddings_mcp.errors import ServerStopped
 from embeddings_mcp.models import InputType, ModelCard, Truncate
+from embeddings_mcp.vectors import FloatMatrix, SparseVector
 
 if TYPE_CHECKING:
     from embeddings_mcp.embedders.local.encoder import Encoder, Tokens
@@ -56,22 +57,70 @@ class LocalEmbedder:
         encoder = await self._encoder()
         vectors = np.empty((len(texts), encoder.dimensions), dtype=np.float32)
 
+        def forward(tokens: Tokens, batch: list[int]) -> None:
+            vectors[batch] = encoder.forward(tokens, batch)
+
+        tokens = await self._in_batches(
+            encoder, texts, forward, input_type=input_type, truncate=truncate, on_progress=on_progress
+        )
+        return Embeddings(vectors, prompt_tokens=tokens.count)
+
+    async def represent(
+        self,
+        texts: Sequence[str],
+        *,
+        input_type: InputType | None,
+        truncate: Truncate,
+        on_progress: OnProgress | None = None,
+    ) -> Representations:
+        """See `MultiEmbedder.represent`."""
+        encoder = await self._encoder()
+        vectors = np.empty((len(texts), encoder.dimensions), dtype=np.float32)
+        others: dict[int, tuple[SparseVector, FloatMatrix]] = {}
+
+        def forward(tokens: Tokens, batch: list[int]) -> None:
+            vectors[batch], sparse, colbert = encoder.forward_all(tokens, batch)
+            others.update(zip(batch, zip(sparse, colbert, strict=True), strict=True))
+
+        tokens = await self._in_batches(
+            encoder, texts, forward, input_type=input_type, truncate=truncate, on_progress=on_progress
+        )
+        in_order = [others[index] for index in range(len(texts))]
+        return Representations(
+            vectors,
+            sparse=[sparse for sparse, _ in in_order],
+            colbert=[colbert for _, colbert in in_order],
+            prompt_tokens=tokens.count,
+        )
+
+    async def _in_batches(
+        self,
+        encoder: Encoder,
+        texts: Sequence[str],
+        forward: Callable[[Tokens, list[int]], None],
+        *,
+        input_type: InputType | None,
+        truncate: Truncate,
+        on_progress: OnProgress | None,
+    ) -> Tokens:
+        """Tokenize `texts`, and have `forward` called on a worker thread for one batch after the other."""
+
         def tokenize() -> tuple[Tokens, list[list[int]]]:
             tokens = encoder.tokenize(texts, input_type=input_type, truncate=truncate)
             return tokens, encoder.batches(tokens)
 
-        def forward(batch: list[int]) -> None:
+        def in_turn(batch: list[int]) -> None:
             self._check_open()  # once it is this batch's turn
-            vectors[batch] = encoder.forward(tokens, batch)
+            forward(tokens, batch)
 
         tokens, batches = await anyio.to_thread.run_sync(tokenize)
         done = 0
         for batch in batches:
-            await anyio.to_thread.run_sync(forward, batch, limiter=self._turn)
+            await anyio.to_thread.run_sync(in_turn, batch, limiter=self._turn)
             done += len(batch)
             if on_progress is not None:
                 await on_progress(done)
-        return Embeddings(vectors, prompt_tokens=tokens.count)
+        return tokens
 
     async def check(self) -> None:
         """See `Embedder.check`: loads the model if it is not loaded yet."""

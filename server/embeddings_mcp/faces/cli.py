@@ -20,7 +20,7 @@ from embeddings_mcp import __version__
 from embeddings_mcp.assemble import build_service, only
 from embeddings_mcp.embedders.base import OnProgress
 from embeddings_mcp.errors import EmbeddingsError, InvalidRequest, InvalidSetting
-from embeddings_mcp.models import InputType, Truncate
+from embeddings_mcp.models import InputType, Mode, Truncate
 from embeddings_mcp.operations import CREATE_EMBEDDING, LIST_MODELS, SEARCH, SIMILARITY, Operation
 from embeddings_mcp.schema import EncodingFormat, dump_json, parse
 from embeddings_mcp.settings import Settings
@@ -46,6 +46,7 @@ ServedOption = Annotated[
 InputTypeOption = Annotated[InputType | None, typer.Option(help="What the texts are for; asymmetric models need it.")]
 TruncateOption = Annotated[Truncate, typer.Option(help="What to drop of a text that is too long.")]
 DimensionsOption = Annotated[int | None, typer.Option(help="Length of the vectors, on Matryoshka models.")]
+ModeOption = Annotated[Mode, typer.Option(help="What is compared; all but dense on BGE-M3 only.")]
 DeviceOption = Annotated[str | None, typer.Option(help="Where the model runs: auto, cpu, cuda, cuda:1, mps.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the response as JSON.")]
 
@@ -130,6 +131,7 @@ def similarity(
         list[str] | None, typer.Option(metavar="TEXT", help="Compare with this text; may be given several times.")
     ] = None,
     metric: Annotated[Metric, typer.Option(help="How closeness is measured.")] = "cosine",
+    mode: ModeOption = "dense",
     top_k: Annotated[int | None, typer.Option(help="Show only this many closest pairs.")] = None,
     model: ModelOption = None,
     input_type: InputTypeOption = None,
@@ -147,6 +149,7 @@ def similarity(
         input=lines,
         other=others,
         metric=metric,
+        mode=mode,
         top_k=top_k,
         input_type=input_type,
         truncate=truncate,
@@ -163,6 +166,7 @@ def search(
     texts: TextsArgument,
     *,
     top_k: Annotated[int, typer.Option(help="Show at most this many passages.")] = 10,
+    mode: ModeOption = "dense",
     model: ModelOption = None,
     truncate: TruncateOption = "NONE",
     dimensions: DimensionsOption = None,
@@ -177,6 +181,7 @@ def search(
         query=query,
         input=lines,
         top_k=top_k,
+        mode=mode,
         truncate=truncate,
         dimensions=dimensions,
     )

@@ -280,8 +280,9 @@ def _embeddings_as_text(request: EmbeddingRequest, response: EmbeddingResponse) 
 
 def _similarity_as_text(request: SimilarityRequest, response: SimilarityResponse) -> str:
     other = "input" if request.other is None else "other"
-    closer = "lower is closer" if response["metric"] == "euclidean" else "higher is closer"
-    lines = [f"{response['metric']} by {response['model']}, {closer}"]
+    measure = response.get("metric", request.mode)
+    closer = "lower is closer" if measure == "euclidean" else "higher is closer"
+    lines = [f"{measure} by {response['model']}, {closer}"]
     if "pairs" in response:
         lines += [f"input[{pair['input']}] {other}[{pair['other']}] {pair['score']:.4f}" for pair in response["pairs"]]
     else:
@@ -294,9 +295,10 @@ def _similarity_as_text(request: SimilarityRequest, response: SimilarityResponse
     return "\n".join(lines)
 
 
-def _search_as_text(_request: SearchRequest, response: SearchResponse) -> str:
+def _search_as_text(request: SearchRequest, response: SearchResponse) -> str:
+    measure = "cosine" if request.mode == "dense" else request.mode
     hits = [f"input[{hit['index']}] {hit['score']:.4f}" for hit in response["results"]]
-    return "\n".join([f"cosine by {response['model']}, best first", *hits])
+    return "\n".join([f"{measure} by {response['model']}, best first", *hits])
 
 
 def _models_as_text(_request: ListModelsRequest, response: ModelsResponse) -> str:
@@ -311,7 +313,11 @@ def _model_as_text(entry: ModelEntry) -> str:
     if "max_tokens" in entry:
         facts.append(f"texts up to {entry['max_tokens']} tokens")
     facts.append(f"input_type {entry['input_type']}")
+    if len(entry["modes"]) > 1:
+        facts.append(f"modes {', '.join(entry['modes'])}")
     facts.append(f"served from {entry['served_from']}")
+    if "licence" in entry:
+        facts.append(f"licence {entry['licence']}")
     if entry["aliases"]:
         facts.append(f"also called {', '.join(entry['aliases'])}")
     return "; ".join(facts)

@@ -29,7 +29,7 @@ from starlette.types import ExceptionHandler, Receive
 from typing_extensions import NotRequired, TypedDict  # noqa: UP035 - pydantic reads typing's own only from Python 3.12 on
 
 from embeddings_mcp.errors import AuthenticationFailed, EmbeddingsError, InvalidRequest, wire_form
-from embeddings_mcp.operations import OPERATIONS, Operation
+from embeddings_mcp.operations import ROUTES, Operation
 from embeddings_mcp.schema import ModelEntry, dump_json, parse
 from embeddings_mcp.service import EmbeddingService
 
@@ -113,7 +113,7 @@ def routes(service: EmbeddingService) -> list[Route]:
     return [
         *(
             Route(operation.path, partial(_post, service, operation), methods=["POST"], name=operation.name)
-            for operation in OPERATIONS
+            for operation in ROUTES
             if operation.path is not None
         ),
         Route("/v1/models", list_models),

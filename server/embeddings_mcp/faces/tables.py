@@ -29,7 +29,7 @@ def embeddings(answer: EmbeddingResponse, texts: Sequence[str]) -> RenderableTyp
 
 def similarity(answer: SimilarityResponse, texts: Sequence[str], others: Sequence[str]) -> RenderableType:
     """The matrix, its columns numbered as its rows where both are the same texts; or a row for each pair."""
-    title = f"{answer['metric']}, {_made_by(answer)}"
+    title = ", ".join([*([answer["metric"]] if "metric" in answer else []), _made_by(answer)])
     if "pairs" in answer:
         table = _table("score", "input", "other")
         for pair in answer["pairs"]:

@@ -10,13 +10,21 @@ from embeddings_mcp import __version__
 from embeddings_mcp.errors import WIRE_FORMS
 from embeddings_mcp.faces.rest import ErrorResponse, HealthResponse, ModelList, ModelObject
 from embeddings_mcp.models import DEFAULT_MODEL
-from embeddings_mcp.operations import CREATE_EMBEDDING, OPERATIONS, SEARCH, SIMILARITY, Operation
-from embeddings_mcp.schema import json_schema
+from embeddings_mcp.operations import (
+    CREATE_COLBERT_EMBEDDING,
+    CREATE_SPARSE_EMBEDDING,
+    CREATE_TYPED_EMBEDDING,
+    ROUTES,
+    SEARCH,
+    SIMILARITY,
+    Operation,
+)
+from embeddings_mcp.schema import EmbeddingRequest, TypedEmbeddingRequest, json_schema
 
 _USAGE = {"prompt_tokens": 18, "total_tokens": 18}
 
 _EXAMPLES: dict[Operation, tuple[dict[str, Any], dict[str, Any]]] = {
-    CREATE_EMBEDDING: (
+    CREATE_TYPED_EMBEDDING: (
         {"model": "default", "input": ["The cat sleeps.", "A cat is asleep."]},
         {
             "object": "list",
@@ -25,6 +33,31 @@ _EXAMPLES: dict[Operation, tuple[dict[str, Any], dict[str, Any]]] = {
                 {"object": "embedding", "index": 1, "embedding": [0.0587, -0.0169, 0.0502]},
             ],
             "model": DEFAULT_MODEL,
+            "usage": _USAGE,
+        },
+    ),
+    CREATE_SPARSE_EMBEDDING: (
+        {"model": "baai/bge-m3", "input": "The cat sleeps."},
+        {
+            "object": "list",
+            "data": [{"object": "sparse_embedding", "index": 0, "token_ids": [7515, 105], "weights": [0.2731, 0.0412]}],
+            "model": "baai/bge-m3",
+            "usage": _USAGE,
+        },
+    ),
+    CREATE_COLBERT_EMBEDDING: (
+        {"model": "baai/bge-m3", "input": "The cat sleeps."},
+        {
+            "object": "list",
+            "data": [
+                {
+                    "object": "colbert_embedding",
+                    "index": 0,
+                    "shape": [2, 3],
+                    "embedding": [[0.0631, -0.0224, 0.0413], [0.0587, -0.0169, 0.0502]],
+                }
+            ],
+            "model": "baai/bge-m3",
             "usage": _USAGE,
         },
     ),
@@ -63,7 +96,7 @@ def openapi_document() -> dict[str, Any]:
             {"name": "Health", "description": "For orchestrators; asks for no key"},
         ],
         "paths": {
-            **{operation.path: {"post": _post(operation)} for operation in OPERATIONS if operation.path is not None},
+            **{operation.path: {"post": _post(operation)} for operation in ROUTES if operation.path is not None},
             "/v1/models": {"get": _get("listModels", "List the models served", "Models", ModelList)},
             "/v1/models/{model}": {
                 "parameters": [
@@ -85,7 +118,7 @@ def openapi_document() -> dict[str, Any]:
         "components": {
             "securitySchemes": {"BearerAuth": {"type": "http", "scheme": "bearer"}},
             "schemas": {
-                wire_type.__name__: json_schema(wire_type)
+                _component(wire_type): json_schema(wire_type)
                 for wire_type in (*types, ModelObject, ModelList, HealthResponse, ErrorResponse)
             },
             "responses": {str(status): _error(status) for status in _statuses()},
@@ -133,7 +166,7 @@ def _health(operation_id: str, summary: str, *, unready: bool = False) -> dict[s
 
 
 def _json(wire_type: type, example: dict[str, Any] | None = None) -> dict[str, Any]:
-    content: dict[str, Any] = {"schema": {"$ref": f"#/components/schemas/{wire_type.__name__}"}}
+    content: dict[str, Any] = {"schema": {"$ref": f"#/components/schemas/{_component(wire_type)}"}}
     if example is not None:
         content["example"] = example
     return {"application/json": content}
@@ -163,3 +196,8 @@ def _error(status: int) -> dict[str, Any]:
         name, description, value_type = _HEADERS[status]
         response["headers"] = {name: {"description": description, "schema": {"type": value_type}}}
     return response
+
+
+def _component(wire_type: type) -> str:
+    """The name of a type in the document; the request keeps its published one, though REST takes a field more."""
+    return EmbeddingRequest.__name__ if wire_type is TypedEmbeddingRequest else wire_type.__name__

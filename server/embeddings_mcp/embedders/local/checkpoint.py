@@ -14,7 +14,7 @@ from typing import Any, cast, get_args
 
 from embeddings_mcp.embedders.local.recipes import PLAIN, POOLING_WORDS, RECIPES, PoolingMode, Recipe
 from embeddings_mcp.errors import CheckpointInvalid
-from embeddings_mcp.models import InputTypeUse, ModelCard
+from embeddings_mcp.models import InputTypeUse, Mode, ModelCard
 
 _LEGACY_MODES: dict[str, PoolingMode] = {
     "pooling_mode_cls_token": "cls",
@@ -27,6 +27,9 @@ _LEGACY_MODES: dict[str, PoolingMode] = {
 
 OFFSET_POSITIONS = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "mpnet"})
 """Model types whose position ids start behind the padding id, as fairseq's did."""
+
+M3_FILES = ("sparse_linear.pt", "colbert_linear.pt")
+"""The layers that make BGE-M3's other two outputs."""
 
 _UNKNOWN_LENGTH = 512
 
@@ -131,6 +134,11 @@ class Checkpoint:
             return dense[-1]
         return _hidden_size(self.backbone_config, self.pipeline.backbone) * len(self.pipeline.pooling)
 
+    @property
+    def _modes(self) -> tuple[Mode, ...]:
+        every = all((self.folder / name).is_file() for name in M3_FILES)
+        return ("dense", "sparse", "colbert", "hybrid") if every else ("dense",)
+
     def card(self, name: str, known: ModelCard | None = None) -> ModelCard:
         """The card of this checkpoint.
 
@@ -148,11 +156,13 @@ class Checkpoint:
             query_prompt=self.query_prompt,
             passage_prompt=self.passage_prompt,
             default_prompt=self.default_prompt or "",
+            modes=self._modes,
         )
         if known is None:
             return described
         return replace(
             known,
+            modes=self._modes,
             dimensions=self.dimensions,
             max_tokens=min(self.max_tokens, known.max_tokens or self.max_tokens),
             matryoshka=tuple(length for length in known.matryoshka if length < self.dimensions),

@@ -15,15 +15,17 @@ import numpy as np
 import torch
 
 from embeddings_mcp.embedders.base import Embeddings
+from embeddings_mcp.embedders.local.attention import Packing
 from embeddings_mcp.embedders.local.backbone import Backbone, load_backbone
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint, Dense, LayerNorm, Stage, read_checkpoint
 from embeddings_mcp.embedders.local.latent_attention import LATENT_ATTENTION, LatentAttention
+from embeddings_mcp.embedders.local.m3 import M3Heads
 from embeddings_mcp.embedders.local.pooling import pool
 from embeddings_mcp.embedders.local.tokenizer import Tokenizer
 from embeddings_mcp.embedders.local.weights import load_weights
 from embeddings_mcp.errors import InvalidRequest, ModelUnavailable
 from embeddings_mcp.models import InputType, ModelCard, Truncate
-from embeddings_mcp.vectors import FloatMatrix
+from embeddings_mcp.vectors import FloatMatrix, SparseVector
 
 _logger = logging.getLogger(__name__)
 
@@ -138,10 +140,29 @@ class Encoder:
     @torch.inference_mode()
     def forward(self, tokens: Tokens, batch: Sequence[int]) -> FloatMatrix:
         """The vectors, float32 ``[len(batch), d]``, of the texts at these positions."""
+        return self._dense(*self._hidden_states(tokens, batch), skip=tokens.skip)
+
+    @torch.inference_mode()
+    def forward_all(
+        self, tokens: Tokens, batch: Sequence[int]
+    ) -> tuple[FloatMatrix, list[SparseVector], list[FloatMatrix]]:
+        """As `forward`, and the lexical weights and token vectors of the same texts.
+
+        Raises:
+            ModelUnavailable: the model has only dense vectors.
+        """
+        if self._heads is None:
+            raise ModelUnavailable(f"{self.card.id} makes one dense vector of a text, and nothing else")
+        hidden, packing = self._hidden_states(tokens, batch)
+        sparse = self._heads.sparse(hidden, [tokens.rows[index] for index in batch])
+        return self._dense(hidden, packing, skip=tokens.skip), sparse, self._heads.colbert(hidden, packing)
+
+    def _hidden_states(self, tokens: Tokens, batch: Sequence[int]) -> tuple[torch.Tensor, Packing]:
         hidden, packing = self._backbone.hidden_states([tokens.rows[index] for index in batch])
-        if self._latent_attention is not None:
-            hidden = self._latent_attention(hidden)
-        vectors = pool(hidden, packing, self._checkpoint.pipeline.pooling, skip=tokens.skip)
+        return (hidden if self._latent_attention is None else self._latent_attention(hidden)), packing
+
+    def _dense(self, hidden: torch.Tensor, packing: Packing, *, skip: int) -> FloatMatrix:
+        vectors = pool(hidden, packing, self._checkpoint.pipeline.pooling, skip=skip)
         for stage in self._stages:
             vectors = stage(vectors)
         result: FloatMatrix = vectors.cpu().numpy()
@@ -191,12 +212,17 @@ def load_encoder(
         latent_attention = LatentAttention(checkpoint.config["latent_attention_config"])
         load_weights(latent_attention, checkpoint.pipeline.backbone, prefix=LATENT_ATTENTION)
         latent_attention = latent_attention.eval().to(where, dtype)
+    heads = None
+    if "sparse" in card.modes:
+        weightless = tokenizer.ids_of("<s>", "</s>", "<pad>", "<unk>")
+        heads = M3Heads(folder, hidden_size=checkpoint.dimensions, weightless=weightless, device=where)
     return Encoder(
         card=card,
         checkpoint=checkpoint,
         tokenizer=tokenizer,
         backbone=load_backbone(checkpoint, where, dtype),
         latent_attention=latent_attention,
+        heads=heads,
         stages=[_load_stage(stage, where) for stage in checkpoint.pipeline.stages],
     )
 

@@ -95,6 +95,10 @@ class Tokenizer:
             rows.append(ids)
         return rows
 
+    def ids_of(self, *tokens: str) -> set[int]:
+        """The ids of these tokens, of those that there are."""
+        return {number for token in tokens if (number := self._tokenizer.token_to_id(token)) is not None}
+
     def prompt_length(self, prompt: str) -> int:
         """How many tokens at the start of a text are the prompt's or special.
 

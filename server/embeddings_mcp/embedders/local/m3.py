@@ -1,0 +1,63 @@
+"""BGE-M3's two outputs beside the dense vector: lexical weights, and a vector for every token (arXiv 2402.03216).
+
+The layers, what they leave out and how they are scored (see `vectors`) are those of FlagEmbedding's `BGEM3FlagModel`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from embeddings_mcp.embedders.local.attention import Packing
+from embeddings_mcp.embedders.local.checkpoint import M3_FILES
+from embeddings_mcp.embedders.local.weights import load_weights_file
+from embeddings_mcp.vectors import FloatMatrix, SparseVector
+
+
+class M3Heads:
+    """The two layers.
+
+    Args:
+        folder: the checkpoint.
+        hidden_size: length of a token vector.
+        weightless: ids of the special tokens, which have no lexical weight.
+        device: where to compute, in float32.
+    """
+
+    def __init__(self, folder: Path, *, hidden_size: int, weightless: Collection[int], device: torch.device) -> None:
+        self._sparse = torch.nn.Linear(hidden_size, 1)
+        self._colbert = torch.nn.Linear(hidden_size, hidden_size)
+        for layer, name in zip((self._sparse, self._colbert), M3_FILES, strict=True):
+            load_weights_file(layer, folder / name)
+            layer.eval().to(device)
+        self._weightless = np.array(sorted(weightless), dtype=np.int64)
+
+    def sparse(self, hidden: torch.Tensor, rows: Sequence[Sequence[int]]) -> list[SparseVector]:
+        """The lexical weights of each text: of a token's places in it the largest, where it is above zero.
+
+        Args:
+            hidden: ``[tokens, d]``, the packed row of the texts.
+            rows: their token ids.
+        """
+        weights = torch.relu(self._sparse(hidden.float()))[:, 0].cpu().numpy()
+        ends = np.cumsum([len(row) for row in rows])
+        return [
+            self._lexical(np.array(row, dtype=np.int64), weights[end - len(row) : end])
+            for row, end in zip(rows, ends, strict=True)
+        ]
+
+    def _lexical(self, ids: np.ndarray[tuple[int], np.dtype[np.int64]], weights: FloatMatrix) -> SparseVector:
+        distinct, places = np.unique(ids, return_inverse=True)
+        largest = np.zeros(len(distinct), dtype=np.float32)
+        np.maximum.at(largest, places, weights)
+        kept = (largest > 0) & ~np.isin(distinct, self._weightless)
+        return SparseVector(distinct[kept], largest[kept])
+
+    def colbert(self, hidden: torch.Tensor, packing: Packing) -> list[FloatMatrix]:
+        """A vector of length 1 for every token of each text but its first (``<s>``), float32 ``[tokens - 1, d]``."""
+        vectors = torch.nn.functional.normalize(self._colbert(hidden.float()), dim=1).cpu().numpy()
+        ends = np.cumsum(packing.lengths)
+        return [vectors[end - length + 1 : end] for length, end in zip(packing.lengths, ends, strict=True)]
