@@ -1,0 +1,136 @@
+"""Vector mathematics against the formulas written out in float64."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from embeddings_mcp import vectors
+from embeddings_mcp.vectors import Metric, best_first, closest_pairs, compare, normalize, shorten, to_base64
+
+METRICS: list[Metric] = ["cosine", "dot", "euclidean"]
+
+# Below 1e-9 squares leave the range of float32, and no model makes such numbers.
+numbers = st.just(0.0) | st.floats(2**-30, 2**10, width=32) | st.floats(-(2**10), -(2**-30), width=32)
+lengths = st.integers(1, 6)
+
+
+def matrices(columns: int, min_rows: int = 1) -> st.SearchStrategy[npt.NDArray[np.float32]]:
+    return hnp.arrays(np.float32, st.tuples(st.integers(min_rows, 6), st.just(columns)), elements=numbers)
+
+
+def score(one: Any, other: Any, metric: Metric) -> float:
+    """One score, by its definition, in float64."""
+    a, b = one.astype(np.float64), other.astype(np.float64)
+    if metric == "euclidean":
+        return float(np.sqrt(((a - b) ** 2).sum()))
+    lengths = np.sqrt((a**2).sum()) * np.sqrt((b**2).sum()) if metric == "cosine" else 1.0
+    return float((a * b).sum() / lengths) if lengths else 0.0
+
+
+def closeness(scores: Any, metric: Metric) -> Any:
+    return -scores if metric == "euclidean" else scores
+
+
+# --- One vector ------------------------------------------------------------------------------------------------------
+
+
+@given(lengths.flatmap(matrices))
+def test_a_normalized_vector_has_length_one_and_keeps_its_direction(matrix: npt.NDArray[np.float32]) -> None:
+    normalized = normalize(matrix)
+    assert normalized.dtype == np.float32
+    for vector, given_vector in zip(normalized.astype(np.float64), matrix.astype(np.float64), strict=True):
+        length = np.sqrt((given_vector**2).sum())
+        np.testing.assert_allclose(vector, given_vector / length if length else 0.0, rtol=1e-5, atol=1e-7)
+
+
+def test_a_vector_of_zeros_stays_what_it_is() -> None:
+    np.testing.assert_array_equal(normalize(np.zeros((1, 4), np.float32)), np.zeros((1, 4)))
+
+
+@given(lengths.flatmap(matrices), st.data())
+def test_a_shortened_vector_is_its_beginning_at_length_one(
+    matrix: npt.NDArray[np.float32], data: st.DataObject
+) -> None:
+    dimensions = data.draw(st.integers(1, matrix.shape[1]))
+    before = matrix.copy()
+    shortened = shorten(matrix, dimensions)
+    assert shortened.shape == (len(matrix), dimensions)
+    np.testing.assert_array_equal(shortened, normalize(matrix[:, :dimensions]))
+    np.testing.assert_array_equal(matrix, before)
+
+
+@given(hnp.arrays(np.float32, st.integers(0, 8), elements=st.floats(width=32, allow_nan=False)))
+def test_base64_holds_the_bytes_of_little_endian_float32(vector: npt.NDArray[np.float32]) -> None:
+    for order in ("<f4", ">f4"):
+        decoded = np.frombuffer(base64.b64decode(to_base64(vector.astype(order))), dtype="<f4")
+        assert decoded.tobytes() == vector.tobytes()
+
+
+def test_a_column_of_a_matrix_is_encoded_like_any_vector() -> None:
+    matrix = np.arange(6, dtype=np.float32).reshape(2, 3)
+    np.testing.assert_array_equal(np.frombuffer(base64.b64decode(to_base64(matrix[:, 1])), "<f4"), [1, 4])
+
+
+# --- Scores ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@given(data=st.data(), columns=lengths)
+def test_every_pair_has_the_score_of_its_definition(metric: Metric, data: st.DataObject, columns: int) -> None:
+    left, right = data.draw(matrices(columns)), data.draw(matrices(columns))
+    expected = np.array([[score(one, other, metric) for other in right] for one in left])
+    scores = compare(left, right, metric)
+    assert scores.dtype == np.float32
+    # The error of a sum is relative to its largest terms, which for scores are products of two lengths.
+    tolerance = 1e-5 * max(1.0, float(np.abs(left).max() * np.abs(right).max()) * columns if metric == "dot" else 0.0)
+    np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=tolerance)
+
+
+def test_the_distance_of_near_vectors_does_not_drown_in_rounding() -> None:
+    left = np.full((1, 384), 100, np.float32)
+    right = left.copy()
+    right[0, 0] += np.float32(2**-10)
+    assert compare(left, right, "euclidean")[0, 0] == pytest.approx(2**-10, rel=1e-3)
+    assert compare(left, left, "euclidean")[0, 0] == 0
+
+
+# --- Ranking ---------------------------------------------------------------------------------------------------------
+
+few_values = hnp.arrays(np.float32, st.integers(0, 30), elements=st.sampled_from([-1.0, 0.0, 0.25, 0.5, 1.0]))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@given(scores=few_values, top_k=st.none() | st.integers(1, 40))
+def test_the_closest_come_first_and_ties_keep_their_order(metric: Metric, scores: Any, top_k: int | None) -> None:
+    expected = sorted(range(len(scores)), key=lambda index: -closeness(scores[index], metric))[:top_k]
+    assert best_first(scores, metric, top_k).tolist() == expected
+
+
+@pytest.mark.parametrize("scores_at_once", [1, 7, 1 << 20])
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("within", [True, False])
+@given(data=st.data(), top_k=st.integers(1, 40))
+def test_the_closest_pairs_are_those_of_the_whole_matrix(
+    *, scores_at_once: int, metric: Metric, within: bool, data: st.DataObject, top_k: int
+) -> None:
+    rows, columns = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6))
+    columns = rows if within else columns
+    matrix = data.draw(hnp.arrays(np.float32, (rows, columns), elements=st.sampled_from([-1.0, 0.0, 0.5, 1.0])))
+    candidates = [(row, column) for row in range(rows) for column in range(row + 1 if within else 0, columns)]
+    expected = sorted(candidates, key=lambda pair: -closeness(matrix[pair], metric))[:top_k]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vectors, "_SCORES_AT_ONCE", scores_at_once)
+        left, right, scores = closest_pairs(
+            lambda block: matrix[block].copy(), rows, None if within else columns, metric, top_k
+        )
+    assert list(zip(left.tolist(), right.tolist(), strict=True)) == expected
+    assert scores.tolist() == [matrix[pair] for pair in expected]
