@@ -168,7 +168,7 @@ KINDS = [
     (SimilarityRequest, {**COMPARE, "other": [7]}, "`other` must be text, not token ids"),
     (SimilarityRequest, {**COMPARE, "metric": "l2"}, "`metric` must be 'cosine', 'dot' or 'euclidean', not 'l2'"),
     (SimilarityRequest, {**COMPARE, "top_k": 0}, "`top_k` must be at least 1, not 0"),
-    (SearchRequest, {**SEARCH, "query": ["q"]}, "`query` must be a string, not an array"),
+    (SearchRequest, {**SEARCH, "query": 7}, "`query` must be a string or an array of strings, not a number"),
     (SearchRequest, {**SEARCH, "query": ""}, "`query` must not be an empty string"),
     (SearchRequest, {**SEARCH, "top_k": -1.0}, "`top_k` must be at least 1, not -1"),
     (SearchRequest, {**SEARCH, "top_k": None}, "`top_k` must be an integer, not null"),

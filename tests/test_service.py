@@ -72,7 +72,7 @@ async def compare(service: EmbeddingService, texts: str | Sequence[str], **field
     return await service.similarity(parse(SimilarityRequest, {"model": "default", "input": texts, **fields}))
 
 
-async def search(service: EmbeddingService, query: str, texts: str | Sequence[str], **fields: Any) -> Any:
+async def search(service: EmbeddingService, query: str | list[str], texts: str | Sequence[str], **fields: Any) -> Any:
     return await service.search(parse(SearchRequest, {"query": query, "input": texts, **fields}))
 
 
@@ -499,6 +499,17 @@ async def test_search_gives_as_many_as_asked_for_and_ties_in_the_order_of_the_pa
         hits = (await search(service, "a", texts, top_k=top_k))["results"]
         assert [hit["index"] for hit in hits] == everything[:top_k]
     assert len((await search(service, "a", [str(number) for number in range(20)]))["results"]) == 10
+
+
+async def test_with_several_wordings_each_passage_counts_by_the_one_it_is_closest_to() -> None:
+    texts = ["a", "b", "c", "d"]
+    service = service_of(HashEmbedder(NESTED))
+    wordings = vectors_of(await embed(service, ["q", "r", "s"], input_type="query"))
+    passages = vectors_of(await embed(service, texts, input_type="passage"))
+    scores = expected_scores(wordings, passages, "cosine").max(axis=0)
+    answer = await search(service, ["q", "r", "s"], texts)
+    assert [hit["index"] for hit in answer["results"]] == np.argsort(-scores).tolist()
+    np.testing.assert_allclose([hit["score"] for hit in answer["results"]], sorted(scores, reverse=True), atol=5.1e-5)
 
 
 async def test_search_says_itself_what_is_a_query() -> None:

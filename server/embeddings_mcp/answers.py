@@ -115,8 +115,8 @@ def pairs(score: ScoreBlock, rows: int, columns: int | None, metric: Metric, top
 
 
 def ranking(score: ScoreBlock, top_k: int) -> list[SearchHit]:
-    """The best of the right side for the only text of the left one, best first."""
-    scores = score(slice(None))[0]
+    """The best of the right side, best first: each scored by the text of the left one that it is closest to."""
+    scores = score(slice(None)).max(axis=0)
     best = best_first(scores, "cosine", top_k)
     return [{"index": index, "score": value} for index, value in zip(best.tolist(), rounded(scores[best]), strict=True)]
 

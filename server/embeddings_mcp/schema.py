@@ -61,16 +61,12 @@ def _check_text(value: object, at: str = "") -> None:
             raise PydanticCustomError("surrogate", "must not hold an unpaired surrogate", {"at": at}) from None
 
 
-def _text(value: object) -> object:
-    _check_text(value)
-    return value
-
-
 def _texts(value: object) -> object:
     """Check by hand what a union would report once for every branch that failed."""
     if not isinstance(value, list):
         if isinstance(value, str):
-            return _text(value)
+            _check_text(value)
+            return value
         raise PydanticCustomError(
             "texts", "must be a string or an array of strings, not {kind}", {"kind": _kind(value)}
         )
@@ -102,7 +98,6 @@ Optional = Annotated[_Value | None, BeforeValidator(_refuse_null)]
 """A field that may be left out but, when it is given, is never null."""
 
 WholeNumber = Annotated[int, BeforeValidator(_whole_number)]
-Text = Annotated[str, BeforeValidator(_text)]
 Texts = Annotated[str | list[str], BeforeValidator(_texts)]
 IntegerVector = Annotated[npt.NDArray[np.int64], WithJsonSchema({"type": "array", "items": {"type": "integer"}})]
 FloatRows = Annotated[
@@ -235,7 +230,13 @@ class SearchRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    query: Annotated[Text, Field(description="The question or search terms; embedded as a query.")]
+    query: Annotated[
+        Texts,
+        Field(
+            description="The question or search terms, embedded as a query; or an array of several wordings of it, of "
+            "which each passage counts by the one that it is closest to."
+        ),
+    ]
     input: Annotated[Texts, Field(description="The passages to rank; embedded as passages.")]
     top_k: Annotated[TopKField, Field(description="Return at most this many passages, best first.")] = 10
     mode: ModeField = "dense"
