@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import anyio
-import httpx2
+import httpx
 import pytest
 from mcp import Client
 from mcp.types import TextContent
@@ -165,16 +165,16 @@ CASES = (
 
 
 @asynccontextmanager
-async def faces_of(standing: StandIn, case: Case) -> AsyncIterator[tuple[httpx2.AsyncClient, Client]]:
+async def faces_of(standing: StandIn, case: Case) -> AsyncIterator[tuple[httpx.AsyncClient, Client]]:
     """The REST and the MCP face of a service whose model is at the stand-in."""
     endpoint = Endpoint(url=standing.url, api_key=SecretStr(KEY) if case.with_key else None)
     embedder = NimEmbedder(EndpointClient(endpoint), case.model)
     service = EmbeddingService([embedder], default_model=case.model.id)
     server = build_mcp_server(service)
-    app = httpx2.ASGITransport(create_app(service, server, Settings()))
+    app = httpx.ASGITransport(create_app(service, server, Settings()))
     with anyio.fail_after(20):
         async with (
-            httpx2.AsyncClient(transport=app, base_url="http://127.0.0.1") as rest,
+            httpx.AsyncClient(transport=app, base_url="http://127.0.0.1") as rest,
             Client(server) as mcp,
         ):
             yield rest, mcp

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import anyio
-import httpx2
+import httpx
 import stamina
 
 from embeddings_mcp import __version__
@@ -44,7 +44,7 @@ class EndpointClient:
         self.turnstile = turnstile or Turnstile(
             f"the endpoint {endpoint.url}", concurrency=endpoint.concurrency, requests=endpoint.rate
         )
-        self._http: httpx2.AsyncClient | None = None
+        self._http: httpx.AsyncClient | None = None
         self._in_flight: set[anyio.CancelScope] = set()
         self._closed = False
 
@@ -52,7 +52,7 @@ class EndpointClient:
         self,
         method: str,
         path: str,
-        read: Callable[[httpx2.Response], _Read],
+        read: Callable[[httpx.Response], _Read],
         *,
         body: bytes | None = None,
         asked: Asked | None = None,
@@ -126,7 +126,7 @@ class EndpointClient:
         self,
         method: str,
         path: str,
-        read: Callable[[httpx2.Response], _Read],
+        read: Callable[[httpx.Response], _Read],
         *,
         body: bytes | None,
         asked: Asked | None,
@@ -135,10 +135,10 @@ class EndpointClient:
         async with self.turnstile.turn():
             try:
                 response = await self._send(method, path, body)
-            except httpx2.RequestError as error:
+            except httpx.RequestError as error:
                 failure = understand_silence(error, endpoint=self.endpoint)
             else:
-                if response.status_code == httpx2.codes.OK:
+                if response.status_code == httpx.codes.OK:
                     try:
                         return read(response)
                     except AnswerInvalid as error:
@@ -147,7 +147,7 @@ class EndpointClient:
                     failure = understand(response, endpoint=self.endpoint, asked=asked)
         raise failure
 
-    async def _send(self, method: str, path: str, body: bytes | None) -> httpx2.Response:
+    async def _send(self, method: str, path: str, body: bytes | None) -> httpx.Response:
         """Send, and where the hosted API says "accepted", fetch the answer when it is ready."""
         http, headers = self._client(), self.endpoint.headers
         content_type = {} if body is None else {"Content-Type": "application/json"}
@@ -155,7 +155,7 @@ class EndpointClient:
             method, self.endpoint.url + path, content=body, headers={**headers, **content_type}
         )
         polls = 0
-        while response.status_code == httpx2.codes.ACCEPTED and self.endpoint.status_url is not None:
+        while response.status_code == httpx.codes.ACCEPTED and self.endpoint.status_url is not None:
             ticket = response.headers.get("NVCF-REQID")
             if not ticket:
                 break
@@ -164,15 +164,15 @@ class EndpointClient:
             response = await http.get(f"{self.endpoint.status_url}/{ticket}", headers=headers)
         return response
 
-    def _client(self) -> httpx2.AsyncClient:
+    def _client(self) -> httpx.AsyncClient:
         """Made at the first request: loading the certificates takes a while."""
         if self._closed:
             raise ServerStopped("the server is shutting down")
         if self._http is None:
             connections = self.endpoint.concurrency
-            self._http = httpx2.AsyncClient(
-                timeout=httpx2.Timeout(self.endpoint.timeout, connect=_CONNECT_TIMEOUT, pool=None),
-                limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections),
+            self._http = httpx.AsyncClient(
+                timeout=httpx.Timeout(self.endpoint.timeout, connect=_CONNECT_TIMEOUT, pool=None),
+                limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
                 follow_redirects=False,  # a redirect could carry the key to another host
                 trust_env=not self.endpoint.loopback,  # a proxy for the outside world has no way to this machine
                 headers={"User-Agent": f"embeddings-mcp/{__version__}", "Accept": "application/json"},

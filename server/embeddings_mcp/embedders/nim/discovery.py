@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import httpx2
+import httpx
 
 from embeddings_mcp.embedders.nim.client import EndpointClient
 from embeddings_mcp.embedders.nim.failures import Failure
@@ -38,7 +38,7 @@ async def discover(client: EndpointClient) -> dict[str, ModelCard]:
     raise failure.error
 
 
-def _read_names(response: httpx2.Response) -> list[str]:
+def _read_names(response: httpx.Response) -> list[str]:
     payload = read_json(response.content)
     entries = payload.get("data") if isinstance(payload, dict) else None
     if not isinstance(entries, list):

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 import anyio
-import httpx2
+import httpx
 import numpy as np
 
 from embeddings_mcp.embedders.base import Embeddings, OnProgress
@@ -137,7 +137,7 @@ class NimEmbedder:
             once: do not try again.
         """
 
-        def read(response: httpx2.Response) -> Answer:
+        def read(response: httpx.Response) -> Answer:
             if retires := response.headers.get("Deprecation"):
                 self._tell(f"{self._model} reaches its end of life at {self.origin} on {retires}")
             return read_answer(read_json(response.content), count=len(texts), dimensions=self._card.dimensions)

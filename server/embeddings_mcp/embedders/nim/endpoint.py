@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import httpx2
+import httpx
 from pydantic import SecretStr
 
 from embeddings_mcp.errors import InvalidSetting
@@ -78,12 +78,12 @@ class Endpoint:
     @property
     def host(self) -> str:
         """Name or address of the machine."""
-        return httpx2.URL(self.url).host
+        return httpx.URL(self.url).host
 
     @property
     def hosted(self) -> bool:
         """Whether this is NVIDIA's hosted API, which limits its callers and has no health route."""
-        return self.host == httpx2.URL(HOSTED_URL).host
+        return self.host == httpx.URL(HOSTED_URL).host
 
     @property
     def rate(self) -> float:
@@ -126,8 +126,8 @@ def is_loopback(host: str) -> bool:
 
 def _checked_url(text: str, *, allow_http: bool) -> str:
     try:
-        url = httpx2.URL(text.strip())
-    except httpx2.InvalidURL as error:
+        url = httpx.URL(text.strip())
+    except httpx.InvalidURL as error:
         raise InvalidSetting(f"an endpoint's address is not a URL: {error}") from None
     if url.userinfo or url.query or url.fragment:
         # Not repeated: what stands there may be a key.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
-import httpx2
+import httpx
 import orjson
 
 from embeddings_mcp.embedders.nim.endpoint import HOSTED_DEFAULT_MODEL, KEYS_URL, Endpoint
@@ -108,7 +108,7 @@ class Refusal:
         return f"the endpoint {self.endpoint.url}"
 
 
-def understand(response: httpx2.Response, *, endpoint: Endpoint, asked: Asked | None) -> Failure:
+def understand(response: httpx.Response, *, endpoint: Endpoint, asked: Asked | None) -> Failure:
     """What an answer that is no success means; `asked` is None for a request that is not for embeddings."""
     refusal = Refusal(
         endpoint=endpoint,
@@ -127,14 +127,14 @@ def understand(response: httpx2.Response, *, endpoint: Endpoint, asked: Asked | 
     return _failed(refusal)
 
 
-def understand_silence(error: httpx2.RequestError, *, endpoint: Endpoint) -> Failure:
+def understand_silence(error: httpx.RequestError, *, endpoint: Endpoint) -> Failure:
     """What it means that no answer came, or not a whole one."""
     detail = endpoint.redact(str(error)) or type(error).__name__
     match error:
-        case httpx2.ConnectTimeout() | httpx2.ConnectError():
+        case httpx.ConnectTimeout() | httpx.ConnectError():
             address = f"cannot connect to the endpoint {endpoint.url} ({detail}): is it running, is the address right?"
             return Failure(UpstreamUnavailable(address), attempts=_NOT_THERE)
-        case httpx2.TimeoutException():
+        case httpx.TimeoutException():
             silent = f"the endpoint {endpoint.url} was silent for {endpoint.timeout:g} s"
             return Failure(UpstreamTimeout(silent), attempts=_TRANSIENT)
         case _:
