@@ -1,0 +1,372 @@
+"""The local encoder behind the protocol: loaded once, never on the event loop, in turns, cancelled between batches.
+
+A stand-in takes the encoder's place, so that a test decides when loading ends and when a batch does.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import anyio
+import anyio.lowlevel
+import anyio.to_thread
+import numpy as np
+import pytest
+
+from embeddings_mcp.embedders.worker import LocalEmbedder
+from embeddings_mcp.errors import CheckpointInvalid, InputTooLong, ServerStopped
+from embeddings_mcp.models import InputType, ModelCard, Truncate
+
+pytestmark = pytest.mark.anyio
+
+SECONDS = 10
+"""Longest that anything here may take."""
+
+ROUGH = ModelCard(id="test/rough")
+EXACT = ModelCard(id="test/rough", dimensions=1, max_tokens=8)
+
+
+@dataclass
+class Tokens:
+    rows: list[int]
+
+    @property
+    def count(self) -> int:
+        return sum(self.rows)
+
+
+@dataclass
+class SteppedEncoder:
+    """Two texts a batch; each batch waits until the test lets it end. The vector of a text is its length."""
+
+    card: ModelCard = EXACT
+    dimensions: int = 1
+    begun: queue.SimpleQueue[list[int]] = field(default_factory=queue.SimpleQueue)
+    steps: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+
+    def tokenize(self, texts: Sequence[str], *, input_type: InputType | None, truncate: Truncate) -> Tokens:
+        rows = [len(text) for text in texts]
+        if truncate == "NONE" and max(rows) > 8:
+            raise InputTooLong(index=int(np.argmax(rows)), tokens=max(rows), allowed=8)
+        return Tokens(rows)
+
+    def batches(self, tokens: Tokens) -> list[list[int]]:
+        order = list(range(len(tokens.rows)))[::-1]
+        return [order[start : start + 2] for start in range(0, len(order), 2)]
+
+    def forward(self, tokens: Tokens, batch: Sequence[int]) -> Any:
+        lengths = [tokens.rows[index] for index in batch]
+        self.begun.put(lengths)
+        assert self.steps.acquire(timeout=SECONDS), "the test did not let the batch end"
+        return np.array(lengths, np.float32)[:, None]
+
+    async def next_batch(self) -> list[int]:
+        """The lengths of the texts in the next batch that begins."""
+        return await anyio.to_thread.run_sync(lambda: self.begun.get(timeout=SECONDS))
+
+
+@dataclass
+class Loader:
+    """Loads `encoder` once the test says so, and counts how often it was asked to."""
+
+    encoder: SteppedEncoder = field(default_factory=SteppedEncoder)
+    calls: int = 0
+    may_end: threading.Event = field(default_factory=threading.Event)
+    failure: Exception | None = None
+    threads: list[str] = field(default_factory=list)
+
+    def __call__(self) -> Any:
+        self.calls += 1
+        self.threads.append(threading.current_thread().name)
+        assert self.may_end.wait(SECONDS), "the test did not let the loading end"
+        if self.failure is not None:
+            raise self.failure
+        return self.encoder
+
+
+def embedder_of(loader: Loader, *, loaded: bool = True) -> LocalEmbedder:
+    if loaded:
+        loader.may_end.set()
+    return LocalEmbedder(ROUGH, cast("Callable[[], Any]", loader))
+
+
+async def embed(embedder: LocalEmbedder, texts: list[str], **options: Any) -> list[float]:
+    with anyio.fail_after(SECONDS):
+        made = await embedder.embed(texts, input_type=None, truncate="NONE", **options)
+    assert made.prompt_tokens == sum(map(len, texts))
+    return [float(number) for number in made.vectors[:, 0]]
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Let the other tasks run until they have brought about `condition`."""
+    with anyio.fail_after(SECONDS):
+        while not condition():
+            await anyio.lowlevel.checkpoint()
+
+
+# --- Loading ---------------------------------------------------------------------------------------------------------
+
+
+async def test_the_model_is_loaded_once_for_all_who_ask_first() -> None:
+    loader = Loader()
+    loader.encoder.steps.release(100)
+    embedder = embedder_of(loader, loaded=False)
+    answers: dict[int, list[float]] = {}
+
+    async def ask(caller: int) -> None:
+        answers[caller] = await embed(embedder, ["x" * caller])
+
+    async with anyio.create_task_group() as callers:
+        for caller in range(1, 6):
+            callers.start_soon(ask, caller)
+        await until(lambda: loader.calls)
+        loader.may_end.set()
+    assert answers == {caller: [caller] for caller in range(1, 6)}
+    assert await embed(embedder, ["x"]) == [1]
+    assert loader.calls == 1
+
+
+async def test_a_model_that_nobody_asks_is_not_loaded() -> None:
+    loader = Loader()
+    await embedder_of(loader).aclose()
+    assert loader.calls == 0
+
+
+async def test_the_loaded_model_knows_its_card_better() -> None:
+    embedder = embedder_of(Loader())
+    assert embedder.card == ROUGH
+    await embedder.check()
+    assert embedder.card == EXACT
+
+
+async def test_the_event_loop_goes_on_while_the_model_is_loaded_and_while_it_computes() -> None:
+    loader = Loader()
+    embedder = embedder_of(loader, loaded=False)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(embed, embedder, ["a"])
+        # Neither can have ended, since only this task, which runs on the loop, lets them.
+        await until(lambda: loader.calls)
+        loader.may_end.set()
+        assert await loader.encoder.next_batch() == [1]
+        loader.encoder.steps.release()
+    assert loader.threads == ["load test/rough"]
+
+
+async def test_a_caller_who_leaves_while_the_model_is_loaded_disturbs_nobody() -> None:
+    loader = Loader()
+    loader.encoder.steps.release(100)
+    embedder = embedder_of(loader, loaded=False)
+    answers: list[list[float]] = []
+
+    async def ask() -> None:
+        answers.append(await embed(embedder, ["abc"]))
+
+    async with anyio.create_task_group() as staying:
+        async with anyio.create_task_group() as leaving:
+            leaving.start_soon(embed, embedder, ["a"])
+            await until(lambda: loader.calls)
+            staying.start_soon(ask)
+            leaving.cancel_scope.cancel()
+        assert not answers
+        loader.may_end.set()
+    assert answers == [[3]]
+    assert loader.calls == 1
+
+
+async def test_loading_goes_on_when_all_who_waited_have_left() -> None:
+    loader = Loader()
+    loader.encoder.steps.release(100)
+    embedder = embedder_of(loader, loaded=False)
+    async with anyio.create_task_group() as leaving:
+        leaving.start_soon(embed, embedder, ["a"])
+        await until(lambda: loader.calls)
+        leaving.cancel_scope.cancel()
+    loader.may_end.set()
+    assert await embed(embedder, ["abc"]) == [3]
+    assert loader.calls == 1
+
+
+async def test_a_load_that_failed_is_told_to_all_who_waited_and_tried_again_for_the_next() -> None:
+    loader = Loader(failure=CheckpointInvalid("config.json is missing"))
+    loader.encoder.steps.release(100)
+    embedder = embedder_of(loader, loaded=False)
+    told: list[str] = []
+
+    async def ask() -> None:
+        with pytest.raises(CheckpointInvalid) as caught:
+            await embed(embedder, ["a"])
+        told.append(caught.value.message)
+
+    async with anyio.create_task_group() as callers:
+        for _ in range(3):
+            callers.start_soon(ask)
+        await until(lambda: loader.calls)
+        loader.may_end.set()
+    assert told == ["config.json is missing"] * 3
+    assert loader.calls == 1
+
+    loader.failure = None
+    assert await embed(embedder, ["abc"]) == [3]
+    assert loader.calls == 2
+
+
+async def test_a_failure_that_nobody_waited_for_is_not_told_to_the_next() -> None:
+    loader = Loader(failure=CheckpointInvalid("config.json is missing"))
+    loader.encoder.steps.release(100)
+    embedder = embedder_of(loader, loaded=False)
+    async with anyio.create_task_group() as leaving:
+        leaving.start_soon(embed, embedder, ["a"])
+        await until(lambda: loader.calls)
+        leaving.cancel_scope.cancel()
+    loader.may_end.set()
+    await until(lambda: embedder._loading is None)
+    loader.failure = None
+    assert await embed(embedder, ["abc"]) == [3]
+
+
+# --- Batches ---------------------------------------------------------------------------------------------------------
+
+
+async def test_vectors_come_back_in_the_order_of_the_texts_with_progress_after_each_batch() -> None:
+    loader = Loader()
+    loader.encoder.steps.release(100)
+    done: list[int] = []
+
+    async def on_progress(count: int) -> None:
+        done.append(count)
+
+    texts = ["abc", "a", "abcde", "ab", "abcd"]
+    assert await embed(embedder_of(loader), texts, on_progress=on_progress) == [3, 1, 5, 2, 4]
+    assert done == [2, 4, 5]
+
+
+async def test_a_text_that_is_too_long_is_told_before_anything_is_computed() -> None:
+    loader = Loader()
+    with pytest.raises(InputTooLong) as caught:
+        await embed(embedder_of(loader), ["a", "x" * 9])
+    assert (caught.value.index, caught.value.tokens, caught.value.allowed) == (1, 9, 8)
+    assert loader.encoder.begun.empty()
+
+
+async def test_a_short_request_waits_for_one_batch_of_a_long_one_not_for_all() -> None:
+    loader = Loader()
+    encoder, embedder = loader.encoder, embedder_of(loader)
+    async with anyio.create_task_group() as callers:
+        callers.start_soon(embed, embedder, ["aaa"] * 6)
+        assert await encoder.next_batch() == [3, 3]
+        callers.start_soon(embed, embedder, ["b"])
+        await until(lambda: embedder._turn.statistics().tasks_waiting)
+        encoder.steps.release()
+        assert await encoder.next_batch() == [1]
+        encoder.steps.release(100)
+    assert [encoder.begun.get_nowait() for _ in range(2)] == [[3, 3], [3, 3]]
+
+
+async def test_one_batch_is_computed_at_a_time() -> None:
+    loader = Loader()
+    encoder, embedder = loader.encoder, embedder_of(loader)
+    async with anyio.create_task_group() as callers:
+        for _ in range(3):
+            callers.start_soon(embed, embedder, ["a"])
+        await encoder.next_batch()
+        await until(lambda: embedder._turn.statistics().tasks_waiting == 2)
+        assert encoder.begun.empty()
+        encoder.steps.release(3)
+
+
+async def test_cancelling_between_batches_leaves_the_rest_undone() -> None:
+    loader = Loader()
+    encoder, embedder = loader.encoder, embedder_of(loader)
+    async with anyio.create_task_group() as leaving:
+        leaving.start_soon(embed, embedder, ["aaa"] * 6)
+        assert await encoder.next_batch() == [3, 3]
+        leaving.cancel_scope.cancel()
+        encoder.steps.release()
+    encoder.steps.release()
+    assert await embed(embedder, ["b"]) == [1]
+    assert encoder.begun.get_nowait() == [1]
+    assert encoder.begun.empty()
+
+
+async def test_cancelling_one_who_waits_for_a_turn_gives_it_to_the_next() -> None:
+    loader = Loader()
+    encoder, embedder = loader.encoder, embedder_of(loader)
+    async with anyio.create_task_group() as staying:
+        staying.start_soon(embed, embedder, ["a"])
+        assert await encoder.next_batch() == [1]
+        async with anyio.create_task_group() as leaving:
+            leaving.start_soon(embed, embedder, ["bb"])
+            await until(lambda: embedder._turn.statistics().tasks_waiting == 1)
+            staying.start_soon(embed, embedder, ["ccc"])
+            await until(lambda: embedder._turn.statistics().tasks_waiting == 2)
+            leaving.cancel_scope.cancel()
+        encoder.steps.release(2)
+        assert await encoder.next_batch() == [3]
+
+
+# --- The end ---------------------------------------------------------------------------------------------------------
+
+
+async def test_closing_ends_those_who_wait_for_the_model() -> None:
+    loader = Loader()
+    embedder = embedder_of(loader, loaded=False)
+
+    async def ask() -> None:
+        with pytest.raises(ServerStopped):
+            await embed(embedder, ["a"])
+
+    async with anyio.create_task_group() as callers:
+        callers.start_soon(ask)
+        await until(lambda: loader.calls)
+        await embedder.aclose()
+    loader.may_end.set()
+
+
+async def test_closing_ends_a_request_after_the_batch_that_is_computed() -> None:
+    loader = Loader()
+    encoder, embedder = loader.encoder, embedder_of(loader)
+
+    async def ask() -> None:
+        with pytest.raises(ServerStopped):
+            await embed(embedder, ["a"] * 6)
+
+    async with anyio.create_task_group() as callers:
+        callers.start_soon(ask)
+        callers.start_soon(ask)
+        assert await encoder.next_batch() == [1, 1]
+        await embedder.aclose()
+        encoder.steps.release(100)
+    assert encoder.begun.empty()
+
+
+async def test_a_closed_embedder_takes_no_more_work() -> None:
+    loader = Loader()
+    loader.encoder.steps.release(100)
+    embedder = embedder_of(loader)
+    await embed(embedder, ["a"])
+    await embedder.aclose()
+    for ask in (embedder.check(), embed(embedder, ["a"])):
+        with pytest.raises(ServerStopped, match="shutting down"):
+            await ask
+
+
+def test_a_load_that_outlives_the_event_loop_ends_in_silence() -> None:
+    loader = Loader()
+    card = ModelCard(id="test/late")
+
+    async def leave_while_loading() -> None:
+        embedder = LocalEmbedder(card, cast("Callable[[], Any]", loader))
+        with anyio.move_on_after(0):
+            await embedder.check()
+        await until(lambda: loader.calls)
+        await embedder.aclose()
+
+    anyio.run(leave_while_loading)
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "load test/late")
+    loader.may_end.set()
+    thread.join(SECONDS)
+    assert not thread.is_alive()
