@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from embeddings_mcp.embedders.base import Embedder
 from embeddings_mcp.embedders.local.checkpoint import read_checkpoint
 from embeddings_mcp.embedders.local.locate import find_bundled, locate
 from embeddings_mcp.embedders.worker import LocalEmbedder
-from embeddings_mcp.errors import InvalidSetting, MissingDependency
+from embeddings_mcp.errors import InvalidSetting, MissingDependency, UnknownModel
 from embeddings_mcp.models import CARDS, ModelCard, find_card
 from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
@@ -42,6 +43,36 @@ def only(settings: Settings, model: str) -> Settings:
     name = _read(model, settings)[0].lower()
     named = (spec for spec in settings.models if "=" not in model and _read(spec, settings)[0].lower() == name)
     return settings.model_copy(update={"models": (next(named, model),), "default_model": None})
+
+
+async def open_embedder(where: str, model: str, settings: Settings) -> Embedder:
+    """One embedder that is not part of a service: of an endpoint, or of a model that runs here.
+
+    Args:
+        where: the endpoint's address, or a model as ``ID`` or ``ID=PATH``.
+        model: which of the endpoint's models, by any of its names.
+        settings: for what runs here.
+
+    Raises:
+        UnknownModel: the endpoint has no such model.
+        EmbeddingsError: the endpoint cannot be asked.
+    """
+    if "://" not in where:
+        return _local(where, settings)
+    # Imported late: a server without endpoints starts without an HTTP client.
+    from embeddings_mcp.embedders.nim.client import EndpointClient
+    from embeddings_mcp.embedders.nim.discovery import discover
+    from embeddings_mcp.embedders.nim.embedder import NimEmbedder
+    from embeddings_mcp.embedders.nim.endpoint import Endpoint
+
+    client = EndpointClient(Endpoint(url=where))
+    found = await discover(client)
+    names = {model.lower()} | (known.names if (known := find_card(model)) else set())
+    for name, card in found.items():
+        if name.lower() in names or card.names & names:
+            return NimEmbedder(client, card, model=name)
+    await client.aclose()
+    raise UnknownModel(f"{where} has no model {model!r}; it has: {', '.join(found) or 'none'}")
 
 
 def _local(spec: str, settings: Settings) -> LocalEmbedder:

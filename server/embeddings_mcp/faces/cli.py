@@ -17,7 +17,7 @@ import typer
 from pydantic import ValidationError
 
 from embeddings_mcp import __version__
-from embeddings_mcp.assemble import build_service, only
+from embeddings_mcp.assemble import build_service, only, open_embedder
 from embeddings_mcp.embedders.base import OnProgress
 from embeddings_mcp.errors import EmbeddingsError, InvalidRequest, InvalidSetting
 from embeddings_mcp.models import InputType, Mode, Truncate
@@ -201,6 +201,36 @@ def models(
     from embeddings_mcp.faces import tables
 
     _print(dump_json(answer) if as_json else tables.models(answer))
+
+
+@app.command()
+def verify(
+    *,
+    model: Annotated[str, typer.Option(metavar="ID[=PATH]", help="The model that is to take over.")],
+    against: Annotated[
+        str, typer.Option(metavar="URL|ID[=PATH]", help="What made the vectors so far: an endpoint, or a local model.")
+    ],
+    against_model: Annotated[
+        str | None, typer.Option(metavar="ID", help="The model's name at the endpoint, where it has several.")
+    ] = None,
+    device: DeviceOption = None,
+) -> None:
+    """Tell whether two models make the same vectors: before you move off an endpoint that is switched off."""
+    from embeddings_mcp.faces import tables
+    from embeddings_mcp.verification import Verdict
+    from embeddings_mcp.verification import verify as verify_embedders
+
+    async def compare() -> Verdict:
+        async with contextlib.AsyncExitStack() as stack:
+            service = await stack.enter_async_context(contextlib.aclosing(build_service(_settings_for(model, device))))
+            other = await open_embedder(against, against_model or service.default.card.id, _settings_for(None, device))
+            stack.push_async_callback(other.aclose)
+            return await verify_embedders(service.default, other)
+
+    verdict = anyio.run(compare)
+    _print(tables.comparisons(verdict))
+    _print(f"{verdict.words}\n".encode())
+    raise typer.Exit(0 if verdict.same else 1)
 
 
 @app.command()

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from embeddings_mcp.schema import EmbeddingResponse, ModelsResponse, SearchResponse, SimilarityResponse
+from embeddings_mcp.verification import Verdict
 
 _LONGEST_TEXT = 56
 """Characters of a text that are shown beside a column or two of numbers, on a terminal of 80."""
@@ -64,6 +65,14 @@ def models(answer: ModelsResponse) -> Table:
             entry["served_from"],
             entry.get("licence", ""),
         )
+    return table
+
+
+def comparisons(verdict: Verdict) -> Table:
+    """A row for each sample that two models embedded."""
+    table = _table("sample", "as", "cosine")
+    for comparison in verdict.comparisons:
+        table.add_row(comparison.sample, comparison.input_type or "", f"{comparison.cosine:.6f}")
     return table
 
 

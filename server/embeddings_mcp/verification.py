@@ -1,0 +1,124 @@
+"""Whether two embedders make the same vectors: the question of whoever moves off an endpoint that is switched off.
+
+Vectors are of one space when they are the same but for rounding. Each sample text is embedded by both, as a query and
+as a passage, and the cosines say the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+from embeddings_mcp.embedders.base import Embedder
+from embeddings_mcp.models import InputType
+from embeddings_mcp.vectors import FloatMatrix, normalize
+
+SAME = 0.999
+"""Cosine from which on two vectors of a text are the same but for rounding: bfloat16 gives about 0.9999."""
+
+NEAR = 0.98
+"""Cosine from which on they may be by one model with coarser weights (int8, fp8), or with a prompt that differs."""
+
+_PARAGRAPH = (
+    "The committee met on the first Tuesday of the month to go through the budget for the coming year. Repairs to the "
+    "bridge, which had been put off twice, were moved to the top of the list, and the money for them came from the "
+    "reserve. Two members asked for a second opinion on the costs; the others thought that enough time had been lost. "
+)
+
+SAMPLES: dict[str, str] = {
+    "word": "Photosynthesis",
+    "question": "How do I reset the password of my online account?",
+    "sentence": "The quick brown fox jumps over the lazy dog.",
+    "paragraph": _PARAGRAPH,
+    "page": _PARAGRAPH * 6,
+    "German": "Wie spät ist es, und wann fährt der nächste Zug nach Köln?",
+    "French": "Où se trouve la bibliothèque municipale la plus proche ?",
+    "Spanish": "¿Cuánto cuesta un billete de ida y vuelta a Sevilla?",
+    "Russian": "Сколько планет в Солнечной системе?",
+    "Arabic": "ما هي عاصمة المغرب؟",
+    "Hindi": "भारत की सबसे लंबी नदी कौन सी है?",
+    "Chinese": "自然语言处理是人工智能的一个分支。",
+    "Japanese": "東京から京都まで新幹線でどのくらいかかりますか。",
+    "Korean": "오늘 서울의 날씨는 어떻습니까?",
+    "code": "def add(a: int, b: int) -> int:\n    return a + b",
+    "numbers": "Invoice 2024-0815: 3 x 19.99 EUR, 7 % VAT, total 64.17 EUR",
+    "prompt": "query: is this text a query, or does it only look like one?",
+    "spaces": "  two  spaces,\ta tab\n\nand  an  empty  line  ",
+    "emoji": "Great job! 👩‍🚀🎉",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One sample, embedded by both.
+
+    Attributes:
+        sample: its name.
+        input_type: what it was embedded as; None where neither model tells queries from passages.
+        cosine: of the two vectors, -1 to 1.
+    """
+
+    sample: str
+    input_type: InputType | None
+    cosine: float
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the comparisons say.
+
+    Attributes:
+        same: whether it is one vector space.
+        words: the same for people, with what may be behind it.
+        comparisons: all of them, in the samples' order.
+    """
+
+    same: bool
+    words: str
+    comparisons: tuple[Comparison, ...]
+
+
+async def verify(one: Embedder, other: Embedder) -> Verdict:
+    """Embed the samples with both, and compare.
+
+    Raises:
+        EmbeddingsError: one of them cannot answer.
+    """
+    await one.check()
+    await other.check()
+    told_apart = {one.card.input_type, other.card.input_type} != {"ignored"}
+    comparisons: list[Comparison] = []
+    for input_type in get_args(InputType) if told_apart else (None,):
+        left, right = await _vectors(one, input_type), await _vectors(other, input_type)
+        if left.shape[1] != right.shape[1]:
+            words = f"not the same vector space: vectors of {left.shape[1]} and of {right.shape[1]} numbers"
+            return Verdict(same=False, words=words, comparisons=())
+        cosines = (normalize(left) * normalize(right)).sum(axis=1)
+        comparisons += [
+            Comparison(sample, input_type, float(cosine)) for sample, cosine in zip(SAMPLES, cosines, strict=True)
+        ]
+    return _judge(comparisons)
+
+
+async def _vectors(embedder: Embedder, input_type: InputType | None) -> FloatMatrix:
+    made = await embedder.embed(list(SAMPLES.values()), input_type=input_type, truncate="END")
+    return made.vectors
+
+
+def _judge(comparisons: Sequence[Comparison]) -> Verdict:
+    lowest = min(comparison.cosine for comparison in comparisons)
+    wrong = [comparison for comparison in comparisons if not comparison.cosine >= SAME]
+    if not wrong:
+        exactness = "equal" if lowest > 0.99999 else "equal but for rounding, as of bfloat16"
+        words = f"the same vector space: vectors are {exactness} (lowest cosine {lowest:.6f})"
+    else:
+        words = f"not the same vector space: {len(wrong)} of {len(comparisons)} vectors differ (lowest {lowest:.4f})"
+        as_what = {comparison.input_type for comparison in wrong}
+        if as_what != {comparison.input_type for comparison in comparisons}:
+            words += f", all of them embedded as {as_what.pop()}: the prompts may differ"
+        elif lowest >= NEAR:
+            words += ": the weights may be quantised, or the prompts differ"
+        elif len(wrong) < len(comparisons):
+            words += f": {', '.join(dict.fromkeys(comparison.sample for comparison in wrong))}"
+    return Verdict(same=not wrong, words=words, comparisons=tuple(comparisons))
