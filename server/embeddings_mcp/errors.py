@@ -70,10 +70,12 @@ class InputTooLong(InvalidRequest):
     ) -> None:
         text = f"`{param or f'text {index}'}`"
         subject = text if certain else f"a text (probably {text}, the longest of those sent together)"
-        if tokens is None:
-            length = f"more than the {'' if allowed is None else f'{allowed:,} '}tokens that the model takes"
-        else:
+        if tokens is not None:
             length = f"{tokens:,} tokens{'' if allowed is None else f', and the model takes {allowed:,}'}"
+        elif allowed is not None:
+            length = f"more than the {allowed:,} tokens that the model takes"
+        else:
+            length = "more tokens than the model takes"
         super().__init__(
             f"{subject} has {length}: shorten it, or set `truncate` to 'END' or 'START' to drop what is too much",
             param=param,

@@ -125,7 +125,7 @@ CASES = (
     Case("too long", (400, {"error": "Input length 576 exceeds maximum allowed token size 512"}), 400, "input_too_long",
          ("`input` has 576 tokens, and the model takes 512", "`truncate`"), param="input"),
     Case("too long, as 422", (422, {"detail": [{"loc": ["body"], "msg": "exceeds maximum allowed token size"}]}), 400,
-         "input_too_long", ("`input` has more than the tokens that the model takes",), param="input"),
+         "input_too_long", ("`input` has more tokens than the model takes",), param="input"),
     Case("dimensions on a fixed-size model", (400, {"detail": "This model does not support 'dimensions', but a value "
          "of '2048' was provided."}), 400, "invalid_request", ("does not support 'dimensions'",)),
     Case("an extra field", (400, "Your request cannot be validated. detail={'type': 'extra_forbidden'}"), 400,
@@ -150,7 +150,7 @@ CASES = (
     Case("vLLM without the number", (400, {"error": {"message": "This model's maximum context length is 512 tokens."}}),
          400, "input_too_long", ("more than the 512 tokens that the model takes",), param="input"),
     Case("Ollama", (500, {"error": {"message": "the input length exceeds the context length"}}), 400, "input_too_long",
-         ("more than the tokens that the model takes",), param="input"),
+         ("more tokens than the model takes",), param="input"),
     Case("a body limit", (413, "Failed to buffer the request body: length limit exceeded"), 413, "payload_too_large",
          ("length limit exceeded",), param="input"),
     Case("a proxy's page", (502, "<html><body><h1>502 Bad Gateway</h1></body></html>"), 502, "upstream_failed",

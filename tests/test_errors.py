@@ -1,0 +1,73 @@
+"""The exception tree, and how each error looks on the wire."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from http import HTTPStatus
+
+import pytest
+
+from embeddings_mcp import errors
+from embeddings_mcp.errors import WIRE_FORMS, EmbeddingsError, InputTooLong, Overloaded, wire_form
+
+
+def descendants(cls: type[EmbeddingsError]) -> Iterator[type[EmbeddingsError]]:
+    yield cls
+    for child in cls.__subclasses__():
+        if child.__module__ == errors.__name__:
+            yield from descendants(child)
+
+
+def test_the_drawn_tree_is_the_real_one() -> None:
+    drawn: dict[str, str] = {}
+    branch: list[str] = []
+    for line in (errors.__doc__ or "").splitlines():
+        if found := re.match(r"    ((?:\||`| |--)*)([A-Z]\w+)", line):
+            depth = len(found[1]) // 4
+            drawn[found[2]] = branch[depth - 1] if depth else "Exception"
+            branch[depth:] = [found[2]]
+    assert drawn == {cls.__name__: cls.__mro__[1].__name__ for cls in descendants(EmbeddingsError)}
+
+
+def test_every_error_that_a_caller_can_meet_has_a_form_of_its_own() -> None:
+    assert set(WIRE_FORMS) == set(descendants(EmbeddingsError)) - {errors.InvalidSetting}
+    codes = [form.code for form in WIRE_FORMS.values()]
+    assert len(set(codes)) == len(codes)
+    for cls, form in WIRE_FORMS.items():
+        assert (HTTPStatus(form.status) < HTTPStatus.INTERNAL_SERVER_ERROR) == (form.type != "server_error"), cls
+
+
+def test_an_error_without_a_form_looks_like_its_nearest_ancestor() -> None:
+    class TooSoon(Overloaded):
+        """Not in the table."""
+
+    assert wire_form(TooSoon("later", retry_after=1)) == WIRE_FORMS[Overloaded]
+    assert wire_form(errors.InvalidSetting("no")) == WIRE_FORMS[EmbeddingsError]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (InputTooLong(index=3, tokens=1302, allowed=256), "`text 3` has 1,302 tokens, and the model takes 256:"),
+        (
+            InputTooLong(index=0, tokens=None, allowed=8192),
+            "`text 0` has more than the 8,192 tokens that the model takes: shorten it",
+        ),
+        (InputTooLong(index=0, tokens=None, allowed=None), "`text 0` has more tokens than the model takes: shorten it"),
+        (InputTooLong(index=0, tokens=9, allowed=8, certain=False), "a text (probably `text 0`, the longest of those"),
+    ],
+)
+def test_a_text_that_is_too_long_is_described_by_what_is_known(error: InputTooLong, message: str) -> None:
+    assert error.message.startswith(message)
+    assert str(error) == error.message
+    assert "`truncate` to 'END' or 'START'" in error.message
+
+
+def test_a_text_that_is_too_long_can_be_named_by_its_field() -> None:
+    error = InputTooLong(index=5, tokens=9, allowed=8, certain=False)
+    named = error.at("other[2]")
+    assert named.param == "other[2]"
+    assert "(probably `other[2]`" in named.message
+    assert (named.index, named.tokens, named.allowed, named.certain) == (5, 9, 8, False)
+    assert error.param is None

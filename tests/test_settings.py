@@ -1,0 +1,110 @@
+"""Settings: from the environment and from flags, without a secret in anything printed."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from pydantic import ValidationError
+
+from embeddings_mcp.models import DEFAULT_MODEL
+from embeddings_mcp.settings import Settings
+
+SECRET = "sk-not-to-be-seen"
+
+
+def test_without_any_setting_the_bundled_model_is_served_on_loopback() -> None:
+    settings = Settings()
+    assert (settings.models, settings.default_model) == ((DEFAULT_MODEL,), None)
+    assert (settings.host, settings.port, settings.api_key) == ("127.0.0.1", 8000, None)
+    assert (settings.device, settings.precision) == ("auto", "auto")
+    assert settings.max_body_bytes == 25 * 1024 * 1024
+
+
+def test_every_setting_comes_from_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "MODELS": "a/b  mine=/some/where\n",
+        "DEFAULT_MODEL": "mine",
+        "CARDS": '[{"id": "mine", "dimensions": 8, "matryoshka": [4]}]',
+        "DEVICE": "cuda:1",
+        "PRECISION": "float16",
+        "HOST": "0.0.0.0",
+        "PORT": "0",
+        "API_KEY": SECRET,
+        "ALLOWED_HOSTS": "one.example two.example:8000",
+        "MAX_BODY_BYTES": "1024",
+    }.items():
+        monkeypatch.setenv(f"EMBEDDINGS_MCP_{name}", value)
+    settings = Settings()
+    assert settings.models == ("a/b", "mine=/some/where")
+    assert settings.default_model == "mine"
+    assert [(card.id, card.dimensions, card.matryoshka) for card in settings.cards] == [("mine", 8, (4,))]
+    assert (settings.device, settings.precision) == ("cuda:1", "float16")
+    assert (settings.host, settings.port) == ("0.0.0.0", 0)
+    assert settings.api_key is not None
+    assert settings.api_key.get_secret_value() == SECRET
+    assert settings.allowed_hosts == ("one.example", "two.example:8000")
+    assert settings.max_body_bytes == 1024
+
+
+def test_a_flag_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMBEDDINGS_MCP_MODELS", "a b")
+    monkeypatch.setenv("EMBEDDINGS_MCP_PORT", "9000")
+    settings = Settings(models=("c",))
+    assert (settings.models, settings.port) == (("c",), 9000)
+
+
+def test_a_path_with_spaces_can_be_given_by_flag() -> None:
+    assert Settings(models=("mine=/some where/else",)).models == ("mine=/some where/else",)
+
+
+def test_an_empty_variable_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MODELS", "DEFAULT_MODEL", "CARDS", "API_KEY", "PORT"):
+        monkeypatch.setenv(f"EMBEDDINGS_MCP_{name}", "")
+    assert Settings() == Settings.model_construct()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("MODELS", "  ", "at least 1 item"),
+        ("PORT", "65536", "less than or equal to 65535"),
+        ("PORT", "http", "valid integer"),
+        ("PRECISION", "int4", "'auto', 'float32', 'bfloat16' or 'float16'"),
+        ("MAX_BODY_BYTES", "0", "greater than 0"),
+        ("CARDS", "{", "must be JSON"),
+        ("CARDS", '{"id": "mine"}', "must be a JSON array of objects"),
+        ("CARDS", '["mine"]', "must be a JSON array of objects"),
+        ("CARDS", '[{"dimensions": 8}]', "Field required"),
+        ("CARDS", '[{"id": "mine", "max_token": 8}]', "a card has no max_token; it has id, aliases, dimensions"),
+        ("CARDS", '[{"id": "mine", "input_type": "maybe"}]', "'required', 'optional' or 'ignored'"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, problem: str
+) -> None:
+    monkeypatch.setenv(f"EMBEDDINGS_MCP_{name}", value)
+    with pytest.raises(ValidationError) as caught:
+        Settings()
+    (error,) = caught.value.errors()
+    assert error["loc"][0] == name.lower()
+    assert problem in error["msg"]
+
+
+def test_settings_do_not_change() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Settings().port = 1
+
+
+def test_the_key_is_in_nothing_that_is_printed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("EMBEDDINGS_MCP_API_KEY", SECRET)
+    settings = Settings()
+    logging.getLogger("test").warning("%s %r", settings, settings)
+    printed = [str(settings), repr(settings), f"{settings.api_key}", settings.model_dump_json(), caplog.text]
+    monkeypatch.setenv("EMBEDDINGS_MCP_PORT", "none")
+    with pytest.raises(ValidationError) as caught:
+        Settings()
+    printed += [str(caught.value), repr(caught.value)]
+    assert not [text for text in printed if SECRET in text]
