@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
+
+from embeddings_mcp.settings import Settings
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_settings_from_outside() -> Iterator[None]:
     """The settings of whoever runs the tests are not those under test."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("EMBEDDINGS_MCP_")]:
-            patch.delenv(name)
+        for name in Settings.model_fields:
+            patch.delenv(f"EMBEDDINGS_MCP_{name.upper()}", raising=False)
         yield
 
 
