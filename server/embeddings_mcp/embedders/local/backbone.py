@@ -1,23 +1,22 @@
-"""The transformer of a checkpoint, and the two ways through it: packed, or padded where the family cannot be packed."""
+"""The transformer of a checkpoint, and the ways through it: packed, padded, or one length at a time."""
 
 from __future__ import annotations
 
 import itertools
 import logging
-import pickle
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, AttentionInterface, AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from embeddings_mcp.embedders.local.attention import NAME, Packing, PackingUnsupported, packed_attention
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint
 from embeddings_mcp.embedders.local.latent_attention import LATENT_ATTENTION
-from embeddings_mcp.errors import CheckpointInvalid
+from embeddings_mcp.errors import CheckpointInvalid, ModelUnavailable
 
 AttentionInterface.register(NAME, packed_attention)
 
@@ -28,6 +27,9 @@ PROVEN = frozenset(
     | {"llama", "mistral", "ministral3", "qwen3"}
 )
 """Model types whose packed vectors the tests compare with padded ones; any other is compared when it is loaded."""
+
+Way = Literal["packed", "padded", "apart"]
+"""How several texts go through a model: without padding, with it, or apart, those of equal length together."""
 
 _ENCODER_HALVES = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
 """Architectures of two halves, of which a sentence encoder is one."""
@@ -44,14 +46,21 @@ class Backbone:
         position_offset: position id of a text's first token.
 
     Attributes:
-        packed: whether texts go through it without padding.
+        way: the cheapest on which every text gets the vectors that it has alone.
     """
 
     def __init__(self, model: PreTrainedModel, *, position_offset: int = 0) -> None:
         self._model = model
         self._offset = position_offset
-        self._options = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
-        self.packed = self._pack()
+        self._options = {"return_dict": True}
+        if hasattr(model.config, "use_cache"):
+            self._options["use_cache"] = False
+        self.way = self._find_way()
+
+    @property
+    def packed(self) -> bool:
+        """Whether texts go through it without padding."""
+        return self.way == "packed"
 
     @property
     def device(self) -> torch.device:
@@ -68,7 +77,14 @@ class Backbone:
             ``[tokens, d]``, and where each text lies in it.
         """
         packing = Packing.of([len(row) for row in rows], self.device)
-        return (self._packed(rows, packing) if self.packed else self._padded(rows)), packing
+        match self.way:
+            case "packed":
+                return self._packed(rows, packing), packing
+            case "padded":
+                return self._padded(rows), packing
+            case "apart":
+                runs = [list(run) for _, run in itertools.groupby(rows, key=len)]
+                return torch.cat([self._padded(run) for run in runs]), packing
 
     def _packed(self, rows: Sequence[Sequence[int]], packing: Packing) -> torch.Tensor:
         ids = torch.tensor([list(itertools.chain.from_iterable(rows))], device=self.device)
@@ -87,30 +103,37 @@ class Backbone:
         hidden: torch.Tensor = output.last_hidden_state[mask.bool()]
         return hidden
 
-    def _pack(self) -> bool:
-        """Give the model the packed attention, if with it the model makes the vectors that it makes alone."""
-        if not self._model._can_set_attn_implementation():  # noqa: SLF001 - transformers has no public word for it
-            return False
-        if self._model.config.model_type in PROVEN:
+    def _find_way(self) -> Way:
+        """Try the ways, and leave the model with the attention that its way needs."""
+        config = self._model.config
+        # How wide a window is that looks both ways, transformers' own attention functions do not agree by a token.
+        both_ways = getattr(config, "is_causal", True) is False and getattr(config, "sliding_window", None)
+        packable = self._model._can_set_attn_implementation() and not both_ways  # noqa: SLF001 - no public word for it
+        if packable and config.model_type in PROVEN:
             self._model.set_attn_implementation(NAME)
-            return True
-        rows = [
-            [1 + (seed * place) % (self._model.config.vocab_size - 1) for place in range(1, seed)] for seed in (6, 11)
-        ]
-        own = self._model.config._attn_implementation  # noqa: SLF001 - there is a public setter, but no getter
+            return "packed"
+        ids = [number for number in range(min(config.vocab_size, 64)) if number != config.pad_token_id] or [0]
+        rows = [[ids[place * step % len(ids)] for place in range(1, step)] for step in (6, 11)]
         with torch.inference_mode():
-            alone = torch.cat([self._padded([row]) for row in rows]).float()
-            self._model.set_attn_implementation(NAME)
-            try:
-                together = self._packed(rows, Packing.of([len(row) for row in rows], self.device)).float()
-                same = bool(torch.nn.functional.cosine_similarity(alone, together).min() > 0.999)
-            except (PackingUnsupported, TypeError, RuntimeError) as error:
-                _logger.debug("packing failed: %s", error)
-                same = False
-        if not same:
-            self._model.set_attn_implementation(own)
-            _logger.info("%s cannot be packed: its texts are padded", self._model.config.model_type)
-        return same
+            alone = torch.cat([self._padded([row]) for row in rows])
+            if packable:
+                own = config._attn_implementation  # noqa: SLF001 - there is a public setter, but no getter
+                self._model.set_attn_implementation(NAME)
+                try:
+                    if _same(alone, self._packed(rows, Packing.of([len(row) for row in rows], self.device))):
+                        return "packed"
+                except (PackingUnsupported, TypeError, RuntimeError) as error:
+                    _logger.debug("packing failed: %s", error)
+                self._model.set_attn_implementation(own)
+            way: Way = "padded" if _same(alone, self._padded(rows)) else "apart"
+        _logger.info("%s cannot be packed: its texts are %s", config.model_type, way)
+        return way
+
+
+def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether token vectors differ by no more than rounding does."""
+    tolerance = 1e-5 if left.dtype == torch.float32 else 1e-3
+    return bool(torch.nn.functional.cosine_similarity(left.float(), right.float()).min() > 1 - tolerance)
 
 
 def load_backbone(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Backbone:
@@ -131,6 +154,8 @@ def load_backbone(checkpoint: Checkpoint, device: torch.device, dtype: torch.dty
             f"{folder / 'config.json'}: the architecture {model_type!r} is not one that this version of transformers "
             f"({transformers.__version__}) has; code that comes with a checkpoint is never run"
         )
+    for setting in [key for key in description if "_implementation" in key]:
+        del description[setting]  # may name an attention function on the hub, which is code
     half = _ENCODER_HALVES.get(model_type)
     architecture = AutoModel if half is None else getattr(transformers, half)
     prefix = checkpoint.recipe.prefix if checkpoint.recipe else ""
@@ -141,25 +166,30 @@ def load_backbone(checkpoint: Checkpoint, device: torch.device, dtype: torch.dty
             config=config,
             dtype=dtype,
             local_files_only=True,
+            trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # and reported below, with the file's name
             key_mapping={f"^{re.escape(prefix)}": ""} if prefix else None,
         )
-    except (OSError, RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
-        raise CheckpointInvalid(f"{folder}: the weights cannot be read: {error}") from error
-    _check_tensors(checkpoint, report)
-    model.pooler = None  # where there is one, its output is not used
-    return Backbone(model.eval().to(device), position_offset=checkpoint.position_offset)
+        _check_tensors(checkpoint, report)
+        model.pooler = None  # where there is one, its output is not used
+        return Backbone(model.eval().to(device), position_offset=checkpoint.position_offset)
+    except CheckpointInvalid:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise ModelUnavailable(f"{folder}: the model does not fit into the memory of {device}: {error}") from error
+    except Exception as error:  # what is wrong in a checkpoint fails in as many ways as there are readers of it
+        raise CheckpointInvalid(f"{folder}: the transformer cannot be loaded: {error}") from error
 
 
-def _check_tensors(checkpoint: Checkpoint, report: dict[str, set[str]]) -> None:
+def _check_tensors(checkpoint: Checkpoint, report: Mapping[str, Collection[Any]]) -> None:
     ours = (LATENT_ATTENTION,) if checkpoint.recipe and checkpoint.recipe.latent_attention else ()
     for finding, names in (
         ("are missing", report["missing_keys"]),
         ("are not part of the architecture", report["unexpected_keys"]),
-        ("have another shape than config.json says", report["mismatched_keys"]),
+        ("have another shape than config.json says", [name for name, *_shapes in report["mismatched_keys"]]),
     ):
-        wrong = sorted(str(name) for name in names if not str(name).startswith((*_SPARE_TENSORS, *ours)))
+        wrong = sorted(name for name in names if not name.startswith((*_SPARE_TENSORS, *ours)))
         if wrong:
             shown = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
             raise CheckpointInvalid(f"{checkpoint.pipeline.backbone}: tensors {finding}: {shown}")

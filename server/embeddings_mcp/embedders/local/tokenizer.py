@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import normalizers
 
 from embeddings_mcp.errors import CheckpointInvalid, InputTooLong, InvalidRequest
 from embeddings_mcp.models import Truncate
@@ -19,7 +20,11 @@ _CHARACTERS_PER_TOKEN = 16
 English has about 4; text that has more still comes out right, at the cost of a second look."""
 
 _MARGIN = 64
-"""Tokens at the edge of such a rough cut that are not believed, since the cut may have parted what belongs together."""
+"""Tokens at the edge of such an excerpt that are not believed, since the cut may have parted what belongs together."""
+
+_COUNTED = 1 << 20
+"""A text of up to so many characters is counted to its end before it is refused, and cut as if all of it had been
+tokenized. In a longer one without any boundary, a run of one letter, an excerpt may begin with half a token."""
 
 
 class Tokenizer:
@@ -36,8 +41,10 @@ class Tokenizer:
         # Files may carry the settings of some training run: MiniLM's cuts at 128 and pads to 128.
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        if lowercase:
+            own = tokenizer.normalizer
+            tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *([own] if own else [])])
         self._tokenizer = tokenizer
-        self._lowercase = lowercase
         self._suffix = suffix
         self.max_tokens = max_tokens
         added = tokenizer.encode("a").special_tokens_mask
@@ -52,12 +59,7 @@ class Tokenizer:
         """
         path = folder / "tokenizer.json"
         try:
-            if path.is_file():
-                tokenizer = FastTokenizer.from_file(str(path))
-            else:
-                from transformers import AutoTokenizer  # slow to import, but able to convert older files
-
-                tokenizer = AutoTokenizer.from_pretrained(str(folder)).backend_tokenizer
+            tokenizer = FastTokenizer.from_file(str(path)) if path.is_file() else _convert(folder)
             return cls(tokenizer, max_tokens=max_tokens, lowercase=lowercase, suffix=suffix)
         except Exception as error:  # tokenizers raises no narrower class, and transformers' readers whatever comes
             raise CheckpointInvalid(f"{path}: the tokenizer cannot be read: {error}") from error
@@ -72,19 +74,17 @@ class Tokenizer:
             InputTooLong: a text is too long and `truncate` is NONE.
             InvalidRequest: the tokenizer, or the model's limit behind the prompt, leaves nothing of a text.
         """
-        if self._lowercase:
-            prompt, texts = prompt.lower(), [text.lower() for text in texts]
         if self._suffix:
             texts = [text + self._suffix for text in texts]
         reach = _CHARACTERS_PER_TOKEN * self.max_tokens
-        excerpts = [_excerpt(text, reach, truncate) for text in texts]
-        encodings = self._tokenizer.encode_batch_fast([prompt + excerpt for excerpt in excerpts])
+        if truncate == "NONE":
+            reach = max(reach, _COUNTED)
         rows = []
-        for index, (text, excerpt, encoding) in enumerate(zip(texts, excerpts, encodings, strict=True)):
-            ids, seen = encoding.ids, len(excerpt)
-            while len(ids) < self.max_tokens + _MARGIN and seen < len(text):
+        for index, (text, first) in enumerate(zip(texts, self._look(texts, reach, prompt, truncate), strict=True)):
+            ids, seen = first, reach
+            while seen < len(text) and not self._settled(ids, text, seen, prompt, truncate):
                 seen *= 8
-                ids = self._tokenizer.encode_batch_fast([prompt + _excerpt(text, seen, truncate)])[0].ids
+                (ids,) = self._look([text], seen, prompt, truncate)
             if len(ids) > self.max_tokens:
                 if truncate == "NONE":
                     tokens = len(ids) if seen >= len(text) else None
@@ -94,6 +94,25 @@ class Tokenizer:
                 raise InvalidRequest(f"text {index} holds nothing that the model's tokenizer keeps")
             rows.append(ids)
         return rows
+
+    def _look(self, texts: Sequence[str], reach: int, prompt: str, truncate: Truncate) -> list[list[int]]:
+        """The ids of the prompt and of that end of each text that is to be kept, `reach` characters of it at most."""
+        excerpts = [text[-reach:] if truncate == "START" else text[:reach] for text in texts]
+        encodings = self._tokenizer.encode_batch_fast([prompt + excerpt for excerpt in excerpts])
+        return [encoding.ids for encoding in encodings]
+
+    def _settled(self, ids: list[int], text: str, reach: int, prompt: str, truncate: Truncate) -> bool:
+        """Whether the tokens to be kept are those that the whole text has, and not an accident of where it was cut.
+
+        They are believed when a cut elsewhere leaves the same; a text of one repeated letter is where it does not.
+        """
+        if len(ids) < self.max_tokens + _MARGIN:
+            return False
+        if truncate == "NONE" or reach >= _COUNTED:
+            return True
+        (others,) = self._look([text], reach - 1, prompt, truncate)
+        kept = slice(-self.max_tokens, None) if truncate == "START" else slice(self.max_tokens)
+        return ids[kept] == others[kept]
 
     def ids_of(self, *tokens: str) -> set[int]:
         """The ids of these tokens, of those that there are."""
@@ -128,6 +147,17 @@ class Tokenizer:
         return next((count for count, (ours, theirs) in enumerate(pairs) if ours != theirs), len(alone))
 
 
-def _excerpt(text: str, reach: int, truncate: Truncate) -> str:
-    """The end of the text that is to be kept, `reach` characters of it at most."""
-    return text[-reach:] if truncate == "START" else text[:reach]
+def _convert(folder: Path) -> FastTokenizer:
+    """A tokenizer from the files that there were before ``tokenizer.json``.
+
+    Raises:
+        FileNotFoundError: they are not here; transformers would make an empty tokenizer then, which knows no word.
+    """
+    from transformers import AutoTokenizer  # slow to import
+
+    converted = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    files = {key: name for key, name in converted.vocab_files_names.items() if key != "tokenizer_file"}
+    missing = [name for name in files.values() if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"it is missing, and so is {', '.join(missing)}")
+    return converted.backend_tokenizer

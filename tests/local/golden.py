@@ -1,0 +1,109 @@
+"""The reference vectors in tests/golden: what they hold, and the encoders that have to give them."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+
+from embeddings_mcp.embedders.local.encoder import Encoder, load_encoder
+from embeddings_mcp.embedders.local.locate import locate
+from embeddings_mcp.models import DEFAULT_MODEL, InputType, Truncate, find_card
+from embeddings_mcp.vectors import FloatMatrix
+from tests.support import ROOT
+
+GOLDEN = ROOT / "tests" / "golden"
+
+FamilyName = Literal["minilm", "bge-m3", "e5", "llama-nemotron-embed", "nemotron-3-embed", "nv-embed-v1", "nv-embed-v2"]
+
+MODELS: dict[FamilyName, str] = {
+    "minilm": DEFAULT_MODEL,
+    "bge-m3": "baai/bge-m3",
+    "e5": "nvidia/nv-embedqa-e5-v5",
+    "llama-nemotron-embed": "nvidia/llama-nemotron-embed-1b-v2",
+    "nemotron-3-embed": "nvidia/nemotron-3-embed-1b",
+    "nv-embed-v1": "nvidia/nv-embed-v1",
+    "nv-embed-v2": "nvidia/nv-embed-v2",
+}
+"""The model that each folder of tests/golden holds, or imitates with random weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A text, and what the reference made of it alone."""
+
+    name: str
+    text: str
+    input_type: InputType | None
+    dimensions: int | None
+    truncate: Truncate
+    max_length: int
+    ids: list[int]
+    untruncated_tokens: int
+    pool_from: int
+    vector: FloatMatrix
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One folder of tests/golden."""
+
+    name: FamilyName
+    max_tokens: int
+    matryoshka: tuple[int, ...]
+    tolerance: float
+    cases: tuple[Case, ...]
+    batches: tuple[tuple[Case, ...], ...]
+
+    @property
+    def model(self) -> str:
+        """The name of the model that it imitates."""
+        return MODELS[self.name]
+
+    @property
+    def folder(self) -> Path:
+        """The checkpoint."""
+        return locate(DEFAULT_MODEL, None) if self.name == "minilm" else GOLDEN / self.name / "model"
+
+
+@functools.cache
+def family(name: FamilyName) -> Family:
+    """What the folder of this name holds."""
+    expected = json.loads((GOLDEN / name / "expected.json").read_text(encoding="utf-8"))
+    cases = tuple(_case(case) for case in expected["cases"])
+    return Family(
+        name=name,
+        max_tokens=expected["max_tokens"],
+        matryoshka=tuple(expected["matryoshka_dims"] or ()),
+        tolerance=expected["tolerance_abs"],
+        cases=cases,
+        batches=tuple(tuple(cases[index] for index in batch) for batch in expected["batches"]),
+    )
+
+
+def _case(fields: dict[str, Any]) -> Case:
+    return Case(
+        name=fields["name"],
+        text=fields["input"],
+        input_type=fields["input_type"],
+        dimensions=fields["dimensions"],
+        truncate=cast("Truncate", fields["truncate"]),
+        max_length=fields["max_length"],
+        ids=fields["input_ids"],
+        untruncated_tokens=fields["untruncated_tokens"],
+        pool_from=fields.get("pool_from", 0),
+        vector=np.array(fields["embedding"], dtype=np.float32),
+    )
+
+
+@functools.cache
+def encoder(name: FamilyName, max_tokens: int | None = None) -> Encoder:
+    """The family's checkpoint, loaded as its users load it; with its reference's limit where none is given."""
+    golden = family(name)
+    return load_encoder(
+        golden.model, golden.folder, known=find_card(golden.model), max_tokens=max_tokens or golden.max_tokens
+    )

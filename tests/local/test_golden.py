@@ -1,0 +1,130 @@
+"""Each family against the vectors that its authors' own code made: from a text to its vector, and over the wire."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2
+import numpy as np
+import pytest
+
+from embeddings_mcp.embedders.base import Embeddings
+from embeddings_mcp.embedders.local.encoder import Encoder
+from embeddings_mcp.errors import InputTooLong
+from embeddings_mcp.models import Truncate, find_card
+from embeddings_mcp.vectors import FloatMatrix, shorten
+from tests.local.golden import MODELS, Case, FamilyName, encoder, family
+from tests.support import running
+
+COMMAND = str(Path(sys.executable).with_name("embeddings-mcp"))
+
+CASES = [pytest.param(name, case, id=f"{name}-{case.name}") for name in MODELS for case in family(name).cases]
+BATCHES = [
+    pytest.param(name, batch, id=f"{name}-{index}")
+    for name in MODELS
+    for index, batch in enumerate(family(name).batches)
+]
+
+
+def embed(model: Encoder, cases: tuple[Case, ...]) -> Embeddings:
+    """What the encoder makes of cases that may share a call."""
+    (input_type,) = {case.input_type for case in cases}
+    truncate: Truncate = "END" if any(case.truncate == "END" for case in cases) else "NONE"
+    return model.encode([case.text for case in cases], input_type=input_type, truncate=truncate)
+
+
+def calls(batch: tuple[Case, ...]) -> Iterator[tuple[Case, ...]]:
+    """The calls that a batch takes, since a call has one input type and one number of dimensions."""
+    kinds = dict.fromkeys((case.input_type, case.dimensions) for case in batch)
+    return (tuple(case for case in batch if (case.input_type, case.dimensions) == kind) for kind in kinds)
+
+
+def cut(vectors: FloatMatrix, case: Case) -> FloatMatrix:
+    return vectors if case.dimensions is None else shorten(vectors, case.dimensions)
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_a_text_becomes_the_tokens_and_the_vector_of_the_reference(name: FamilyName, case: Case) -> None:
+    model = encoder(name, case.max_length)
+
+    tokens = model.tokenize([case.text], input_type=case.input_type, truncate=case.truncate)
+    embedded = embed(model, (case,))
+
+    assert tokens.rows == [case.ids]
+    assert tokens.skip == case.pool_from
+    assert embedded.prompt_tokens == len(case.ids)
+    np.testing.assert_allclose(cut(embedded.vectors, case)[0], case.vector, rtol=0, atol=family(name).tolerance)
+
+
+@pytest.mark.parametrize(("name", "batch"), BATCHES)
+def test_texts_embedded_together_get_the_vectors_that_they_have_alone(
+    name: FamilyName, batch: tuple[Case, ...]
+) -> None:
+    for cases in calls(batch):
+        embedded = embed(encoder(name), cases)
+
+        assert embedded.prompt_tokens == sum(len(case.ids) for case in cases)
+        for vectors, case in zip(embedded.vectors[:, None], cases, strict=True):
+            np.testing.assert_allclose(cut(vectors, case)[0], case.vector, rtol=0, atol=family(name).tolerance)
+
+
+@pytest.mark.parametrize(
+    ("name", "case"), [case for case in CASES if isinstance(case.values[1], Case) and case.values[1].truncate == "END"]
+)
+def test_a_text_that_is_too_long_is_refused_with_its_length_unless_it_may_be_cut(name: FamilyName, case: Case) -> None:
+    with pytest.raises(InputTooLong) as refused:
+        encoder(name, case.max_length).encode([case.text], input_type=case.input_type)
+
+    assert (refused.value.index, refused.value.tokens) == (0, case.untruncated_tokens)
+    assert refused.value.allowed == case.max_length
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_families_run_without_padding(name: FamilyName) -> None:
+    assert encoder(name)._backbone.packed
+
+
+# --- over the wire ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """A server of every family, with a card for the tiny Llama: its lengths are not those of the real one."""
+    llama = find_card(MODELS["llama-nemotron-embed"])
+    assert llama is not None
+    card = {
+        "id": llama.id,
+        "matryoshka": family("llama-nemotron-embed").matryoshka,
+        "max_tokens": family("llama-nemotron-embed").max_tokens,
+        "input_type": llama.input_type,
+        "query_prompt": llama.query_prompt,
+        "passage_prompt": llama.passage_prompt,
+    }
+    models = [argument for name in MODELS for argument in ("--model", f"{MODELS[name]}={family(name).folder}")]
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("EMBEDDINGS_MCP_CARDS", json.dumps([card]))
+        with running(COMMAND, "serve", "--transport", "http", "--port", "0", *models) as (_process, url):
+            yield url
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_server_answers_with_the_vectors_of_the_reference(url: str, name: FamilyName) -> None:
+    # An empty text is no valid request; what it would be is shown above.
+    cases = tuple(case for case in family(name).cases if case.text and case.max_length == family(name).max_tokens)
+    for call in calls(cases):
+        body: dict[str, object] = {"model": MODELS[name], "input": [case.text for case in call], "truncate": "END"}
+        if call[0].input_type is not None:
+            body["input_type"] = call[0].input_type
+        if call[0].dimensions is not None:
+            body["dimensions"] = call[0].dimensions
+
+        answer = httpx2.post(f"{url}/v1/embeddings", json=body, timeout=60)
+
+        assert answer.status_code == 200, answer.text
+        told = answer.json()
+        assert told["usage"]["prompt_tokens"] == sum(len(case.ids) for case in call)
+        for row, case in zip(told["data"], call, strict=True):
+            np.testing.assert_allclose(row["embedding"], case.vector, rtol=0, atol=family(name).tolerance)

@@ -1,0 +1,205 @@
+"""Packed equals alone: a text's tokens get the vectors that the model's own attention gives them without company."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModel, PreTrainedModel, T5EncoderModel
+
+from embeddings_mcp.embedders.local.backbone import PROVEN, Backbone
+from embeddings_mcp.embedders.local.checkpoint import _position_offset
+
+VOCABULARY = 40
+PADDING = 0
+POSITIONS = 128
+LONGEST = 60
+WINDOW = 8
+
+ENCODER: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": POSITIONS,
+    "pad_token_id": PADDING,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+DECODER = ENCODER | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+FAIRSEQ = ENCODER | {"pad_token_id": 1, "bos_token_id": 0}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way to build a tiny model."""
+
+    type: str
+    config: dict[str, Any]
+    build: Callable[[Any], PreTrainedModel] = AutoModel.from_config
+
+
+KINDS = {
+    "bert": Kind("bert", ENCODER),
+    "bert, causal": Kind("bert", ENCODER | {"is_decoder": True}),
+    "roberta": Kind("roberta", FAIRSEQ),
+    "xlm-roberta": Kind("xlm-roberta", FAIRSEQ),
+    "xlm-roberta with another padding id": Kind("xlm-roberta", FAIRSEQ | {"pad_token_id": 5}),
+    "distilbert": Kind(
+        "distilbert",
+        {"vocab_size": VOCABULARY, "dim": 24, "n_layers": 2, "n_heads": 2, "hidden_dim": 32}
+        | {"max_position_embeddings": POSITIONS, "pad_token_id": PADDING},
+    ),
+    "modernbert, texts longer than its window": Kind(
+        "modernbert",
+        ENCODER
+        | {"num_hidden_layers": 3, "global_attn_every_n_layers": 3, "local_attention": WINDOW}
+        | {"cls_token_id": 1, "sep_token_id": 2},
+    ),
+    "nomic_bert": Kind("nomic_bert", ENCODER),
+    "eurobert": Kind("eurobert", DECODER | {"mask_token_id": 3}),
+    "llama, causal": Kind("llama", DECODER),
+    "llama, both ways": Kind("llama", DECODER | {"is_causal": False}),
+    "mistral, causal, texts longer than its window": Kind("mistral", DECODER | {"sliding_window": WINDOW}),
+    "mistral, both ways": Kind("mistral", DECODER | {"is_causal": False, "sliding_window": None}),
+    "ministral3, causal": Kind("ministral3", DECODER | {"sliding_window": None}),
+    "ministral3, both ways, texts longer than it was first trained on": Kind(
+        "ministral3",
+        DECODER
+        | {"is_causal": False, "sliding_window": None}
+        | {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "original_max_position_embeddings": 16,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            }
+        },
+    ),
+    "qwen3, causal": Kind("qwen3", DECODER),
+    "qwen3, texts longer than its window": Kind(
+        "qwen3", DECODER | {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
+    ),
+}
+
+PACKED_BY_PROBE = {
+    "electra": Kind("electra", ENCODER | {"embedding_size": 16}),
+    "albert": Kind("albert", ENCODER | {"embedding_size": 16}),
+    "camembert": Kind("camembert", FAIRSEQ),
+    "qwen2, texts longer than its window": Kind(
+        "qwen2", DECODER | {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
+    ),
+    "gemma3_text, both ways within its window": Kind(
+        "gemma3_text",
+        DECODER
+        | {"use_bidirectional_attention": True, "sliding_window": WINDOW}
+        | {"layer_types": ["sliding_attention", "full_attention"]},
+    ),
+}
+
+NOT_PACKED = {
+    "mpnet: an attention of its own": Kind("mpnet", FAIRSEQ),
+    "t5's encoder: biases by distance": Kind(
+        "t5",
+        {"vocab_size": VOCABULARY, "d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2},
+        T5EncoderModel,
+    ),
+    "deberta-v2: an attention of its own": Kind("deberta-v2", ENCODER),
+    "gemma2: bounded scores": Kind("gemma2", DECODER | {"sliding_window": WINDOW}),
+    "gpt_oss: sinks": Kind("gpt_oss", DECODER | {"num_local_experts": 2, "num_experts_per_tok": 1}),
+    "mistral, both ways: the width of such a window is in doubt": Kind(
+        "mistral", DECODER | {"is_causal": False, "sliding_window": WINDOW}
+    ),
+    "data2vec-text: its position ids are not those it is given here": Kind("data2vec-text", FAIRSEQ),
+}
+
+ONE_LENGTH_AT_A_TIME = {
+    "fnet: mixes all tokens of a row, padding too": Kind("fnet", ENCODER),
+    "convbert: looks at the padding beside a text": Kind("convbert", ENCODER | {"embedding_size": 24}),
+}
+
+Rows = list[list[int]]
+ROWS: st.SearchStrategy[Rows] = st.lists(
+    st.lists(st.integers(6, VOCABULARY - 1), min_size=1, max_size=LONGEST), min_size=1, max_size=6
+)
+# A run of texts of equal length takes another way through the attention.
+ROWS |= st.builds(lambda rows, length: [(row * length)[:length] for row in rows], ROWS, st.integers(1, LONGEST))
+
+
+def build(kind: Kind, seed: int) -> PreTrainedModel:
+    """A model with random weights, large enough that it is not almost linear."""
+    torch.manual_seed(seed)
+    model = kind.build(AutoConfig.for_model(kind.type, **kind.config))
+    model.train(mode=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def alone(model: PreTrainedModel, rows: Rows) -> torch.Tensor:
+    """The token vectors of each text by itself, by the model as transformers builds it."""
+    with torch.inference_mode():
+        return torch.cat([model(input_ids=torch.tensor([row])).last_hidden_state[0] for row in rows])
+
+
+def together(kind: Kind, model: PreTrainedModel, rows: Rows) -> tuple[torch.Tensor, Backbone]:
+    offset = _position_offset({"model_type": kind.type} | kind.config)
+    with torch.inference_mode():
+        backbone = Backbone(model, position_offset=offset)
+        hidden, packing = backbone.hidden_states(rows)
+    assert packing.lengths == tuple(map(len, rows))
+    return hidden, backbone
+
+
+def test_every_type_that_is_packed_unseen_is_shown_here() -> None:
+    assert {kind.type for kind in KINDS.values()} == PROVEN
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@settings(max_examples=20, deadline=None)
+@given(rows=ROWS, seed=st.integers(0, 2**32))
+def test_packed_texts_have_the_vectors_they_have_alone(kind: Kind, rows: Rows, seed: int) -> None:
+    model = build(kind, seed)
+    expected = alone(model, rows)
+
+    hidden, backbone = together(kind, model, rows)
+
+    assert backbone.packed
+    torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-5)
+
+
+LONG_AND_SHORT: Rows = [[7 + (place * step) % 31 for place in range(length)] for step, length in ((3, LONGEST), (5, 9))]
+LONG_AND_SHORT += [LONG_AND_SHORT[1][::-1], [9], LONG_AND_SHORT[0][:40]]
+
+
+@pytest.mark.parametrize("kind", PACKED_BY_PROBE.values(), ids=PACKED_BY_PROBE)
+def test_a_type_that_nobody_has_proven_is_packed_when_its_vectors_are_the_same(kind: Kind) -> None:
+    model = build(kind, seed=0)
+    expected = alone(model, LONG_AND_SHORT)
+
+    hidden, backbone = together(kind, model, LONG_AND_SHORT)
+
+    assert kind.type not in PROVEN
+    assert backbone.packed
+    torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", (NOT_PACKED | ONE_LENGTH_AT_A_TIME).values(), ids=NOT_PACKED | ONE_LENGTH_AT_A_TIME)
+def test_a_type_whose_vectors_would_change_is_not_packed_and_keeps_them(kind: Kind) -> None:
+    model = build(kind, seed=0)
+    expected = alone(model, LONG_AND_SHORT)
+
+    hidden, backbone = together(kind, model, LONG_AND_SHORT)
+
+    assert not backbone.packed
+    torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-5)
