@@ -1,0 +1,50 @@
+"""What a user starts: the server of mcp.json from a checkout, and one that was installed without the encoder."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import anyio
+import pytest
+from mcp import Client, StdioServerParameters
+
+from embeddings_mcp.models import DEFAULT_MODEL
+
+pytestmark = pytest.mark.anyio
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 60
+
+
+async def test_mcp_json_starts_a_server_that_embeds() -> None:
+    entry = json.loads((ROOT / "mcp.json").read_text())["mcpServers"]["embeddings"]
+    if not (ROOT / entry["command"]).exists():
+        pytest.skip(f"mcp.json starts {entry['command']}, which `make` installs, and these tests run elsewhere")
+    assert entry["type"] == "stdio"
+    server = StdioServerParameters(command=entry["command"], args=entry["args"], cwd=ROOT)
+    with anyio.fail_after(SECONDS):
+        async with Client(server) as client:
+            tools = [tool.name for tool in (await client.list_tools()).tools]
+            answer = await client.call_tool("similarity", {"model": "default", "input": ["a cat", "a cat"], "top_k": 1})
+    assert tools == ["create_embedding", "similarity", "search", "list_models"]
+    assert answer.structured_content is not None
+    assert answer.structured_content["pairs"] == [{"input": 0, "other": 1, "score": 1.0}]
+
+
+async def test_a_server_without_the_encoder_starts_and_says_what_is_missing_when_asked_to_embed() -> None:
+    server = StdioServerParameters(command=sys.executable, args=["-m", "tests.e2e.without_local", "serve"], cwd=ROOT)
+    with anyio.fail_after(SECONDS):
+        async with Client(server) as client:
+            assert len((await client.list_tools()).tools) == 4
+            listed = await client.call_tool("list_models", {})
+            # Twice, since what has failed once is tried again: it may have been installed meanwhile.
+            refusals = [
+                await client.call_tool("create_embedding", {"model": "default", "input": "a"}) for _ in range(2)
+            ]
+    assert listed.structured_content is not None
+    assert [entry["id"] for entry in listed.structured_content["models"]] == [DEFAULT_MODEL]
+    for refusal in refusals:
+        assert refusal.is_error
+        assert "pip install 'embeddings-mcp[local,bundled]'" in str(refusal.content)

@@ -1,0 +1,26 @@
+"""The command line of an installation without the extra ``local``: ``python -m tests.e2e.without_local ...``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from types import ModuleType
+
+EXTRA = {"torch", "transformers", "tokenizers", "safetensors", "huggingface_hub"}
+
+
+class NotInstalled(MetaPathFinder):
+    """Finds the extra's packages nowhere, and so answers before those who would."""
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
+        if fullname.partition(".")[0] in EXTRA:
+            raise ModuleNotFoundError(f"No module named {fullname!r}", name=fullname)
+
+
+if __name__ == "__main__":
+    sys.meta_path.insert(0, NotInstalled())
+
+    from embeddings_mcp.faces.cli import main
+
+    main()

