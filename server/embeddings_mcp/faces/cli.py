@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
 import sys
 from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any, Literal
@@ -92,6 +93,8 @@ def serve(
         async with contextlib.aclosing(service):
             await server.run_stdio_async()
 
+    # Ctrl-C ends the process at once: a thread of it waits for stdin, and nothing but its end would wake it.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     anyio.run(serve_stdio)
 
 
