@@ -17,7 +17,7 @@ import numpy as np
 import uvicorn
 from starlette.types import ASGIApp
 
-from embeddings_mcp.embedders.base import Embeddings, OnProgress
+from embeddings_mcp.embedders.base import Embeddings, OnProgress, OnRows
 from embeddings_mcp.errors import InputTooLong
 from embeddings_mcp.models import InputType, ModelCard, Truncate
 
@@ -43,6 +43,9 @@ class HashEmbedder:
     closed: bool = False
     batches: list[list[str]] = field(default_factory=list)
 
+    async def identify(self) -> str:
+        return self.card.id
+
     async def embed(
         self,
         texts: Sequence[str],
@@ -50,6 +53,7 @@ class HashEmbedder:
         input_type: InputType | None,
         truncate: Truncate,
         on_progress: OnProgress | None = None,
+        on_rows: OnRows | None = None,
     ) -> Embeddings:
         self.batches.append(list(texts))
         counts = [len(text.split()) + 2 for text in texts]
@@ -63,11 +67,13 @@ class HashEmbedder:
             except BaseException:
                 self.cancelled = True
                 raise
-        vectors = [self.vector(text, input_type) for text in texts]
+        vectors = np.stack([self.vector(text, input_type) for text in texts])
         for done in range(1, len(texts) + 1):
+            if on_rows is not None:
+                on_rows([done - 1], Embeddings(vectors[done - 1 : done], counts[done - 1 : done]))
             if on_progress is not None:
                 await on_progress(done)
-        return Embeddings(np.stack(vectors), sum(counts))
+        return Embeddings(vectors, counts)
 
     def vector(self, text: str, input_type: InputType | None = None) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
         """The vector that this text has."""

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from embeddings_mcp.assemble import build_service
-from embeddings_mcp.embedders.base import Embeddings, OnProgress
+from embeddings_mcp.embedders.base import Embeddings, OnProgress, OnRows
 from embeddings_mcp.errors import (
     EmbeddingsError,
     InputTooLong,
@@ -137,9 +137,10 @@ async def test_the_name_that_an_endpoint_serves_under_is_passed_on() -> None:
             input_type: InputType | None,
             truncate: Truncate,
             on_progress: OnProgress | None = None,
+            on_rows: OnRows | None = None,
         ) -> Embeddings:
             made = await super().embed(texts, input_type=input_type, truncate=truncate, on_progress=on_progress)
-            return Embeddings(made.vectors, made.prompt_tokens, served_model="test/plain-v2")
+            return Embeddings(made.vectors, made.tokens, served_model="test/plain-v2")
 
     service = service_of(Renamed(PLAIN))
     assert (await embed(service, "a"))["model"] == "test/plain-v2"

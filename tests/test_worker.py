@@ -35,6 +35,10 @@ class Tokens:
     rows: list[int]
 
     @property
+    def counts(self) -> list[int]:
+        return self.rows
+
+    @property
     def count(self) -> int:
         return sum(self.rows)
 
@@ -91,7 +95,7 @@ class Loader:
 def embedder_of(loader: Loader, *, loaded: bool = True) -> LocalEmbedder:
     if loaded:
         loader.may_end.set()
-    return LocalEmbedder(ROUGH, cast("Callable[[], Any]", loader))
+    return LocalEmbedder(ROUGH, cast("Callable[[], Any]", loader), lambda: ("rough", EXACT))
 
 
 async def embed(embedder: LocalEmbedder, texts: list[str], **options: Any) -> list[float]:
@@ -223,7 +227,7 @@ async def test_a_failure_that_nobody_waited_for_is_not_told_to_the_next() -> Non
         await until(lambda: loader.calls)
         leaving.cancel_scope.cancel()
     loader.may_end.set()
-    await until(lambda: embedder._loading is None)
+    await until(lambda: embedder._loaded._made is None)
     loader.failure = None
     assert await embed(embedder, ["abc"]) == [3]
 
@@ -359,7 +363,7 @@ def test_a_load_that_outlives_the_event_loop_ends_in_silence() -> None:
     card = ModelCard(id="test/late")
 
     async def leave_while_loading() -> None:
-        embedder = LocalEmbedder(card, cast("Callable[[], Any]", loader))
+        embedder = LocalEmbedder(card, cast("Callable[[], Any]", loader), lambda: ("late", card))
         with anyio.move_on_after(0):
             await embedder.check()
         await until(lambda: loader.calls)

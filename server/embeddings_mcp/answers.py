@@ -74,7 +74,7 @@ def colbert_encoded(made: Representations, encoding_format: EncodingFormat) -> l
 def part(made: Made, texts: slice) -> Made:
     """What was made of some of the texts."""
     if isinstance(made, Embeddings):
-        return replace(made, vectors=made.vectors[texts])
+        return replace(made, vectors=made.vectors[texts], tokens=made.tokens[texts])
     return replace(made, vectors=made.vectors[texts], sparse=made.sparse[texts], colbert=made.colbert[texts])
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from embeddings_mcp.embedders.base import Embedder
 from embeddings_mcp.embedders.local.checkpoint import read_checkpoint
+from embeddings_mcp.embedders.local.fingerprint import file_state, fingerprint, number_format
 from embeddings_mcp.embedders.local.locate import find_bundled, locate
 from embeddings_mcp.embedders.worker import LocalEmbedder
 from embeddings_mcp.errors import InvalidSetting, MissingDependency, UnknownModel
@@ -92,7 +93,12 @@ def _local(spec: str, settings: Settings) -> LocalEmbedder:
         found = folder or locate(name, card.repository)
         return load_encoder(name, found, known=known, device=settings.device, precision=settings.precision)
 
-    return LocalEmbedder(card, load)
+    def identify() -> tuple[str, ModelCard]:
+        checkpoint = read_checkpoint(folder or locate(name, card.repository), known)
+        precision = number_format(settings.precision, settings.device)
+        return fingerprint(checkpoint, precision=precision, digest=file_state), checkpoint.card(name, known)
+
+    return LocalEmbedder(card, load, identify)
 
 
 def _read(spec: str, settings: Settings) -> tuple[str, ModelCard | None, Path | None]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import anyio
 
-from embeddings_mcp.embedders.base import Embeddings, OnProgress
+from embeddings_mcp.embedders.base import Embeddings, OnProgress, OnRows
 from embeddings_mcp.faces.http import serve_http
 from embeddings_mcp.faces.mcp import build_mcp_server
 from embeddings_mcp.models import InputType, Truncate
@@ -32,6 +32,7 @@ class TalkingEmbedder(HashEmbedder):
         input_type: InputType | None,
         truncate: Truncate,
         on_progress: OnProgress | None = None,
+        on_rows: OnRows | None = None,
     ) -> Embeddings:
         print("a library prints to stdout")
         os.write(1, b"and another writes to the descriptor\n")

@@ -35,7 +35,7 @@ from mcp.types import (
 )
 
 from embeddings_mcp import __version__
-from embeddings_mcp.embedders.base import Embeddings, OnProgress
+from embeddings_mcp.embedders.base import Embeddings, OnProgress, OnRows
 from embeddings_mcp.errors import Overloaded
 from embeddings_mcp.faces.mcp import CARD_TEMPLATE, build_mcp_server
 from embeddings_mcp.models import InputType, ModelCard, Truncate
@@ -359,6 +359,7 @@ class FailingEmbedder(HashEmbedder):
         input_type: InputType | None,
         truncate: Truncate,
         on_progress: OnProgress | None = None,
+        on_rows: OnRows | None = None,
     ) -> Embeddings:
         raise self.failure
 

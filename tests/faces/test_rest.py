@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mcp.server.mcpserver import MCPServer
 
-from embeddings_mcp.embedders.base import Embeddings, OnProgress
+from embeddings_mcp.embedders.base import Embeddings, OnProgress, OnRows
 from embeddings_mcp.errors import CheckpointInvalid, Overloaded
 from embeddings_mcp.faces import rest
 from embeddings_mcp.faces.http import create_app
@@ -48,6 +48,7 @@ class FailingEmbedder(HashEmbedder):
         input_type: InputType | None,
         truncate: Truncate,
         on_progress: OnProgress | None = None,
+        on_rows: OnRows | None = None,
     ) -> Embeddings:
         raise self.error
 
@@ -69,6 +70,7 @@ class StuckEmbedder(HashEmbedder):
         input_type: InputType | None,
         truncate: Truncate,
         on_progress: OnProgress | None = None,
+        on_rows: OnRows | None = None,
     ) -> Embeddings:
         await self.check()
         raise AssertionError("unreachable")

@@ -23,15 +23,26 @@ class Embeddings:
 
     Attributes:
         vectors: float32 ``[n, d]``, row i for text i, at the model's full length.
-        prompt_tokens: tokens of all the texts as the model saw them: prompt and special tokens included, after
-            truncation. One number for all, since an endpoint reports usage by the request, not by the text.
+        tokens: of each text, as the model saw it: prompt and special tokens included, after truncation. An endpoint
+            counts by the request; its count is shared out over the request's texts by their length.
         served_model: the id under which an endpoint says that it served the model; None where the card's id is all
             there is.
     """
 
     vectors: FloatMatrix
-    prompt_tokens: int
+    tokens: Sequence[int]
     served_model: str | None = None
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all the texts."""
+        return sum(self.tokens)
+
+
+OnRows = Callable[[Sequence[int], Embeddings], None]
+"""Given, on the event loop, what was made of some of a call's texts as soon as it is: their positions, and their rows.
+
+It comes before the progress that these texts make. What it was given stays good when the call fails later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +53,7 @@ class Representations:
         vectors: the dense vectors, float32 ``[n, d]``.
         sparse: lexical weights of each text.
         colbert: vectors of each text's tokens, float32 ``[tokens, d]``.
-        prompt_tokens: as in `Embeddings`.
+        prompt_tokens: of all the texts, as in `Embeddings`.
         served_model: as in `Embeddings`.
     """
 
@@ -66,6 +77,17 @@ class Embedder(Protocol):
         """Where the vectors are made: ``local``, or the address of an endpoint. Holds no secret."""
         ...
 
+    async def identify(self) -> str:
+        """What tells this source of vectors from every other: the same only where the vectors are the same.
+
+        It stands for all that is not in a request and not in `card`: weights, number format, address. From now on
+        `card` is exact in what decides about vectors; the weights themselves are not loaded.
+
+        Raises:
+            ModelUnavailable: the model's files are not to be had.
+        """
+        ...
+
     async def embed(
         self,
         texts: Sequence[str],
@@ -73,6 +95,7 @@ class Embedder(Protocol):
         input_type: InputType | None,
         truncate: Truncate,
         on_progress: OnProgress | None = None,
+        on_rows: OnRows | None = None,
     ) -> Embeddings:
         """Embed `texts`, each independent of its neighbours.
 

@@ -6,13 +6,13 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import anyio
 import anyio.to_thread
 import numpy as np
 
-from embeddings_mcp.embedders.base import Embeddings, OnProgress, Representations
+from embeddings_mcp.embedders.base import Embeddings, OnProgress, OnRows, Representations
 from embeddings_mcp.errors import ServerStopped
 from embeddings_mcp.models import InputType, ModelCard, Truncate
 from embeddings_mcp.vectors import FloatMatrix, SparseVector
@@ -20,6 +20,7 @@ from embeddings_mcp.vectors import FloatMatrix, SparseVector
 if TYPE_CHECKING:
     from embeddings_mcp.embedders.local.encoder import Encoder, Tokens
 
+_Made = TypeVar("_Made")
 
 _STOPPED = "the server is shutting down"
 
@@ -34,16 +35,26 @@ class LocalEmbedder:
     Args:
         card: what is known of the model before it is loaded.
         load: loads it; called on a thread of its own.
+        identify: finds its files without loading them, and says what identifies its vectors and what its card is;
+            called on a thread of its own.
     """
 
     origin = "local"
 
-    def __init__(self, card: ModelCard, load: Callable[[], Encoder]) -> None:
+    def __init__(
+        self, card: ModelCard, load: Callable[[], Encoder], identify: Callable[[], tuple[str, ModelCard]]
+    ) -> None:
         self.card = card
-        self._load = load
-        self._loading: asyncio.Future[Encoder] | None = None
+        self._loaded = _Once(f"load {card.id}", load)
+        self._identified = _Once(f"identify {card.id}", identify)
         self._turn = anyio.CapacityLimiter(1)
         self._closed = False
+
+    async def identify(self) -> str:
+        """See `Embedder.identify`."""
+        self._check_open()
+        identity, self.card = await self._identified.get()
+        return identity
 
     async def embed(
         self,
@@ -52,6 +63,7 @@ class LocalEmbedder:
         input_type: InputType | None,
         truncate: Truncate,
         on_progress: OnProgress | None = None,
+        on_rows: OnRows | None = None,
     ) -> Embeddings:
         """See `Embedder.embed`."""
         encoder = await self._encoder()
@@ -60,10 +72,14 @@ class LocalEmbedder:
         def forward(tokens: Tokens, batch: list[int]) -> None:
             vectors[batch] = encoder.forward(tokens, batch)
 
+        def pass_on(batch: list[int], counts: list[int]) -> None:
+            if on_rows is not None:
+                on_rows(batch, Embeddings(vectors[batch], counts))
+
         tokens = await self._in_batches(
-            encoder, texts, forward, input_type=input_type, truncate=truncate, on_progress=on_progress
+            encoder, texts, forward, pass_on, input_type=input_type, truncate=truncate, on_progress=on_progress
         )
-        return Embeddings(vectors, prompt_tokens=tokens.count)
+        return Embeddings(vectors, tokens.counts)
 
     async def represent(
         self,
@@ -83,7 +99,7 @@ class LocalEmbedder:
             others.update(zip(batch, zip(sparse, colbert, strict=True), strict=True))
 
         tokens = await self._in_batches(
-            encoder, texts, forward, input_type=input_type, truncate=truncate, on_progress=on_progress
+            encoder, texts, forward, lambda *_: None, input_type=input_type, truncate=truncate, on_progress=on_progress
         )
         in_order = [others[index] for index in range(len(texts))]
         return Representations(
@@ -98,12 +114,13 @@ class LocalEmbedder:
         encoder: Encoder,
         texts: Sequence[str],
         forward: Callable[[Tokens, list[int]], None],
+        pass_on: Callable[[list[int], list[int]], None],
         *,
         input_type: InputType | None,
         truncate: Truncate,
         on_progress: OnProgress | None,
     ) -> Tokens:
-        """Tokenize `texts`, and have `forward` called on a worker thread for one batch after the other."""
+        """Tokenize `texts`, and have one batch after the other made by `forward` on a worker thread and passed on."""
 
         def tokenize() -> tuple[Tokens, list[list[int]]]:
             tokens = encoder.tokenize(texts, input_type=input_type, truncate=truncate)
@@ -114,9 +131,11 @@ class LocalEmbedder:
             forward(tokens, batch)
 
         tokens, batches = await anyio.to_thread.run_sync(tokenize)
+        counts = tokens.counts
         done = 0
         for batch in batches:
             await anyio.to_thread.run_sync(in_turn, batch, limiter=self._turn)
+            pass_on(batch, [counts[index] for index in batch])
             done += len(batch)
             if on_progress is not None:
                 await on_progress(done)
@@ -129,32 +148,52 @@ class LocalEmbedder:
     async def aclose(self) -> None:
         """Take no more work, and let the model go; a batch that is running ends by itself."""
         self._closed = True
-        if self._loading is not None and not self._loading.done():
-            self._loading.set_exception(ServerStopped(_STOPPED))
-        self._loading = None
+        self._loaded.close()
+        self._identified.close()
 
     def _check_open(self) -> None:
         if self._closed:
             raise ServerStopped(_STOPPED)
 
     async def _encoder(self) -> Encoder:
-        """The loaded model; who is cancelled while it loads does not disturb the others who wait."""
         self._check_open()
-        if self._loading is None:
-            self._loading = self._start_loading()
-        encoder = await asyncio.shield(self._loading)
+        encoder = await self._loaded.get()
         self.card = encoder.card
         return encoder
 
-    def _start_loading(self) -> asyncio.Future[Encoder]:
-        """Load on a daemon thread, since neither a download nor a disk that hangs may hold up the server's end."""
+
+class _Once(Generic[_Made]):
+    """Something that is made when it is first needed, and once for all who wait for it.
+
+    It is made on a daemon thread, since neither a download nor a disk that hangs may hold up the server's end. Who is
+    cancelled while waiting does not disturb the others.
+    """
+
+    def __init__(self, name: str, make: Callable[[], _Made]) -> None:
+        self._name = name
+        self._make = make
+        self._made: asyncio.Future[_Made] | None = None
+
+    async def get(self) -> _Made:
+        """What was made; raises what making it raised."""
+        if self._made is None:
+            self._made = self._start()
+        return await asyncio.shield(self._made)
+
+    def close(self) -> None:
+        """Let it go; those who still wait for it are refused."""
+        if self._made is not None and not self._made.done():
+            self._made.set_exception(ServerStopped(_STOPPED))
+        self._made = None
+
+    def _start(self) -> asyncio.Future[_Made]:
         loop = asyncio.get_running_loop()
-        loaded: asyncio.Future[Encoder] = loop.create_future()
-        loaded.add_done_callback(self._forget_failure)
+        made: asyncio.Future[_Made] = loop.create_future()
+        made.add_done_callback(self._forget_failure)
 
         def report(outcome: Callable[[Any], None], value: object) -> None:
             def settle() -> None:
-                if not loaded.done():  # as it is once the embedder was closed
+                if not made.done():  # as it is once this was closed
                     outcome(value)
 
             with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
@@ -162,16 +201,16 @@ class LocalEmbedder:
 
         def work() -> None:
             try:
-                encoder = self._load()
+                value = self._make()
             except Exception as error:  # noqa: BLE001 - raised again where it is awaited
-                report(loaded.set_exception, error)
+                report(made.set_exception, error)
             else:
-                report(loaded.set_result, encoder)
+                report(made.set_result, value)
 
-        threading.Thread(target=work, name=f"load {self.card.id}", daemon=True).start()
-        return loaded
+        threading.Thread(target=work, name=self._name, daemon=True).start()
+        return made
 
-    def _forget_failure(self, loading: asyncio.Future[Encoder]) -> None:
+    def _forget_failure(self, made: asyncio.Future[_Made]) -> None:
         """What failed may be a network or a disk: whoever asks next tries again."""
-        if loading.exception() is not None and self._loading is loading:
-            self._loading = None
+        if made.exception() is not None and self._made is made:
+            self._made = None

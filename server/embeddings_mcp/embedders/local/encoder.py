@@ -18,6 +18,7 @@ from embeddings_mcp.embedders.base import Embeddings
 from embeddings_mcp.embedders.local.attention import Packing
 from embeddings_mcp.embedders.local.backbone import Backbone, load_backbone
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint, Dense, LayerNorm, Stage, read_checkpoint
+from embeddings_mcp.embedders.local.fingerprint import number_format
 from embeddings_mcp.embedders.local.latent_attention import LATENT_ATTENTION, LatentAttention
 from embeddings_mcp.embedders.local.m3 import M3Heads
 from embeddings_mcp.embedders.local.pooling import pool
@@ -48,9 +49,14 @@ class Tokens:
     skip: int
 
     @property
+    def counts(self) -> list[int]:
+        """Tokens of each text."""
+        return [len(row) for row in self.rows]
+
+    @property
     def count(self) -> int:
         """Tokens of all the texts."""
-        return sum(map(len, self.rows))
+        return sum(self.counts)
 
 
 class Encoder:
@@ -93,7 +99,7 @@ class Encoder:
         vectors = np.empty((len(texts), self.dimensions), dtype=np.float32)
         for batch in self.batches(tokens):
             vectors[batch] = self.forward(tokens, batch)
-        return Embeddings(vectors, prompt_tokens=tokens.count)
+        return Embeddings(vectors, tokens.counts)
 
     def tokenize(self, texts: Sequence[str], *, input_type: InputType | None, truncate: Truncate) -> Tokens:
         """The first step: token ids, with the prompt of this input type.
@@ -199,7 +205,7 @@ def load_encoder(
     if card.non_commercial:
         _logger.warning("%s may not be used commercially: its licence is %s", card.id, card.licence)
     where = _device(device)
-    dtype = getattr(torch, ("bfloat16" if where.type == "cuda" else "float32") if precision == "auto" else precision)
+    dtype = getattr(torch, number_format(precision, where.type))
     recipe = checkpoint.recipe
     tokenizer = Tokenizer.from_folder(
         checkpoint.pipeline.backbone,

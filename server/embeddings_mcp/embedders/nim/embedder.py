@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
@@ -11,10 +12,10 @@ import anyio
 import httpx
 import numpy as np
 
-from embeddings_mcp.embedders.base import Embeddings, OnProgress
+from embeddings_mcp.embedders.base import Embeddings, OnProgress, OnRows
 from embeddings_mcp.embedders.nim.client import EndpointClient
 from embeddings_mcp.embedders.nim.failures import Asked, Failure
-from embeddings_mcp.embedders.nim.wire import Answer, read_answer, read_json, request_body
+from embeddings_mcp.embedders.nim.wire import read_answer, read_json, request_body
 from embeddings_mcp.errors import EmbeddingsError, InputTooLong, InvalidRequest, UpstreamFailed, UpstreamTimeout
 from embeddings_mcp.models import InputType, ModelCard, Truncate
 
@@ -55,6 +56,13 @@ class NimEmbedder:
         """The endpoint's address."""
         return self._endpoint.url
 
+    async def identify(self) -> str:
+        """The endpoint's address, its dialect, and the model's name there.
+
+        What stands behind that name can be exchanged unseen: the id in the answers is all that may tell.
+        """
+        return f"{self._endpoint.url} {self._endpoint.dialect} {self._model}"
+
     async def embed(
         self,
         texts: Sequence[str],
@@ -62,6 +70,7 @@ class NimEmbedder:
         input_type: InputType | None,
         truncate: Truncate,
         on_progress: OnProgress | None = None,
+        on_rows: OnRows | None = None,
     ) -> Embeddings:
         """Embed `texts`, row i for text i.
 
@@ -82,13 +91,14 @@ class NimEmbedder:
             self._endpoint.batch_size,
             partial(self._embed_batch, input_type=input_type, truncate=truncate),
             on_progress,
+            on_rows,
         )
         self._check_feasible(call.requests)
         with anyio.move_on_after(self._endpoint.deadline):
             self._client.turnstile.admit(call.requests)
-            answer = _joined(await call.run(min(self._endpoint.concurrency, call.requests)), self.origin)
-            self._learn(answer)
-            return Embeddings(answer.vectors, answer.prompt_tokens, answer.model)
+            made = _joined(await call.run(min(self._endpoint.concurrency, call.requests)), self.origin)
+            self._learn(made)
+            return made
         raise UpstreamTimeout(
             f"the endpoint {self.origin} had embedded {call.done:,} of {len(texts):,} texts after "
             f"{self._endpoint.deadline:g} s, the longest that a call may take: send fewer texts at once, or raise its "
@@ -126,7 +136,7 @@ class NimEmbedder:
         input_type: InputType | None,
         truncate: Truncate,
         once: bool = False,
-    ) -> Answer:
+    ) -> Embeddings:
         """Embed in one request, or, should the endpoint find them too much for one, in halves.
 
         Args:
@@ -137,10 +147,11 @@ class NimEmbedder:
             once: do not try again.
         """
 
-        def read(response: httpx.Response) -> Answer:
+        def read(response: httpx.Response) -> Embeddings:
             if retires := response.headers.get("Deprecation"):
                 self._tell(f"{self._model} reaches its end of life at {self.origin} on {retires}")
-            return read_answer(read_json(response.content), count=len(texts), dimensions=self._card.dimensions)
+            answer = read_answer(read_json(response.content), count=len(texts), dimensions=self._card.dimensions)
+            return Embeddings(answer.vectors, _shared_out(answer.prompt_tokens, texts), answer.model)
 
         body = request_body(
             texts,
@@ -176,13 +187,14 @@ class NimEmbedder:
                 param="input",
             )
 
-    def _learn(self, answer: Answer) -> None:
+    def _learn(self, made: Embeddings) -> None:
         """Keep what an answer tells about the model."""
         self._answered = True
         if self._card.dimensions is None:
-            self._card = replace(self._card, dimensions=answer.vectors.shape[1])
-        if answer.model is not None and answer.model.lower() not in self._card.names | {self._model.lower()}:
-            self._tell(f"{self.origin} was asked for {self._model} and says that it serves {answer.model}")
+            self._card = replace(self._card, dimensions=made.vectors.shape[1])
+        served = made.served_model
+        if served is not None and served.lower() not in self._card.names | {self._model.lower()}:
+            self._tell(f"{self.origin} was asked for {self._model} and says that it serves {served}")
 
     def _tell(self, message: str) -> None:
         """Log a warning, but the same one only once."""
@@ -197,30 +209,33 @@ class _Call:
     Args:
         texts: of the whole call.
         size: most texts in a sub-batch.
-        embed: makes an answer of a sub-batch and of the position of its first text.
+        embed: embeds a sub-batch, given with the position of its first text.
         on_progress: told how many texts are done.
+        on_rows: given each sub-batch as it is done.
     """
 
     def __init__(
         self,
         texts: Sequence[str],
         size: int,
-        embed: Callable[[Sequence[str], int], Awaitable[Answer]],
+        embed: Callable[[Sequence[str], int], Awaitable[Embeddings]],
         on_progress: OnProgress | None,
+        on_rows: OnRows | None,
     ) -> None:
         self._texts = texts
         self._size = size
         self._embed = embed
         self._on_progress = on_progress
-        self._answers: dict[int, Answer] = {}
+        self._on_rows = on_rows
+        self._made: dict[int, Embeddings] = {}
         self._failures: list[EmbeddingsError] = []
         starts = range(0, len(texts), size)
         self._waiting = iter(starts)
         self.requests = len(starts)
         self.done = 0
 
-    async def run(self, workers: int) -> list[Answer]:
-        """The answers in the order of the texts."""
+    async def run(self, workers: int) -> list[Embeddings]:
+        """What was made of the sub-batches, in the order of the texts."""
         async with anyio.create_task_group() as company:
             company.start_soon(self._keep_telling)
             async with anyio.create_task_group() as group:
@@ -229,17 +244,19 @@ class _Call:
             company.cancel_scope.cancel()
         if self._failures:
             raise self._failures[0]
-        return [self._answers[start] for start in sorted(self._answers)]
+        return [self._made[start] for start in sorted(self._made)]
 
     async def _work(self, all_workers: anyio.CancelScope) -> None:
         for start in self._waiting:
             batch = self._texts[start : start + self._size]
             try:
-                self._answers[start] = await self._embed(batch, start)
+                made = self._made[start] = await self._embed(batch, start)
             except EmbeddingsError as error:
                 self._failures.append(error)
                 all_workers.cancel()
                 return
+            if self._on_rows is not None:
+                self._on_rows(range(start, start + len(batch)), made)
             self.done += len(batch)
             await self._tell()
 
@@ -253,21 +270,28 @@ class _Call:
             await self._on_progress(self.done)
 
 
-def _joined(answers: Sequence[Answer], origin: str) -> Answer:
-    """Several answers as one, in their order."""
-    if len(answers) == 1:
-        return answers[0]
-    models = {answer.model for answer in answers}
-    lengths = {answer.vectors.shape[1] for answer in answers}
+def _joined(parts: Sequence[Embeddings], origin: str) -> Embeddings:
+    """What was made of several lists of texts as if it were one list, in their order."""
+    if len(parts) == 1:
+        return parts[0]
+    models = {part.served_model for part in parts}
+    lengths = {part.vectors.shape[1] for part in parts}
     if len(models) > 1 or len(lengths) > 1:
         # A server in the middle of an exchange: vectors of two spaces in one answer would be worse than none.
         names = " and ".join(sorted(f"{model} ({length} dimensions)" for model in models for length in lengths))
         raise UpstreamFailed(f"the endpoint {origin} served one call with different models ({names}): try again")
-    return Answer(
-        np.concatenate([answer.vectors for answer in answers]),
-        sum(answer.prompt_tokens for answer in answers),
-        answers[0].model,
+    return Embeddings(
+        np.concatenate([part.vectors for part in parts]),
+        [tokens for part in parts for tokens in part.tokens],
+        parts[0].served_model,
     )
+
+
+def _shared_out(tokens: int, texts: Sequence[str]) -> list[int]:
+    """The tokens of a request as those of each of its texts, by their length; the sum is exact."""
+    ends = list(itertools.accumulate(len(text) + 1 for text in texts))
+    shares = [tokens * end // ends[-1] for end in ends]
+    return [share - before for before, share in itertools.pairwise([0, *shares])]
 
 
 def _shifted(error: EmbeddingsError, start: int) -> EmbeddingsError:

@@ -1,0 +1,82 @@
+"""What tells a checkpoint's vectors from those of another: the files that make them, and the numbers they are made in.
+
+Without torch, since it is asked before a model is loaded, and often in its place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+from embeddings_mcp import __version__
+from embeddings_mcp.embedders.local.checkpoint import M3_FILES, Checkpoint, Normalize
+
+_FILES = ("*.json", "*.txt", "*.model", "*.safetensors", "pytorch_model*.bin", *M3_FILES)
+"""What is read of a checkpoint; a trainer leaves larger things beside it that are not."""
+
+
+def fingerprint(checkpoint: Checkpoint, *, precision: str, digest: Callable[[Path], str]) -> str:
+    """The same for two checkpoints only if they make the same vectors, wherever they are.
+
+    This package's version is part of it, since another version may read the same files in another way.
+
+    Args:
+        checkpoint: as it was read.
+        precision: the number format, as `number_format` says it.
+        digest: makes of a file what tells it from others: `file_digest`, or for the life of a process `file_state`.
+    """
+    pipeline = checkpoint.pipeline
+    modules = [stage.folder for stage in pipeline.stages if not isinstance(stage, Normalize)]
+    files = {
+        os.path.relpath(path, checkpoint.folder): digest(path)
+        for folder in (checkpoint.folder, pipeline.backbone, *modules)
+        for pattern in _FILES
+        for path in folder.glob(pattern)
+    }
+    stages = [type(stage).__name__ for stage in pipeline.stages]
+    said = [__version__, precision, pipeline.pooling, pipeline.pool_prompt, stages, sorted(files.items())]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
+def file_state(path: Path) -> str:
+    """Which file this is and when it was changed: never the same again once its content may be another.
+
+    The time of the last change of its entry is what no tool sets back, as archives do with that of its content.
+    """
+    state = path.stat()
+    return f"{path.resolve()} {state.st_dev} {state.st_ino} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}"
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of the file's content; a gigabyte takes half a second."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def number_format(precision: str, device: str) -> str:
+    """What ``auto`` means: bfloat16 on CUDA, float32 elsewhere.
+
+    Args:
+        precision: ``auto``, or a format, which stays what it is.
+        device: ``auto``, or a torch device.
+    """
+    if precision != "auto":
+        return precision
+    if device == "auto" and _may_have_cuda():
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return "bfloat16" if device.startswith("cuda") else "float32"
+
+
+def _may_have_cuda() -> bool:
+    """Whether torch has to be asked, which takes seconds to import."""
+    try:
+        return sys.platform != "darwin" and not metadata.version("torch").endswith("+cpu")
+    except metadata.PackageNotFoundError:
+        return False
