@@ -146,6 +146,7 @@ KINDS = [
     (EmbeddingRequest, {**EMBED, "input": ["a", ["b"]]}, "`input[1]` must be a string, not an array"),
     (EmbeddingRequest, {**EMBED, "input": "a\ud800"}, "`input` must not hold an unpaired surrogate"),
     (EmbeddingRequest, {**EMBED, "input": ["a", "\udfff"]}, "`input[1]` must not hold an unpaired surrogate"),
+    (EmbeddingRequest, {**EMBED, "input": [True, False]}, "`input[0]` must be a string, not a boolean"),
     (EmbeddingRequest, {**EMBED, "input": [101, 102]}, TOKENS),
     (EmbeddingRequest, {**EMBED, "input": [[101, 102], [103]]}, TOKENS),
     (EmbeddingRequest, {**EMBED, "model": None}, "`model` must be a string, not null"),
