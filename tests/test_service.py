@@ -339,8 +339,8 @@ POOL = [
     "Stock prices fell sharply on Monday.",
     '["a", "b"]',
     "Grüße aus Köln, \N{GREEK SMALL LETTER ALPHA} und \N{CJK UNIFIED IDEOGRAPH-8A9E} \N{CAT FACE}",
-    "a " * 250,
-    "The quick brown fox jumps over the lazy dog. " * 12,
+    "a " * 200,
+    "The quick brown fox jumps over the lazy dog. " * 5,
     " ",
 ]
 
@@ -364,8 +364,8 @@ def alone(portal: BlockingPortal, minilm: EmbeddingService) -> dict[str, Vectors
     return {text: vectors_of(portal.call(embed, minilm, text))[0] for text in POOL}
 
 
-@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(texts=st.lists(st.sampled_from(POOL), min_size=1, max_size=12))
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(st.sampled_from(POOL), min_size=1, max_size=8))
 def test_a_text_has_its_own_vector_in_any_batch_and_beside_its_duplicates(
     texts: list[str], portal: BlockingPortal, minilm: EmbeddingService, alone: dict[str, Vectors]
 ) -> None:
@@ -376,7 +376,7 @@ def test_a_text_has_its_own_vector_in_any_batch_and_beside_its_duplicates(
 def test_callers_at_the_same_time_get_their_own_vectors(
     portal: BlockingPortal, minilm: EmbeddingService, alone: dict[str, Vectors]
 ) -> None:
-    requests = [POOL[start:] + POOL[:start] for start in range(len(POOL))]
+    requests = [POOL[start:] + POOL[:start] for start in range(4)]
     answers: list[Any] = [None] * len(requests)
 
     async def ask(caller: int) -> None:

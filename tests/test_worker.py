@@ -5,6 +5,7 @@ A stand-in takes the encoder's place, so that a test decides when loading ends a
 
 from __future__ import annotations
 
+import asyncio
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -81,11 +82,11 @@ class Loader:
     calls: int = 0
     may_end: threading.Event = field(default_factory=threading.Event)
     failure: Exception | None = None
-    threads: list[str] = field(default_factory=list)
+    threads: list[threading.Thread] = field(default_factory=list)
 
     def __call__(self) -> Any:
         self.calls += 1
-        self.threads.append(threading.current_thread().name)
+        self.threads.append(threading.current_thread())
         assert self.may_end.wait(SECONDS), "the test did not let the loading end"
         if self.failure is not None:
             raise self.failure
@@ -157,7 +158,7 @@ async def test_the_event_loop_goes_on_while_the_model_is_loaded_and_while_it_com
         loader.may_end.set()
         assert await loader.encoder.next_batch() == [1]
         loader.encoder.steps.release()
-    assert loader.threads == ["load test/rough"]
+    assert [thread.name for thread in loader.threads] == ["load test/rough"]
 
 
 async def test_a_caller_who_leaves_while_the_model_is_loaded_disturbs_nobody() -> None:
@@ -327,7 +328,15 @@ async def test_closing_ends_those_who_wait_for_the_model() -> None:
         callers.start_soon(ask)
         await until(lambda: loader.calls)
         await embedder.aclose()
+
+    # What is loaded all the same is dropped without a word.
+    loop = asyncio.get_running_loop()
+    complaints: list[Any] = []
+    loop.set_exception_handler(lambda _, context: complaints.append(context))
     loader.may_end.set()
+    await anyio.to_thread.run_sync(loader.threads[0].join, SECONDS)
+    await anyio.lowlevel.checkpoint()
+    assert not complaints
 
 
 async def test_closing_ends_a_request_after_the_batch_that_is_computed() -> None:
@@ -360,17 +369,16 @@ async def test_a_closed_embedder_takes_no_more_work() -> None:
 
 def test_a_load_that_outlives_the_event_loop_ends_in_silence() -> None:
     loader = Loader()
-    card = ModelCard(id="test/late")
 
     async def leave_while_loading() -> None:
-        embedder = LocalEmbedder(card, cast("Callable[[], Any]", loader), lambda: ("late", card))
+        embedder = embedder_of(loader, loaded=False)
         with anyio.move_on_after(0):
             await embedder.check()
         await until(lambda: loader.calls)
         await embedder.aclose()
 
     anyio.run(leave_while_loading)
-    (thread,) = (thread for thread in threading.enumerate() if thread.name == "load test/late")
     loader.may_end.set()
+    (thread,) = loader.threads
     thread.join(SECONDS)
     assert not thread.is_alive()
