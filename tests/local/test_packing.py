@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModel, PreTrainedModel, T5EncoderModel
 
 from embeddings_mcp.embedders.local.backbone import PROVEN, Backbone
-from embeddings_mcp.embedders.local.checkpoint import _position_offset
+from embeddings_mcp.embedders.local.checkpoint import OFFSET_POSITIONS
 
 VOCABULARY = 40
 PADDING = 0
@@ -153,7 +153,7 @@ def alone(model: PreTrainedModel, rows: Rows) -> torch.Tensor:
 
 
 def together(kind: Kind, model: PreTrainedModel, rows: Rows) -> tuple[torch.Tensor, Backbone]:
-    offset = _position_offset({"model_type": kind.type} | kind.config)
+    offset = kind.config["pad_token_id"] + 1 if kind.type in OFFSET_POSITIONS else 0
     with torch.inference_mode():
         backbone = Backbone(model, position_offset=offset)
         hidden, packing = backbone.hidden_states(rows)

@@ -7,14 +7,20 @@ is in `recipes`.
 
 from __future__ import annotations
 
-import json
+import logging
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, cast, get_args
+from pathlib import Path, PurePath
+from typing import Any, get_args
 
+from embeddings_mcp.embedders.local.jsonfile import JsonObject, read_object, read_objects
 from embeddings_mcp.embedders.local.recipes import PLAIN, POOLING_WORDS, RECIPES, PoolingMode, Recipe
 from embeddings_mcp.errors import CheckpointInvalid
 from embeddings_mcp.models import InputTypeUse, Mode, ModelCard
+
+_logger = logging.getLogger(__name__)
+
+_MODULES = ("Transformer", "Pooling", "Dense", "LayerNorm", "Dropout", "Normalize")
+"""Classes of sentence-transformers that are understood."""
 
 _LEGACY_MODES: dict[str, PoolingMode] = {
     "pooling_mode_cls_token": "cls",
@@ -32,6 +38,19 @@ M3_FILES = ("sparse_linear.pt", "colbert_linear.pt")
 """The layers that make BGE-M3's other two outputs."""
 
 _UNKNOWN_LENGTH = 512
+
+_POOLED = "sentence_embedding"
+"""What sentence-transformers calls the pooled vector."""
+
+_USUAL: dict[str, Any] = {
+    "transformer_task": "feature-extraction",
+    "module_output_name": "token_embeddings",
+    "processing_kwargs": {},
+    "query_length": 0,
+    "document_length": 0,
+    "query_expansion": {},
+}
+"""What ``sentence_bert_config.json`` may say that would change vectors, as it is where it is not said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +143,7 @@ class Checkpoint:
     @property
     def position_offset(self) -> int:
         """Position id of a text's first token."""
-        return _position_offset(self.config)
+        return _position_offset(JsonObject(self.pipeline.backbone / "config.json", self.config))
 
     @property
     def dimensions(self) -> int:
@@ -132,7 +151,8 @@ class Checkpoint:
         dense = [stage.out_features for stage in self.pipeline.stages if isinstance(stage, Dense)]
         if dense:
             return dense[-1]
-        return _hidden_size(self.backbone_config, self.pipeline.backbone) * len(self.pipeline.pooling)
+        config = JsonObject(self.pipeline.backbone / "config.json", self.backbone_config)
+        return _hidden_size(config) * len(self.pipeline.pooling)
 
     @property
     def _modes(self) -> tuple[Mode, ...]:
@@ -185,59 +205,83 @@ def read_checkpoint(folder: Path, known: ModelCard | None = None) -> Checkpoint:
         raise CheckpointInvalid(f"{folder} is not a folder: a checkpoint is a folder that holds config.json")
     pipeline = _read_pipeline(folder)
     backbone = pipeline.backbone if pipeline else folder
-    config = _read_json(backbone / "config.json", dict)
-    if not isinstance(config.get("model_type"), str):
-        raise CheckpointInvalid(f"{backbone / 'config.json'}: no `model_type`, so its architecture is unknown")
-    recipe = RECIPES.get(config["model_type"])
+    config = read_object(backbone / "config.json")
+    model_type = config.get("model_type", "")
+    if not model_type:
+        raise CheckpointInvalid(f"{config.path}: no `model_type`, so its architecture is unknown")
+    if (backbone / "adapter_config.json").is_file():
+        raise CheckpointInvalid(f"{backbone} holds an adapter: merge it into its model, and serve that")
+    recipe = RECIPES.get(model_type)
+    for part in recipe.parts if recipe else ():
+        if not config.get(part, {}):
+            raise config.wrong(part, "an object")
+    if recipe is None and "AutoModel" in config.get("auto_map", {}):
+        _logger.warning(
+            "%s names code of its own for %s, which is not run: transformers' own class of that type is used",
+            config.path,
+            model_type,
+        )
     if pipeline is None:
-        pipeline = _plain_pipeline(folder, config, recipe, known)
+        pipeline = _plain_pipeline(folder, config.fields, recipe, known)
     sentence = _read_sentence_config(backbone)
-    prompts = _read_json(folder / "config_sentence_transformers.json", dict, default={})
-    named = {str(name): str(text) for name, text in (prompts.get("prompts") or {}).items()}
-    default_name = prompts.get("default_prompt_name")
+    query, passage, default = _read_prompts(folder)
     return Checkpoint(
         folder=folder,
-        config=config,
+        config=config.fields,
         recipe=recipe,
         pipeline=pipeline,
-        max_tokens=_max_tokens(config, sentence, backbone),
-        lowercase=bool(sentence.get("do_lower_case", False)),
-        query_prompt=named.get("query", ""),
-        passage_prompt=named.get("document") or named.get("passage", ""),
-        default_prompt=None if default_name is None else named.get(str(default_name), ""),
+        max_tokens=_max_tokens(config, sentence),
+        lowercase=sentence.get("do_lower_case", default=False),
+        query_prompt=query,
+        passage_prompt=passage,
+        default_prompt=default,
     )
 
 
 def _read_pipeline(folder: Path) -> Pipeline | None:
     """What ``modules.json`` says; None where there is none."""
     path = folder / "modules.json"
-    modules = _read_json(path, list, default=[])
+    modules = read_objects(path)
     if not modules:
         return None
-    pipeline = Pipeline(backbone=folder)
-    for module in modules:
-        kind = str(module.get("type", "")).rpartition(".")[2]
-        place = folder / str(module.get("path", ""))
+    kinds = [_kind(module) for module in modules]
+    if kinds[:2] != ["Transformer", "Pooling"] or len({*kinds[:2], *kinds[2:]} - set(kinds[2:])) != 2:
+        raise CheckpointInvalid(
+            f"{path}: supported is one Transformer, then one Pooling, then what follows the pooling"
+        )
+    (transformer, pooling), after = ([_place(folder, module) for module in part] for part in (modules[:2], modules[2:]))
+    modes, pool_prompt = _read_pooling(pooling)
+    pipeline = Pipeline(backbone=transformer, pooling=modes, pool_prompt=pool_prompt)
+    for kind, place in zip(kinds[2:], after, strict=True):
         match kind:
-            case "Transformer":
-                pipeline = replace(pipeline, backbone=place)
-            case "Pooling":
-                modes, pool_prompt = _read_pooling(place / "config.json")
-                pipeline = replace(pipeline, pooling=modes, pool_prompt=pool_prompt)
             case "Dense":
                 pipeline = pipeline.then(_read_dense(place))
             case "LayerNorm":
-                pipeline = pipeline.then(_read_layer_norm(place))
+                pipeline = pipeline.then(LayerNorm(place, read_object(place / "config.json").size("dimension")))
             case "Normalize":
                 pipeline = pipeline.then(Normalize())
             case "Dropout":
                 pass  # does nothing outside training
-            case _:
-                raise CheckpointInvalid(
-                    f"{path}: the module {kind!r} is not supported; supported are Transformer, Pooling, Dense, "
-                    "LayerNorm, Dropout and Normalize"
-                )
     return pipeline
+
+
+def _kind(module: JsonObject) -> str:
+    """The class of a module, if it is one of sentence-transformers' own that is supported."""
+    package, _, kind = module.get("type", "").rpartition(".")
+    if package.split(".")[0] != "sentence_transformers" or kind not in _MODULES:
+        raise CheckpointInvalid(
+            f"{module.path}: the module {module.fields.get('type')!r} is not supported; supported are "
+            f"{', '.join(_MODULES)} of sentence_transformers"
+        )
+    return kind
+
+
+def _place(folder: Path, module: JsonObject) -> Path:
+    """The folder of a module, which has to be the checkpoint's or in it."""
+    part = PurePath(module.get("path", ""))
+    if part.is_absolute() or ".." in part.parts:
+        raise CheckpointInvalid(f"{module.path}: {str(part)!r} leads out of the checkpoint, and is not followed")
+    return folder / part
 
 
 def _plain_pipeline(folder: Path, config: dict[str, Any], recipe: Recipe | None, known: ModelCard | None) -> Pipeline:
@@ -251,89 +295,91 @@ def _plain_pipeline(folder: Path, config: dict[str, Any], recipe: Recipe | None,
     return Pipeline(backbone=folder)
 
 
-def _read_pooling(path: Path) -> tuple[tuple[PoolingMode, ...], bool]:
-    config = _read_json(path, dict)
-    modes = config.get("pooling_mode") or [mode for key, mode in _LEGACY_MODES.items() if config.get(key)] or "mean"
-    modes = (modes,) if isinstance(modes, str) else tuple(modes)
+def _read_pooling(folder: Path) -> tuple[tuple[PoolingMode, ...], bool]:
+    config = read_object(folder / "config.json")
+    said = config.fields.get("pooling_mode")
+    modes = [said] if isinstance(said, str) else config.get("pooling_mode", [])
+    modes = modes or [mode for key, mode in _LEGACY_MODES.items() if config.get(key, default=False)] or ["mean"]
     for mode in modes:
         if mode not in get_args(PoolingMode):
-            raise CheckpointInvalid(
-                f"{path}: the pooling mode {mode!r} is not supported; supported are {', '.join(get_args(PoolingMode))}"
-            )
-    return cast("tuple[PoolingMode, ...]", modes), bool(config.get("include_prompt", True))
+            raise config.wrong("pooling_mode", f"one or several of {', '.join(get_args(PoolingMode))}")
+    return tuple(modes), config.get("include_prompt", default=True)
 
 
 def _read_dense(folder: Path) -> Dense:
-    path = folder / "config.json"
-    config = _read_json(path, dict)
-    activation = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
+    config = read_object(folder / "config.json")
+    activation = config.get("activation_function", "torch.nn.modules.activation.Tanh")
     package, _, name = activation.rpartition(".")
     if not f"{package}.".startswith("torch.nn."):
-        raise CheckpointInvalid(f"{path}: the activation {activation!r} is not one of torch.nn, and is not loaded")
-    if config.get("use_residual") or config.get("module_input_name", "sentence_embedding") != "sentence_embedding":
-        raise CheckpointInvalid(f"{path}: a Dense module is supported on the pooled vector only, without residual")
+        raise CheckpointInvalid(
+            f"{config.path}: the activation {activation!r} is not one of torch.nn, and is not loaded"
+        )
+    if config.get("use_residual", default=False) or config.get("module_input_name", _POOLED) != _POOLED:
+        raise CheckpointInvalid(
+            f"{config.path}: a Dense module is supported on the pooled vector only, without residual"
+        )
     return Dense(
         folder,
-        in_features=_whole_number(config, "in_features", path),
-        out_features=_whole_number(config, "out_features", path),
-        bias=bool(config.get("bias", True)),
+        in_features=config.size("in_features"),
+        out_features=config.size("out_features"),
+        bias=config.get("bias", default=True),
         activation=name,
     )
 
 
-def _read_layer_norm(folder: Path) -> LayerNorm:
-    path = folder / "config.json"
-    return LayerNorm(folder, _whole_number(_read_json(path, dict), "dimension", path))
-
-
-def _read_sentence_config(folder: Path) -> dict[str, Any]:
+def _read_sentence_config(folder: Path) -> JsonObject:
     """``sentence_bert_config.json``, by whichever of its names it has."""
     names = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
     paths = (folder / f"sentence_{name}_config.json" for name in names)
-    return next((_read_json(path, dict) for path in paths if path.is_file()), {})
+    config = next((read_object(path) for path in paths if path.is_file()), JsonObject(folder, {}))
+    for key, usual in _USUAL.items():
+        if config.get(key, usual) != usual:
+            raise config.wrong(key, f"{usual!r}: nothing else is supported")
+    if "message" in config.get("modality_config", {}):
+        raise CheckpointInvalid(f"{config.path}: texts within a chat template are not supported")
+    return config
 
 
-def _max_tokens(config: dict[str, Any], sentence: dict[str, Any], folder: Path) -> int:
+def _read_prompts(folder: Path) -> tuple[str, str, str | None]:
+    """The prompts for queries, for passages, and for texts whose type was not said."""
+    config = read_object(folder / "config_sentence_transformers.json", optional=True)
+    prompts = JsonObject(config.path, config.get("prompts", {}))
+    passages = (prompts.get(name, "") for name in ("document", "passage", "corpus"))
+    default = config.get("default_prompt_name", "")
+    if default and default not in prompts.fields:
+        raise config.wrong("default_prompt_name", f"one of {', '.join(map(repr, prompts.fields)) or 'its prompts'}")
+    return prompts.get("query", ""), next(filter(None, passages), ""), prompts.get(default, "") if default else None
+
+
+def _max_tokens(config: JsonObject, sentence: JsonObject) -> int:
     """The shortest of what the sentence encoder, or else the tokenizer, and the position embeddings allow."""
-    limits = [sentence.get("max_seq_length")]
+    limits = [_limit(sentence, "max_seq_length")]
     if limits == [None]:
-        limits = [_read_json(folder / "tokenizer_config.json", dict, default={}).get("model_max_length")]
-    if positions := config.get("max_position_embeddings"):
+        limits = [
+            _limit(read_object(config.path.with_name("tokenizer_config.json"), optional=True), "model_max_length")
+        ]
+    if positions := _limit(config, "max_position_embeddings"):
         limits.append(positions - _position_offset(config))
-    # A tokenizer without a limit writes 10^30.
-    known = [int(limit) for limit in limits if limit is not None and 0 < limit < 10**9]
+    known = [limit for limit in limits if limit is not None]
     return min(known, default=_UNKNOWN_LENGTH)
 
 
-def _position_offset(config: dict[str, Any]) -> int:
-    if config["model_type"] not in OFFSET_POSITIONS:
+def _limit(config: JsonObject, key: str) -> int | None:
+    """A limit, or None where there is none: a tokenizer without one writes 10^30, and some configs -1."""
+    value = config.fields.get(key)
+    if value is None:
+        return None
+    if type(value) not in {int, float}:
+        raise config.wrong(key, "a number")
+    return int(value) if 0 < value < 10**9 else None
+
+
+def _position_offset(config: JsonObject) -> int:
+    if config.get("model_type", "") not in OFFSET_POSITIONS:
         return 0
-    padding = config.get("pad_token_id")
-    return 1 + (1 if padding is None else int(padding))
+    return 1 + config.get("pad_token_id", 1)
 
 
-def _hidden_size(config: dict[str, Any], folder: Path) -> int:
-    key = next((key for key in ("hidden_size", "d_model", "dim", "n_embd") if key in config), "hidden_size")
-    return _whole_number(config, key, folder / "config.json")
-
-
-def _whole_number(config: dict[str, Any], key: str, path: Path) -> int:
-    value = config.get(key)
-    if type(value) is not int or value < 1:
-        raise CheckpointInvalid(f"{path}: `{key}` must be a positive whole number, not {value!r}")
-    return value
-
-
-def _read_json(path: Path, kind: type, default: Any = None) -> Any:  # noqa: ANN401 - JSON
-    """A JSON file whose top is a list or an object; `default` where there is no such file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if default is not None:
-            return default
-        raise CheckpointInvalid(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointInvalid(f"{path} cannot be read: {error}") from None
-    if not isinstance(value, kind):
-        raise CheckpointInvalid(f"{path} does not hold a JSON {'object' if kind is dict else 'array'}")
-    return value
+def _hidden_size(config: JsonObject) -> int:
+    key = next((key for key in ("hidden_size", "d_model", "dim", "n_embd") if key in config.fields), "hidden_size")
+    return config.size(key)

@@ -23,6 +23,7 @@ class Recipe:
 
     Attributes:
         backbone: from the checkpoint's config to that of the transformers class which the family is built from.
+        parts: objects that the checkpoint's config must hold.
         prefix: what stands before the backbone's tensor names.
         suffix: text that goes behind every input, before tokenizing.
         latent_attention: whether the token vectors pass through NV-Embed's latent attention.
@@ -30,6 +31,7 @@ class Recipe:
     """
 
     backbone: Callable[[Config], Config]
+    parts: tuple[str, ...] = ()
     prefix: str = ""
     suffix: Callable[[Config], str] = lambda _config: ""
     latent_attention: bool = False
@@ -51,6 +53,7 @@ RECIPES: Mapping[str, Recipe] = {
     "llama_bidirec": Recipe(backbone=_bidirectional_llama),
     "nvembed": Recipe(
         backbone=_nv_embed,
+        parts=("text_config", "latent_attention_config"),
         prefix="embedding_model.",
         suffix=lambda config: "</s>" if config.get("add_eos", True) else "",
         latent_attention=True,

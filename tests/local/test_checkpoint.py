@@ -1,0 +1,351 @@
+"""Any sentence-transformers checkpoint: the vectors are those of sentence-transformers itself, and so is the card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import (
+    Dense,
+    Dropout,
+    LayerNorm,
+    Normalize,
+    Pooling,
+    Transformer,
+)
+from transformers import AutoModel
+
+from embeddings_mcp.embedders.local.checkpoint import read_checkpoint
+from embeddings_mcp.embedders.local.encoder import load_encoder
+from embeddings_mcp.errors import InvalidRequest
+from embeddings_mcp.models import InputType, ModelCard
+from embeddings_mcp.vectors import FloatMatrix
+from tests.local.golden import FamilyName, family
+
+TEXTS = [
+    "Water.",
+    "",
+    "Der Kaffee ist kalt geworden.",
+    "猫 and 🙂",
+    "The committee reviewed the annual budget in detail.",
+]
+WORDS = [text for text in TEXTS if text]
+WIDTH = 32
+
+Modules = Callable[[], list[torch.nn.Module]]
+
+
+def save(
+    folder: Path, *modules: torch.nn.Module, base: FamilyName = "e5", prompts: dict[str, str] | None = None, **kw: Any
+) -> SentenceTransformer:
+    """A checkpoint of sentence-transformers' own making, over a golden model's transformer; and the model itself."""
+    torch.manual_seed(0)
+    for module in modules:
+        for parameter in module.parameters():
+            torch.nn.init.normal_(parameter)
+    transformer = Transformer(str(family(base).folder))
+    model = SentenceTransformer(modules=[transformer, *modules], device="cpu", prompts=prompts, **kw)
+    model.save(str(folder), create_model_card=False)
+    return model
+
+
+def theirs(model: SentenceTransformer, texts: list[str], **kw: Any) -> FloatMatrix:
+    return np.concatenate([model.encode([text], show_progress_bar=False, **kw) for text in texts])
+
+
+def ours(folder: Path, texts: list[str], input_type: InputType | None = None) -> FloatMatrix:
+    return load_encoder("test/tiny", folder).encode(texts, input_type=input_type, truncate="END").vectors
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+
+
+def assert_same(left: FloatMatrix, right: FloatMatrix) -> None:
+    np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-5)
+
+
+MODES = ["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
+
+
+@pytest.mark.parametrize("base", ["e5", "bge-m3", "nemotron-3-embed"])
+@pytest.mark.parametrize("prompt", ["pooled", "left out"])
+@pytest.mark.parametrize("mode", [*MODES, ["mean", "cls"], MODES], ids=str)
+def test_every_way_to_pool_is_that_of_sentence_transformers(
+    tmp_path: Path, base: FamilyName, mode: str | list[str], prompt: str
+) -> None:
+    pooling = Pooling(WIDTH, pooling_mode=mode, include_prompt=prompt == "pooled")
+    model = save(tmp_path, pooling, base=base, prompts={"query": "query: ", "document": "passage: "})
+
+    assert_same(ours(tmp_path, WORDS, "query"), theirs(model, WORDS, prompt_name="query"))
+
+
+STAGES: dict[str, Modules] = {
+    "Dense with Tanh": lambda: [Dense(WIDTH, 8)],
+    "Dense without bias": lambda: [Dense(WIDTH, 48, bias=False)],
+    "Dense with Identity": lambda: [Dense(WIDTH, 8, activation_function=torch.nn.Identity())],
+    "Dense with ReLU": lambda: [Dense(WIDTH, 8, activation_function=torch.nn.ReLU())],
+    "Dense with GELU": lambda: [Dense(WIDTH, 8, activation_function=torch.nn.GELU())],
+    "Dense twice": lambda: [Dense(WIDTH, 48), Dense(48, 8, activation_function=torch.nn.Sigmoid())],
+    "LayerNorm": lambda: [LayerNorm(WIDTH)],
+    "Normalize": lambda: [Normalize()],
+    "Dropout": lambda: [Dropout(0.5)],
+    "all of them": lambda: [Dense(WIDTH, 8), LayerNorm(8), Dropout(0.5), Normalize()],
+}
+
+
+@pytest.mark.parametrize("stages", STAGES.values(), ids=STAGES)
+def test_what_follows_the_pooling_is_done_in_its_order(tmp_path: Path, stages: Modules) -> None:
+    model = save(tmp_path, Pooling(WIDTH), *stages())
+
+    vectors = ours(tmp_path, TEXTS)
+
+    assert_same(vectors, theirs(model, TEXTS))
+    assert read_checkpoint(tmp_path).dimensions == vectors.shape[1]
+
+
+def test_a_text_with_no_tokens_besides_an_unpooled_prompt_is_refused(tmp_path: Path) -> None:
+    # Its tokenizer puts nothing behind a text; sentence-transformers would answer with zeros.
+    save(tmp_path, Pooling(WIDTH, include_prompt=False), base="nemotron-3-embed", prompts={"query": "query: "})
+
+    with pytest.raises(InvalidRequest, match="text 1 has no tokens of its own behind the prompt"):
+        ours(tmp_path, ["Water.", ""], "query")
+
+
+def test_prompts_go_before_queries_and_passages(tmp_path: Path) -> None:
+    model = save(tmp_path, Pooling(WIDTH), prompts={"query": "the question: ", "document": "the text: "})
+    encoder = load_encoder("test/tiny", tmp_path)
+
+    query, passage = (encoder.encode(TEXTS, input_type=kind) for kind in get_args(InputType))
+
+    assert_same(query.vectors, np.asarray(model.encode_query(TEXTS)))
+    assert_same(passage.vectors, np.asarray(model.encode_document(TEXTS)))
+    assert query.prompt_tokens == model.tokenize(TEXTS, prompt="the question: ")["attention_mask"].sum()
+
+
+@pytest.mark.parametrize("name", ["document", "passage", "corpus"])
+def test_a_passages_prompt_may_have_any_of_its_names(tmp_path: Path, name: str) -> None:
+    model = save(tmp_path, Pooling(WIDTH), prompts={"query": "the question: ", name: "the text: "})
+
+    assert_same(ours(tmp_path, TEXTS, "passage"), theirs(model, TEXTS, prompt_name=name))
+
+
+def test_the_default_prompt_goes_before_texts_whose_type_was_not_said(tmp_path: Path) -> None:
+    prompts = {"query": "the question: ", "sts": "compare: "}
+    model = save(tmp_path, Pooling(WIDTH), prompts=prompts, default_prompt_name="sts")
+
+    assert_same(ours(tmp_path, TEXTS), theirs(model, TEXTS))
+    assert_same(ours(tmp_path, TEXTS, "query"), theirs(model, TEXTS, prompt_name="query"))
+    assert_same(ours(tmp_path, TEXTS, "passage"), theirs(model, TEXTS, prompt=""))
+
+
+# --- older layouts ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A plain checkpoint: transformer and mean."""
+    save(tmp_path / "model", Pooling(WIDTH))
+    return tmp_path / "model"
+
+
+def assert_as_sentence_transformers_reads_it(folder: Path, texts: list[str] = TEXTS) -> None:
+    assert_same(ours(folder, texts), theirs(SentenceTransformer(str(folder), device="cpu"), texts))
+
+
+def test_a_transformer_may_have_a_folder_of_its_own(saved: Path) -> None:
+    own = saved / "0_Transformer"
+    own.mkdir()
+    for path in saved.iterdir():
+        if path.is_file() and path.name not in {"modules.json", "config_sentence_transformers.json"}:
+            path.rename(own / path.name)
+    modules = [
+        {"idx": 0, "name": "0", "path": "0_Transformer", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    ]
+    (saved / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
+
+    assert_as_sentence_transformers_reads_it(saved)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {},
+        {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False},
+        {"pooling_mode_max_tokens": True, "pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False},
+        {f"pooling_mode_{name}": True for name in ("cls_token", "weightedmean_tokens", "lasttoken")},
+        {"pooling_mode_mean_tokens": False, "pooling_mode_mean_sqrt_len_tokens": True},
+    ],
+    ids=lambda said: " ".join(said) or "nothing said",
+)
+def test_pooling_may_be_said_by_one_switch_for_each_way(saved: Path, said: dict[str, bool]) -> None:
+    config = {"word_embedding_dimension": WIDTH} | said
+    (saved / "1_Pooling" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+    assert_as_sentence_transformers_reads_it(saved)
+
+
+def test_a_model_without_any_file_of_sentence_transformers_is_pooled_by_mean_as_it_does(tmp_path: Path) -> None:
+    shutil.copytree(family("nemotron-3-embed").folder, tmp_path / "model")
+    for name in ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"):
+        (tmp_path / "model" / name).unlink()
+
+    assert_as_sentence_transformers_reads_it(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["sentence_bert_config.json", "sentence_xlm-roberta_config.json"])
+def test_a_limit_of_the_sentence_encoder_goes_before_the_tokenizers(saved: Path, name: str) -> None:
+    (saved / "sentence_bert_config.json").unlink()
+    (saved / name).write_text(json.dumps({"max_seq_length": 16, "do_lower_case": False}), encoding="utf-8")
+
+    assert read_checkpoint(saved).max_tokens == 16
+    assert_as_sentence_transformers_reads_it(saved, ["water " * length for length in (1, 13, 14, 15, 60)])
+
+
+def test_a_limit_may_stand_with_the_tokenizer_or_come_from_the_positions(saved: Path) -> None:
+    edit(saved / "tokenizer_config.json", model_max_length=24)
+    assert read_checkpoint(saved).max_tokens == 24
+
+    edit(saved / "tokenizer_config.json", model_max_length=10**30)
+    assert read_checkpoint(saved).max_tokens == 64
+    assert_as_sentence_transformers_reads_it(saved, ["water " * 80])
+
+
+def test_positions_that_start_behind_the_padding_id_take_their_share_of_the_limit(tmp_path: Path) -> None:
+    save(tmp_path, Pooling(WIDTH), base="bge-m3")
+    edit(tmp_path / "tokenizer_config.json", model_max_length=10**30)
+
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"] == 66
+    assert read_checkpoint(tmp_path).max_tokens == 64
+    assert np.isfinite(ours(tmp_path, ["water " * 100])).all()
+
+
+def test_texts_are_put_in_lower_case_where_the_checkpoint_says_so(tmp_path: Path) -> None:
+    # This tokenizer tells capitals, and its special tokens stay what they are.
+    prompts = {"query": "The QUESTION: "}
+    save(tmp_path, Pooling(WIDTH, include_prompt=False), base="bge-m3", prompts=prompts)
+    said = {"max_seq_length": 64, "do_lower_case": True}
+    (tmp_path / "sentence_bert_config.json").write_text(json.dumps(said), encoding="utf-8")
+    model = SentenceTransformer(str(tmp_path), device="cpu")
+    texts = ["WATER and Coffee", "ΣΊΣΥΦΟΣ İstanbul", "Water </s> COFFEE"]
+
+    assert_same(ours(tmp_path, texts, "query"), theirs(model, texts, prompt_name="query"))
+    assert_same(
+        ours(tmp_path, texts, "query"), ours(tmp_path, [text.lower() for text in texts[:1]] + texts[1:], "query")
+    )
+
+
+def test_a_tokenizer_may_come_as_a_vocabulary_only(saved: Path) -> None:
+    expected = ours(saved, TEXTS)
+    (saved / "tokenizer.json").unlink()
+    shutil.copy(family("e5").folder / "vocab.txt", saved)
+
+    assert_same(ours(saved, TEXTS), expected)
+
+
+def in_shards(folder: Path) -> None:
+    AutoModel.from_pretrained(folder).save_pretrained(folder, max_shard_size="40KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    (folder / "model.safetensors").unlink()
+
+
+def as_a_pickle(folder: Path) -> None:
+    torch.save(AutoModel.from_pretrained(folder).state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def in_half_precision(folder: Path) -> None:
+    AutoModel.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("rewrite", [in_shards, as_a_pickle, in_half_precision], ids=lambda way: way.__name__)
+def test_weights_may_come_in_shards_as_a_pickle_or_in_half_precision(
+    saved: Path, rewrite: Callable[[Path], None]
+) -> None:
+    rewrite(saved)
+
+    model = SentenceTransformer(str(saved), device="cpu", model_kwargs={"dtype": torch.float32})
+    assert_same(ours(saved, TEXTS), theirs(model, TEXTS))
+
+
+def test_a_dense_layer_may_come_as_a_pickle(tmp_path: Path) -> None:
+    model = save(tmp_path, Pooling(WIDTH), Dense(WIDTH, 8))
+    expected = theirs(model, TEXTS)
+    weights = tmp_path / "2_Dense" / "model.safetensors"
+    torch.save(model[2].state_dict(), weights.with_name("pytorch_model.bin"))
+    weights.unlink()
+
+    assert_same(ours(tmp_path, TEXTS), expected)
+
+
+# --- cards -----------------------------------------------------------------------------------------------------------
+
+
+CARDS: dict[str, tuple[Modules, dict[str, Any], ModelCard]] = {
+    "one prompt for all": (
+        lambda: [Pooling(WIDTH)],
+        {},
+        ModelCard(id="test/tiny", dimensions=WIDTH, max_tokens=64, input_type="ignored"),
+    ),
+    "queries told from passages": (
+        lambda: [Pooling(WIDTH, pooling_mode=["mean", "cls"])],
+        {"prompts": {"query": "q: ", "document": "d: "}},
+        ModelCard(
+            id="test/tiny",
+            dimensions=2 * WIDTH,
+            max_tokens=64,
+            input_type="required",
+            query_prompt="q: ",
+            passage_prompt="d: ",
+        ),
+    ),
+    "told apart, with something to do when nothing is said": (
+        lambda: [Pooling(WIDTH), Dense(WIDTH, 8)],
+        {"prompts": {"query": "q: ", "sts": "s: "}, "default_prompt_name": "sts"},
+        ModelCard(
+            id="test/tiny",
+            dimensions=8,
+            max_tokens=64,
+            input_type="optional",
+            query_prompt="q: ",
+            default_prompt="s: ",
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize(("modules", "said", "card"), CARDS.values(), ids=CARDS)
+def test_a_checkpoint_that_is_not_in_the_table_describes_itself(
+    tmp_path: Path, modules: Modules, said: dict[str, Any], card: ModelCard
+) -> None:
+    save(tmp_path, *modules(), **said)
+
+    assert read_checkpoint(tmp_path).card("test/tiny") == card
+    assert load_encoder("test/tiny", tmp_path).card == card
+
+
+def test_of_sizes_the_files_are_believed_and_of_all_else_the_card(saved: Path) -> None:
+    known = ModelCard(
+        id="test/known",
+        aliases=("known",),
+        dimensions=2048,
+        matryoshka=(16, WIDTH, 1024),
+        max_tokens=40,
+        input_type="optional",
+        query_prompt="the card's: ",
+        licence="MIT",
+    )
+
+    card = read_checkpoint(saved, known).card(known.id, known)
+
+    assert (card.dimensions, card.matryoshka, card.max_tokens) == (WIDTH, (16,), 40)
+    assert (card.aliases, card.input_type, card.query_prompt) == (("known",), "optional", "the card's: ")
+    assert card.licence == "MIT"

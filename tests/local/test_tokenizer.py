@@ -1,0 +1,232 @@
+"""Texts to token ids: what is kept of a text that is too long, and what it costs to find out."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Encoding, models
+from tokenizers import Tokenizer as FastTokenizer
+
+from embeddings_mcp.embedders.local.tokenizer import Tokenizer
+from embeddings_mcp.errors import InputTooLong, InvalidRequest
+from embeddings_mcp.models import Truncate
+from tests.local.golden import FamilyName, encoder, family
+
+LIMIT = 40
+PROMPTS = ["", "query: ", "Instruct: find what answers the question\nQuery: "]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of tokenizer: whose it is, and how many special tokens it puts before and behind a text."""
+
+    family: FamilyName
+    before: int
+    after: int
+
+    @property
+    def path(self) -> Path:
+        return family(self.family).folder / "tokenizer.json"
+
+
+KINDS = {
+    "WordPiece": Kind("e5", 1, 1),
+    "byte-level BPE": Kind("llama-nemotron-embed", 1, 0),
+    "SentencePiece BPE": Kind("nv-embed-v2", 1, 0),
+    "Unigram": Kind("bge-m3", 1, 1),
+}
+
+TEXTS = st.text(max_size=120) | st.lists(
+    st.sampled_from(["water ", "der Kaffee ", "  ", "猫", "é", "12345", "[SEP]", "</s>", "<|end_of_text|>", "\n", "🙂"])
+    | st.text(max_size=6),
+    max_size=80,
+).map("".join)
+
+
+@functools.cache
+def whole(kind: Kind) -> FastTokenizer:
+    """The kind's tokenizer as its library reads it, which never cuts."""
+    tokenizer = FastTokenizer.from_file(str(kind.path))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+@functools.cache
+def limited(kind: Kind) -> Tokenizer:
+    return Tokenizer.from_folder(kind.path.parent, max_tokens=LIMIT)
+
+
+def encode(tokenizer: Tokenizer, text: str, prompt: str = "", *, truncate: Truncate = "NONE") -> list[int]:
+    (row,) = tokenizer.encode([text], prompt=prompt, truncate=truncate)
+    return row
+
+
+def parts(kind: Kind, prompt: str, text: str) -> tuple[list[int], list[int], list[int]]:
+    """The whole text's ids: special tokens and prompt, the text's own, and the special ones behind it."""
+    ids = whole(kind).encode(prompt + text).ids
+    # Of the prompt's tokens those are its own that it has alone, too: the last may have joined the text's first.
+    alone = whole(kind).encode(prompt, add_special_tokens=False).ids if prompt else []
+    pairs = zip(alone, ids[kind.before :], strict=False)
+    start = kind.before + len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    end = len(ids) - kind.after
+    return ids[:start], ids[start:end], ids[end:]
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@settings(max_examples=60, deadline=None)
+@given(text=TEXTS, prompt=st.sampled_from(PROMPTS))
+@example(text="1" * 1000, prompt="")
+@example(text="a" * 2000, prompt="query: ")
+@example(text="猫" * 1000, prompt="")
+@example(text=" " * 3000 + "water", prompt="query: ")
+@example(text="water\n" * 500, prompt="query: ")
+def test_of_a_text_that_is_too_long_one_end_of_its_own_tokens_goes(kind: Kind, text: str, prompt: str) -> None:
+    before, own, after = parts(kind, prompt, text)
+    room = LIMIT - len(before) - len(after)
+    if len(own) <= room:
+        for truncate in get_args(Truncate):
+            assert encode(limited(kind), text, prompt, truncate=truncate) == before + own + after
+        return
+
+    assert encode(limited(kind), text, prompt, truncate="END") == before + own[:room] + after
+    assert encode(limited(kind), text, prompt, truncate="START") == before + own[-room:] + after
+    with pytest.raises(InputTooLong) as refused:
+        encode(limited(kind), text, prompt)
+    assert (refused.value.tokens, refused.value.allowed) == (len(before) + len(own) + len(after), LIMIT)
+
+
+@pytest.mark.parametrize("letters", range(2000, 2008))
+@pytest.mark.parametrize("truncate", ["START", "END"])
+def test_a_run_of_one_letter_is_cut_where_the_whole_of_it_would_be(letters: int, truncate: Truncate) -> None:
+    # What its last tokens are depends on how many letters there are, not on how many are looked at.
+    pieces = {"a": 0, "aa": 1, "aaaa": 2}
+    runs = FastTokenizer(models.BPE(vocab=pieces, merges=[("a", "a"), ("aa", "aa")]))
+    ids = runs.encode("a" * letters).ids
+
+    cut = encode(Tokenizer(runs, max_tokens=16), "a" * letters, truncate=truncate)
+
+    assert cut == (ids[:16] if truncate == "END" else ids[-16:])
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_an_empty_text_has_its_special_tokens_and_its_prompt(kind: Kind) -> None:
+    assert len(encode(limited(kind), "")) == kind.before + kind.after
+    assert encode(limited(kind), "", "query: ") == whole(kind).encode("query: ").ids
+
+
+def test_a_text_of_which_the_tokenizer_keeps_nothing_is_refused() -> None:
+    letters = FastTokenizer(models.BPE(vocab={"a": 0}, merges=[]))
+
+    with pytest.raises(InvalidRequest, match="text 1 holds nothing that the model's tokenizer keeps"):
+        Tokenizer(letters, max_tokens=16).encode(["a", ""], prompt="", truncate="NONE")
+
+
+def test_the_text_that_is_too_long_is_named_by_its_place() -> None:
+    with pytest.raises(InputTooLong) as refused:
+        limited(KINDS["WordPiece"]).encode(["water", "water " * 50, "water " * 60], prompt="", truncate="NONE")
+
+    assert (refused.value.index, refused.value.tokens) == (1, 52)
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("truncate", ["START", "END"])
+def test_a_limit_that_leaves_no_room_for_text_is_refused(kind: Kind, truncate: Truncate) -> None:
+    prompt = PROMPTS[-1]
+    limit = len(whole(kind).encode(prompt).ids) - 2
+
+    with pytest.raises(InvalidRequest, match=f"limit of {limit} tokens leaves no room for text"):
+        encode(Tokenizer.from_folder(kind.path.parent, max_tokens=limit), "water " * 50, prompt, truncate=truncate)
+
+
+@pytest.mark.parametrize("name", ["nv-embed-v1", "nv-embed-v2"])
+def test_a_limit_within_nv_embeds_prompt_is_refused_where_its_authors_code_divides_by_zero(name: FamilyName) -> None:
+    prompt_tokens = encoder(name).tokenize([""], input_type="query", truncate="NONE").count - 1  # without </s>
+
+    for limit in (prompt_tokens - 3, prompt_tokens - 2):
+        with pytest.raises(InvalidRequest, match="leaves no room for text"):
+            encoder(name, limit).encode(["Where is the water?"], input_type="query", truncate="END")
+    embedded = encoder(name, prompt_tokens).encode(["Where is the water?"], input_type="query", truncate="END")
+    assert np.isfinite(embedded.vectors).all()
+
+
+# --- what it costs ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Counting:
+    """A tokenizer that counts the characters that it is handed; in all else the one that it is made of."""
+
+    tokenizer: FastTokenizer
+    characters: int = field(default=0)
+
+    def encode_batch_fast(self, texts: Sequence[str]) -> list[Encoding]:
+        self.characters += sum(map(len, texts))
+        return self.tokenizer.encode_batch_fast(texts)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+
+TEN_MEGABYTES = 10_000_000
+LONG = {
+    "words": "water coffee " * (TEN_MEGABYTES // 13),
+    "Chinese": "猫喝水" * (TEN_MEGABYTES // 9),
+    "digits": "31415926" * (TEN_MEGABYTES // 8),
+    "one word": "electroencephalography" * (TEN_MEGABYTES // 22),
+}
+# WordPiece makes one [UNK] of a word of any length, so to such texts the next test applies.
+TOO_LONG = [
+    pytest.param(kind, text, id=f"{name}-{text}")
+    for name, kind in KINDS.items()
+    for text in LONG
+    if name != "WordPiece" or text not in {"digits", "one word"}
+]
+
+
+def cost(kind: Kind, text: str, truncate: Truncate) -> tuple[int, int]:
+    """How many tokens the text becomes, and how many characters the tokenizer was handed for it."""
+    counting = Counting(FastTokenizer.from_file(str(kind.path)))
+    row = encode(Tokenizer(cast("FastTokenizer", counting), max_tokens=LIMIT), text, truncate=truncate)
+    return len(row), counting.characters
+
+
+@pytest.mark.parametrize(("kind", "text"), TOO_LONG)
+@pytest.mark.parametrize("truncate", ["START", "END"])
+def test_to_cut_ten_megabytes_costs_about_what_the_kept_part_costs(kind: Kind, text: str, truncate: Truncate) -> None:
+    tokens, characters = cost(kind, LONG[text], truncate)
+
+    assert tokens == LIMIT
+    assert characters <= 40 * LIMIT
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        pytest.param(KINDS["WordPiece"], "electroencephalography" * 50_000, id="WordPiece-one word"),
+        pytest.param(KINDS["WordPiece"], " " * 1_000_000, id="WordPiece-spaces"),
+        pytest.param(KINDS["Unigram"], " " * 1_000_000, id="Unigram-spaces"),
+    ],
+)
+@pytest.mark.parametrize("end", ["", " water"])
+def test_a_text_of_few_tokens_is_read_to_its_end_however_long_it_is(kind: Kind, text: str, end: str) -> None:
+    tokens, characters = cost(kind, text + end, "END")
+
+    assert tokens == len(whole(kind).encode(text + end).ids) < LIMIT
+    assert characters <= 2.2 * len(text)
+
+
+def test_a_text_far_too_long_to_be_counted_is_refused_without_a_number() -> None:
+    with pytest.raises(InputTooLong, match="more than the 40 tokens") as refused:
+        encode(limited(KINDS["byte-level BPE"]), LONG["words"])
+
+    assert refused.value.tokens is None
