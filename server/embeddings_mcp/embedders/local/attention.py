@@ -96,27 +96,60 @@ def packed_attention(
     for name in ("softcap", "s_aux", "position_bias"):
         if unsupported.get(name) is not None:
             raise PackingUnsupported(f"the model's attention uses {name}")
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    reach = None if sliding_window is None else sliding_window - 1
-    # Each [tokens, heads, d], which is how the projections wrote them.
-    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    if _varlen_attn is not None and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        side = -1 if reach is None else reach
-        longest = max(packing.lengths)
-        out: torch.Tensor = _varlen_attn(
-            query,
-            key,
-            value,
-            packing.cumulative,
-            packing.cumulative,
-            longest,
-            longest,
-            scale=scaling,
-            window_size=(side, 0 if causal else side),
-            enable_gqa=key.shape[1] != query.shape[1],
-        )
-        return out.unsqueeze(0), None
-    return _attend_by_runs(query, key, value, packing, scaling, causal=causal, reach=reach).unsqueeze(0), None
+    attended = attend(
+        # Each [tokens, heads, d], which is how the projections wrote them.
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        packing,
+        scaling=scaling,
+        causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
+        reach=None if sliding_window is None else sliding_window - 1,
+    )
+    return attended.unsqueeze(0), None
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packing: Packing,
+    *,
+    scaling: float | None = None,
+    causal: bool = False,
+    reach: int | None = None,
+) -> torch.Tensor:
+    """Attend within each text of a packed row.
+
+    Args:
+        query: ``[tokens, heads, d]``.
+        key: ``[tokens, key heads, d]``.
+        value: as `key`.
+        packing: where each text lies.
+        scaling: factor on the scores; 1/sqrt(d) when None.
+        causal: whether a token sees only itself and what lies before it.
+        reach: how many tokens away a token sees; None for the whole text.
+
+    Returns:
+        ``[tokens, heads, d]``.
+    """
+    if _varlen_attn is None or not query.is_cuda or query.dtype not in {torch.bfloat16, torch.float16}:
+        return _attend_by_runs(query, key, value, packing, scaling, causal=causal, reach=reach)
+    side = -1 if reach is None else reach
+    longest = max(packing.lengths)
+    attended: torch.Tensor = _varlen_attn(
+        query,
+        key,
+        value,
+        packing.cumulative,
+        packing.cumulative,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(side, 0 if causal else side),
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
+    return attended
 
 
 def _attend_by_runs(
@@ -130,7 +163,7 @@ def _attend_by_runs(
     reach: int | None,
 ) -> torch.Tensor:
     """One dense attention for each run of texts of equal length; every tensor ``[tokens, heads, d]``."""
-    out = torch.empty_like(query)
+    out = query.new_empty(query.shape)
     grouped = key.shape[1] != query.shape[1]
     for start, count, length in packing.runs:
         window = None if reach is None or reach >= length - 1 else _band(length, reach, causal=causal, like=query)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import transformers
@@ -16,6 +16,8 @@ from transformers.utils import logging as transformers_logging
 from embeddings_mcp.embedders.local.attention import NAME, Packing, PackingUnsupported, packed_attention
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint
 from embeddings_mcp.embedders.local.latent_attention import LATENT_ATTENTION
+from embeddings_mcp.embedders.local.linear import prepack
+from embeddings_mcp.embedders.local.weights import check_tensors
 from embeddings_mcp.errors import CheckpointInvalid, ModelUnavailable
 
 AttentionInterface.register(NAME, packed_attention)
@@ -33,9 +35,6 @@ Way = Literal["packed", "padded", "apart"]
 
 _ENCODER_HALVES = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
 """Architectures of two halves, of which a sentence encoder is one."""
-
-_SPARE_TENSORS = ("pooler.", "lm_head.", "cls.", "classifier.", "vocab_transform.", "vocab_layer_norm.")
-"""Heads that a checkpoint may have or not: no embedding is made with them."""
 
 
 class Backbone:
@@ -171,25 +170,21 @@ def load_backbone(checkpoint: Checkpoint, device: torch.device, dtype: torch.dty
             ignore_mismatched_sizes=True,  # and reported below, with the file's name
             key_mapping={f"^{re.escape(prefix)}": ""} if prefix else None,
         )
-        _check_tensors(checkpoint, report)
+        ours = (LATENT_ATTENTION,) if checkpoint.recipe and checkpoint.recipe.latent_attention else ()
+        check_tensors(
+            folder,
+            missing=report["missing_keys"],
+            extra=[name for name in report["unexpected_keys"] if not name.startswith(ours)],
+            misshapen=[name for name, *_shapes in report["mismatched_keys"]],
+        )
         model.pooler = None  # where there is one, its output is not used
-        return Backbone(model.eval().to(device), position_offset=checkpoint.position_offset)
+        backbone = Backbone(model.eval().to(device), position_offset=checkpoint.position_offset)
+        if model_type in PROVEN:  # others may look into their linear layers
+            prepack(model)
     except CheckpointInvalid:
         raise
     except torch.OutOfMemoryError as error:
         raise ModelUnavailable(f"{folder}: the model does not fit into the memory of {device}: {error}") from error
     except Exception as error:  # what is wrong in a checkpoint fails in as many ways as there are readers of it
         raise CheckpointInvalid(f"{folder}: the transformer cannot be loaded: {error}") from error
-
-
-def _check_tensors(checkpoint: Checkpoint, report: Mapping[str, Collection[Any]]) -> None:
-    ours = (LATENT_ATTENTION,) if checkpoint.recipe and checkpoint.recipe.latent_attention else ()
-    for finding, names in (
-        ("are missing", report["missing_keys"]),
-        ("are not part of the architecture", report["unexpected_keys"]),
-        ("have another shape than config.json says", [name for name, *_shapes in report["mismatched_keys"]]),
-    ):
-        wrong = sorted(name for name in names if not name.startswith((*_SPARE_TENSORS, *ours)))
-        if wrong:
-            shown = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-            raise CheckpointInvalid(f"{checkpoint.pipeline.backbone}: tensors {finding}: {shown}")
+    return backbone

@@ -9,17 +9,18 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 
 from embeddings_mcp.embedders.base import Embeddings
 from embeddings_mcp.embedders.local.attention import Packing
-from embeddings_mcp.embedders.local.backbone import Backbone, load_backbone
+from embeddings_mcp.embedders.local.bert import is_bert, load_bert
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint, Dense, LayerNorm, Stage, read_checkpoint
 from embeddings_mcp.embedders.local.fingerprint import number_format
 from embeddings_mcp.embedders.local.latent_attention import LATENT_ATTENTION, LatentAttention
+from embeddings_mcp.embedders.local.linear import prepack
 from embeddings_mcp.embedders.local.m3 import M3Heads
 from embeddings_mcp.embedders.local.pooling import pool
 from embeddings_mcp.embedders.local.tokenizer import Tokenizer
@@ -34,6 +35,31 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 _TOKENS_PER_BATCH = {"cpu": 2048, "mps": 8192, "cuda": 32768}
 """Tokens that go through the model at once: enough to fill the device, few enough to stay in its caches or memory."""
+
+
+class Transformer(Protocol):
+    """A loaded transformer."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        ...
+
+    @property
+    def packed(self) -> bool:
+        """Whether texts go through it without padding."""
+        ...
+
+    def hidden_states(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, Packing]:
+        """The token vectors of the texts, one text behind the other.
+
+        Args:
+            rows: token ids of each text, none of them empty; neighbours of equal length are attended to together.
+
+        Returns:
+            ``[tokens, d]``, and where each text lies in it.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +99,7 @@ class Encoder:
         card: ModelCard,
         checkpoint: Checkpoint,
         tokenizer: Tokenizer,
-        backbone: Backbone,
+        backbone: Transformer,
         latent_attention: torch.nn.Module | None,
         heads: M3Heads | None,
         stages: Sequence[Callable[[torch.Tensor], torch.Tensor]],
@@ -218,6 +244,7 @@ def load_encoder(
         latent_attention = LatentAttention(checkpoint.config["latent_attention_config"])
         load_weights(latent_attention, checkpoint.pipeline.backbone, prefix=LATENT_ATTENTION)
         latent_attention = latent_attention.eval().to(where, dtype)
+        prepack(latent_attention)
     heads = None
     if "sparse" in card.modes:
         weightless = tokenizer.ids_of("<s>", "</s>", "<pad>", "<unk>")
@@ -226,11 +253,19 @@ def load_encoder(
         card=card,
         checkpoint=checkpoint,
         tokenizer=tokenizer,
-        backbone=load_backbone(checkpoint, where, dtype),
+        backbone=_load_backbone(checkpoint, where, dtype),
         latent_attention=latent_attention,
         heads=heads,
         stages=[_load_stage(stage, where) for stage in checkpoint.pipeline.stages],
     )
+
+
+def _load_backbone(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Transformer:
+    if is_bert(checkpoint.config):
+        return load_bert(checkpoint, device, dtype)
+    from embeddings_mcp.embedders.local.backbone import load_backbone  # transformers takes seconds to import
+
+    return load_backbone(checkpoint, device, dtype)
 
 
 def _device(name: str) -> torch.device:

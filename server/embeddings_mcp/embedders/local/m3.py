@@ -13,7 +13,7 @@ import torch
 
 from embeddings_mcp.embedders.local.attention import Packing
 from embeddings_mcp.embedders.local.checkpoint import M3_FILES
-from embeddings_mcp.embedders.local.weights import load_weights_file
+from embeddings_mcp.embedders.local.weights import load_weights
 from embeddings_mcp.vectors import FloatMatrix, SparseVector
 
 
@@ -31,7 +31,7 @@ class M3Heads:
         self._sparse = torch.nn.Linear(hidden_size, 1)
         self._colbert = torch.nn.Linear(hidden_size, hidden_size)
         for layer, name in zip((self._sparse, self._colbert), M3_FILES, strict=True):
-            load_weights_file(layer, folder / name)
+            load_weights(layer, folder / name)
             layer.eval().to(device)
         self._weightless = np.array(sorted(weightless), dtype=np.int64)
 

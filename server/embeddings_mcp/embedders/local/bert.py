@@ -1,0 +1,183 @@
+"""BERT, RoBERTa and XLM-RoBERTa on a packed row, in fewer and larger steps than transformers' own classes take.
+
+Most embedding models are of this family, the default among them. One product makes queries, keys and values; GELU and
+the residuals are added within the products. And transformers, which takes seconds to import, is not needed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import embedding, layer_norm
+
+from embeddings_mcp.embedders.local.attention import Packing, attend
+from embeddings_mcp.embedders.local.checkpoint import Checkpoint
+from embeddings_mcp.embedders.local.jsonfile import JsonObject
+from embeddings_mcp.embedders.local.linear import Linear
+from embeddings_mcp.embedders.local.weights import check_tensors, read_tensors
+
+MODEL_TYPES = frozenset({"bert", "roberta", "xlm-roberta", "camembert"})
+
+_PREFIXES = ("bert.", "roberta.", "camembert.", "model.")
+"""What may stand before every name, in checkpoints saved with a head."""
+
+_OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+
+_BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
+"""Numbers in a row, which older versions of transformers saved."""
+
+
+_LAYER = "encoder.layer.{}"
+_PROJECTIONS = ("attention.self.query", "attention.self.key", "attention.self.value")
+_OUTPUT, _OUTPUT_NORM = "attention.output.dense", "attention.output.LayerNorm"
+_INTERMEDIATE, _LAST, _LAST_NORM = "intermediate.dense", "output.dense", "output.LayerNorm"
+
+
+@dataclass(frozen=True, slots=True)
+class _Norm:
+    """A layer norm over the last dimension."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    epsilon: float
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        return layer_norm(rows, self.weight.shape, self.weight, self.bias, self.epsilon)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """One layer of the encoder."""
+
+    projections: Linear
+    attention_output: Linear
+    attention_norm: _Norm
+    intermediate: Linear
+    output: Linear
+    output_norm: _Norm
+
+    def __call__(self, rows: torch.Tensor, heads: int, packing: Packing) -> torch.Tensor:
+        """From ``[tokens, d]`` to ``[tokens, d]``."""
+        tokens, width = rows.shape
+        query, key, value = self.projections(rows).view(tokens, 3, heads, width // heads).unbind(1)
+        attended = attend(query, key, value, packing).view(tokens, width)
+        rows = self.attention_norm(self.attention_output.plus(attended, rows))
+        return self.output_norm(self.output.plus(self.intermediate.gelu(rows), rows))
+
+
+class Bert:
+    """A loaded model of the family; in its use like `backbone.Backbone`.
+
+    Attributes:
+        packed: True: nothing is ever padded.
+        device: where the weights are.
+    """
+
+    packed = True
+
+    def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], position_offset: int) -> None:
+        epsilon = float(config.get("layer_norm_eps", 1e-12))
+        self._heads = int(config["num_attention_heads"])
+        self._offset = position_offset
+        self._words = tensors["embeddings.word_embeddings.weight"]
+        # Every token is of type 0 here, so that what its type adds can be added to every position once.
+        types = tensors["embeddings.token_type_embeddings.weight"]
+        self._positions = tensors["embeddings.position_embeddings.weight"] + types[0]
+        self._norm = _norm(tensors, "embeddings.LayerNorm", epsilon)
+        self._layers = [
+            _layer(tensors, _LAYER.format(number), epsilon) for number in range(int(config["num_hidden_layers"]))
+        ]
+        self.device = self._words.device
+
+    def hidden_states(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, Packing]:
+        """See `backbone.Backbone.hidden_states`."""
+        packing = Packing.of([len(row) for row in rows], self.device)
+        ids = torch.tensor(list(itertools.chain.from_iterable(rows)), device=self.device)
+        places = torch.cat([self._positions[self._offset : self._offset + length] for length in packing.lengths])
+        hidden = self._norm(embedding(ids, self._words) + places)
+        for layer in self._layers:
+            hidden = layer(hidden, self._heads, packing)
+        return hidden, packing
+
+
+def is_bert(config: Mapping[str, Any]) -> bool:
+    """Whether `Bert` computes what this config describes, and not some variant of the family."""
+    return (
+        config.get("model_type") in MODEL_TYPES
+        and config.get("hidden_act", "gelu") == "gelu"
+        and config.get("position_embedding_type", "absolute") == "absolute"
+        and not config.get("is_decoder")
+        and not config.get("quantization_config")
+    )
+
+
+def load_bert(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Bert:
+    """Load a checkpoint of the family.
+
+    Raises:
+        CheckpointInvalid: a file is missing or damaged, or a tensor is missing, left over or of another shape than its
+            config says.
+    """
+    folder = checkpoint.pipeline.backbone
+    shapes = _shapes(JsonObject(folder / "config.json", checkpoint.config))
+    tensors = {_current_name(name): tensor for name, tensor in read_tensors(folder).items()}
+    check_tensors(
+        folder,
+        missing=shapes.keys() - tensors.keys(),
+        extra=tensors.keys() - shapes.keys() - set(_BUFFERS),
+        misshapen={name for name in shapes.keys() & tensors.keys() if tensors[name].shape != shapes[name]},
+    )
+    placed = {name: tensors[name].to(device, dtype) for name in shapes}
+    return Bert(checkpoint.config, placed, checkpoint.position_offset)
+
+
+def _current_name(name: str) -> str:
+    prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), "")
+    for old, new in _OLD_NAMES.items():
+        name = name.replace(old, new)
+    return name.removeprefix(prefix)
+
+
+def _shapes(config: JsonObject) -> dict[str, tuple[int, ...]]:
+    """The shape that every tensor must have."""
+    size = config.size
+    width, inner = size("hidden_size"), size("intermediate_size")
+    if width % size("num_attention_heads"):
+        raise config.wrong("hidden_size", "a multiple of `num_attention_heads`")
+    shapes: dict[str, tuple[int, ...]] = {
+        "embeddings.word_embeddings.weight": (size("vocab_size"), width),
+        "embeddings.position_embeddings.weight": (size("max_position_embeddings"), width),
+        "embeddings.token_type_embeddings.weight": (size("type_vocab_size"), width),
+    }
+    linear = {_OUTPUT: (width, width), _INTERMEDIATE: (inner, width), _LAST: (width, inner)}
+    linear |= dict.fromkeys(_PROJECTIONS, (width, width))
+    norms = ["embeddings.LayerNorm"]
+    for number in range(size("num_hidden_layers")):
+        layer = _LAYER.format(number)
+        norms += [f"{layer}.{_OUTPUT_NORM}", f"{layer}.{_LAST_NORM}"]
+        for name, shape in linear.items():
+            shapes |= {f"{layer}.{name}.weight": shape, f"{layer}.{name}.bias": shape[:1]}
+    return shapes | {f"{name}.{part}": (width,) for name in norms for part in ("weight", "bias")}
+
+
+def _layer(tensors: Mapping[str, torch.Tensor], name: str, epsilon: float) -> _Layer:
+    def linear(*parts: str) -> Linear:
+        weight = torch.cat([tensors[f"{name}.{part}.weight"] for part in parts])
+        return Linear(weight, torch.cat([tensors[f"{name}.{part}.bias"] for part in parts]))
+
+    return _Layer(
+        projections=linear(*_PROJECTIONS),
+        attention_output=linear(_OUTPUT),
+        attention_norm=_norm(tensors, f"{name}.{_OUTPUT_NORM}", epsilon),
+        intermediate=linear(_INTERMEDIATE),
+        output=linear(_LAST),
+        output_norm=_norm(tensors, f"{name}.{_LAST_NORM}", epsilon),
+    )
+
+
+def _norm(tensors: Mapping[str, torch.Tensor], name: str, epsilon: float) -> _Norm:
+    return _Norm(tensors[f"{name}.weight"], tensors[f"{name}.bias"], epsilon)
