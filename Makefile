@@ -5,10 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: run test lint types unit format lock clean help
+.PHONY: run test lint types unit published format lock clean help
 
 help: ## Say what can be made
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: $(STAMP) ## Install, start the server as an MCP host would, and ask it a few things
 	$(BIN)/embeddings-mcp demo
@@ -24,6 +24,9 @@ types: $(STAMP)
 
 unit: $(STAMP)
 	$(BIN)/pytest
+
+published: $(STAMP) ## Make anew what is made from the code: manifests, schemas, reference pages
+	$(BIN)/python -m embeddings_mcp.publish
 
 format: $(STAMP) ## Put the code in order
 	$(BIN)/ruff format .

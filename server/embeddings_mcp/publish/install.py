@@ -1,0 +1,160 @@
+"""What registries and hosts read to install the server: one function for each file of theirs."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+from pydantic import SecretStr
+from pydantic.fields import FieldInfo
+
+from embeddings_mcp import __version__
+from embeddings_mcp.operations import OPERATIONS
+from embeddings_mcp.publish import identity
+from embeddings_mcp.settings import Settings
+
+_HTTP_ONLY = frozenset({"host", "port", "api_key", "allowed_hosts", "max_body_bytes"})
+"""Settings that mean nothing to a server over stdio, which is what hosts install."""
+
+_LAUNCHER = "bin/embeddings-mcp"
+"""Starts the server from a checkout or from an unpacked plugin, relative to its root."""
+
+_ASKED = {"models": "Models", "nvidia_api_key": "NVIDIA API key"}
+"""Settings that Claude Desktop asks for, with their titles."""
+
+_ABOUT = {
+    "name": identity.NAME,
+    "version": __version__,
+    "description": identity.DESCRIPTION,
+    "author": {"name": identity.AUTHOR},
+    "homepage": identity.REPOSITORY,
+    "license": identity.LICENCE,
+    "keywords": [*identity.KEYWORDS],
+}
+
+
+def registry_entry() -> dict[str, Any]:
+    """``server.json`` of the MCP registry, schema of 2025-12-11."""
+    return {
+        "$schema": "https://static.modelcontextprotocol.io/schemas/2025-12-11/server.schema.json",
+        "name": identity.REGISTRY_NAME,
+        "title": identity.TITLE,
+        "description": identity.DESCRIPTION,
+        "version": __version__,
+        "websiteUrl": identity.REPOSITORY,
+        "repository": {"url": identity.REPOSITORY, "source": "github"},
+        "packages": [
+            {
+                "registryType": "pypi",
+                "identifier": identity.NAME,
+                "version": __version__,
+                "runtimeHint": "uvx",
+                "runtimeArguments": [
+                    {"type": "named", "name": "--from", "value": f"{identity.NAME}[{identity.EXTRAS}]=={__version__}"}
+                ],
+                "packageArguments": [{"type": "positional", "value": "serve"}],
+                "environmentVariables": [
+                    _variable(name, field) for name, field in Settings.model_fields.items() if name not in _HTTP_ONLY
+                ],
+                "transport": {"type": "stdio"},
+            }
+        ],
+    }
+
+
+def environment_variable(name: str) -> str:
+    """The variable that a setting is read from."""
+    alias = Settings.model_fields[name].validation_alias
+    return alias if isinstance(alias, str) else f"EMBEDDINGS_MCP_{name.upper()}"
+
+
+def is_secret(field: FieldInfo) -> bool:
+    """Whether a setting must not be shown."""
+    return field.annotation is SecretStr or SecretStr in get_args(field.annotation)
+
+
+def _variable(name: str, field: FieldInfo) -> dict[str, Any]:
+    """A setting as the registry describes an environment variable."""
+    described: dict[str, Any] = {
+        "name": environment_variable(name),
+        "description": field.description,
+        "isRequired": field.is_required(),
+        "isSecret": is_secret(field),
+    }
+    if choices := [value for value in get_args(field.annotation) if isinstance(value, str)]:
+        described["choices"] = choices
+    if isinstance(field.default, str):
+        described["default"] = field.default
+    return described
+
+
+def plugin() -> dict[str, Any]:
+    """``plugin.json`` of Agent Plugins 1.0.0; skills and servers are found by their places."""
+    return {
+        "$schema": "https://agent-plugins.org/schemas/1.0.0/plugin.schema.json",
+        **_ABOUT,
+        "repository": identity.REPOSITORY,
+    }
+
+
+def plugin_servers() -> dict[str, Any]:
+    """``mcp.json`` of Agent Plugins 1.0.0, which also starts the server from a checkout."""
+    return {
+        "$schema": "https://agent-plugins.org/schemas/1.0.0/mcp.schema.json",
+        "mcpServers": {"embeddings": {"type": "stdio", "command": f"./{_LAUNCHER}", "args": ["serve"]}},
+    }
+
+
+def claude_plugin() -> dict[str, Any]:
+    """``.claude-plugin/plugin.json``: the plugin as Claude Code has it."""
+    return {
+        **_ABOUT,
+        "repository": identity.REPOSITORY,
+        "mcpServers": {"embeddings": {"command": f"${{CLAUDE_PLUGIN_ROOT}}/{_LAUNCHER}", "args": ["serve"]}},
+    }
+
+
+def claude_marketplace() -> dict[str, Any]:
+    """``.claude-plugin/marketplace.json``: this repository as a marketplace with one plugin."""
+    return {
+        "name": identity.NAME,
+        "owner": {"name": identity.AUTHOR},
+        "metadata": {"description": identity.DESCRIPTION},
+        "plugins": [{"name": identity.NAME, "source": "./", "description": identity.DESCRIPTION}],
+    }
+
+
+def bundle_manifest() -> dict[str, Any]:
+    """``manifest.json`` of an MCP bundle, version 0.4, for Claude Desktop, which brings uv and with it Python."""
+    extras = [part for extra in identity.EXTRAS.split(",") for part in ("--extra", extra)]
+    return {
+        "manifest_version": "0.4",
+        **_ABOUT,
+        "display_name": identity.TITLE,
+        "repository": {"type": "git", "url": identity.REPOSITORY},
+        "documentation": f"{identity.REPOSITORY}#readme",
+        "server": {
+            "type": "uv",
+            "entry_point": "server/embeddings_mcp/__main__.py",
+            "mcp_config": {
+                "command": "uv",
+                "args": ["run", "--directory", "${__dirname}", *extras, identity.NAME, "serve"],
+                "env": {environment_variable(name): f"${{user_config.{name}}}" for name in _ASKED},
+            },
+        },
+        "tools": [{"name": operation.name, "description": operation.title} for operation in OPERATIONS],
+        "prompts_generated": True,
+        "compatibility": {"platforms": ["darwin", "linux", "win32"], "runtimes": {"python": ">=3.11"}},
+        "user_config": {
+            name: {
+                "type": "string",
+                "title": title,
+                "description": Settings.model_fields[name].description,
+                "required": False,
+                "sensitive": is_secret(Settings.model_fields[name]),
+                # Without one the host would set the variable to the very words `${user_config...}`; an empty one is
+                # as good as none.
+                "default": "",
+            }
+            for name, title in _ASKED.items()
+        },
+    }

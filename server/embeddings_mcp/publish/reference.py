@@ -1,0 +1,245 @@
+"""Reference pages in Markdown, made from the code that they describe."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from embeddings_mcp.errors import WIRE_FORMS, EmbeddingsError
+from embeddings_mcp.models import CARDS, DEFAULT_MODEL, ModelCard
+from embeddings_mcp.publish.install import environment_variable, is_secret
+from embeddings_mcp.publish.openapi import openapi_document
+from embeddings_mcp.settings import EndpointSettings, Settings
+
+_MADE = "<!-- Made from the code by `make published`; edit the code, not this page. -->\n"
+
+
+_API = """\
+# REST API
+
+For programs there is the same as [OpenAPI 3.1](openapi.json) and [JSON Schema](schema.json); a running server serves it
+at `/openapi.json`.
+
+Requests and answers are JSON. A field that is not listed is refused, and so is `null`: leave out what is not needed. A
+server with an API key wants it in the header `Authorization: Bearer KEY`, on every route but the health ones.
+"""
+
+_ENVELOPE = """\
+Every answer that is not a success has this form. `message` says what was wrong, what is accepted, and what to do,
+`code` is for programs, and `param` names the field or is null.
+
+```json
+{
+  "error": {
+    "message": "`input[1]` must not be an empty string",
+    "type": "invalid_request_error",
+    "param": "input[1]",
+    "code": "invalid_request"
+  }
+}
+```
+"""
+
+_ERRORS = """\
+# Errors of the REST API
+
+Over MCP the same messages come as results with `isError`. Only 429, 503 and 504 are worth a second try, and
+`Retry-After` says when, if anybody knows.
+"""
+
+_CONFIGURATION = """\
+# Configuration
+
+Every setting is an environment variable, and most are a flag of `embeddings-mcp serve` too; the flag wins. What cannot
+be is refused when the server starts, in one line that says what is accepted.
+"""
+
+_ENDPOINTS = """\
+## Endpoints
+
+`EMBEDDINGS_MCP_ENDPOINTS` holds addresses, or a JSON array of objects with these fields:
+"""
+
+_MODELS = """\
+# Models known by name
+
+A server serves those that it was told to; `list_models` says which. Any other sentence-transformers checkpoint can be
+served too, and then describes itself.
+"""
+
+_MODELS_NOTES = f"""\
+- `input_type` required: a call without it is refused. Ignored: both kinds get the same vector.
+- More than one length under Dimensions: those that `dimensions` may ask for, besides the first.
+- `default` is `{DEFAULT_MODEL}` unless the server was told otherwise.
+- Other names of the same models are accepted, in any case; the suffixes `-query` and `-passage` say the `input_type`.
+"""
+
+
+# --- The API ---------------------------------------------------------------------------------------------------------
+
+
+def api() -> str:
+    """``docs/api.md``: every route with its fields, an example, and what errors mean."""
+    document = openapi_document()
+    schemas = document["components"]["schemas"]
+    parts = [_API]
+    for path, methods in document["paths"].items():
+        for method, route in methods.items():
+            if method == "parameters":
+                continue
+            parts += _route(f"{method.upper()} {path}", route, schemas)
+    return _page(*parts, "## Errors\n", _ENVELOPE, _errors())
+
+
+def _route(title: str, route: Mapping[str, Any], schemas: Mapping[str, Any]) -> Iterable[str]:
+    yield f"## {title}\n"
+    yield f"{route.get('description', route['summary'] + '.')}\n"
+    if "requestBody" in route:
+        body = route["requestBody"]["content"]["application/json"]
+        yield _fields(schemas[_name(body)])
+        yield _example("Request", body["example"])
+    answer = route["responses"]["200"]["content"]["application/json"]
+    if "example" in answer:
+        yield _example("Answer, its vectors shortened", answer["example"])
+    else:
+        yield f"Answers with `{_name(answer)}`:\n"
+        yield _fields(schemas[_name(answer)])
+
+
+def _name(content: Mapping[str, Any]) -> str:
+    reference: str = content["schema"]["$ref"]
+    return reference.rpartition("/")[2]
+
+
+def _fields(schema: Mapping[str, Any]) -> str:
+    required = schema.get("required", [])
+    rows = [
+        (f"`{name}`", _type(said), _when_left_out(said, needed=name in required), said.get("description", ""))
+        for name, said in schema["properties"].items()
+    ]
+    return _table(("Field", "Type", "When left out", "Meaning"), rows)
+
+
+def _type(said: Mapping[str, Any]) -> str:
+    if "enum" in said:
+        return ", ".join(f"`{value}`" for value in said["enum"])
+    if "oneOf" in said:
+        return " or ".join(_type(one) for one in said["oneOf"])
+    kind = said["type"]
+    if kind == "array":
+        return f"array of {_type(said['items'])}"
+    return " or ".join(kind) if isinstance(kind, list) else str(kind)
+
+
+def _when_left_out(said: Mapping[str, Any], *, needed: bool) -> str:
+    if needed:
+        return "required"
+    return f"`{said['default']}`" if "default" in said else ""
+
+
+def _example(title: str, value: object) -> str:
+    return f"{title}:\n\n```json\n{json.dumps(value, indent=2)}\n```\n"
+
+
+def _errors() -> str:
+    rows = [
+        (str(form.status), f"`{form.code}`", f"`{form.type}`", _meaning(error))
+        for error, form in sorted(WIRE_FORMS.items(), key=lambda item: (item[1].status, item[1].code))
+    ]
+    return _table(("Status", "Code", "Type", "Meaning"), rows)
+
+
+def _meaning(error: type[EmbeddingsError]) -> str:
+    if error is EmbeddingsError:
+        return "An error inside the server; its log says more."
+    return (inspect.getdoc(error) or "").partition("\n")[0]
+
+
+def errors() -> str:
+    """The skill's page of errors."""
+    return _page(_ERRORS, _ENVELOPE, _errors())
+
+
+# --- Settings --------------------------------------------------------------------------------------------------------
+
+
+def configuration() -> str:
+    """``docs/configuration.md``: every setting, its variable and its flag."""
+    from embeddings_mcp.faces.cli import serve  # which imports this module, to print what is published
+
+    flags = inspect.signature(serve).parameters
+    settings = [
+        (
+            f"`{environment_variable(name)}`",
+            next((f"`--{flag.replace('_', '-')}`" for flag in (name, name.removesuffix("s")) if flag in flags), ""),
+            _default(field),
+            f"{field.description}{' A secret: it is never printed.' if is_secret(field) else ''}",
+        )
+        for name, field in Settings.model_fields.items()
+    ]
+    endpoint = [
+        (f"`{name}`", "required" if field.is_required() else "", str(field.description))
+        for name, field in EndpointSettings.model_fields.items()
+    ]
+    return _page(
+        _CONFIGURATION,
+        _table(("Variable", "Flag", "When not set", "Meaning"), settings),
+        _ENDPOINTS,
+        _table(("Field", "", "Meaning"), endpoint),
+    )
+
+
+def _default(field: FieldInfo) -> str:
+    default = field.get_default(call_default_factory=True)
+    if default is None or default == ():
+        return ""
+    return f"`{' '.join(default) if isinstance(default, tuple) else default}`"
+
+
+# --- Models ----------------------------------------------------------------------------------------------------------
+
+
+def models() -> str:
+    """The skill's page of models."""
+    rows = [
+        (
+            f"`{card.id}`",
+            " or ".join(str(length) for length in (card.dimensions, *card.matryoshka) if length is not None),
+            str(card.max_tokens or ""),
+            card.input_type,
+            ", ".join(card.modes),
+            f"{card.licence or 'see its page'}{' (not for commercial use)' if card.non_commercial else ''}",
+            _hosting(card),
+        )
+        for card in CARDS
+    ]
+    known = _table(("Model", "Dimensions", "Tokens", "input_type", "Modes", "Licence", "Where"), rows)
+    names = _table(("Model", "Also called"), ((f"`{card.id}`", _names(card)) for card in CARDS if card.aliases))
+    return _page(_MODELS, known, _MODELS_NOTES, names)
+
+
+def _hosting(card: ModelCard) -> str:
+    here = "local, from its files" if card.repository is None else "local"
+    gone = f"; hosted by NVIDIA until {card.hosted_until}" if card.hosted_until else ""
+    return here + gone
+
+
+def _names(card: ModelCard) -> str:
+    return ", ".join(f"`{alias}`" for alias in card.aliases)
+
+
+def _page(*parts: str) -> str:
+    return "\n".join((_MADE, *parts))
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

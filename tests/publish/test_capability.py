@@ -1,0 +1,179 @@
+"""The capability documents: valid by their owners' schemas, and true of the server when an engine runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embeddings_mcp.operations import LIST_MODELS, OPERATIONS
+from embeddings_mcp.publish.capability import VERSIONS, capability
+from embeddings_mcp.publish.documents import FORMATS
+from embeddings_mcp.schema import parse
+from tests.support import ROOT
+
+SCHEMAS = Path(os.environ.get("EMBEDDINGS_MCP_SCHEMAS") or ROOT.parent / "shared" / "schemas")
+"""Where the engines' own schemas lie; they are not ours to carry."""
+
+DIALECTS = sorted(VERSIONS)
+
+ASKED = [operation for operation in OPERATIONS if operation is not LIST_MODELS]
+
+
+def named(things: Any, dialect: str) -> dict[str, Any]:
+    """Things by their names, in either dialect."""
+    return things if dialect == "ikanos" else {thing["name"]: thing for thing in things}
+
+
+def operations(dialect: Any) -> dict[str, Any]:
+    """What the document consumes: operations by name, each with the path of its resource."""
+    (api,) = capability(dialect)["capability"]["consumes"]
+    return {
+        name: {**operation, "path": resource["path"]}
+        for resource in named(api["resources"], dialect).values()
+        for name, operation in named(resource["operations"], dialect).items()
+    }
+
+
+def exposed(dialect: Any, kind: str) -> dict[str, Any]:
+    adapters = {adapter["type"]: adapter for adapter in capability(dialect)["capability"]["exposes"]}
+    assert sorted(adapters) == ["mcp", "rest", "skill"]
+    adapter: dict[str, Any] = adapters[kind]
+    return adapter
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_the_document_is_valid_by_the_official_schema(dialect: Any) -> None:
+    file = SCHEMAS / f"{dialect}-{VERSIONS[dialect]}.json"
+    if not file.exists():
+        pytest.skip(
+            f"the schema of {dialect} {VERSIONS[dialect]} is not at {file}; EMBEDDINGS_MCP_SCHEMAS names a folder"
+        )
+    schema = json.loads(file.read_text("utf-8"))
+    document = yaml.safe_load(FORMATS[dialect].text("http://localhost:8000"))
+    jsonschema.Draft202012Validator(schema).validate(document)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.Draft202012Validator(schema).validate({**document, "something": "else"})
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_every_tool_is_there_with_its_description_and_its_hints(dialect: Any) -> None:
+    tools = named(exposed(dialect, "mcp")["tools"], dialect)
+
+    assert list(tools) == [operation.name.replace("_", "-") for operation in OPERATIONS]
+    for operation, tool in zip(OPERATIONS, tools.values(), strict=True):
+        assert tool["description"] == operation.description
+        assert tool["hints"] == {"readOnly": True, "destructive": False, "idempotent": True, "openWorld": False}
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_every_reference_leads_somewhere(dialect: Any) -> None:
+    (api,) = capability(dialect)["capability"]["consumes"]
+    tools = exposed(dialect, "mcp")
+    calls = {f"{api['namespace']}.{name}" for name in operations(dialect)}
+    assert {tool["call"] for tool in named(tools["tools"], dialect).values()} == calls
+
+    (skill,) = named(exposed(dialect, "skill")["skills"], dialect).values()
+    sources = [tool["from"] for tool in named(skill["tools"], dialect).values()]
+    assert {source["sourceNamespace"] for source in sources} == {tools["namespace"]}
+    assert {source["action"] for source in sources} == set(named(tools["tools"], dialect))
+
+    (resource,) = named(exposed(dialect, "rest")["resources"], dialect).values()
+    assert resource["forward"] == {"targetNamespace": api["namespace"]}
+    assert api["baseUri"] + resource["path"].removeprefix("/v1").replace("{{path}}", "embeddings") == (
+        "http://localhost:8000/v1/embeddings"
+    )
+
+
+def test_no_namespace_is_used_twice_and_no_port() -> None:
+    document = capability("ikanos")
+    adapters = [*document["capability"]["consumes"], *document["capability"]["exposes"]]
+    namespaces = [thing["namespace"] for thing in [*document["binds"], *adapters]]
+    assert len(set(namespaces)) == len(namespaces)
+    ports = [adapter["port"] for adapter in document["capability"]["exposes"]]
+    assert len({*ports, 8000}) == len(ports) + 1
+
+
+def test_the_key_is_named_and_never_written() -> None:
+    document = capability("ikanos")
+    (bind,) = document["binds"]
+    (variable,) = bind["keys"]
+    assert document["capability"]["consumes"][0]["authentication"] == {"type": "bearer", "token": f"{{{{{variable}}}}}"}
+
+
+def test_another_address_is_written_where_the_server_is_called() -> None:
+    document = yaml.safe_load(FORMATS["ikanos"].text("https://embed.example.org"))
+    assert document["capability"]["consumes"][0]["baseUri"] == "https://embed.example.org/v1"
+
+
+# --- What the engine sends -------------------------------------------------------------------------------------------
+
+
+def engine_fills(template: str, arguments: dict[str, Any]) -> str:
+    """A body as Ikanos makes it: JMustache without escaping; arrays are written as JSON, all else as it stands."""
+
+    def section(match: re.Match[str]) -> str:
+        return match[2] if match[1] in arguments else ""
+
+    def value(match: re.Match[str]) -> str:
+        given = arguments.get(match[1], "")
+        return json.dumps(given) if isinstance(given, list) else str(given)
+
+    template = re.sub(r"\{\{#(\w+)\}\}(.*?)\{\{/\1\}\}", section, template, flags=re.DOTALL)
+    return re.sub(r"\{\{(\w+)\}\}", value, template)
+
+
+TEXTS = st.lists(st.text(min_size=1).filter(lambda text: "{{" not in text and text.isprintable()), min_size=1)
+ARGUMENTS: dict[str, st.SearchStrategy[Any]] = {
+    "model": st.sampled_from(["default", "nvidia/nv-embed-v1"]),
+    "input": TEXTS,
+    "query": TEXTS,
+    "other": TEXTS,
+    "input_type": st.sampled_from(["query", "passage"]),
+    "encoding_format": st.sampled_from(["float", "base64"]),
+    "truncate": st.sampled_from(["NONE", "START", "END"]),
+    "metric": st.sampled_from(["cosine", "dot", "euclidean"]),
+    "mode": st.sampled_from(["dense", "hybrid"]),
+    "dimensions": st.integers(1, 4096),
+    "top_k": st.integers(1, 100),
+}
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("operation", ASKED, ids=lambda operation: operation.name)
+@given(data=st.data())
+def test_what_the_engine_sends_is_the_request_that_the_tool_was_given(
+    dialect: Any, operation: Any, data: st.DataObject
+) -> None:
+    name = operation.name.replace("_", "-")
+    consumed = operations(dialect)[name]
+    parameters = named(named(exposed(dialect, "mcp")["tools"], dialect)[name]["inputParameters"], dialect)
+    assert set(parameters) == set(operation.request.model_fields) - {"user"}
+    required = {name: ARGUMENTS[name] for name, parameter in parameters.items() if parameter["required"]}
+    optional = {name: ARGUMENTS[name] for name, parameter in parameters.items() if not parameter["required"]}
+    arguments = data.draw(st.fixed_dictionaries(required, optional=optional))
+
+    body = json.loads(engine_fills(consumed["body"], arguments))
+
+    assert body == arguments
+    parse(operation.request, body)
+    assert f"/v1{consumed['path']}" == operation.path
+
+
+@pytest.mark.parametrize("operation", ASKED, ids=lambda operation: operation.name)
+def test_every_choice_and_every_default_is_said(operation: Any) -> None:
+    parameters = exposed("ikanos", "mcp")["tools"][operation.name.replace("_", "-")]["inputParameters"]
+
+    for name, field in operation.request.model_json_schema()["properties"].items():
+        if (default := field.get("default")) is not None:
+            assert f"Default: {default}." in parameters[name]["description"]
+    if "truncate" in parameters:
+        assert "One of NONE, START, END." in parameters["truncate"]["description"]

@@ -1,0 +1,56 @@
+"""The published files of the repository are what the code makes, and say the same as the package does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from typing import get_args
+
+import orjson
+import pytest
+import yaml
+
+from embeddings_mcp.publish import identity
+from embeddings_mcp.publish.documents import FILES, FORMATS
+from tests.support import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_the_file_is_what_the_code_makes(path: str) -> None:
+    assert (ROOT / path).read_text("utf-8") == FILES[path](), f"{path} is out of date: run `make published`"
+
+
+@pytest.mark.parametrize("document", FORMATS)
+def test_the_command_prints_every_document(document: str) -> None:
+    command = [sys.executable, "-m", "embeddings_mcp", "manifest", "--format", document, "--url", "http://host:1/"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert printed == FORMATS[document].text("http://host:1")  # type: ignore[index]
+    read = yaml.safe_load(printed) if FORMATS[document].media_type.endswith("yaml") else orjson.loads(printed)  # type: ignore[index]
+    assert isinstance(read, dict)
+
+
+def test_every_format_has_a_document() -> None:
+    assert list(FORMATS) == list(get_args(identity.Format))
+
+
+def test_an_address_that_is_none_is_refused() -> None:
+    command = [sys.executable, "-m", "embeddings_mcp", "manifest", "--url", "localhost"]
+    refused = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr == (
+        "embeddings-mcp: --url must be an address such as http://localhost:8000, not 'localhost'\n"
+    )
+
+
+def test_who_we_are_is_what_the_package_says() -> None:
+    project = PROJECT["project"]
+    assert project["name"] == identity.NAME
+    assert project["license"] == identity.LICENCE
+    assert tuple(project["keywords"]) == identity.KEYWORDS
+    assert project["authors"] == [{"name": identity.AUTHOR}]
+    assert project["urls"]["Documentation"] == f"{identity.REPOSITORY}#readme"
+    assert set(identity.EXTRAS.split(",")) < set(project["optional-dependencies"])
+    assert len(identity.DESCRIPTION) <= 100

@@ -1,0 +1,151 @@
+"""The Agent Skill: valid by its format's own validator, and right in what it says."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import numpy as np
+import pytest
+
+from embeddings_mcp import __version__
+from embeddings_mcp.assemble import build_service
+from embeddings_mcp.operations import CREATE_EMBEDDING, SEARCH, SIMILARITY, Operation
+from embeddings_mcp.publish.skill import read_skill
+from embeddings_mcp.schema import parse
+from embeddings_mcp.service import EmbeddingService
+from embeddings_mcp.settings import Settings
+from tests.support import ROOT
+
+FOLDER = ROOT / "skills" / "embeddings"
+TEXT = (FOLDER / "SKILL.md").read_text("utf-8")
+PAIRS = json.loads((ROOT / "tests" / "data" / "pairs.json").read_text("utf-8"))
+
+
+def test_the_validator_of_agentskills_io_finds_nothing() -> None:
+    checked = subprocess.run(
+        [Path(sys.executable).with_name("agentskills"), "validate", str(FOLDER)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_the_skill_keeps_to_the_limits_of_its_format() -> None:
+    skill = read_skill()
+    assert set(skill.frontmatter) == {"name", "description", "license", "compatibility", "metadata"}
+    assert skill.name == FOLDER.name
+    assert len(skill.frontmatter["description"]) <= 1024
+    assert skill.frontmatter["metadata"] == {"version": __version__}
+    assert len(TEXT.splitlines()) < 500
+    assert all(path.count("/") <= 1 for path in skill.files)
+
+
+def test_every_page_that_it_points_to_is_there_and_every_page_is_pointed_to() -> None:
+    pointed = {target for target in re.findall(r"\]\(([^)]+)\)", TEXT) if "://" not in target}
+    assert pointed == {path for path in read_skill().files if path.startswith("references/")}
+
+
+def test_every_file_is_served_with_its_digest() -> None:
+    skill = read_skill()
+    assert next(iter(skill.files)) == "SKILL.md"
+    for path, file in skill.files.items():
+        content = (FOLDER / path).read_bytes()
+        assert file.content == content
+        assert file.digest == f"sha256:{hashlib.sha256(content).hexdigest()}"
+        assert file.media_type in {"text/markdown", "application/yaml"}
+
+
+def test_the_archive_holds_the_files_at_its_top_and_is_always_the_same() -> None:
+    skill = read_skill()
+    with zipfile.ZipFile(io.BytesIO(skill.archive)) as archive:
+        assert archive.testzip() is None
+        assert {name: archive.read(name) for name in archive.namelist()} == {
+            path: file.content for path, file in skill.files.items()
+        }
+    assert skill.archive == skill.archive
+
+
+# --- What it says ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[EmbeddingService]:
+    """The default model, which the figures are about."""
+    service = build_service(Settings())
+    yield service
+    anyio.run(service.aclose)
+
+
+def ask(service: EmbeddingService, operation: Operation, request: dict[str, Any]) -> Any:
+    async def answer() -> Any:
+        return await operation.call(service, parse(operation.request, request), None)
+
+    return anyio.run(answer)
+
+
+def test_the_examples_are_what_the_server_answers(service: EmbeddingService) -> None:
+    blocks = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", TEXT, flags=re.DOTALL)]
+    searched, found, compared, close, embedded = blocks
+
+    assert ask(service, SEARCH, searched) == found
+    assert ask(service, SIMILARITY, compared) == close
+    vectors = ask(service, CREATE_EMBEDDING, embedded)["data"]
+    assert [type(vector["embedding"]) for vector in vectors] == [str, str]
+
+
+def test_the_thresholds_are_those_that_were_measured(service: EmbeddingService) -> None:
+    def vectors(texts: list[str]) -> Any:
+        answer = ask(service, CREATE_EMBEDDING, {"model": "default", "input": texts})
+        return np.array([vector["embedding"] for vector in answer["data"]])
+
+    def scores(pairs: list[list[str]]) -> Any:
+        return vectors([left for left, _ in pairs]) @ vectors([right for _, right in pairs]).T
+
+    first = vectors([left for left, _ in PAIRS["same meaning"]])
+    answers = scores(PAIRS["questions"])
+    measured = {
+        "Same meaning, other words": np.diag(scores(PAIRS["same meaning"])),
+        "Same topic, other statement": np.diag(scores(PAIRS["same topic"])),
+        "Nothing in common": (first @ first.T)[np.triu_indices(len(first), 1)],
+        "A question and the passage that answers it": np.diag(answers),
+        "A question and passages on other topics": answers[~np.eye(len(answers), dtype=bool)],
+    }
+    stated = {
+        kind: [float(number) for number in numbers]
+        for kind, *numbers in re.findall(
+            r"^\| ([A-Z][^|]+) \| (-?[\d.]+) \| (-?[\d.]+) \| (-?[\d.]+) \|$", TEXT, re.MULTILINE
+        )
+    }
+    assert {
+        kind: [round(float(f(numbers)), 2) + 0.0 for f in (np.min, np.median, np.max)]
+        for kind, numbers in measured.items()
+    } == stated
+    assert (measured["Same topic, other statement"] < 0.75).all()
+    assert (measured["Nothing in common"] < 0.55).all()
+    assert (measured["Same meaning, other words"] > 0.5).all()
+    assert (measured["A question and the passage that answers it"] > 0.3).all()
+    assert (answers.argmax(axis=1) == np.arange(len(answers))).all()
+
+
+def test_a_statement_and_its_negation_do_look_alike(service: EmbeddingService) -> None:
+    texts = [
+        "Dogs are allowed in the hall.",
+        "Dogs are not allowed in the hall.",
+        "Pay before you sign.",
+        "Pay after you sign.",
+    ]
+    scores = ask(service, SIMILARITY, {"model": "default", "input": texts})["scores"]
+    assert scores[0][1] > 0.75
+    assert scores[2][3] > 0.75
