@@ -8,6 +8,7 @@ window) reaches the function by the keywords that transformers' flash-attention 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,12 +16,6 @@ from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-
-_varlen_attn: Callable[..., Any] | None
-try:
-    from torch.nn.attention.varlen import varlen_attn as _varlen_attn
-except ImportError:  # torch before 2.10
-    _varlen_attn = None
 
 NAME = "embeddings_mcp_packed"
 """The name under which transformers finds the function."""
@@ -133,11 +128,12 @@ def attend(
     Returns:
         ``[tokens, heads, d]``.
     """
-    if _varlen_attn is None or not query.is_cuda or query.dtype not in {torch.bfloat16, torch.float16}:
+    varlen_attn = _varlen_attn() if query.is_cuda and query.dtype in {torch.bfloat16, torch.float16} else None
+    if varlen_attn is None:
         return _attend_by_runs(query, key, value, packing, scaling, causal=causal, reach=reach)
     side = -1 if reach is None else reach
     longest = max(packing.lengths)
-    attended: torch.Tensor = _varlen_attn(
+    attended: torch.Tensor = varlen_attn(
         query,
         key,
         value,
@@ -150,6 +146,16 @@ def attend(
         enable_gqa=key.shape[1] != query.shape[1],
     )
     return attended
+
+
+@functools.cache
+def _varlen_attn() -> Callable[..., Any] | None:
+    """PyTorch's own attention over packed rows; None before version 2.10. Half of torch is imported with it."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
 
 
 def _attend_by_runs(
