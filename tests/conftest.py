@@ -15,6 +15,7 @@ def _no_settings_from_outside() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in Settings.model_fields:
             patch.delenv(f"EMBEDDINGS_MCP_{name.upper()}", raising=False)
+        patch.delenv("NVIDIA_API_KEY", raising=False)
         yield
 
 

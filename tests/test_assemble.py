@@ -22,11 +22,11 @@ def checkpoint() -> Path:
 
 
 def served(service: EmbeddingService) -> list[tuple[str, bool]]:
-    return [(entry["id"], entry["default"]) for entry in service.list_models()["models"]]
+    return [(entry["id"], entry["default"]) for entry in service.known_models()]
 
 
 def test_the_bundled_model_is_described_before_it_is_loaded() -> None:
-    (entry,) = build_service(Settings()).list_models()["models"]
+    (entry,) = build_service(Settings()).known_models()
     assert (entry["id"], entry["aliases"], entry["default"]) == (DEFAULT_MODEL, ["all-MiniLM-L6-v2"], True)
     assert (entry["dimensions"], entry["max_tokens"], entry["allowed_dimensions"]) == (384, 256, [])
     assert (entry["input_type"], entry["served_from"], entry["licence"]) == ("ignored", "local", "Apache-2.0")
@@ -35,7 +35,7 @@ def test_the_bundled_model_is_described_before_it_is_loaded() -> None:
 def test_a_folder_describes_itself_under_the_name_that_it_is_given(checkpoint: Path, tmp_path: Path) -> None:
     link = tmp_path / "a folder=with signs"
     link.symlink_to(checkpoint, target_is_directory=True)
-    (entry,) = build_service(Settings(models=(f"mine={link}",))).list_models()["models"]
+    (entry,) = build_service(Settings(models=(f"mine={link}",))).known_models()
     assert (entry["id"], entry["dimensions"], entry["max_tokens"]) == ("mine", 384, 256)
 
 
@@ -53,14 +53,14 @@ def test_a_known_model_has_its_own_id_by_whichever_name_it_is_asked_for(checkpoi
 
 
 def test_a_model_of_the_hub_is_listed_before_anything_is_known_of_it() -> None:
-    (entry,) = build_service(Settings(models=("somebody/something",))).list_models()["models"]
+    (entry,) = build_service(Settings(models=("somebody/something",))).known_models()
     assert entry["id"] == "somebody/something"
     assert not entry.keys() & {"dimensions", "max_tokens"}
 
 
 def test_a_card_in_the_settings_describes_a_model_before_the_built_in_ones_do() -> None:
     card = ModelCard(id="somebody/something", aliases=("something",), dimensions=64, matryoshka=(32,))
-    (entry,) = build_service(Settings(models=("SOMETHING",), cards=(card,))).list_models()["models"]
+    (entry,) = build_service(Settings(models=("SOMETHING",), cards=(card,))).known_models()
     assert (entry["id"], entry["dimensions"], entry["allowed_dimensions"]) == ("somebody/something", 64, [32])
 
 

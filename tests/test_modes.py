@@ -124,4 +124,4 @@ async def test_without_its_two_small_layers_the_checkpoint_is_dense_only(tmp_pat
             (tmp_path / file.name).symlink_to(file)
     service = build_service(Settings(models=(f"bge-m3={tmp_path}",)))
 
-    assert service.describe("bge-m3")["modes"] == ["dense"]
+    assert (await service.describe("bge-m3"))["modes"] == ["dense"]

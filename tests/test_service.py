@@ -522,16 +522,16 @@ async def test_search_says_itself_what_is_a_query() -> None:
 # --- The service itself ----------------------------------------------------------------------------------------------
 
 
-def test_models_are_listed_with_what_is_known_of_them() -> None:
+async def test_models_are_listed_with_what_is_known_of_them() -> None:
     service = service_of(HashEmbedder(PLAIN), HashEmbedder(NESTED), HashEmbedder(ModelCard(id="test/unknown")))
-    plain, nested, unknown = service.list_models()["models"]
+    plain, nested, unknown = (await service.list_models())["models"]
     assert (plain["id"], plain["default"], plain["aliases"]) == ("Test/Plain", True, ["plain-alias"])
     assert (plain["dimensions"], plain["allowed_dimensions"], plain["max_tokens"]) == (8, [], 64)
     assert (nested["default"], nested["allowed_dimensions"], nested["input_type"]) == (False, [4, 8], "required")
     assert not unknown.keys() & {"dimensions", "max_tokens", "licence"}
-    assert service.describe("PLAIN-ALIAS") == service.describe("default") == plain
+    assert await service.describe("PLAIN-ALIAS") == await service.describe("default") == plain
     with pytest.raises(UnknownModel):
-        service.describe("gone")
+        await service.describe("gone")
 
 
 async def test_closing_the_service_closes_every_embedder_even_if_one_fails() -> None:

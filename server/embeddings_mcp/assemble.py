@@ -2,38 +2,82 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import SecretStr
+
+from embeddings_mcp.catalogue import ModelSource, meaning
 from embeddings_mcp.embedders.base import Embedder
 from embeddings_mcp.embedders.local.checkpoint import read_checkpoint
 from embeddings_mcp.embedders.local.fingerprint import file_state, fingerprint, number_format
 from embeddings_mcp.embedders.local.locate import find_bundled, locate
 from embeddings_mcp.embedders.worker import LocalEmbedder
-from embeddings_mcp.errors import InvalidSetting, MissingDependency, UnknownModel
+from embeddings_mcp.errors import InvalidRequest, InvalidSetting, MissingDependency, UnknownModel
 from embeddings_mcp.models import CARDS, ModelCard, find_card
 from embeddings_mcp.service import EmbeddingService
-from embeddings_mcp.settings import Settings
+from embeddings_mcp.settings import EndpointSettings, Settings
 
+# Endpoints' modules are imported where there is one: a server without any starts without an HTTP client.
 if TYPE_CHECKING:
     from embeddings_mcp.embedders.local.encoder import Encoder
+    from embeddings_mcp.embedders.nim import Endpoint
 
 
 def build_service(settings: Settings) -> EmbeddingService:
-    """A service for the models of these settings; no weights are read yet.
+    """A service for the models of these settings; no weights are read yet, and no endpoint is asked.
 
     Raises:
         CheckpointInvalid: a folder given as a model's path is not a checkpoint.
-        InvalidSetting: a model is not given as ``ID`` or ``ID=PATH``, two of them answer to one name, or none to the
-            default model's.
+        InvalidSetting: a model is not given as ``ID`` or ``ID=PATH``, two of them answer to one name, none can be the
+            default model, or an endpoint is not described as it should be.
     """
     embedders = [_local(spec, settings) for spec in settings.models]
     default = settings.default_model or embedders[0].card.id
-    return EmbeddingService(embedders, default_model=default)
+    return EmbeddingService(embedders, default_model=default, sources=endpoint_models(settings))
+
+
+async def service_for(settings: Settings, model: str | None, *, at_endpoint: bool = False) -> EmbeddingService:
+    """A service to ask one model, which is its default.
+
+    That is the model of the settings that has the name, else one of an endpoint, else one that runs here. Endpoints of
+    the settings are asked for it; the hosted API is not, and counts with the models that it is known to have.
+
+    Args:
+        settings: where models are.
+        model: ``ID``, ``ID=PATH`` or ``default``; None for the default model or, `at_endpoint`, for the only one.
+        at_endpoint: an endpoint has to have it.
+
+    Raises:
+        InvalidRequest: no model was named, and the endpoints have several.
+        EmbeddingsError: an endpoint cannot be asked, or none has the model; as `build_service`.
+    """
+    if not at_endpoint:
+        if model is None or model.lower() == "default":
+            return build_service(settings)
+        if "=" in model or _of_settings(model, settings):
+            return build_service(only(settings, model))
+    sources = endpoint_models(settings, ask_hosted=False)
+    async with contextlib.AsyncExitStack() as stack:
+        for source in sources:
+            stack.push_async_callback(source.aclose)
+            await source.discover(0)
+        places = [source.models for source in sources]
+        ids = list(dict.fromkeys(embedder.card.id for models in places for embedder in models.values()))
+        if model is None and len(ids) != 1:
+            raise InvalidRequest(f"say which model with --model: the endpoint has {', '.join(ids) or 'none'}")
+        name = ids[0] if model is None else model
+        if at_endpoint or any(meaning(name, models) for models in places):
+            stack.pop_all()
+            return EmbeddingService((), default_model=name, sources=sources)
+    return build_service(only(settings, name))
 
 
 def only(settings: Settings, model: str) -> Settings:
-    """The same settings for one model, which is the default then.
+    """The same settings for one model that runs here, which is the default then.
 
     Args:
         settings: if they have a model of that name, they also say where it is.
@@ -41,9 +85,9 @@ def only(settings: Settings, model: str) -> Settings:
     """
     if model.lower() == "default":
         return settings
-    name = _read(model, settings)[0].lower()
-    named = (spec for spec in settings.models if "=" not in model and _read(spec, settings)[0].lower() == name)
-    return settings.model_copy(update={"models": (next(named, model),), "default_model": None})
+    spec = model if "=" in model else _of_settings(model, settings) or model
+    alone = {"models": (spec,), "default_model": None, "endpoints": (), "nvidia_api_key": None}
+    return settings.model_copy(update=alone)
 
 
 async def open_embedder(where: str, model: str, settings: Settings) -> Embedder:
@@ -52,7 +96,7 @@ async def open_embedder(where: str, model: str, settings: Settings) -> Embedder:
     Args:
         where: the endpoint's address, or a model as ``ID`` or ``ID=PATH``.
         model: which of the endpoint's models, by any of its names.
-        settings: for what runs here.
+        settings: for what runs here; if they have an endpoint of that address, they also say what its key is.
 
     Raises:
         UnknownModel: the endpoint has no such model.
@@ -60,20 +104,70 @@ async def open_embedder(where: str, model: str, settings: Settings) -> Embedder:
     """
     if "://" not in where:
         return _local(where, settings)
-    # Imported late: a server without endpoints starts without an HTTP client.
-    from embeddings_mcp.embedders.nim.client import EndpointClient
-    from embeddings_mcp.embedders.nim.discovery import discover
-    from embeddings_mcp.embedders.nim.embedder import NimEmbedder
-    from embeddings_mcp.embedders.nim.endpoint import Endpoint
+    address = _address(where)
+    described = (endpoint for endpoint in settings.endpoints if _address(endpoint.url) == address)
+    endpoint = next(described, EndpointSettings(url=where))
+    source, *_ = endpoint_models(settings.model_copy(update={"endpoints": (endpoint,)}))
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(source.aclose)
+        await source.discover(0)
+        names = {model.lower()} | (known.names if (known := find_card(model)) else set())
+        found = next((embedder for name, embedder in source.models.items() if name in names), None)
+        if found is not None:
+            stack.pop_all()
+            return found
+    ids = dict.fromkeys(embedder.card.id for embedder in source.models.values())
+    raise UnknownModel(f"{where} has no model {model!r}; it has: {', '.join(ids) or 'none'}")
 
-    client = EndpointClient(Endpoint(url=where))
-    found = await discover(client)
-    names = {model.lower()} | (known.names if (known := find_card(model)) else set())
-    for name, card in found.items():
-        if name.lower() in names or card.names & names:
-            return NimEmbedder(client, card, model=name)
-    await client.aclose()
-    raise UnknownModel(f"{where} has no model {model!r}; it has: {', '.join(found) or 'none'}")
+
+def endpoint_models(settings: Settings, *, ask_hosted: bool = True) -> list[ModelSource]:
+    """The models of every endpoint, in the order of the settings; last, with a key to it, those of the hosted API.
+
+    Args:
+        settings: which endpoints there are.
+        ask_hosted: whether the hosted API, where the settings do not name it, may be asked for its models.
+    """
+    if not settings.endpoints and settings.nvidia_api_key is None:
+        return []
+    from embeddings_mcp.embedders.nim import HOSTED_MODELS, HOSTED_URL, EndpointClient, EndpointModels
+
+    described = [(endpoint, _endpoint(endpoint, settings)) for endpoint in settings.endpoints]
+    if settings.nvidia_api_key is not None and not any(endpoint.hosted for _, endpoint in described):
+        hosted = EndpointSettings(url=HOSTED_URL, models=None if ask_hosted else HOSTED_MODELS)
+        described.append((hosted, _endpoint(hosted, settings)))
+    return [
+        EndpointModels(
+            EndpointClient(endpoint),
+            known=of_settings.models or (HOSTED_MODELS if endpoint.hosted else ()),
+            complete=of_settings.models is not None,
+            cards=settings.cards,
+        )
+        for of_settings, endpoint in described
+    ]
+
+
+def _endpoint(described: EndpointSettings, settings: Settings) -> Endpoint:
+    """The endpoint with its key, from where the settings say that it is."""
+    from embeddings_mcp.embedders.nim import Endpoint
+
+    chosen = described.model_dump(exclude_none=True, exclude={"models", "api_key", "api_key_env"})
+    endpoint = Endpoint(**chosen)
+    if described.api_key is not None:
+        return replace(endpoint, api_key=described.api_key, key_name="the endpoint's `api_key`")
+    if (variable := described.api_key_env) is not None:
+        key = os.environ.get(variable)
+        if not key:
+            raise InvalidSetting(
+                f"the endpoint {endpoint.url} has its key in the environment variable {variable}, which is not set"
+            )
+        return replace(endpoint, api_key=SecretStr(key), key_name=variable)
+    if endpoint.hosted:
+        return replace(endpoint, api_key=settings.nvidia_api_key)
+    return replace(endpoint, key_name="the endpoint's `api_key_env`")
+
+
+def _address(url: str) -> str:
+    return url.strip().rstrip("/").removesuffix("/v1").lower()
 
 
 def _local(spec: str, settings: Settings) -> LocalEmbedder:
@@ -99,6 +193,12 @@ def _local(spec: str, settings: Settings) -> LocalEmbedder:
         return fingerprint(checkpoint, precision=precision, digest=file_state), checkpoint.card(name, known)
 
     return LocalEmbedder(card, load, identify)
+
+
+def _of_settings(model: str, settings: Settings) -> str | None:
+    """How the settings give the model of this name."""
+    name = _read(model, settings)[0].lower()
+    return next((spec for spec in settings.models if _read(spec, settings)[0].lower() == name), None)
 
 
 def _read(spec: str, settings: Settings) -> tuple[str, ModelCard | None, Path | None]:

@@ -54,7 +54,7 @@ class Operation:
 async def _list_models(
     service: EmbeddingService, _request: ListModelsRequest, _on_progress: OnProgress | None
 ) -> ModelsResponse:
-    return service.list_models()
+    return await service.list_models()
 
 
 CREATE_EMBEDDING = Operation(

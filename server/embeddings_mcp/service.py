@@ -6,7 +6,6 @@ renormalised, encoded, scored, with usage counted. It knows neither how vectors 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TypeVar
@@ -15,8 +14,15 @@ import anyio.to_thread
 import numpy as np
 
 from embeddings_mcp import answers
-from embeddings_mcp.embedders.base import Embedder, Embeddings, MultiEmbedder, OnProgress, Representations
-from embeddings_mcp.errors import InputTooLong, InvalidRequest, InvalidSetting, ModelUnavailable, UnknownModel
+from embeddings_mcp.catalogue import DEFAULT, Catalogue, ModelSource
+from embeddings_mcp.embedders.base import (
+    Embedder,
+    Embeddings,
+    MultiEmbedder,
+    OnProgress,
+    Representations,
+)
+from embeddings_mcp.errors import InputTooLong, InvalidRequest, ModelUnavailable
 from embeddings_mcp.models import InputType, Mode, ModelCard, Truncate
 from embeddings_mcp.schema import (
     ColbertEmbeddingRequest,
@@ -43,10 +49,6 @@ MAX_SCORES = 10_000
 _NUMBERS_ON_LOOP = 1 << 16
 """Vectors of more numbers than these, all together, are worked on beside the event loop: some 5 ms of work."""
 
-_DEFAULT = "default"
-
-_SUFFIXES: dict[str, InputType] = {"-query": "query", "-passage": "passage"}
-
 
 class EmbeddingService:
     """Answers requests with the embedders it was given.
@@ -54,28 +56,19 @@ class EmbeddingService:
     Args:
         embedders: one for each model.
         default_model: the name that ``default`` stands for.
+        sources: where there are more models.
 
     Attributes:
-        default: the embedder of the default model.
+        catalogue: the models.
 
     Raises:
         InvalidSetting: two embedders answer to one name, one to ``default``, or none to `default_model`.
     """
 
-    def __init__(self, embedders: Iterable[Embedder], *, default_model: str) -> None:
-        self._embedders = list(embedders)
-        self._by_name: dict[str, Embedder] = {}
-        for embedder in self._embedders:
-            for name in embedder.card.names:
-                if name == _DEFAULT:
-                    raise InvalidSetting("no model can be named 'default', which stands for the default model")
-                if name in self._by_name:
-                    raise InvalidSetting(f"two of the models answer to the name {name!r}: give each a name of its own")
-                self._by_name[name] = embedder
-        default = self._by_name.get(default_model.lower())
-        if default is None:
-            raise InvalidSetting(f"the default model {default_model!r} is not among the models served: {self._ids()}")
-        self.default = self._by_name[_DEFAULT] = default
+    def __init__(
+        self, embedders: Iterable[Embedder], *, default_model: str, sources: Iterable[ModelSource] = ()
+    ) -> None:
+        self.catalogue = Catalogue(embedders, sources, default=default_model)
 
     # --- What can be asked -------------------------------------------------------------------------------------------
 
@@ -87,7 +80,7 @@ class EmbeddingService:
         Raises:
             EmbeddingsError: any of the tree in `errors`; ``param`` names the field to blame.
         """
-        embedder, input_type = self._resolve(request.model, request.input_type)
+        embedder, input_type = await self._resolve(request.model, request.input_type)
         made = await self._embed(
             embedder,
             {"input": request.input},
@@ -149,7 +142,7 @@ class EmbeddingService:
         _check_scores(rows, columns, request.top_k)
         if request.mode != "dense" and request.metric != "cosine":
             raise InvalidRequest("`metric` is for mode 'dense' only: leave it out", param="metric")
-        embedder, input_type = self._resolve(request.model, request.input_type)
+        embedder, input_type = await self._resolve(request.model, request.input_type)
         made = await self._embed(
             embedder,
             {"input": request.input} if request.other is None else {"input": request.input, "other": request.other},
@@ -180,7 +173,7 @@ class EmbeddingService:
         Raises:
             EmbeddingsError: any of the tree in `errors`; ``param`` names the field to blame.
         """
-        embedder, asked_type = self._resolve(request.model, None)
+        embedder, asked_type = await self._resolve(request.model, None)
         if asked_type is not None:
             raise InvalidRequest(
                 f"`model` must be without the suffix -{asked_type} here: search embeds the query as a query and the "
@@ -211,17 +204,23 @@ class EmbeddingService:
             "usage": answers.usage(query, found),
         }
 
-    def list_models(self) -> ModelsResponse:
-        """Every model served, in the order it was given."""
-        return {"models": [self._entry(embedder) for embedder in self._embedders]}
+    async def list_models(self) -> ModelsResponse:
+        """Every model served, in the order it was given; endpoints are asked what they have."""
+        await self.catalogue.refresh()
+        return {"models": self.known_models()}
 
-    def describe(self, model: str) -> ModelEntry:
+    def known_models(self) -> list[ModelEntry]:
+        """The models of which it is known now that they are served; nothing is asked for it."""
+        return [self._entry(embedder) for embedder in self.catalogue.known]
+
+    async def describe(self, model: str) -> ModelEntry:
         """What is known of one model.
 
         Raises:
             UnknownModel: it is not served here.
+            UpstreamUnavailable: an endpoint cannot be asked whether it is.
         """
-        return self._entry(self._resolve(model, None)[0])
+        return self._entry((await self.catalogue.find(model))[0])
 
     async def check(self) -> None:
         """Return once the default model can answer.
@@ -229,34 +228,25 @@ class EmbeddingService:
         Raises:
             ModelUnavailable: it cannot, and why.
         """
-        await self.default.check()
+        await (await self.catalogue.find(DEFAULT))[0].check()
 
     async def aclose(self) -> None:
         """Close every embedder, also where one cannot be closed."""
-        async with contextlib.AsyncExitStack() as stack:
-            for embedder in self._embedders:
-                stack.push_async_callback(embedder.aclose)
+        await self.catalogue.aclose()
 
     # --- The steps ---------------------------------------------------------------------------------------------------
 
-    def _resolve(self, model: str, input_type: InputType | None) -> tuple[Embedder, InputType | None]:
+    async def _resolve(self, model: str, input_type: InputType | None) -> tuple[Embedder, InputType | None]:
         """The embedder that a model name means, and the input type, which the name's suffix may say."""
-        name = model.lower()
-        if embedder := self._by_name.get(name):
+        embedder, implied = await self.catalogue.find(model)
+        if implied is None:
             return embedder, input_type
-        for suffix, implied in _SUFFIXES.items():
-            embedder = self._by_name.get(name.removesuffix(suffix)) if name.endswith(suffix) else None
-            if embedder is None:
-                continue
-            if input_type not in {None, implied}:
-                raise InvalidRequest(
-                    f"`input_type` is '{input_type}', but the model name ends in {suffix}: leave one of them out",
-                    param="input_type",
-                )
-            return embedder, implied
-        raise UnknownModel(
-            f"`model` {model[:100]!r} is not served here; served are: {self._ids()} (or `default`)", param="model"
-        )
+        if input_type not in {None, implied}:
+            raise InvalidRequest(
+                f"`input_type` is '{input_type}', but the model name ends in -{implied}: leave one of them out",
+                param="input_type",
+            )
+        return embedder, implied
 
     async def _embed(
         self,
@@ -286,7 +276,7 @@ class EmbeddingService:
     async def _represent_input(
         self, request: SparseEmbeddingRequest, on_progress: OnProgress | None, mode: Mode
     ) -> tuple[Embedder, Representations]:
-        embedder, input_type = self._resolve(request.model, request.input_type)
+        embedder, input_type = await self._resolve(request.model, request.input_type)
         made = await self._embed(
             embedder,
             {"input": request.input},
@@ -304,7 +294,7 @@ class EmbeddingService:
         entry: ModelEntry = {
             "id": card.id,
             "aliases": list(card.aliases),
-            "default": embedder is self.default,
+            "default": embedder is self.catalogue.default,
             "allowed_dimensions": list(card.matryoshka),
             "input_type": card.input_type,
             "modes": list(card.modes),
@@ -319,9 +309,6 @@ class EmbeddingService:
         if card.hosted_until is not None:
             entry["hosted_until"] = card.hosted_until
         return entry
-
-    def _ids(self) -> str:
-        return ", ".join(embedder.card.id for embedder in self._embedders)
 
 
 async def _compute(made: answers.Made, work: Callable[[], _Result]) -> _Result:

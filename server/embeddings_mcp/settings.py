@@ -9,13 +9,63 @@ import json
 from dataclasses import fields
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from embeddings_mcp.models import DEFAULT_MODEL, ModelCard
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class EndpointSettings(BaseModel):
+    """An endpoint whose models are served. What is not said is as `embedders.nim.endpoint.Endpoint` has it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    url: Annotated[str, Field(description="Its address, as in `https://host` or `http://localhost:8000`.")]
+    api_key_env: Annotated[
+        str | None, Field(description="The environment variable that holds its key; the recommended form.")
+    ] = None
+    api_key: Annotated[SecretStr | None, Field(description="Its key itself.")] = None
+    models: Annotated[
+        tuple[str, ...] | None, Field(min_length=1, description="Its models, where it is not to be asked for them.")
+    ] = None
+    dialect: Annotated[
+        Literal["nim", "openai"] | None,
+        Field(description="`nim`, or `openai` for vLLM, TEI, Ollama and others; `nim` when not set."),
+    ] = None
+    caller_keys: Annotated[
+        bool | None, Field(description="Whether HTTP callers may bring keys of their own to it.")
+    ] = None
+    allow_http: Annotated[
+        bool | None, Field(description="Accept http to another machine: texts and key travel readable.")
+    ] = None
+    batch_size: Annotated[int | None, Field(gt=0, description="Most texts in one request; 50.")] = None
+    concurrency: Annotated[int | None, Field(gt=0, description="Most requests at the same time; 8.")] = None
+    requests_per_minute: Annotated[
+        float | None, Field(gt=0, description="Most requests in any minute; 40 at the hosted API, else no limit.")
+    ] = None
+    timeout: Annotated[
+        float | None, Field(gt=0, description="Seconds of silence after which an attempt has failed; 120.")
+    ] = None
+    deadline: Annotated[
+        float | None, Field(gt=0, description="Seconds that a call may take, waiting and retries included; 300.")
+    ] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, value: object) -> object:
+        """An address alone is an endpoint, and so is a JSON object as text."""
+        if not isinstance(value, str):
+            return value
+        return _from_json(value) if value.startswith("{") else {"url": value}
+
+    @model_validator(mode="after")
+    def _check_key(self) -> EndpointSettings:
+        if self.api_key is not None and self.api_key_env is not None:
+            raise PydanticCustomError("two_keys", "has both `api_key` and `api_key_env`: leave one of them out")
+        return self
 
 
 class Settings(BaseSettings):
@@ -26,6 +76,8 @@ class Settings(BaseSettings):
         env_ignore_empty=True,  # VARIABLE= in a container's configuration means that nobody has set it
         frozen=True,
         extra="forbid",
+        validate_by_name=True,
+        hide_input_in_errors=True,  # it may be a key that stands in the wrong place
     )
 
     models: Annotated[
@@ -44,6 +96,22 @@ class Settings(BaseSettings):
         NoDecode,
         Field(description="Cards of your own, as a JSON array; they go before those that are built in."),
     ] = ()
+    endpoints: Annotated[
+        tuple[EndpointSettings, ...],
+        NoDecode,
+        Field(
+            description="Endpoints whose models are served too, as a JSON array of objects, or as addresses separated "
+            "by spaces."
+        ),
+    ] = ()
+    nvidia_api_key: Annotated[
+        SecretStr | None,
+        Field(
+            validation_alias="NVIDIA_API_KEY",
+            description="Key to NVIDIA's hosted API, whose models are served when it is set.",
+        ),
+    ] = None
+
     device: Annotated[
         str, Field(description="Where the local encoder runs: `auto` (cuda, then mps, then cpu) or a torch device.")
     ] = "auto"
@@ -70,15 +138,28 @@ class Settings(BaseSettings):
     def _split(cls, value: object) -> object:
         return tuple(value.split()) if isinstance(value, str) else value
 
+    @field_validator("endpoints", mode="before")
+    @classmethod
+    def _read_endpoints(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        return _from_json(value) if value.lstrip().startswith("[") else value.split()
+
+    @field_validator("endpoints")
+    @classmethod
+    def _check_caller_keys(cls, endpoints: tuple[EndpointSettings, ...]) -> tuple[EndpointSettings, ...]:
+        if sum(bool(endpoint.caller_keys) for endpoint in endpoints) > 1:
+            raise PydanticCustomError(
+                "caller_keys", "`caller_keys` is possible for one endpoint only: a key meant for one would go to others"
+            )
+        return endpoints
+
     @field_validator("cards", mode="before")
     @classmethod
     def _read_cards(cls, value: object) -> object:
         if not isinstance(value, str):
             return value
-        try:
-            cards = json.loads(value)
-        except ValueError as error:
-            raise PydanticCustomError("json", "must be JSON: {error}", {"error": str(error)}) from None
+        cards = _from_json(value)
         if not isinstance(cards, list) or not all(isinstance(card, dict) for card in cards):
             raise PydanticCustomError("cards", "must be a JSON array of objects, one for each card")
         known = [field.name for field in fields(ModelCard)]
@@ -88,3 +169,11 @@ class Settings(BaseSettings):
                 "unknown", "a card has no {name}; it has {known}", {"name": name, "known": ", ".join(known)}
             )
         return cards
+
+
+def _from_json(text: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        # Only what is wrong and where, for the text may hold a key.
+        raise PydanticCustomError("json", "must be JSON: {error}", {"error": str(error)}) from None

@@ -10,7 +10,8 @@ import contextlib
 import logging
 import signal
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import anyio
@@ -18,12 +19,13 @@ import typer
 from pydantic import ValidationError
 
 from embeddings_mcp import __version__
-from embeddings_mcp.assemble import build_service, only, open_embedder
+from embeddings_mcp.assemble import build_service, open_embedder, service_for
 from embeddings_mcp.embedders.base import OnProgress
 from embeddings_mcp.errors import EmbeddingsError, InvalidRequest, InvalidSetting
 from embeddings_mcp.models import InputType, Mode, Truncate
 from embeddings_mcp.operations import CREATE_EMBEDDING, LIST_MODELS, SEARCH, SIMILARITY, Operation
 from embeddings_mcp.schema import EncodingFormat, dump_json, parse
+from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
 from embeddings_mcp.vectors import Metric
 
@@ -39,10 +41,25 @@ Transport = Literal["stdio", "http"]
 TextsArgument = Annotated[
     list[str], typer.Argument(metavar="TEXT...", help="Texts; `-` stands for the lines of stdin.")
 ]
-ModelOption = Annotated[str | None, typer.Option("--model", metavar="ID[=PATH]", help="The model, and its folder.")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", metavar="ID[=PATH]", help="The model: of an endpoint, or run here, with its folder."),
+]
 ServedOption = Annotated[
     list[str] | None,
     typer.Option("--model", metavar="ID[=PATH]", help="A model to serve, and its folder; may be given several times."),
+]
+EndpointOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--endpoint",
+        metavar="URL|JSON",
+        help="An endpoint whose models are served too, by its address or as a JSON object; may be given several times.",
+    ),
+]
+AskedEndpointOption = Annotated[
+    list[str] | None,
+    typer.Option("--endpoint", metavar="URL|JSON", help="The endpoint that has the model, in place of this machine."),
 ]
 InputTypeOption = Annotated[InputType | None, typer.Option(help="What the texts are for; asymmetric models need it.")]
 TruncateOption = Annotated[Truncate, typer.Option(help="What to drop of a text that is too long.")]
@@ -73,11 +90,14 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on; 127.0.0.1 if not set.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 8000 if not set, 0 takes a free one.")] = None,
     model: ServedOption = None,
+    endpoint: EndpointOption = None,
     default_model: Annotated[str | None, typer.Option(metavar="ID", help="The model that `default` means.")] = None,
     device: DeviceOption = None,
 ) -> None:
     """Serve the tools over MCP (stdio or HTTP) and the REST API (HTTP)."""
-    settings = _settings(models=model, default_model=default_model, device=device, host=host, port=port)
+    settings = _settings(
+        models=model, endpoints=endpoint, default_model=default_model, device=device, host=host, port=port
+    )
     # Imported late, since the other commands need neither.
     from embeddings_mcp.faces.mcp import build_mcp_server
 
@@ -103,6 +123,7 @@ def embed(
     texts: TextsArgument,
     *,
     model: ModelOption = None,
+    endpoint: AskedEndpointOption = None,
     input_type: InputTypeOption = None,
     truncate: TruncateOption = "NONE",
     dimensions: DimensionsOption = None,
@@ -114,7 +135,7 @@ def embed(
     lines = _lines(texts)
     answer = _ask(
         CREATE_EMBEDDING,
-        _settings_for(model, device),
+        _service_for(model, endpoint, device),
         input=lines,
         input_type=input_type,
         truncate=truncate,
@@ -137,6 +158,7 @@ def similarity(
     mode: ModeOption = "dense",
     top_k: Annotated[int | None, typer.Option(help="Show only this many closest pairs.")] = None,
     model: ModelOption = None,
+    endpoint: AskedEndpointOption = None,
     input_type: InputTypeOption = None,
     truncate: TruncateOption = "NONE",
     dimensions: DimensionsOption = None,
@@ -148,7 +170,7 @@ def similarity(
     others = _lines(other) if other else None
     answer = _ask(
         SIMILARITY,
-        _settings_for(model, device),
+        _service_for(model, endpoint, device),
         input=lines,
         other=others,
         metric=metric,
@@ -171,6 +193,7 @@ def search(
     top_k: Annotated[int, typer.Option(help="Show at most this many passages.")] = 10,
     mode: ModeOption = "dense",
     model: ModelOption = None,
+    endpoint: AskedEndpointOption = None,
     truncate: TruncateOption = "NONE",
     dimensions: DimensionsOption = None,
     device: DeviceOption = None,
@@ -180,7 +203,7 @@ def search(
     lines = _lines(texts)
     answer = _ask(
         SEARCH,
-        _settings_for(model, device),
+        _service_for(model, endpoint, device),
         query=query,
         input=lines,
         top_k=top_k,
@@ -197,10 +220,15 @@ def search(
 def models(
     *,
     model: ServedOption = None,
+    endpoint: EndpointOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the models that would be served."""
-    answer = _ask(LIST_MODELS, _settings(models=model))
+
+    async def service() -> EmbeddingService:
+        return build_service(_settings(models=model, endpoints=endpoint))
+
+    answer = _ask(LIST_MODELS, service)
     from embeddings_mcp.faces import tables
 
     _print(dump_json(answer) if as_json else tables.models(answer))
@@ -216,6 +244,7 @@ def verify(
     against_model: Annotated[
         str | None, typer.Option(metavar="ID", help="The model's name at the endpoint, where it has several.")
     ] = None,
+    endpoint: AskedEndpointOption = None,
     device: DeviceOption = None,
 ) -> None:
     """Tell whether two models make the same vectors: before you move off an endpoint that is switched off."""
@@ -225,10 +254,13 @@ def verify(
 
     async def compare() -> Verdict:
         async with contextlib.AsyncExitStack() as stack:
-            service = await stack.enter_async_context(contextlib.aclosing(build_service(_settings_for(model, device))))
-            other = await open_embedder(against, against_model or service.default.card.id, _settings_for(None, device))
+            service = await stack.enter_async_context(
+                contextlib.aclosing(await _service_for(model, endpoint, device)())
+            )
+            one, _ = await service.catalogue.find("default")
+            other = await open_embedder(against, against_model or one.card.id, _settings(device=device))
             stack.push_async_callback(other.aclose)
-            return await verify_embedders(service.default, other)
+            return await verify_embedders(one, other)
 
     verdict = anyio.run(compare)
     _print(tables.comparisons(verdict))
@@ -264,15 +296,17 @@ def _settings(**flags: object) -> Settings:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         name, *place = map(str, first["loc"])
-        flag = "--model" if name == "models" else f"--{name.replace('_', '-')}"
+        flag = {"models": "--model", "endpoints": "--endpoint"}.get(name, f"--{name.replace('_', '-')}")
         source = flag if name in given else f"EMBEDDINGS_MCP_{name.upper()}"
         raise InvalidSetting(f"the setting {' '.join([source, *place])}: {first['msg']}") from None
 
 
-def _settings_for(model: str | None, device: str | None) -> Settings:
-    """The settings to ask one model with: that of ``--model``, or else the default model."""
-    settings = _settings(device=device)
-    return settings if model is None else only(settings, model)
+def _service_for(
+    model: str | None, endpoints: list[str] | None, device: str | None
+) -> Callable[[], Awaitable[EmbeddingService]]:
+    """How to make a service to ask one model: that of ``--model``, or else the default model."""
+    settings = _settings(endpoints=endpoints, device=device)
+    return partial(service_for, settings, model, at_endpoint=bool(endpoints))
 
 
 def _lines(texts: list[str]) -> list[str]:
@@ -294,7 +328,7 @@ def _stdin_lines() -> list[str]:
     return [line for line in text.replace("\r\n", "\n").split("\n") if line]
 
 
-def _ask(operation: Operation, settings: Settings, **fields: object) -> Any:  # noqa: ANN401 - the operation's response
+def _ask(operation: Operation, make: Callable[[], Awaitable[EmbeddingService]], **fields: object) -> Any:  # noqa: ANN401 - the operation's response
     """Ask a service of our own, made for this one question.
 
     Raises:
@@ -306,7 +340,7 @@ def _ask(operation: Operation, settings: Settings, **fields: object) -> Any:  # 
     count = sum(len(texts) for name in ("input", "other") if isinstance(texts := fields.get(name), list))
 
     async def ask() -> Mapping[str, Any]:
-        async with contextlib.aclosing(build_service(settings)) as service, _progress(count) as on_progress:
+        async with contextlib.aclosing(await make()) as service, _progress(count) as on_progress:
             return await operation.call(service, request, on_progress)
 
     return anyio.run(ask)

@@ -80,8 +80,7 @@ class EmbeddingsServer(MCPServer[dict[str, Any]]):
     def __init__(self, service: EmbeddingService) -> None:
         self._service = service
         self._operations = {operation.name: operation for operation in OPERATIONS}
-        elsewhere = any(entry["served_from"] != "local" for entry in service.list_models()["models"])
-        self._advertised = [_tool(operation, open_world=elsewhere) for operation in OPERATIONS]
+        self._advertised = [_tool(operation, open_world=not service.catalogue.local) for operation in OPERATIONS]
         super().__init__(
             "embeddings-mcp",
             title="Text embeddings",
@@ -151,7 +150,7 @@ def build_mcp_server(service: EmbeddingService) -> EmbeddingsServer:
     ) -> Completion | None:
         if argument.name != "model":
             return None
-        names = ["default", *(entry["id"] for entry in service.list_models()["models"])]
+        names = ["default", *(entry["id"] for entry in service.known_models())]
         fitting = [name for name in names if argument.value.lower() in name.lower()]
         return Completion(
             values=fitting[:_MOST_COMPLETIONS], total=len(fitting), has_more=len(fitting) > _MOST_COMPLETIONS
@@ -187,8 +186,8 @@ def _instructions(service: EmbeddingService) -> str:
         "- Vectors for a program, a file or a vector database? `create_embedding`; never to compare texts yourself.\n"
         "Give many texts in one call, as an array. Every string is taken as it is, also one that looks like JSON. "
         "Positions in answers count from 0. A call knows only the texts that it is given.\n"
-        f"`model` may be `default`, which is {service.default.card.id}; `list_models` describes every model. Vectors "
-        "and scores of different models cannot be compared."
+        f"`model` may be `default`, which is {service.catalogue.default_name}; `list_models` describes every model. "
+        "Vectors and scores of different models cannot be compared."
     )
 
 
@@ -219,7 +218,7 @@ def _add_resources(server: EmbeddingsServer, service: EmbeddingService) -> None:
 
     async def read_card(model: str) -> str:
         try:
-            return orjson.dumps(service.describe(model), option=orjson.OPT_INDENT_2).decode()
+            return orjson.dumps(await service.describe(model), option=orjson.OPT_INDENT_2).decode()
         except UnknownModel as error:
             raise ResourceNotFoundError(error.message) from None
 
@@ -230,7 +229,7 @@ def _add_resources(server: EmbeddingsServer, service: EmbeddingService) -> None:
         description="What a model takes and gives: vector lengths, longest text, input types, where it runs.",
         mime_type="application/json",
     )(read_card)
-    for entry in service.list_models()["models"]:
+    for entry in service.known_models():
         server.add_resource(
             FunctionResource(
                 uri=CARD_TEMPLATE.replace("{+model}", quote(entry["id"], safe="/")),

@@ -96,11 +96,11 @@ def routes(service: EmbeddingService) -> list[Route]:
     started = int(time.time())
 
     async def list_models(_request: Request) -> Response:
-        models = [_model_object(entry, started) for entry in service.list_models()["models"]]
+        models = [_model_object(entry, started) for entry in (await service.list_models())["models"]]
         return _json(ModelList(object="list", data=models))
 
     async def get_model(request: Request) -> Response:
-        return _json(_model_object(service.describe(request.path_params["model"]), started))
+        return _json(_model_object(await service.describe(request.path_params["model"]), started))
 
     async def live(_request: Request) -> Response:
         return _json(HealthResponse(object="health.response", message="live", live=True))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 import anyio
@@ -11,6 +14,7 @@ import httpx
 import stamina
 
 from embeddings_mcp import __version__
+from embeddings_mcp.caller import caller_key
 from embeddings_mcp.embedders.nim.endpoint import Endpoint
 from embeddings_mcp.embedders.nim.failures import Asked, Failure, understand, understand_silence, unusable
 from embeddings_mcp.embedders.nim.limits import Turnstile
@@ -22,6 +26,10 @@ logger = logging.getLogger(__name__)
 LONGEST_PAUSE = 30.0
 """Seconds. An endpoint that asks for a longer pause (a model that is offline asks for 10,800) is not asked again."""
 
+MOST_CALLERS = 1000
+"""Callers with keys of their own whose recent requests are counted; the one not heard of for longest is forgotten."""
+
+_MOST_CONNECTIONS = 100  # of all callers together, where they bring keys; else as many as the endpoint takes requests
 _CONNECT_TIMEOUT = 10.0
 _POLL_PAUSES = (0.1, 0.5, 2.0, 5.0)  # the last one again and again; the deadline ends it
 
@@ -31,22 +39,52 @@ _Read = TypeVar("_Read")
 _call = stamina.AsyncRetryingCaller(attempts=None, timeout=None, wait_initial=0.5, wait_max=LONGEST_PAUSE)
 
 
+@dataclass(frozen=True, slots=True)
+class Account:
+    """In whose name requests go out.
+
+    Attributes:
+        endpoint: with that account's key.
+        turnstile: what all of its requests pass, for an endpoint's limits are those of a key.
+    """
+
+    endpoint: Endpoint
+    turnstile: Turnstile
+
+    @property
+    def lacks_key(self) -> bool:
+        """Whether the key is one that callers bring, and none has."""
+        return self.endpoint.caller_keys and self.endpoint.api_key is None
+
+
 class EndpointClient:
     """Sends requests to one endpoint, within its limits, and again where that can help.
 
     Args:
         endpoint: where to, with which key.
-        turnstile: what all requests pass; made from the endpoint's limits where it is not given.
+        turnstile: what all requests with that key pass; made from the endpoint's limits where it is not given.
     """
 
     def __init__(self, endpoint: Endpoint, *, turnstile: Turnstile | None = None) -> None:
         self.endpoint = endpoint
-        self.turnstile = turnstile or Turnstile(
-            f"the endpoint {endpoint.url}", concurrency=endpoint.concurrency, requests=endpoint.rate
-        )
+        self._own = Account(endpoint, turnstile or _turnstile(endpoint))
+        self._turnstiles: OrderedDict[bytes, Turnstile] = OrderedDict()  # of callers, by the digests of their keys
         self._http: httpx.AsyncClient | None = None
         self._in_flight: set[anyio.CancelScope] = set()
         self._closed = False
+
+    @property
+    def account(self) -> Account:
+        """The caller's own, where he has brought a key and the endpoint takes those of callers; else this server's."""
+        key = caller_key()
+        if key is None or not self.endpoint.caller_keys:
+            return self._own
+        digest = hashlib.sha256(key.get_secret_value().encode()).digest()
+        turnstile = self._turnstiles.setdefault(digest, _turnstile(self.endpoint))
+        self._turnstiles.move_to_end(digest)
+        if len(self._turnstiles) > MOST_CALLERS:
+            self._turnstiles.popitem(last=False)
+        return Account(self.endpoint.with_key_of_caller(key), turnstile)
 
     async def fetch(
         self,
@@ -65,7 +103,7 @@ class EndpointClient:
             path: after the endpoint's address.
             read: takes an answer with status 200, and raises `AnswerInvalid` when it cannot be used.
             body: JSON.
-            asked: what the body asks for, where it asks for embeddings.
+            asked: what the body asks for, where it asks for embeddings; only then is it done in the caller's name.
             once: do not try again.
 
         Raises:
@@ -73,6 +111,7 @@ class EndpointClient:
             Overloaded: the endpoint's limits leave no room before the caller's deadline.
             ServerStopped: the client was closed.
         """
+        account = self._own if asked is None else self.account
         made = 0
 
         def again(error: Exception) -> bool | float:
@@ -84,14 +123,14 @@ class EndpointClient:
                 left = anyio.current_effective_deadline() - anyio.current_time()
                 if error.pause > min(LONGEST_PAUSE, left):
                     return False
-                self.turnstile.close_for(error.pause)
+                account.turnstile.close_for(error.pause)
             logger.warning("attempt %d failed, another follows: %s", made, error)
             return True if error.pause is None else error.pause
 
         with anyio.CancelScope() as scope:
             self._in_flight.add(scope)
             try:
-                return await _call(again, self._attempt, method, path, read, body=body, asked=asked)
+                return await _call(again, self._attempt, account, method, path, read, body=body, asked=asked)
             finally:
                 self._in_flight.discard(scope)
         raise ServerStopped("the server is shutting down")
@@ -124,6 +163,7 @@ class EndpointClient:
 
     async def _attempt(
         self,
+        account: Account,
         method: str,
         path: str,
         read: Callable[[httpx.Response], _Read],
@@ -132,24 +172,25 @@ class EndpointClient:
         asked: Asked | None,
     ) -> _Read:
         """One attempt. What fails is raised outside of every ``except``, lest the request and its key hang on to it."""
-        async with self.turnstile.turn():
+        endpoint = account.endpoint
+        async with account.turnstile.turn():
             try:
-                response = await self._send(method, path, body)
+                response = await self._send(method, path, body, endpoint.headers)
             except httpx.RequestError as error:
-                failure = understand_silence(error, endpoint=self.endpoint)
+                failure = understand_silence(error, endpoint=endpoint)
             else:
                 if response.status_code == httpx.codes.OK:
                     try:
                         return read(response)
                     except AnswerInvalid as error:
-                        failure = unusable(str(error), endpoint=self.endpoint, damaged=error.damaged)
+                        failure = unusable(str(error), endpoint=endpoint, damaged=error.damaged)
                 else:
-                    failure = understand(response, endpoint=self.endpoint, asked=asked)
+                    failure = understand(response, endpoint=endpoint, asked=asked)
         raise failure
 
-    async def _send(self, method: str, path: str, body: bytes | None) -> httpx.Response:
+    async def _send(self, method: str, path: str, body: bytes | None, headers: dict[str, str]) -> httpx.Response:
         """Send, and where the hosted API says "accepted", fetch the answer when it is ready."""
-        http, headers = self._client(), self.endpoint.headers
+        http = self._client()
         content_type = {} if body is None else {"Content-Type": "application/json"}
         response = await http.request(
             method, self.endpoint.url + path, content=body, headers={**headers, **content_type}
@@ -169,7 +210,7 @@ class EndpointClient:
         if self._closed:
             raise ServerStopped("the server is shutting down")
         if self._http is None:
-            connections = self.endpoint.concurrency
+            connections = _MOST_CONNECTIONS if self.endpoint.caller_keys else self.endpoint.concurrency
             self._http = httpx.AsyncClient(
                 timeout=httpx.Timeout(self.endpoint.timeout, connect=_CONNECT_TIMEOUT, pool=None),
                 limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
@@ -178,3 +219,7 @@ class EndpointClient:
                 headers={"User-Agent": f"embeddings-mcp/{__version__}", "Accept": "application/json"},
             )
         return self._http
+
+
+def _turnstile(endpoint: Endpoint) -> Turnstile:
+    return Turnstile(f"the endpoint {endpoint.url}", concurrency=endpoint.concurrency, requests=endpoint.rate)

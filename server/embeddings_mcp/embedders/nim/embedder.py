@@ -95,7 +95,7 @@ class NimEmbedder:
         )
         self._check_feasible(call.requests)
         with anyio.move_on_after(self._endpoint.deadline):
-            self._client.turnstile.admit(call.requests)
+            self._client.account.turnstile.admit(call.requests)
             made = _joined(await call.run(min(self._endpoint.concurrency, call.requests)), self.origin)
             self._learn(made)
             return made
@@ -109,13 +109,15 @@ class NimEmbedder:
         """Return once the model can answer.
 
         Most endpoints have a route that tells. The hosted API has none: all that can be known is whether the model
-        answers, so it is asked for one vector, and never again once it has given any.
+        answers, so it is asked for one vector, and never again once it has given any. Where only callers have keys, not
+        even that can be asked.
 
         Raises:
             EmbeddingsError: it cannot, and why.
         """
         with anyio.move_on_after(self._endpoint.timeout):
-            if self._card.dimensions is None or (self._endpoint.ready_path is None and not self._answered):
+            unknown = self._card.dimensions is None or (self._endpoint.ready_path is None and not self._answered)
+            if unknown and not self._client.account.lacks_key:
                 self._learn(await self._embed_batch(["ready?"], 0, input_type="passage", truncate="NONE", once=True))
             else:
                 await self._client.check()
@@ -178,7 +180,7 @@ class NimEmbedder:
 
     def _check_feasible(self, requests: int) -> None:
         """Refuse at once what even an idle endpoint could not do: waiting and trying again would not help."""
-        most = self._client.turnstile.capacity(self._endpoint.deadline)
+        most = self._client.account.turnstile.capacity(self._endpoint.deadline)
         if requests > most:
             raise InvalidRequest(
                 f"`input` has too many texts for one call: {self.origin} takes {self._endpoint.rate:g} requests a "

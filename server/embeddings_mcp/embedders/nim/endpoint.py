@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ipaddress
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import httpx
 from pydantic import SecretStr
 
+from embeddings_mcp.caller import CALLER_KEY_HEADER
 from embeddings_mcp.errors import InvalidSetting
 
 HOSTED_URL = "https://integrate.api.nvidia.com/v1"
@@ -17,6 +18,9 @@ HOSTED_URL = "https://integrate.api.nvidia.com/v1"
 
 HOSTED_DEFAULT_MODEL = "nvidia/nemotron-3-embed-1b"
 """The one hosted model that every account seen in public could call (August 2026)."""
+
+HOSTED_MODELS = (HOSTED_DEFAULT_MODEL, "nvidia/llama-nemotron-embed-vl-1b-v2")
+"""What the hosted API is known to serve without having been asked (August 2026)."""
 
 HOSTED_STATUS_URL = "https://api.nvcf.nvidia.com/v2/nvcf/pexec/status"
 """Where the hosted API's answers are fetched that were not ready at once (status 202)."""
@@ -38,7 +42,9 @@ class Endpoint:
     Attributes:
         url: its address up to and with the version, ``https://host/v1``; ``/v1`` is added where it is missing.
         api_key: sent as a bearer token; None where the server asks for none.
-        key_name: the setting or environment variable that holds the key, so that an error can name it.
+        key_name: what holds the key (a setting, an environment variable, a header), so that an error can name it.
+        caller_keys: callers may bring keys of their own, which then go out in place of `api_key`.
+        for_caller: `api_key` is the caller's own.
         dialect: ``nim`` for NIM and for servers that mirror it (ours does); ``openai`` for others (vLLM, TEI, Ollama),
             which are never sent what they would ignore in silence: prompts are put before the texts here.
         allow_http: accept an address without TLS that is not on this machine: texts and key travel readable.
@@ -57,6 +63,8 @@ class Endpoint:
     url: str
     api_key: SecretStr | None = None
     key_name: str = "NVIDIA_API_KEY"
+    caller_keys: bool = False
+    for_caller: bool = False
     dialect: Dialect = "nim"
     allow_http: bool = False
     batch_size: int = 50
@@ -109,6 +117,10 @@ class Endpoint:
         """What authorises a request to this endpoint."""
         return {} if self.api_key is None else {"Authorization": f"Bearer {self.api_key.get_secret_value()}"}
 
+    def with_key_of_caller(self, key: SecretStr) -> Endpoint:
+        """The same endpoint as it is asked in a caller's name."""
+        return replace(self, api_key=key, key_name=f"the header {CALLER_KEY_HEADER}", for_caller=True)
+
     def redact(self, text: str) -> str:
         """The text without the key, should the endpoint have sent it back."""
         return text if self.api_key is None else text.replace(self.api_key.get_secret_value(), "***")
@@ -133,7 +145,7 @@ def _checked_url(text: str, *, allow_http: bool) -> str:
         # Not repeated: what stands there may be a key.
         raise InvalidSetting(
             f"the address of the endpoint at {url.host!r} must end with its path, and hold neither user name nor "
-            "password: a key goes into the endpoint's key setting"
+            "password: a key goes where the endpoint's `api_key_env` says"
         )
     if url.scheme not in {"http", "https"} or not url.host:
         raise InvalidSetting(
@@ -142,7 +154,7 @@ def _checked_url(text: str, *, allow_http: bool) -> str:
     if url.scheme == "http" and not (allow_http or is_loopback(url.host)):
         raise InvalidSetting(
             f"the endpoint {text} must be reached over https, since texts and key would travel readable; if the "
-            "network in between is trusted, allow http for this endpoint"
+            "network in between is trusted, set the endpoint's `allow_http`"
         )
     base = str(url).rstrip("/")
     return base if base.endswith("/v1") else f"{base}/v1"

@@ -16,8 +16,10 @@ from email.utils import parsedate_to_datetime
 import httpx
 import orjson
 
+from embeddings_mcp.caller import CALLER_KEY_HEADER
 from embeddings_mcp.embedders.nim.endpoint import HOSTED_DEFAULT_MODEL, KEYS_URL, Endpoint
 from embeddings_mcp.errors import (
+    AuthenticationFailed,
     EmbeddingsError,
     InputTooLong,
     InvalidRequest,
@@ -250,6 +252,12 @@ _ABOUT_REQUESTS: tuple[tuple[Collection[int], str, Callable[[Refusal, Asked, re.
 def _key_refused(refusal: Refusal) -> Failure:
     endpoint = refusal.endpoint
     source = f"keys come from {KEYS_URL}" if endpoint.hosted else "ask whoever runs it for one"
+    if endpoint.caller_keys and (endpoint.for_caller or endpoint.api_key is None):
+        # Here it is the caller who has to put it right.
+        found = f"does not accept the key ({refusal.status})" if endpoint.for_caller else "asks for a key"
+        return Failure(
+            AuthenticationFailed(f"{refusal} {found}: send yours in the header {CALLER_KEY_HEADER}; {source}")
+        )
     if endpoint.api_key is None:
         message = f"{refusal} asks for an API key, and none is set: set {endpoint.key_name}; {source}"
     else:
