@@ -24,6 +24,7 @@ from embeddings_mcp.embedders.base import OnProgress
 from embeddings_mcp.errors import EmbeddingsError, InvalidRequest, InvalidSetting
 from embeddings_mcp.models import InputType, Mode, Truncate
 from embeddings_mcp.operations import CREATE_EMBEDDING, LIST_MODELS, SEARCH, SIMILARITY, Operation
+from embeddings_mcp.publish import identity
 from embeddings_mcp.schema import EncodingFormat, dump_json, parse
 from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
@@ -266,6 +267,20 @@ def verify(
     _print(tables.comparisons(verdict))
     _print(f"{verdict.words}\n".encode())
     raise typer.Exit(0 if verdict.same else 1)
+
+
+@app.command()
+def manifest(
+    *,
+    document: Annotated[identity.Format, typer.Option("--format", help="Which description.")] = "ikanos",
+    url: Annotated[str, typer.Option(help="Address of the server that it is about.")] = identity.LOCAL_URL,
+) -> None:
+    """Print what the server publishes of itself: a capability, its API, or a card for an index."""
+    if not url.startswith(("http://", "https://")):
+        raise InvalidSetting(f"--url must be an address such as {identity.LOCAL_URL}, not {url!r}")
+    from embeddings_mcp.publish.documents import FORMATS
+
+    _print(FORMATS[document].text(url.rstrip("/")).rstrip("\n").encode())
 
 
 @app.command()

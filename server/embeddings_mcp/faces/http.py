@@ -12,16 +12,11 @@ import uvicorn
 from mcp.server.mcpserver import MCPServer
 from mcp.server.transport_security import TransportSecuritySettings
 from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from embeddings_mcp.errors import InvalidSetting
-from embeddings_mcp.faces import rest
+from embeddings_mcp.faces import published, rest
 from embeddings_mcp.faces.guard import Guard
-from embeddings_mcp.publish.openapi import openapi_document
-from embeddings_mcp.schema import dump_json
 from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
 
@@ -32,7 +27,7 @@ SHUTDOWN_SECONDS = 10
 
 
 def create_app(service: EmbeddingService, mcp_server: MCPServer, settings: Settings) -> ASGIApp:
-    """The application: ``/v1``, ``/mcp`` and ``/openapi.json``; `service` is closed when its life ends.
+    """The application: ``/v1``, ``/mcp`` and what is published; `service` is closed when its life ends.
 
     Raises:
         InvalidSetting: the server would be open to other machines without a key.
@@ -48,10 +43,6 @@ def create_app(service: EmbeddingService, mcp_server: MCPServer, settings: Setti
         max_request_body_size=settings.max_body_bytes,
         transport_security=TransportSecuritySettings(enable_dns_rebinding_protection=False),
     )
-    document = dump_json(openapi_document())
-
-    async def openapi(_request: Request) -> Response:
-        return Response(document, media_type="application/json")
 
     @contextlib.asynccontextmanager
     async def life(_app: Starlette) -> AsyncIterator[None]:
@@ -59,7 +50,7 @@ def create_app(service: EmbeddingService, mcp_server: MCPServer, settings: Setti
             yield
 
     app = Starlette(
-        routes=[*rest.routes(service), Route("/openapi.json", openapi), *mcp_app.routes],
+        routes=[*rest.routes(service), *published.routes(), *mcp_app.routes],
         exception_handlers=rest.EXCEPTION_HANDLERS,
         lifespan=life,
     )

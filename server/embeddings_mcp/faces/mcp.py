@@ -37,6 +37,7 @@ from pydantic import BaseModel, Field
 from embeddings_mcp import __version__, schema
 from embeddings_mcp.embedders.base import OnProgress
 from embeddings_mcp.errors import EmbeddingsError, UnknownModel
+from embeddings_mcp.faces.skills import SKILL_URI, SkillsExtension, use_embeddings
 from embeddings_mcp.operations import CREATE_EMBEDDING, LIST_MODELS, OPERATIONS, SEARCH, SIMILARITY, Operation
 from embeddings_mcp.schema import (
     EmbeddingRequest,
@@ -86,6 +87,7 @@ class EmbeddingsServer(MCPServer[dict[str, Any]]):
             title="Text embeddings",
             version=__version__,
             instructions=_instructions(service),
+            extensions=[SkillsExtension()],
             cache_hints={method: CacheHint(ttl_ms=_LISTS_FRESH_MS, scope="public") for method in _LISTS},
             subscriptions=False,
             log_level="WARNING",
@@ -142,6 +144,7 @@ def build_mcp_server(service: EmbeddingService) -> EmbeddingsServer:
     server = EmbeddingsServer(service)
     _add_resources(server, service)
     server.prompt(title="Answer a question from texts")(answer_from_texts)
+    server.prompt(title="Use embeddings well")(use_embeddings)
 
     async def complete(
         _about: PromptReference | ResourceTemplateReference,
@@ -187,7 +190,8 @@ def _instructions(service: EmbeddingService) -> str:
         "Give many texts in one call, as an array. Every string is taken as it is, also one that looks like JSON. "
         "Positions in answers count from 0. A call knows only the texts that it is given.\n"
         f"`model` may be `default`, which is {service.catalogue.default_name}; `list_models` describes every model. "
-        "Vectors and scores of different models cannot be compared."
+        "Vectors and scores of different models cannot be compared.\n"
+        f"Thresholds, choosing a model, what to do on errors: the skill {SKILL_URI}."
     )
 
 
@@ -253,7 +257,8 @@ def answer_from_texts(
         f"2. Call `search` once with all passages as `input`, the question as `query`, `model` '{model}' and `top_k` 5."
         " If it finds little, ask again in the words that an answer would use.\n"
         "3. Answer from the passages found and from nothing else, and name the source of every claim. Scores rank "
-        "passages but prove nothing: read them, and say so plainly if they do not answer the question."
+        "passages but prove nothing: read them, and say so plainly if they do not answer the question.\n\n"
+        f"More on passages, scores and errors: the skill {SKILL_URI}."
     )
 
 

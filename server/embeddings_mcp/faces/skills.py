@@ -1,0 +1,97 @@
+"""The Agent Skill over MCP: its files as resources, and the methods of the skills extension (SEP-2640).
+
+A client that knows the extension lists skills with the digest of every file, and reads the files as resources; to any
+other the files are resources like the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from mcp.server.context import ServerRequestContext
+from mcp.server.extension import Extension, MethodBinding, ResourceBinding
+from mcp.server.mcpserver.prompts.base import UserMessage
+from mcp.server.mcpserver.resources import TextResource
+from mcp.shared.exceptions import MCPError
+from mcp.types import INVALID_PARAMS, EmbeddedResource, PaginatedRequestParams, RequestParams, TextResourceContents
+from mcp_types.version import MODERN_PROTOCOL_VERSIONS
+from pydantic import Field
+
+from embeddings_mcp.publish.skill import SKILL, Skill, read_skill
+
+SKILL_URI = f"skill://{SKILL}/SKILL.md"
+"""Where the skill is read."""
+
+FRESH_MS = 60 * 60 * 1000
+"""The skill changes with the server only; a digest that does not fit tells a client sooner than any clock."""
+
+
+class GetSkillParams(RequestParams):
+    """What ``skills/get`` is asked with."""
+
+    uri: str
+
+
+class SkillsExtension(Extension):
+    """Serves the one skill of this package."""
+
+    identifier = "io.modelcontextprotocol/skills"
+
+    def __init__(self) -> None:
+        self._skill = read_skill()
+
+    def resources(self) -> Sequence[ResourceBinding]:
+        """The skill's files, SKILL.md under the skill's own name and description."""
+        return [
+            ResourceBinding(
+                TextResource(
+                    uri=_uri(self._skill, path),
+                    name=self._skill.name if path == "SKILL.md" else f"{self._skill.name}/{path}",
+                    description=self._skill.frontmatter["description"] if path == "SKILL.md" else None,
+                    mime_type=file.media_type,
+                    text=file.content.decode(),
+                )
+            )
+            for path, file in self._skill.files.items()
+        ]
+
+    def methods(self) -> Sequence[MethodBinding]:
+        """``skills/list`` and ``skills/get``, in the protocol versions that have extensions."""
+        versions = frozenset(MODERN_PROTOCOL_VERSIONS)
+        return [
+            MethodBinding("skills/list", PaginatedRequestParams, self._list, versions),
+            MethodBinding("skills/get", GetSkillParams, self._get, versions),
+        ]
+
+    async def _list(self, _context: ServerRequestContext[Any, Any], _params: PaginatedRequestParams) -> dict[str, Any]:
+        return {"skills": [self._entry()], **_COMPLETE}
+
+    async def _get(self, _context: ServerRequestContext[Any, Any], params: GetSkillParams) -> dict[str, Any]:
+        if params.uri != SKILL_URI:
+            raise MCPError(INVALID_PARAMS, f"Unknown skill: {params.uri!r}; the skill is {SKILL_URI}")
+        return {"skill": self._entry(), **_COMPLETE}
+
+    def _entry(self) -> dict[str, Any]:
+        return {
+            "uri": SKILL_URI,
+            "frontmatter": self._skill.frontmatter,
+            "resources": [
+                {"uri": _uri(self._skill, path), "digest": file.digest, "size": len(file.content)}
+                for path, file in self._skill.files.items()
+            ],
+        }
+
+
+_COMPLETE = {"resultType": "complete", "ttlMs": FRESH_MS, "cacheScope": "public"}
+
+
+def _uri(skill: Skill, path: str) -> str:
+    return f"skill://{skill.name}/{path}"
+
+
+def use_embeddings(task: Annotated[str, Field(description="What is to be done.")]) -> list[UserMessage]:
+    """Do a task with embeddings as the skill of this server says: which tool, which model, what a score means."""
+    text = read_skill().files["SKILL.md"].content.decode()
+    skill = TextResourceContents(uri=SKILL_URI, mime_type="text/markdown", text=text)
+    return [UserMessage(EmbeddedResource(resource=skill)), UserMessage(f"Follow this skill, and do this: {task}")]

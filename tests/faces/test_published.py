@@ -1,0 +1,145 @@
+"""What the server says of itself over HTTP."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import zipfile
+from collections.abc import Iterator
+
+import httpx
+import pytest
+import yaml
+
+from embeddings_mcp.faces.http import create_app
+from embeddings_mcp.faces.mcp import build_mcp_server
+from embeddings_mcp.operations import OPERATIONS
+from embeddings_mcp.publish.capability import capability
+from embeddings_mcp.publish.documents import FORMATS
+from embeddings_mcp.publish.skill import read_skill
+from embeddings_mcp.service import EmbeddingService
+from embeddings_mcp.settings import Settings
+from tests.support import HashEmbedder, serving
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[httpx.Client]:
+    service = EmbeddingService([HashEmbedder()], default_model="test/hash")
+    with (
+        serving(create_app(service, build_mcp_server(service), Settings())) as url,
+        httpx.Client(base_url=url) as client,
+    ):
+        yield client
+
+
+def test_the_capability_is_for_the_address_that_it_was_asked_at(client: httpx.Client) -> None:
+    answer = client.get("/manifest")
+
+    assert answer.headers["Content-Type"].startswith("application/yaml")
+    assert yaml.safe_load(answer.text) == capability("ikanos", str(client.base_url).rstrip("/"))
+
+
+@pytest.mark.parametrize("document", FORMATS)
+def test_every_document_is_served_as_what_it_is(client: httpx.Client, document: str) -> None:
+    answer = client.get("/manifest", params={"format": document})
+
+    assert answer.headers["Content-Type"].startswith(FORMATS[document].media_type)  # type: ignore[index]
+    assert answer.text == FORMATS[document].text(str(client.base_url).rstrip("/"))  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("path", "document"),
+    [("/openapi.json", "openapi"), ("/apis.json", "apis-json"), ("/mcp/server-card", "server-card")],
+)
+def test_documents_are_where_they_are_looked_for(client: httpx.Client, path: str, document: str) -> None:
+    assert client.get(path).text == client.get("/manifest", params={"format": document}).text
+
+
+def test_the_card_says_where_the_server_is(client: httpx.Client) -> None:
+    (remote,) = client.get("/mcp/server-card").json()["remotes"]
+    assert remote["url"] == f"{str(client.base_url).rstrip('/')}/mcp"
+
+
+def test_a_format_that_there_is_not_is_answered_with_those_that_there_are(client: httpx.Client) -> None:
+    answer = client.get("/manifest", params={"format": "wsdl"})
+    assert answer.status_code == 404
+    assert answer.json()["error"]["message"] == f"`format` must be one of {', '.join(FORMATS)}, not 'wsdl'"
+
+
+# --- The skill -------------------------------------------------------------------------------------------------------
+
+
+def test_the_catalogue_and_the_detail_have_the_shapes_of_naftikos_adapter(client: httpx.Client) -> None:
+    catalogue = client.get("/skills").json()
+    assert list(catalogue) == ["count", "skills"]
+    (entry,) = catalogue["skills"]
+    assert list(entry) == ["name", "description", "license", "tools"]
+    assert catalogue["count"] == 1
+
+    detail = client.get(f"/skills/{entry['name']}").json()
+    assert [tool["name"] for tool in detail["tools"]] == entry["tools"] == [operation.name for operation in OPERATIONS]
+    assert detail["compatibility"] == read_skill().frontmatter["compatibility"]
+    for tool in detail["tools"]:
+        assert tool["type"] == "derived"
+        assert tool["invocationRef"] == {
+            "targetNamespace": "embeddings-mcp",
+            "action": tool["name"],
+            "mode": "mcp",
+        }
+
+
+def test_every_file_can_be_had_by_itself(client: httpx.Client) -> None:
+    contents = client.get("/skills/embeddings/contents").json()
+    assert contents["name"] == "embeddings"
+    for file in contents["files"]:
+        answer = client.get(f"/skills/embeddings/contents/{file['path']}")
+        assert answer.content == read_skill().files[file["path"]].content
+        assert len(answer.content) == file["size"]
+        assert answer.headers["Content-Type"].startswith(file["type"])
+
+
+def test_the_index_leads_to_an_archive_that_is_what_its_digest_says(client: httpx.Client) -> None:
+    index = client.get("/.well-known/agent-skills/index.json")
+    assert index.headers["Content-Type"] == "application/json"
+    assert index.json()["$schema"] == "https://schemas.agentskills.io/discovery/0.2.0/schema.json"
+    (entry,) = index.json()["skills"]
+
+    answer = client.get(entry["url"])
+    assert answer.headers["Content-Type"] == "application/zip"
+    assert entry["digest"] == f"sha256:{hashlib.sha256(answer.content).hexdigest()}"
+    with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+        assert set(archive.namelist()) == set(read_skill().files)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/skills/other",
+        "/skills/other/download",
+        "/skills/other/contents",
+        "/skills/other/contents/SKILL.md",
+        "/skills/embeddings/contents/gone.md",
+        "/skills/embeddings/contents/references",
+        "/skills/embeddings/contents/..%2F..%2Fpyproject.toml",
+        "/skills/embeddings/contents/%2Fetc%2Fpasswd",
+        "/skills/..%2F..%2Fskills/contents",
+    ],
+)
+def test_what_there_is_not_is_not_found(client: httpx.Client, path: str) -> None:
+    answer = client.get(path)
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "not_found"
+    assert "root:" not in answer.text
+
+
+@pytest.mark.parametrize("path", ["/skills", "/skills/embeddings", "/manifest", "/.well-known/agent-skills/index.json"])
+def test_all_of_it_can_only_be_read(client: httpx.Client, path: str) -> None:
+    assert client.head(path).status_code == 200
+    assert client.post(path).status_code == 405
+
+
+def test_a_server_with_a_key_wants_it_here_too() -> None:
+    service = EmbeddingService([HashEmbedder()], default_model="test/hash")
+    with serving(create_app(service, build_mcp_server(service), Settings(api_key="key"))) as url:  # type: ignore[arg-type]
+        assert httpx.get(f"{url}/skills").status_code == 401
+        assert httpx.get(f"{url}/skills", headers={"Authorization": "Bearer key"}).status_code == 200
