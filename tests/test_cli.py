@@ -303,8 +303,9 @@ def test_the_demo_repeats_what_the_server_said_when_it_did_not_start() -> None:
     assert outcome.code == 1
     assert outcome.err.splitlines() == [
         (
-            f"embeddings-mcp: the default model 'gone' is not among the models served: {DEFAULT_MODEL}; `--model` "
-            "serves it here, `--endpoint` from an endpoint that has it, and NVIDIA_API_KEY brings those of the hosted API"
+            f"embeddings-mcp: the default model 'gone' is not among the models served: {DEFAULT_MODEL}; "
+            "`--model` serves it here, `--endpoint` from an endpoint that has it, and NVIDIA_API_KEY brings those of "
+            "the hosted API"
         ),
         "embeddings-mcp: the server has ended or does not answer: Connection closed",
     ]

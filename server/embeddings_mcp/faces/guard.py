@@ -13,15 +13,18 @@ import ipaddress
 import re
 from http import HTTPStatus
 
+from pydantic import SecretStr
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from embeddings_mcp.errors import AuthenticationFailed, InvalidSetting, PayloadTooLarge
+from embeddings_mcp.caller import CALLER_KEY_HEADER, bringing
+from embeddings_mcp.errors import AuthenticationFailed, InvalidRequest, InvalidSetting, PayloadTooLarge
 from embeddings_mcp.faces.rest import error_response, http_error_response
 from embeddings_mcp.settings import Settings
 
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 _KEYLESS_PATHS = frozenset({"/v1/health/live", "/v1/health/ready"})
+_CALLER_KEY = CALLER_KEY_HEADER.lower().encode()
 _AUTHORITY = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\s:/?#@\[\]]+))(?::[0-9]*)?", re.IGNORECASE)
 
 
@@ -30,7 +33,8 @@ class Guard:
 
     Args:
         app: what lies behind.
-        settings: read are ``host``, ``allowed_hosts``, ``api_key`` and ``max_body_bytes``.
+        settings: read are ``host``, ``allowed_hosts``, ``api_key``, ``max_body_bytes``, and whether an endpoint has
+            ``caller_keys``.
 
     Raises:
         InvalidSetting: the server would be open to other machines without a key.
@@ -49,6 +53,7 @@ class Guard:
             _name(host) or host.lower() for host in (settings.host, *settings.allowed_hosts)
         }
         self._max_body_bytes = settings.max_body_bytes
+        self._takes_caller_keys = any(endpoint.caller_keys for endpoint in settings.endpoints)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer the request in place of the application behind, or pass it on."""
@@ -56,6 +61,9 @@ class Guard:
             await self._app(scope, receive, send)
         elif refusal := self._refusal(scope):
             await refusal(scope, receive, send)
+        elif keys := _values(scope, _CALLER_KEY):
+            with bringing(SecretStr(keys[0])):
+                await self._app(scope, self._limited(receive), send)
         else:
             await self._app(scope, self._limited(receive), send)
 
@@ -83,6 +91,8 @@ class Guard:
                     "another one"
                 )
             )
+        if (keys := _values(scope, _CALLER_KEY)) and (problem := self._problem_of(keys)):
+            return error_response(InvalidRequest(problem))
         if any(_number(value) > self._max_body_bytes for value in _values(scope, b"content-length")):
             return error_response(self._too_large())
         return None
@@ -105,6 +115,18 @@ class Guard:
         scheme, _, key = values[0].partition(" ") if len(values) == 1 else ("", "", "")
         # As bytes, since comparing strings in constant time works for ASCII only.
         return scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode("latin-1"), self._key)
+
+    def _problem_of(self, caller_keys: list[str]) -> str | None:
+        """Why a caller may not bring these keys for an endpoint; they are not repeated."""
+        if not self._takes_caller_keys:
+            return (
+                f"this server takes no keys of its callers: leave the header {CALLER_KEY_HEADER} out, or have whoever "
+                "runs the server set `caller_keys` for the endpoint that it is for"
+            )
+        (key, *others) = caller_keys
+        if others or not (key.isascii() and key.isprintable() and key) or " " in key:
+            return f"the header {CALLER_KEY_HEADER} must hold one key, and nothing that no key has: copy it anew"
+        return None
 
     def _limited(self, receive: Receive) -> Receive:
         """`receive`, which raises `PayloadTooLarge` in place of a body's byte too many."""

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Annotated, Any
 from urllib.parse import quote
 
 import orjson
 from mcp.server.caching import CacheableMethod, CacheHint
 from mcp.server.mcpserver import Context, MCPServer
-from mcp.server.mcpserver.exceptions import ResourceNotFoundError, UnexpectedToolError
-from mcp.server.mcpserver.resources import FunctionResource
+from mcp.server.mcpserver.exceptions import ResourceError, ResourceNotFoundError, UnexpectedToolError
 from mcp.shared.exceptions import MCPError
 from mcp.types import (
     INVALID_PARAMS,
@@ -27,6 +25,7 @@ from mcp.types import (
     GetPromptResult,
     InputRequiredResult,
     PromptReference,
+    Resource,
     ResourceTemplateReference,
     TextContent,
     Tool,
@@ -62,7 +61,7 @@ _LISTS: tuple[CacheableMethod, ...] = (
     "resources/list",
     "resources/templates/list",
 )
-"""What cannot change while the server runs, and is the same for every caller. A card may grow more exact."""
+"""What changes at most as endpoints are found to have more models, and is the same for every caller."""
 
 _LISTS_FRESH_MS = 5 * 60 * 1000
 """A client that stays while the server is restarted with other models sees them this much later, at most."""
@@ -122,6 +121,20 @@ class EmbeddingsServer(MCPServer[dict[str, Any]]):
             structured_content=orjson.loads(schema.dump_json(response)),
         )
 
+    async def list_resources(self) -> list[Resource]:
+        """The cards of the models known now, and what else has been added."""
+        cards = [
+            Resource(
+                uri=CARD_TEMPLATE.replace("{+model}", quote(entry["id"], safe="/")),
+                name=entry["id"],
+                title=f"Embedding model {entry['id']}",
+                description=_model_as_text(entry),
+                mime_type="application/json",
+            )
+            for entry in self._service.known_models()
+        ]
+        return [*cards, *await super().list_resources()]
+
     async def get_prompt(
         self,
         name: str,
@@ -142,7 +155,7 @@ class EmbeddingsServer(MCPServer[dict[str, Any]]):
 def build_mcp_server(service: EmbeddingService) -> EmbeddingsServer:
     """The server for both transports; it does not close the service, which whoever made it does."""
     server = EmbeddingsServer(service)
-    _add_resources(server, service)
+    _add_cards(server, service)
     server.prompt(title="Answer a question from texts")(answer_from_texts)
     server.prompt(title="Use embeddings well")(use_embeddings)
 
@@ -217,14 +230,16 @@ def _reporter(request: BaseModel, context: Context[dict[str, Any], Any] | None) 
 # --- Resources and the prompt ----------------------------------------------------------------------------------------
 
 
-def _add_resources(server: EmbeddingsServer, service: EmbeddingService) -> None:
-    """Every model's card as a resource of its own, and by any of the model's names through the template."""
+def _add_cards(server: EmbeddingsServer, service: EmbeddingService) -> None:
+    """Every model's card as a resource, by any of the model's names."""
 
     async def read_card(model: str) -> str:
         try:
             return orjson.dumps(await service.describe(model), option=orjson.OPT_INDENT_2).decode()
         except UnknownModel as error:
             raise ResourceNotFoundError(error.message) from None
+        except EmbeddingsError as error:
+            raise ResourceError(error.message) from None
 
     server.resource(
         CARD_TEMPLATE,
@@ -233,17 +248,6 @@ def _add_resources(server: EmbeddingsServer, service: EmbeddingService) -> None:
         description="What a model takes and gives: vector lengths, longest text, input types, where it runs.",
         mime_type="application/json",
     )(read_card)
-    for entry in service.known_models():
-        server.add_resource(
-            FunctionResource(
-                uri=CARD_TEMPLATE.replace("{+model}", quote(entry["id"], safe="/")),
-                name=entry["id"],
-                title=f"Embedding model {entry['id']}",
-                description=_model_as_text(entry),
-                mime_type="application/json",
-                fn=partial(read_card, entry["id"]),
-            )
-        )
 
 
 def answer_from_texts(

@@ -46,10 +46,12 @@ class Account:
     Attributes:
         endpoint: with that account's key.
         turnstile: what all of its requests pass, for an endpoint's limits are those of a key.
+        caller: tells callers with keys of their own apart, without holding a key; empty for this server's account.
     """
 
     endpoint: Endpoint
     turnstile: Turnstile
+    caller: str = ""
 
     @property
     def lacks_key(self) -> bool:
@@ -68,7 +70,7 @@ class EndpointClient:
     def __init__(self, endpoint: Endpoint, *, turnstile: Turnstile | None = None) -> None:
         self.endpoint = endpoint
         self._own = Account(endpoint, turnstile or _turnstile(endpoint))
-        self._turnstiles: OrderedDict[bytes, Turnstile] = OrderedDict()  # of callers, by the digests of their keys
+        self._turnstiles: OrderedDict[str, Turnstile] = OrderedDict()  # of callers, by the digests of their keys
         self._http: httpx.AsyncClient | None = None
         self._in_flight: set[anyio.CancelScope] = set()
         self._closed = False
@@ -79,12 +81,12 @@ class EndpointClient:
         key = caller_key()
         if key is None or not self.endpoint.caller_keys:
             return self._own
-        digest = hashlib.sha256(key.get_secret_value().encode()).digest()
-        turnstile = self._turnstiles.setdefault(digest, _turnstile(self.endpoint))
-        self._turnstiles.move_to_end(digest)
+        caller = hashlib.sha256(key.get_secret_value().encode()).hexdigest()
+        turnstile = self._turnstiles.setdefault(caller, _turnstile(self.endpoint))
+        self._turnstiles.move_to_end(caller)
         if len(self._turnstiles) > MOST_CALLERS:
             self._turnstiles.popitem(last=False)
-        return Account(self.endpoint.with_key_of_caller(key), turnstile)
+        return Account(self.endpoint.with_key_of_caller(key), turnstile, caller)
 
     async def fetch(
         self,

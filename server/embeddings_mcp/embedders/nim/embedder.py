@@ -57,11 +57,12 @@ class NimEmbedder:
         return self._endpoint.url
 
     async def identify(self) -> str:
-        """The endpoint's address, its dialect, and the model's name there.
+        """The endpoint's address, its dialect, the model's name there, and the caller where he has a key of his own.
 
-        What stands behind that name can be exchanged unseen: the id in the answers is all that may tell.
+        What stands behind that name can be exchanged unseen: the id in the answers is all that may tell. What was made
+        on a caller's account is for nobody else: who has no key must not get it, nor learn that it was made.
         """
-        return f"{self._endpoint.url} {self._endpoint.dialect} {self._model}"
+        return f"{self._endpoint.url} {self._endpoint.dialect} {self._model} {self._client.account.caller}".rstrip()
 
     async def embed(
         self,

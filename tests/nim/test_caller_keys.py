@@ -1,0 +1,235 @@
+"""Keys that callers bring for an endpoint: they go there, in their callers' names, and nowhere else."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import anyio
+import httpx
+import httpx2
+import pytest
+from mcp import Client
+from mcp.client.streamable_http import streamable_http_client
+from pydantic import SecretStr
+
+from embeddings_mcp.assemble import build_service
+from embeddings_mcp.caller import CALLER_KEY_HEADER, bringing
+from embeddings_mcp.embedders.nim import Endpoint, EndpointClient, NimEmbedder, client
+from embeddings_mcp.errors import AuthenticationFailed, Overloaded
+from embeddings_mcp.faces.http import create_app
+from embeddings_mcp.faces.mcp import build_mcp_server
+from embeddings_mcp.settings import EndpointSettings, Settings
+from tests.nim.standin import SYMMETRIC, StandIn, answering, stand_in
+from tests.support import serving
+
+pytestmark = pytest.mark.anyio
+
+OURS, ALICES, BOBS = "nvapi-of-the-server", "nvapi-alice", "nvapi-bob"
+REQUEST = {"model": SYMMETRIC.id, "input": "a text"}
+
+
+@contextmanager
+def served(standing: StandIn, **endpoint: Any) -> Iterator[str]:
+    """Our server's address, with the stand-in as its endpoint."""
+    described = EndpointSettings(url=standing.url, **{"api_key": OURS, "caller_keys": True, **endpoint})
+    settings = Settings(endpoints=(described,))
+    service = build_service(settings)
+    with serving(create_app(service, build_mcp_server(service), settings)) as url:
+        yield url
+
+
+@asynccontextmanager
+async def rest(url: str) -> AsyncIterator[httpx.AsyncClient]:
+    with anyio.fail_after(20):
+        async with httpx.AsyncClient(base_url=url, timeout=20) as http:
+            yield http
+
+
+async def ask(http: httpx.AsyncClient, key: str | None) -> httpx.Response:
+    headers = {} if key is None else {CALLER_KEY_HEADER: key}
+    return await http.post("/v1/embeddings", json=REQUEST, headers=headers)
+
+
+def keys_seen(standing: StandIn, path: str = "/v1/embeddings") -> list[str | None]:
+    return [seen.headers.get("authorization") for seen in standing.seen if seen.path == path]
+
+
+async def test_a_callers_key_goes_out_in_place_of_the_servers_with_his_request_only() -> None:
+    async with stand_in() as standing:
+        with served(standing) as url:
+            async with rest(url) as http:
+                for key in (None, ALICES, BOBS, None):
+                    assert (await ask(http, key)).status_code == 200
+        assert keys_seen(standing) == [f"Bearer {key}" for key in (OURS, ALICES, BOBS, OURS)]
+        assert keys_seen(standing, "/v1/models") == [f"Bearer {OURS}"]
+
+
+@pytest.mark.parametrize("mode", ["legacy", "auto"])
+async def test_a_tool_call_carries_the_key_of_its_own_request(mode: str) -> None:
+    """Also where one session has requests with different keys, one with none, and several at the same time."""
+    async with stand_in() as standing:
+        with served(standing) as url, anyio.fail_after(20):
+            async with (
+                httpx2.AsyncClient() as http,
+                Client(streamable_http_client(f"{url}/mcp", http_client=http), mode=mode) as mcp,
+            ):
+                for key in (ALICES, BOBS, None):
+                    http.headers.pop(CALLER_KEY_HEADER, None)
+                    if key is not None:
+                        http.headers[CALLER_KEY_HEADER] = key
+                    assert not (await mcp.call_tool("create_embedding", REQUEST)).is_error
+        assert keys_seen(standing) == [f"Bearer {key}" for key in (ALICES, BOBS, OURS)]
+
+
+async def test_many_callers_at_once_keep_their_keys_apart() -> None:
+    keys = [f"nvapi-caller-{number}" for number in range(20)]
+    async with stand_in() as standing:
+        with served(standing, batch_size=1) as url:
+            async with rest(url) as http, anyio.create_task_group() as group:
+                for key in keys:
+                    request = {"model": SYMMETRIC.id, "input": [key, key]}
+                    headers = {CALLER_KEY_HEADER: key}
+                    group.start_soon(lambda r, h: http.post("/v1/embeddings", json=r, headers=h), request, headers)
+        embedded = [seen for seen in standing.seen if seen.path == "/v1/embeddings"]
+        assert len(embedded) == 2 * len(keys)
+        assert all(seen.headers["authorization"] == f"Bearer {seen.json['input'][0]}" for seen in embedded)
+
+
+async def test_a_server_that_takes_no_keys_of_callers_says_so_on_every_route() -> None:
+    async with stand_in() as standing:
+        with served(standing, caller_keys=False) as url:
+            async with rest(url) as http:
+                for path in ("/v1/embeddings", "/mcp", "/v1/models"):
+                    answer = await http.post(path, json=REQUEST, headers={CALLER_KEY_HEADER: ALICES})
+                    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_request")
+                    assert "this server takes no keys of its callers" in answer.json()["error"]["message"]
+                    assert ALICES not in answer.text
+        assert not standing.seen
+
+
+@pytest.mark.parametrize("values", [["nvapi two"], [""], ["nvapi-\xe9"], [ALICES, BOBS]])
+async def test_a_header_that_holds_no_key_is_refused_without_being_repeated(values: list[str]) -> None:
+    async with stand_in() as standing:
+        with served(standing) as url:
+            async with rest(url) as http:
+                headers = [(CALLER_KEY_HEADER.encode(), value.encode("latin-1")) for value in values]
+                answer = await http.post("/v1/embeddings", json=REQUEST, headers=headers)
+        assert answer.status_code == 400
+        assert "must hold one key" in answer.json()["error"]["message"]
+        assert "nvapi" not in answer.text
+        assert not standing.seen
+
+
+@pytest.mark.parametrize(
+    ("ours", "callers", "says"),
+    [
+        (None, None, f"asks for a key: send yours in the header {CALLER_KEY_HEADER}"),
+        (None, ALICES, f"does not accept the key (401): send yours in the header {CALLER_KEY_HEADER}"),
+        (OURS, ALICES, f"does not accept the key (401): send yours in the header {CALLER_KEY_HEADER}"),
+    ],
+)
+async def test_a_refused_key_is_the_callers_to_put_right_where_it_is_his(
+    ours: str | None, callers: str | None, says: str
+) -> None:
+    async with stand_in(faults=itertools.repeat(answering(401, b"no"))) as standing:
+        with served(standing, api_key=ours) as url:
+            async with rest(url) as http:
+                answer = await ask(http, callers)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (401, "invalid_api_key")
+        assert says in error["message"]
+        assert not [key for key in (OURS, ALICES) if key in answer.text]
+
+
+async def test_a_refusal_of_the_servers_own_key_is_not_the_callers_fault() -> None:
+    async with stand_in(faults=itertools.repeat(answering(401, b"no"))) as standing:
+        with served(standing) as url:
+            async with rest(url) as http:
+                answer = await ask(http, None)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (502, "upstream_refused")
+        assert "does not accept the API key in the endpoint's `api_key`" in answer.json()["error"]["message"]
+
+
+async def test_limits_are_those_of_each_key() -> None:
+    async with stand_in() as standing:
+        endpoint = Endpoint(url=standing.url, caller_keys=True, requests_per_minute=1, deadline=30)
+        embedder = NimEmbedder(EndpointClient(endpoint), SYMMETRIC)
+
+        async def embed() -> None:
+            await embedder.embed(["a text"], input_type=None, truncate="NONE")
+
+        with anyio.fail_after(10):
+            for key in (ALICES, BOBS):
+                with bringing(SecretStr(key)):
+                    await embed()
+            await embed()
+            for key in (ALICES, BOBS):
+                with bringing(SecretStr(key)), pytest.raises(Overloaded) as caught:
+                    await embed()
+                assert key not in caught.value.message
+            with pytest.raises(Overloaded):
+                await embed()
+            await embedder.aclose()
+        assert len(standing.seen) == 3
+
+
+async def test_the_limits_of_no_more_keys_are_kept_than_can_be_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "MOST_CALLERS", 3)
+    to = EndpointClient(Endpoint(url="http://localhost", caller_keys=True))
+    turnstiles = []
+    for key in ("a", "b", "c", "a", "d"):
+        with bringing(SecretStr(key)):
+            turnstiles.append(to.account.turnstile)
+    assert turnstiles[0] is turnstiles[3]
+    with bringing(SecretStr("b")):  # the one not heard of for longest has made room for d
+        assert to.account.turnstile is not turnstiles[1]
+    with bringing(SecretStr("a")):
+        assert to.account.turnstile is turnstiles[0]
+
+
+async def test_a_caller_without_a_key_is_told_to_bring_one_and_the_server_is_ready_all_the_same() -> None:
+    nameless = answering(401, b"Header of type `authorization` was missing")
+    async with stand_in(faults=itertools.repeat(nameless)) as standing:
+        embedder = NimEmbedder(EndpointClient(Endpoint(url=standing.url, caller_keys=True)), SYMMETRIC)
+        with anyio.fail_after(10):
+            await embedder.check()
+            with pytest.raises(AuthenticationFailed, match="send yours"):
+                await embedder.embed(["a text"], input_type=None, truncate="NONE")
+            await embedder.aclose()
+
+
+async def test_what_was_made_on_a_callers_account_is_told_from_what_others_get() -> None:
+    embedder = NimEmbedder(EndpointClient(Endpoint(url="http://localhost:1", caller_keys=True)), SYMMETRIC)
+    identities = [await embedder.identify()]
+    for key in (ALICES, BOBS, ALICES):
+        with bringing(SecretStr(key)):
+            identities.append(await embedder.identify())
+    assert identities[0] == "http://localhost:1/v1 nim test/symmetric"
+    assert identities[1] == identities[3]
+    assert len(set(identities)) == 3
+    assert not [identity for identity in identities for key in (ALICES, BOBS) if key in identity]
+
+
+async def test_no_key_is_in_anything_that_is_kept_or_printed(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    told: list[str] = []
+    repeated = answering(400, {"error": f"what is Bearer {ALICES}?"})
+    faults = itertools.cycle([repeated, answering(402), answering(403), answering(404, b"not found for account"), None])
+    async with stand_in(faults=faults) as standing:
+        endpoint = Endpoint(url=standing.url, api_key=SecretStr(OURS), caller_keys=True)
+        embedder = NimEmbedder(EndpointClient(endpoint), SYMMETRIC)
+        with anyio.fail_after(10), bringing(SecretStr(ALICES)):
+            for _ in range(5):
+                try:
+                    await embedder.embed(["a text"], input_type=None, truncate="NONE")
+                except Exception as error:  # noqa: BLE001 - each kind has its own test
+                    told += [str(error), repr(vars(error))]
+            told += [repr(vars(embedder)), repr(vars(embedder._client)), repr(embedder._client.account)]
+            await embedder.aclose()
+    told += [f"{record.getMessage()} {vars(record)}" for record in caplog.records]
+    assert len(told) > 10
+    assert not [line for line in told for key in (ALICES, OURS) if key in line]

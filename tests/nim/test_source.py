@@ -1,0 +1,338 @@
+"""The models of endpoints in a service: which name means which, and when an endpoint is asked for it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anyio
+import pytest
+
+from embeddings_mcp.catalogue import Catalogue
+from embeddings_mcp.embedders.base import Embedder
+from embeddings_mcp.embedders.nim import Endpoint, EndpointClient, EndpointModels, source
+from embeddings_mcp.errors import InvalidSetting, UnknownModel, UpstreamUnavailable
+from embeddings_mcp.models import DEFAULT_MODEL, ModelCard
+from embeddings_mcp.service import EmbeddingService
+from tests.nim.standin import ASYMMETRIC, SYMMETRIC, StandIn, answering, held, stand_in
+from tests.support import HashEmbedder
+
+pytestmark = pytest.mark.anyio
+
+HERE = HashEmbedder(ModelCard(id="test/here", aliases=("here",), dimensions=8))
+FAILING = {"/v1/models": answering(500, b"broken")}
+
+
+def models_of(standing: StandIn, **chosen: Any) -> EndpointModels:
+    return EndpointModels(EndpointClient(Endpoint(url=standing.url)), **chosen)
+
+
+@asynccontextmanager
+async def catalogue_of(
+    *sources: EndpointModels, here: Sequence[Embedder] = (HERE,), default: str = "test/here"
+) -> AsyncIterator[Catalogue]:
+    catalogue = Catalogue(here, sources, default=default)
+    try:
+        with anyio.fail_after(10):
+            yield catalogue
+    finally:
+        await catalogue.aclose()
+
+
+async def origin_of(catalogue: Catalogue, model: str) -> str:
+    embedder, _ = await catalogue.find(model)
+    return embedder.origin
+
+
+def served(catalogue: Catalogue) -> list[tuple[str, str]]:
+    return [(embedder.card.id, embedder.origin) for embedder in catalogue.known]
+
+
+def asked(standing: StandIn) -> int:
+    """How often it was asked for its models."""
+    return sum(seen.path == "/v1/models" for seen in standing.seen)
+
+
+# --- When an endpoint is asked ---------------------------------------------------------------------------------------
+
+
+async def test_an_endpoint_is_asked_once_and_only_when_a_name_or_a_list_makes_it_necessary() -> None:
+    async with stand_in() as standing, catalogue_of(models_of(standing)) as catalogue:
+        assert await origin_of(catalogue, "HERE") == "local"
+        assert served(catalogue) == [("test/here", "local")]
+        assert not standing.seen
+        for name in (ASYMMETRIC.id, SYMMETRIC.id, f"{SYMMETRIC.id}-query"):
+            assert await origin_of(catalogue, name) == f"{standing.url}/v1"
+        with pytest.raises(UnknownModel, match="served are: test/here, test/asymmetric, test/symmetric"):
+            await catalogue.find("gone")
+        await catalogue.refresh()
+        assert asked(standing) == 1
+
+
+async def test_many_who_need_to_know_ask_once() -> None:
+    gate = anyio.Event()
+    async with (
+        stand_in(elsewhere={"/v1/models": held(gate)}) as standing,
+        catalogue_of(models_of(standing)) as catalogue,
+        anyio.create_task_group() as group,
+    ):
+        for _ in range(5):
+            group.start_soon(origin_of, catalogue, SYMMETRIC.id)
+        await standing.received(1)
+        await anyio.wait_all_tasks_blocked()
+        gate.set()
+    assert asked(standing) == 1
+
+
+async def test_a_model_that_is_new_at_an_endpoint_is_found_once_its_list_is_old(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with stand_in(models={SYMMETRIC.id: SYMMETRIC}) as standing, catalogue_of(models_of(standing)) as catalogue:
+        first, _ = await catalogue.find(SYMMETRIC.id)
+        standing.models = {ASYMMETRIC.id: ASYMMETRIC, SYMMETRIC.id: SYMMETRIC}
+        with pytest.raises(UnknownModel):
+            await catalogue.find(ASYMMETRIC.id)
+        monkeypatch.setattr("embeddings_mcp.catalogue.FRESH_SECONDS", 0)
+        assert await origin_of(catalogue, ASYMMETRIC.id) == f"{standing.url}/v1"
+        assert (await catalogue.find(SYMMETRIC.id))[0] is first  # with what it has learnt
+        standing.models = {ASYMMETRIC.id: ASYMMETRIC}
+        await catalogue.refresh()
+        assert served(catalogue)[1:] == [(ASYMMETRIC.id, f"{standing.url}/v1")]
+
+
+async def test_an_endpoint_whose_models_the_settings_name_is_not_asked() -> None:
+    async with (
+        stand_in() as standing,
+        catalogue_of(models_of(standing, known=[SYMMETRIC.id], complete=True)) as catalogue,
+    ):
+        assert await origin_of(catalogue, SYMMETRIC.id) == f"{standing.url}/v1"
+        with pytest.raises(UnknownModel):
+            await catalogue.find(ASYMMETRIC.id)
+        assert not standing.seen
+
+
+async def test_an_endpoint_that_could_not_be_asked_is_left_alone_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with stand_in(elsewhere=FAILING) as standing, catalogue_of(models_of(standing)) as catalogue:
+        for _ in range(3):
+            with pytest.raises(
+                UpstreamUnavailable, match=r"whether `model` 'x' is served cannot be told: .*500: broken"
+            ):
+                await catalogue.find("x")
+            await catalogue.refresh()
+        assert asked(standing) == 1
+        monkeypatch.setattr(source, "RETRY_SECONDS", 0)
+        standing.elsewhere = {}
+        assert await origin_of(catalogue, SYMMETRIC.id) == f"{standing.url}/v1"
+        assert asked(standing) == 2
+
+
+async def test_an_endpoint_that_does_not_answer_holds_nobody_up_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "DISCOVERY_SECONDS", 0.05)
+    silent = {"/v1/models": held(anyio.Event())}
+    async with stand_in(elsewhere=silent) as standing, catalogue_of(models_of(standing)) as catalogue:
+        await catalogue.refresh()
+        assert served(catalogue) == [("test/here", "local")]
+        with pytest.raises(UpstreamUnavailable, match=r"did not say in 0\.05 s which models it has"):
+            await catalogue.find("x")
+
+
+async def test_who_gives_up_waiting_leaves_the_asking_to_the_next() -> None:
+    gate = anyio.Event()
+    async with (
+        stand_in(elsewhere={"/v1/models": held(gate)}) as standing,
+        catalogue_of(models_of(standing)) as catalogue,
+    ):
+        async with anyio.create_task_group() as group:
+            group.start_soon(origin_of, catalogue, SYMMETRIC.id)
+            await standing.received(1)
+            group.cancel_scope.cancel()
+        gate.set()
+        assert await origin_of(catalogue, SYMMETRIC.id) == f"{standing.url}/v1"
+
+
+# --- Which one answers -----------------------------------------------------------------------------------------------
+
+
+async def test_a_model_that_runs_here_answers_in_place_of_an_endpoints() -> None:
+    here = HashEmbedder(SYMMETRIC)
+    async with (
+        stand_in() as standing,
+        catalogue_of(models_of(standing), here=[here], default=SYMMETRIC.id) as catalogue,
+    ):
+        await catalogue.refresh()
+        assert (await catalogue.find(SYMMETRIC.id))[0] is here
+        assert served(catalogue) == [(SYMMETRIC.id, "local"), (ASYMMETRIC.id, f"{standing.url}/v1")]
+
+
+async def test_of_two_endpoints_the_first_answers_even_if_it_had_to_be_asked() -> None:
+    async with stand_in(models={SYMMETRIC.id: SYMMETRIC}) as first, stand_in() as second:
+        known = models_of(second, known=[SYMMETRIC.id, ASYMMETRIC.id])
+        async with catalogue_of(models_of(first), known) as catalogue:
+            assert await origin_of(catalogue, SYMMETRIC.id) == f"{first.url}/v1"
+            assert await origin_of(catalogue, ASYMMETRIC.id) == f"{second.url}/v1"
+            assert asked(second) == 0
+            assert served(catalogue)[1:] == [(SYMMETRIC.id, f"{first.url}/v1"), (ASYMMETRIC.id, f"{second.url}/v1")]
+
+
+async def test_no_text_goes_to_the_second_endpoint_because_the_first_is_down() -> None:
+    async with stand_in() as first:
+        pass
+    async with stand_in() as second, catalogue_of(models_of(first), models_of(second)) as catalogue:
+        with pytest.raises(UpstreamUnavailable, match=f"cannot connect to the endpoint {first.url}"):
+            await catalogue.find(SYMMETRIC.id)
+        assert not second.seen
+        assert await origin_of(catalogue, "test/here") == "local"
+
+
+async def test_an_endpoint_that_was_asked_once_is_taken_at_its_word_when_it_is_down() -> None:
+    async with (
+        stand_in(models={"test/other": ModelCard(id="test/other")}) as first,
+        stand_in() as second,
+        catalogue_of(models_of(first), models_of(second)) as catalogue,
+    ):
+        await catalogue.refresh()
+        first.elsewhere = FAILING
+        assert await origin_of(catalogue, SYMMETRIC.id) == f"{second.url}/v1"
+
+
+async def test_a_model_listed_under_its_old_and_its_new_name_is_one() -> None:
+    old, new = "nvidia/llama-3.2-nv-embedqa-1b-v2", "nvidia/llama-nemotron-embed-1b-v2"
+    models = {name: ModelCard(id=name, dimensions=2048) for name in (old, new)}
+    async with stand_in(models=models) as standing, catalogue_of(models_of(standing)) as catalogue:
+        await catalogue.refresh()
+        assert served(catalogue)[1:] == [(new, f"{standing.url}/v1")]
+        embedder, _ = await catalogue.find(old)
+        await embedder.embed(["a text"], input_type="query", truncate="NONE")
+        assert standing.seen[-1].json["model"] == new
+
+
+# --- The default -----------------------------------------------------------------------------------------------------
+
+
+async def test_the_default_may_be_a_model_that_is_not_known_yet() -> None:
+    async with (
+        stand_in() as standing,
+        catalogue_of(models_of(standing), here=[], default=ASYMMETRIC.id) as catalogue,
+    ):
+        assert (catalogue.default, catalogue.default_name) == (None, ASYMMETRIC.id)
+        assert not standing.seen
+        for name, implied in {"default": None, "DEFAULT-query": "query"}.items():
+            embedder, input_type = await catalogue.find(name)
+            assert (embedder.card.id, input_type) == (ASYMMETRIC.id, implied)
+            assert catalogue.default is embedder
+
+
+async def test_readiness_is_that_of_the_default_at_its_endpoint() -> None:
+    async with stand_in(elsewhere=FAILING) as standing:
+        service = EmbeddingService([], default_model="e5", sources=[models_of(standing)])
+        with pytest.raises(UpstreamUnavailable, match="cannot be told"):
+            await service.check()
+        await service.aclose()
+        standing.elsewhere = {}
+        e5 = "nvidia/nv-embedqa-e5-v5"
+        standing.models = {e5: ModelCard(id=e5)}
+        service = EmbeddingService([], default_model="e5", sources=[models_of(standing)])
+        await service.check()
+        await service.aclose()
+        assert [seen.path for seen in standing.seen] == ["/v1/models", "/v1/models", "/v1/health/ready"]
+
+
+async def test_without_endpoints_the_default_must_be_there() -> None:
+    with pytest.raises(InvalidSetting, match="`--endpoint` from an endpoint that has it"):
+        Catalogue([HERE], [], default=ASYMMETRIC.id)
+
+
+async def test_a_model_that_could_be_served_here_is_named_with_what_became_of_it() -> None:
+    async with catalogue_of() as catalogue:
+        with pytest.raises(UnknownModel) as caught:
+            await catalogue.find("nv-embed-v1")
+        assert caught.value.message.endswith(
+            "served are: test/here (or `default`). NVIDIA's hosted API ended it on 2026-08-25; a server started with "
+            "`--model nvidia/nv-embed-v1` has it"
+        )
+        with pytest.raises(UnknownModel, match=r"`--model nvidia/nv-embedqa-e5-v5=FOLDER` has it"):
+            await catalogue.find("e5")
+        with pytest.raises(UnknownModel, match=r"served are: test/here \(or `default`\)$"):
+            await catalogue.find("gone")
+
+
+# --- What is known of a model ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("entry", "known"),
+    [
+        ({}, {"max_tokens": None, "dimensions": None, "input_type": "optional", "matryoshka": ()}),
+        ({"max_model_len": 8192}, {"max_tokens": 8192}),
+        (
+            {"max_tokens": 512, "dimensions": 64, "allowed_dimensions": [16, 32], "input_type": "required"},
+            {"max_tokens": 512, "dimensions": 64, "matryoshka": (16, 32), "input_type": "required"},
+        ),
+        (
+            {"max_tokens": True, "dimensions": "64", "allowed_dimensions": 3, "input_type": "maybe"},
+            {"max_tokens": None, "dimensions": None, "matryoshka": (), "input_type": "optional"},
+        ),
+    ],
+    ids=["nothing", "vLLM", "a server of ours", "nonsense"],
+)
+async def test_what_an_endpoint_says_of_a_model_is_known(entry: dict[str, Any], known: dict[str, Any]) -> None:
+    listing = answering(200, {"object": "list", "data": [{"id": "own/model", **entry}]})
+    async with stand_in(elsewhere={"/v1/models": listing}) as standing, catalogue_of(models_of(standing)) as catalogue:
+        embedder, _ = await catalogue.find("own/model")
+    assert {name: getattr(embedder.card, name) for name in known} == known
+
+
+async def test_a_card_of_the_users_own_goes_before_all() -> None:
+    card = ModelCard(id="own/model", aliases=("mine",), dimensions=8, max_tokens=7, input_type="required")
+    listing = answering(200, {"object": "list", "data": [{"id": "own/model", "max_tokens": 512}]})
+    async with (
+        stand_in(elsewhere={"/v1/models": listing}) as standing,
+        catalogue_of(models_of(standing, cards=[card])) as catalogue,
+    ):
+        embedder, _ = await catalogue.find("mine")
+    assert embedder.card is card
+
+
+async def test_a_nim_takes_shorter_texts_of_nemotron_3_than_other_servers() -> None:
+    name = "nvidia/nemotron-3-embed-1b"
+    async with stand_in(models={name: ModelCard(id=name)}) as standing:
+        for dialect, limit in (("nim", 4096), ("openai", 32768)):
+            endpoint = Endpoint(url=standing.url, dialect=dialect)  # type: ignore[arg-type]
+            async with catalogue_of(EndpointModels(EndpointClient(endpoint))) as catalogue:
+                assert (await catalogue.find("nemotron-3-embed"))[0].card.max_tokens == limit
+
+
+async def test_models_of_endpoints_are_described_like_others() -> None:
+    async with stand_in() as standing:
+        local = HashEmbedder(ModelCard(id=DEFAULT_MODEL, dimensions=8))
+        service = EmbeddingService([local], default_model=DEFAULT_MODEL, sources=[models_of(standing)])
+        assert [entry["id"] for entry in service.known_models()] == [DEFAULT_MODEL]
+        listed = (await service.list_models())["models"]
+        assert [(entry["id"], entry["served_from"], entry["default"]) for entry in listed] == [
+            (DEFAULT_MODEL, "local", True),
+            (ASYMMETRIC.id, f"{standing.url}/v1", False),
+            (SYMMETRIC.id, f"{standing.url}/v1", False),
+        ]
+        assert await service.describe(SYMMETRIC.id) == listed[2]
+        await service.aclose()
+
+
+async def test_discovery_counts_as_one_of_the_requests_that_an_endpoint_allows() -> None:
+    async with stand_in() as standing:
+        endpoint = Endpoint(url=standing.url, requests_per_minute=1)
+        async with catalogue_of(EndpointModels(EndpointClient(endpoint))) as catalogue:
+            embedder, _ = await catalogue.find(SYMMETRIC.id)
+            with anyio.move_on_after(1), pytest.raises(Exception, match="is busy"):
+                await embedder.embed(["a"], input_type=None, truncate="NONE")
+    assert len(standing.seen) == 1
+
+
+def test_nothing_is_asked_to_make_a_catalogue_of_many_endpoints() -> None:
+    endpoints = (
+        EndpointModels(EndpointClient(Endpoint(url=f"http://localhost:{port}"))) for port in itertools.count(1)
+    )
+    catalogue = Catalogue([HERE], itertools.islice(endpoints, 20), default="test/here")
+    assert not catalogue.local
+    assert served(catalogue) == [("test/here", "local")]
