@@ -18,7 +18,6 @@ from sentence_transformers.sentence_transformer.modules import (
     LayerNorm,
     Normalize,
     Pooling,
-    Transformer,
 )
 from transformers import AutoModel
 
@@ -27,6 +26,7 @@ from embeddings_mcp.embedders.local.encoder import load_encoder
 from embeddings_mcp.errors import InvalidRequest
 from embeddings_mcp.models import InputType, ModelCard
 from embeddings_mcp.vectors import FloatMatrix
+from tests.local.checkpoints import WIDTH, edit, save
 from tests.local.golden import FamilyName, family
 
 TEXTS = [
@@ -37,23 +37,8 @@ TEXTS = [
     "The committee reviewed the annual budget in detail.",
 ]
 WORDS = [text for text in TEXTS if text]
-WIDTH = 32
 
 Modules = Callable[[], list[torch.nn.Module]]
-
-
-def save(
-    folder: Path, *modules: torch.nn.Module, base: FamilyName = "e5", prompts: dict[str, str] | None = None, **kw: Any
-) -> SentenceTransformer:
-    """A checkpoint of sentence-transformers' own making, over a golden model's transformer; and the model itself."""
-    torch.manual_seed(0)
-    for module in modules:
-        for parameter in module.parameters():
-            torch.nn.init.normal_(parameter)
-    transformer = Transformer(str(family(base).folder))
-    model = SentenceTransformer(modules=[transformer, *modules], device="cpu", prompts=prompts, **kw)
-    model.save(str(folder), create_model_card=False)
-    return model
 
 
 def theirs(model: SentenceTransformer, texts: list[str], **kw: Any) -> FloatMatrix:
@@ -62,10 +47,6 @@ def theirs(model: SentenceTransformer, texts: list[str], **kw: Any) -> FloatMatr
 
 def ours(folder: Path, texts: list[str], input_type: InputType | None = None) -> FloatMatrix:
     return load_encoder("test/tiny", folder).encode(texts, input_type=input_type, truncate="END").vectors
-
-
-def edit(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
 
 
 def assert_same(left: FloatMatrix, right: FloatMatrix) -> None:

@@ -17,8 +17,8 @@ from embeddings_mcp.embedders.local.attention import NAME, Packing, PackingUnsup
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint
 from embeddings_mcp.embedders.local.latent_attention import LATENT_ATTENTION
 from embeddings_mcp.embedders.local.linear import prepack
-from embeddings_mcp.embedders.local.weights import check_tensors
-from embeddings_mcp.errors import CheckpointInvalid, ModelUnavailable
+from embeddings_mcp.embedders.local.weights import check_tensors, find_weights, read_tensors
+from embeddings_mcp.errors import CheckpointInvalid
 
 AttentionInterface.register(NAME, packed_attention)
 
@@ -160,31 +160,29 @@ def load_backbone(checkpoint: Checkpoint, device: torch.device, dtype: torch.dty
     prefix = checkpoint.recipe.prefix if checkpoint.recipe else ""
     try:
         config = AutoConfig.for_model(model_type, **description)
-        model, report = architecture.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # and reported below, with the file's name
-            key_mapping={f"^{re.escape(prefix)}": ""} if prefix else None,
-        )
-        ours = (LATENT_ATTENTION,) if checkpoint.recipe and checkpoint.recipe.latent_attention else ()
-        check_tensors(
-            folder,
-            missing=report["missing_keys"],
-            extra=[name for name in report["unexpected_keys"] if not name.startswith(ours)],
-            misshapen=[name for name, *_shapes in report["mismatched_keys"]],
-        )
-        model.pooler = None  # where there is one, its output is not used
-        backbone = Backbone(model.eval().to(device), position_offset=checkpoint.position_offset)
-        if model_type in PROVEN:  # others may look into their linear layers
-            prepack(model)
-    except CheckpointInvalid:
-        raise
-    except torch.OutOfMemoryError as error:
-        raise ModelUnavailable(f"{folder}: the model does not fit into the memory of {device}: {error}") from error
-    except Exception as error:  # what is wrong in a checkpoint fails in as many ways as there are readers of it
-        raise CheckpointInvalid(f"{folder}: the transformer cannot be loaded: {error}") from error
+    except Exception as error:  # each of the hundreds of configs checks itself in its own way
+        raise CheckpointInvalid(f"{folder / 'config.json'}: it is no config of type {model_type!r}: {error}") from error
+    pickled = any(path.suffix != ".safetensors" for path in find_weights(folder))
+    model, report = architecture.from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype,
+        state_dict=read_tensors(folder) if pickled else None,
+        local_files_only=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # and reported below, with the file's name
+        key_mapping={f"^{re.escape(prefix)}": ""} if prefix else None,
+    )
+    ours = (LATENT_ATTENTION,) if checkpoint.recipe and checkpoint.recipe.latent_attention else ()
+    check_tensors(
+        folder,
+        missing=report["missing_keys"],
+        extra=[name for name in report["unexpected_keys"] if not name.startswith(ours)],
+        misshapen=[name for name, *_shapes in report["mismatched_keys"]],
+    )
+    model.pooler = None  # where there is one, its output is not used
+    backbone = Backbone(model.eval().to(device), position_offset=checkpoint.position_offset)
+    if model_type in PROVEN:  # others may look into their linear layers
+        prepack(model)
     return backbone

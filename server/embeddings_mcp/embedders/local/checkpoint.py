@@ -245,14 +245,12 @@ def _read_pipeline(folder: Path) -> Pipeline | None:
     if not modules:
         return None
     kinds = [_kind(module) for module in modules]
-    if kinds[:2] != ["Transformer", "Pooling"] or len({*kinds[:2], *kinds[2:]} - set(kinds[2:])) != 2:
-        raise CheckpointInvalid(
-            f"{path}: supported is one Transformer, then one Pooling, then what follows the pooling"
-        )
-    (transformer, pooling), after = ([_place(folder, module) for module in part] for part in (modules[:2], modules[2:]))
-    modes, pool_prompt = _read_pooling(pooling)
-    pipeline = Pipeline(backbone=transformer, pooling=modes, pool_prompt=pool_prompt)
-    for kind, place in zip(kinds[2:], after, strict=True):
+    if kinds[:2] != ["Transformer", "Pooling"] or {"Transformer", "Pooling"} & set(kinds[2:]):
+        raise CheckpointInvalid(f"{path}: supported is a Transformer, then a Pooling, then what follows the pooling")
+    places = [_place(folder, module) for module in modules]
+    modes, pool_prompt = _read_pooling(places[1])
+    pipeline = Pipeline(backbone=places[0], pooling=modes, pool_prompt=pool_prompt)
+    for kind, place in zip(kinds[2:], places[2:], strict=True):
         match kind:
             case "Dense":
                 pipeline = pipeline.then(_read_dense(place))

@@ -6,7 +6,8 @@ texts -> Tokenizer -> rows of token ids -> Backbone -> token vectors -> pool -> 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
@@ -25,7 +26,7 @@ from embeddings_mcp.embedders.local.m3 import M3Heads
 from embeddings_mcp.embedders.local.pooling import pool
 from embeddings_mcp.embedders.local.tokenizer import Tokenizer
 from embeddings_mcp.embedders.local.weights import load_weights
-from embeddings_mcp.errors import InvalidRequest, ModelUnavailable
+from embeddings_mcp.errors import CheckpointInvalid, InvalidRequest, ModelUnavailable
 from embeddings_mcp.models import InputType, ModelCard, Truncate
 from embeddings_mcp.vectors import FloatMatrix, SparseVector
 
@@ -232,32 +233,64 @@ def load_encoder(
         _logger.warning("%s may not be used commercially: its licence is %s", card.id, card.licence)
     where = _device(device)
     dtype = getattr(torch, number_format(precision, where.type))
-    recipe = checkpoint.recipe
+    with _checkpoint_errors(folder, where):
+        encoder = _load(checkpoint, card, where, dtype)
+        _try(encoder)
+    return encoder
+
+
+@contextmanager
+def _checkpoint_errors(folder: Path, device: torch.device) -> Iterator[None]:
+    """Whatever fails in here is the checkpoint's fault, unless it says otherwise.
+
+    Raises:
+        CheckpointInvalid: it failed.
+        ModelUnavailable: the device has not enough memory.
+    """
+    try:
+        yield
+    except ModelUnavailable:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise ModelUnavailable(f"{folder} does not fit into the memory of {device}: {error}") from error
+    except Exception as error:  # what is wrong in a checkpoint fails in as many ways as there are readers of it
+        raise CheckpointInvalid(f"{folder}: the model cannot be run: {error}") from error
+
+
+def _load(checkpoint: Checkpoint, card: ModelCard, device: torch.device, dtype: torch.dtype) -> Encoder:
+    recipe, backbone = checkpoint.recipe, checkpoint.pipeline.backbone
     tokenizer = Tokenizer.from_folder(
-        checkpoint.pipeline.backbone,
+        backbone,
         max_tokens=card.max_tokens or checkpoint.max_tokens,
         lowercase=checkpoint.lowercase,
         suffix=recipe.suffix(checkpoint.config) if recipe else "",
     )
     latent_attention = None
     if recipe and recipe.latent_attention:
-        latent_attention = LatentAttention(checkpoint.config["latent_attention_config"])
-        load_weights(latent_attention, checkpoint.pipeline.backbone, prefix=LATENT_ATTENTION)
-        latent_attention = latent_attention.eval().to(where, dtype)
+        with torch.device("meta"):  # it has as many parameters as some whole models
+            latent_attention = LatentAttention(checkpoint.config["latent_attention_config"])
+        load_weights(latent_attention, backbone, prefix=LATENT_ATTENTION)
+        latent_attention = latent_attention.eval().to(device, dtype)
         prepack(latent_attention)
     heads = None
     if "sparse" in card.modes:
         weightless = tokenizer.ids_of("<s>", "</s>", "<pad>", "<unk>")
-        heads = M3Heads(folder, hidden_size=checkpoint.dimensions, weightless=weightless, device=where)
+        heads = M3Heads(checkpoint.folder, hidden_size=checkpoint.dimensions, weightless=weightless, device=device)
     return Encoder(
         card=card,
         checkpoint=checkpoint,
         tokenizer=tokenizer,
-        backbone=_load_backbone(checkpoint, where, dtype),
+        backbone=_load_backbone(checkpoint, device, dtype),
         latent_attention=latent_attention,
         heads=heads,
-        stages=[_load_stage(stage, where) for stage in checkpoint.pipeline.stages],
+        stages=[_load_stage(stage, device) for stage in checkpoint.pipeline.stages],
     )
+
+
+def _try(encoder: Encoder) -> None:
+    """Embed one letter, so that parts that do not fit together show before anybody waits for a vector."""
+    if not np.isfinite(encoder.encode(["a"], truncate="END").vectors).all():
+        raise ValueError("its vectors are not numbers: the weights are damaged, or too large for their number format")
 
 
 def _load_backbone(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Transformer:
@@ -288,10 +321,20 @@ def _load_stage(stage: Stage, device: torch.device) -> Callable[[torch.Tensor], 
         case Dense():
             linear = torch.nn.Linear(stage.in_features, stage.out_features, bias=stage.bias)
             load_weights(linear, stage.folder, prefix="linear.")
-            return torch.nn.Sequential(linear, getattr(torch.nn, stage.activation)()).eval().to(device)
+            return torch.nn.Sequential(linear, _activation(stage)).eval().to(device)
         case LayerNorm():
             norm = torch.nn.LayerNorm(stage.dimensions)
             load_weights(norm, stage.folder, prefix="norm.")
             return norm.eval().to(device)
         case _:
             return lambda vectors: torch.nn.functional.normalize(vectors, dim=1)
+
+
+def _activation(dense: Dense) -> torch.nn.Module:
+    kind = getattr(torch.nn, dense.activation, None)
+    try:
+        if isinstance(kind, type) and issubclass(kind, torch.nn.Module):
+            return kind()
+    except TypeError:  # it does not go without arguments
+        pass
+    raise CheckpointInvalid(f"{dense.folder / 'config.json'}: {dense.activation!r} is no activation of torch.nn")

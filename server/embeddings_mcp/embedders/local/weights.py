@@ -5,13 +5,13 @@ Of a pickle only tensors are read; nothing in it is run.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
+from embeddings_mcp.embedders.local.jsonfile import read_object
 from embeddings_mcp.errors import CheckpointInvalid
 
 SPARE = ("pooler.", "lm_head.", "cls.", "classifier.", "vocab_transform.", "vocab_layer_norm.")
@@ -20,41 +20,64 @@ SPARE = ("pooler.", "lm_head.", "cls.", "classifier.", "vocab_transform.", "voca
 _FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
-def read_tensors(folder: Path, prefix: str = "") -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint whose names start with `prefix`, under their whole names.
-
-    They are looked for in ``model.safetensors``, in its shards, and only then in pickles.
+def find_weights(folder: Path) -> list[Path]:
+    """The files with a checkpoint's tensors: one, or the shards that an index names; pickles only without safetensors.
 
     Raises:
-        CheckpointInvalid: there is no such file, or it is damaged; names it.
+        CheckpointInvalid: a file is missing, or broke off; names it.
     """
     path = next((folder / name for name in _FILES if (folder / name).is_file()), None)
     if path is None:
         raise CheckpointInvalid(f"{folder / _FILES[0]} is missing")
-    return read_tensors_file(path, prefix)
+    files = _shards(path) if path.name.endswith(".index.json") else [path]
+    for file in files:
+        if not file.is_file():
+            raise CheckpointInvalid(f"{file} is missing")
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, framework="pt"):
+                    pass  # it has looked whether the file is as long as its header says
+            except (OSError, SafetensorError) as error:
+                raise CheckpointInvalid(f"{file}: the weights cannot be read: {error}") from error
+    return files
+
+
+def _shards(index: Path) -> list[Path]:
+    description = read_object(index)
+    names = description.get("weight_map", {}).values()
+    if not names or not all(isinstance(name, str) and name == PurePath(name).name for name in names):
+        raise CheckpointInvalid(f"{index}: `weight_map` must name files beside it")
+    return [index.with_name(name) for name in sorted(set(names))]
+
+
+def read_tensors(folder: Path, prefix: str = "") -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint whose names start with `prefix`, under their whole names.
+
+    Raises:
+        CheckpointInvalid: a file is missing, or damaged; names it.
+    """
+    parts = [read_tensors_file(path, prefix) for path in find_weights(folder)]
+    return {name: tensor for part in parts for name, tensor in part.items()}
 
 
 def read_tensors_file(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
-    """As `read_tensors`, from one file, or from the shards that an index names.
+    """As `read_tensors`, from one file.
 
     Raises:
         CheckpointInvalid: the file is missing or damaged; names it.
     """
     try:
-        if path.name.endswith(".index.json"):
-            places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-            shards = {str(shard) for name, shard in places.items() if name.startswith(prefix)}
-            parts = [read_tensors_file(path.parent / Path(shard).name, prefix) for shard in sorted(shards)]
-            return {name: tensor for part in parts for name, tensor in part.items()}
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
         tensors = torch.load(path, map_location="cpu", weights_only=True)
         return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    except CheckpointInvalid:
-        raise
-    except Exception as error:  # a damaged file fails in as many ways as there are readers
+    except (OSError, SafetensorError) as error:
         raise CheckpointInvalid(f"{path}: the weights cannot be read: {error}") from error
+    except Exception as error:  # a pickle can be wrong in any way, and PyTorch's reasons end in advice to trust it
+        raise CheckpointInvalid(
+            f"{path} is damaged, or holds something besides tensors: code in a checkpoint is never run"
+        ) from error
 
 
 def load_weights(module: torch.nn.Module, path: Path, *, prefix: str = "") -> None:
@@ -69,10 +92,15 @@ def load_weights(module: torch.nn.Module, path: Path, *, prefix: str = "") -> No
         CheckpointInvalid: a file is missing or damaged, or its tensors are not those of the module; names the file.
     """
     tensors = read_tensors(path, prefix) if path.is_dir() else read_tensors_file(path, prefix)
-    try:
-        module.load_state_dict({name.removeprefix(prefix): tensor.float() for name, tensor in tensors.items()})
-    except RuntimeError as error:
-        raise CheckpointInvalid(f"{path}: the weights cannot be used: {error}") from error
+    wanted = {f"{prefix}{name}": tensor.shape for name, tensor in module.state_dict().items()}
+    check_tensors(
+        path,
+        missing=wanted.keys() - tensors.keys(),
+        extra=tensors.keys() - wanted.keys(),
+        misshapen={name for name in wanted.keys() & tensors.keys() if tensors[name].shape != wanted[name]},
+    )
+    given = {name.removeprefix(prefix): tensor.float() for name, tensor in tensors.items()}
+    module.load_state_dict(given, assign=True)
 
 
 def check_tensors(

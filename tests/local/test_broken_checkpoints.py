@@ -1,0 +1,523 @@
+"""A checkpoint that is damaged, incomplete or hostile is refused before any vector is given, by file and by reason."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import pickle
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sentence_transformers.sentence_transformer.modules import Dense, LayerNorm, Normalize, Pooling
+
+from embeddings_mcp.embedders.local.encoder import load_encoder
+from embeddings_mcp.errors import CheckpointInvalid, InvalidRequest
+from tests.local.checkpoints import WIDTH, edit, edit_tensors, save
+from tests.local.golden import FamilyName, family
+
+Damage = Callable[[Path], object]
+
+BASES: tuple[FamilyName, ...] = ("e5", "nemotron-3-embed")
+"""One that runs on our own layers, and one that runs on transformers'."""
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[FamilyName, Path]:
+    """Checkpoints with one of every module."""
+    folders: dict[FamilyName, Path] = {base: tmp_path_factory.mktemp(base) for base in BASES}
+    for base, folder in folders.items():
+        modules = [Pooling(WIDTH), Dense(WIDTH, 16), LayerNorm(16), Normalize()]
+        save(folder, *modules, base=base, prompts={"query": "query: ", "document": "passage: "})
+    return folders | {"nv-embed-v2": family("nv-embed-v2").folder}
+
+
+@pytest.fixture(params=BASES)
+def folder(request: pytest.FixtureRequest, sound: dict[FamilyName, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sound[request.param], tmp_path / "model"))
+
+
+@pytest.fixture
+def nv_embed(sound: dict[FamilyName, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sound["nv-embed-v2"], tmp_path / "model"))
+
+
+def refused(folder: Path) -> str:
+    """The reason for which the checkpoint is refused."""
+    with pytest.raises(CheckpointInvalid) as error:
+        load_encoder("test/broken", folder)
+    assert str(folder) in error.value.message
+    return error.value.message.replace(str(folder), "")
+
+
+def write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def remove(*names: str) -> Damage:
+    def damage(folder: Path) -> None:
+        for name in names:
+            (folder / name).unlink()
+
+    return damage
+
+
+def replace_by_a_folder(name: str) -> Damage:
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return damage
+
+
+def cut(name: str, share: float = 0.5) -> Damage:
+    """Leave so much of a file, as a download does that broke off."""
+
+    def damage(folder: Path) -> None:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: int(len(content) * share)])
+
+    return damage
+
+
+def field(name: str, **changes: Any) -> Damage:
+    return lambda folder: edit(folder / name, **changes)
+
+
+def tensors(name: str, change: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
+    return lambda folder: edit_tensors(folder / name, change)
+
+
+def modules(*changes: tuple[int, str, object]) -> Damage:
+    """Change fields of modules by their place."""
+
+    def damage(folder: Path) -> None:
+        listed = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+        for place, key, value in changes:
+            listed[place][key] = value
+        write(folder / "modules.json", json.dumps(listed))
+
+    return damage
+
+
+def order(*places: int) -> Damage:
+    """Keep these modules, in this order."""
+
+    def damage(folder: Path) -> None:
+        listed = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+        write(folder / "modules.json", json.dumps([listed[place] for place in places]))
+
+    return damage
+
+
+def first(tensors: dict[str, torch.Tensor]) -> str:
+    """The name of a tensor of the last layer."""
+    return max(name for name in tensors if "layer" in name and name.endswith("weight"))
+
+
+def resize(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[first(tensors)] = torch.zeros(3, 5)
+
+
+def spoil(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[first(tensors)].fill_(torch.nan)
+
+
+def narrow(folder: Path) -> None:
+    edit(folder / "2_Dense" / "config.json", in_features=8)
+    edit_tensors(
+        folder / "2_Dense" / "model.safetensors",
+        lambda found: found.update({"linear.weight": found["linear.weight"][:, :8].clone()}),
+    )
+
+
+MODULE = "sentence_transformers.models."
+
+WEIGHTS: dict[str, tuple[Damage, str]] = {
+    "no weights": (remove("model.safetensors"), r"model\.safetensors"),
+    "a tensor is missing": (
+        tensors("model.safetensors", lambda found: found.pop(first(found))),
+        r"tensors are missing: \S*layer\S*weight",
+    ),
+    "a tensor is left over": (
+        tensors("model.safetensors", lambda found: found.update({"stray.weight": torch.zeros(2)})),
+        r"tensors are not part of the architecture: stray\.weight",
+    ),
+    "a tensor is of another shape": (
+        tensors("model.safetensors", resize),
+        r"tensors have another shape than config\.json says: \S*layer\S*weight",
+    ),
+    "a number is none": (tensors("model.safetensors", spoil), r"its vectors are not numbers"),
+    "the weights broke off": (cut("model.safetensors"), r"model\.safetensors: the weights cannot be read"),
+    "the weights broke off in their header": (
+        cut("model.safetensors", 0.01),
+        r"model\.safetensors: the weights cannot be read",
+    ),
+    "the weights are empty": (cut("model.safetensors", 0), r"model\.safetensors: the weights cannot be read"),
+    "no weights of a layer behind the pooling": (remove("2_Dense/model.safetensors"), r"2_Dense/model\.safetensors"),
+    "the weights of such a layer broke off": (cut("2_Dense/model.safetensors"), r"2_Dense/model\.safetensors"),
+    "such a layer's weights are of another shape": (
+        tensors("2_Dense/model.safetensors", lambda found: found.update({"linear.weight": torch.zeros(3, 5)})),
+        r"2_Dense: tensors have another shape than config\.json says: linear\.weight",
+    ),
+    "such a layer's weights are not there": (
+        tensors("3_LayerNorm/model.safetensors", lambda found: found.pop("norm.bias")),
+        r"3_LayerNorm: tensors are missing: norm\.bias",
+    ),
+    "such a layer takes another length than the pooling gives": (narrow, r"cannot be run: .*shape"),
+}
+
+DESCRIPTIONS: dict[str, tuple[Damage, str]] = {
+    "no config": (remove("config.json"), r"config\.json is missing"),
+    "the config broke off": (cut("config.json"), r"config\.json cannot be read"),
+    "the config is no JSON": (lambda folder: write(folder / "config.json", "model_type: bert"), r"config\.json cannot"),
+    "the config is no text": (
+        lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe\x00"),
+        r"config\.json cannot be read",
+    ),
+    "the config is an array": (
+        lambda folder: write(folder / "config.json", "[]"),
+        r"config\.json does not hold a JSON",
+    ),
+    "the config is null": (lambda folder: write(folder / "config.json", "null"), r"config\.json holds nothing"),
+    "the config is deeper than any reader goes": (
+        lambda folder: write(folder / "config.json", '{"a":' * 100_000 + "1" + "}" * 100_000),
+        r"config\.json cannot be read",
+    ),
+    "the config is a folder": (replace_by_a_folder("config.json"), r"config\.json cannot be read"),
+    "no architecture": (field("config.json", model_type=None), r"config\.json: no `model_type`"),
+    "an architecture that is a number": (field("config.json", model_type=5), r"`model_type` must be a text, not 5"),
+    "an architecture that nobody knows": (
+        field("config.json", model_type="quantum-bert"),
+        r"config\.json: the architecture 'quantum-bert' is not one .* never run",
+    ),
+    "no tokenizer": (remove("tokenizer.json"), r"tokenizer\.json"),
+    "no file of a tokenizer": (remove("tokenizer.json", "tokenizer_config.json"), r"tokenizer\.json"),
+    "the tokenizer broke off": (cut("tokenizer.json"), r"tokenizer\.json: the tokenizer cannot be read"),
+    "the tokenizer is something else": (lambda folder: write(folder / "tokenizer.json", "{}"), r"tokenizer\.json"),
+    "the tokenizer's limit is a text": (
+        field("tokenizer_config.json", model_max_length="long"),
+        r"tokenizer_config\.json: `model_max_length` must be a number, not 'long'",
+    ),
+    "modules.json broke off": (cut("modules.json"), r"modules\.json cannot be read"),
+    "modules.json is no array": (lambda folder: write(folder / "modules.json", "{}"), r"modules\.json does not hold"),
+    "modules.json lists texts": (lambda folder: write(folder / "modules.json", '["Pooling"]'), r"modules\.json does"),
+    "a module that nobody knows": (
+        modules((1, "type", MODULE + "Telepathy")),
+        r"modules\.json: the module 'sentence_transformers\.models\.Telepathy' is not supported",
+    ),
+    "a module of somebody else's": (modules((0, "type", "custom_st.Transformer")), r"'custom_st\.Transformer' is not"),
+    "a module that is a number": (modules((0, "type", 7)), r"modules\.json: `type` must be a text"),
+    "no pooling": (order(0, 4), r"modules\.json: supported is a Transformer, then a Pooling"),
+    "two poolings": (order(0, 1, 1), r"modules\.json: supported is a Transformer, then a Pooling"),
+    "a layer before the pooling": (order(0, 2, 1), r"modules\.json: supported is a Transformer, then a Pooling"),
+    "a way out": (modules((1, "path", "../model/1_Pooling")), r"modules\.json: '\.\./model/1_Pooling' leads out"),
+    "another way out": (modules((1, "path", "/etc")), r"modules\.json: '/etc' leads out"),
+    "a way to nowhere": (modules((2, "path", "elsewhere")), r"elsewhere/config\.json is missing"),
+    "no description of the pooling": (remove("1_Pooling/config.json"), r"1_Pooling/config\.json is missing"),
+    "a pooling that nobody knows": (field("1_Pooling/config.json", pooling_mode="median"), r"`pooling_mode` must be"),
+    "poolings that nobody knows": (field("1_Pooling/config.json", pooling_mode=["mean", 3]), r"`pooling_mode` must"),
+    "a pooling that is a number": (field("1_Pooling/config.json", pooling_mode=3), r"`pooling_mode` must be"),
+    "an activation of somebody else's": (
+        field("2_Dense/config.json", activation_function="os.system"),
+        r"2_Dense/config\.json: the activation 'os\.system' is not one of torch\.nn",
+    ),
+    "an activation that is a function": (
+        field("2_Dense/config.json", activation_function="torch.nn.functional.relu"),
+        r"2_Dense/config\.json: .*relu",
+    ),
+    "an activation that is a module": (
+        field("2_Dense/config.json", activation_function="torch.nn.Linear"),
+        r"2_Dense/config\.json: .*Linear",
+    ),
+    "a residual": (field("2_Dense/config.json", use_residual=True), r"2_Dense/config\.json: .* without residual"),
+    "a layer over token vectors": (
+        field("2_Dense/config.json", module_input_name="token_embeddings"),
+        r"2_Dense/config\.json: .* pooled vector only",
+    ),
+    "a length that is a text": (field("2_Dense/config.json", out_features="16"), r"`out_features` must be a whole"),
+    "a length of nothing": (field("3_LayerNorm/config.json", dimension=0), r"`dimension` must be a whole number"),
+    "a prompt that is a number": (
+        field("config_sentence_transformers.json", prompts={"query": 5}),
+        r"config_sentence_transformers\.json: `query` must be a text, not 5",
+    ),
+    "a default prompt that there is not": (
+        field("config_sentence_transformers.json", default_prompt_name="sts"),
+        r"config_sentence_transformers\.json: `default_prompt_name` must be one of 'document', 'query', not 'sts'",
+    ),
+    "a limit that is a text": (field("sentence_bert_config.json", max_seq_length="512"), r"`max_seq_length` must be"),
+    "a limit that leaves no room": (field("sentence_bert_config.json", max_seq_length=1), r"no room for text"),
+    "texts within a chat": (
+        field("sentence_bert_config.json", modality_config={"message": {}}),
+        r"sentence_bert_config\.json: texts within a chat template are not supported",
+    ),
+    "another task": (
+        field("sentence_bert_config.json", transformer_task="fill-mask"),
+        r"`transformer_task` must be 'feature-extraction'",
+    ),
+    "an adapter": (lambda folder: write(folder / "adapter_config.json", "{}"), r"holds an adapter"),
+}
+
+
+@pytest.mark.parametrize(("damage", "reason"), WEIGHTS.values(), ids=WEIGHTS)
+def test_weights_that_are_not_what_they_should_be_are_refused(folder: Path, damage: Damage, reason: str) -> None:
+    damage(folder)
+
+    assert re.search(reason, refused(folder))
+
+
+@pytest.mark.parametrize(("damage", "reason"), DESCRIPTIONS.values(), ids=DESCRIPTIONS)
+def test_descriptions_that_cannot_be_are_refused(folder: Path, damage: Damage, reason: str) -> None:
+    damage(folder)
+
+    assert re.search(reason, refused(folder))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": "32"},
+        {"hidden_size": None},
+        {"hidden_size": -1},
+        {"hidden_size": 33},
+        {"hidden_size": 10**12},
+        {"num_hidden_layers": "2"},
+        {"num_hidden_layers": 1},
+        {"num_hidden_layers": 3},
+        {"num_attention_heads": 0},
+        {"num_attention_heads": 5},
+        {"num_attention_heads": [4]},
+        {"intermediate_size": 1.5},
+        {"vocab_size": 7},
+        {"vocab_size": True},
+        {"max_position_embeddings": "64"},
+        {"hidden_act": "telepathy"},
+        {"hidden_act": 5},
+    ],
+    ids=str,
+)
+def test_a_config_that_its_weights_or_reason_contradict_is_refused(folder: Path, changes: dict[str, Any]) -> None:
+    edit(folder / "config.json", **changes)
+
+    refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        pytest.param(
+            tensors("model-00001-of-00004.safetensors", lambda found: found.pop("latent_attention_model.latents")),
+            r"tensors are missing: latent_attention_model\.latents",
+            id="no latents",
+        ),
+        pytest.param(
+            remove("model-00004-of-00004.safetensors"),
+            r"model-00004-of-00004\.safetensors",
+            id="a shard is missing",
+        ),
+        pytest.param(
+            cut("model-00002-of-00004.safetensors"), r"model-00002-of-00004\.safetensors", id="a shard broke off"
+        ),
+        pytest.param(
+            field("config.json", text_config=None),
+            r"config\.json: `text_config` must be an object",
+            id="no text_config",
+        ),
+        pytest.param(
+            field("config.json", latent_attention_config=[]),
+            r"config\.json: `latent_attention_config` must be an object",
+            id="a latent_attention_config that is none",
+        ),
+        pytest.param(
+            field("config.json", latent_attention_config={"latent_dim": 4096}),
+            r"tensors have another shape than config\.json says: latent_attention_model\.",
+            id="a latent attention of another size",
+        ),
+        pytest.param(
+            field("config.json", latent_attention_config={"num_cross_heads": "two"}),
+            r"cannot be run: .*'two'",
+            id="a latent attention of no size",
+        ),
+        pytest.param(
+            field("model.safetensors.index.json", weight_map=[]),
+            r"model\.safetensors\.index\.json: `weight_map` must be an object",
+            id="an index of nothing",
+        ),
+        pytest.param(
+            field("model.safetensors.index.json", weight_map={"norm.weight": "../model.safetensors"}),
+            r"model\.safetensors\.index\.json: `weight_map` must name files beside it",
+            id="a way out",
+        ),
+    ],
+)
+def test_nv_embed_without_all_of_its_parts_is_refused(nv_embed: Path, damage: Damage, reason: str) -> None:
+    damage(nv_embed)
+
+    assert re.search(reason, refused(nv_embed))
+
+
+def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
+    assert "is not a folder" in refused(tmp_path / "missing")
+    write(tmp_path / "file", "")
+    assert "is not a folder" in refused(tmp_path / "file")
+
+
+# --- code that comes with a checkpoint -------------------------------------------------------------------------------
+
+
+class Trap:
+    """A thing whose pickle, when it is trusted, makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+def pickle_it(thing: object, path: Path) -> None:
+    path.write_bytes(pickle.dumps(thing))
+
+
+@pytest.mark.parametrize("place", ["pytorch_model.bin", "2_Dense/pytorch_model.bin"])
+@pytest.mark.parametrize("writer", [torch.save, pickle_it], ids=["by torch", "by pickle"])
+def test_code_in_a_pickle_is_not_run(
+    folder: Path, tmp_path: Path, place: str, writer: Callable[[object, Path], None]
+) -> None:
+    (folder / place).with_name("model.safetensors").unlink()
+    writer({"linear.weight": Trap(tmp_path / "sprung")}, folder / place)
+
+    assert f"{place} is damaged, or holds something besides tensors" in refused(folder)
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("model_type", ["bert", "ministral3", "quantum-bert", "vit"])
+@pytest.mark.parametrize("tokenizer", ["tokenizer.json", "vocab.txt"])
+def test_code_beside_a_checkpoint_is_not_run_nor_asked_about(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str, tokenizer: str
+) -> None:
+    write(folder / "modeling_trap.py", f"import os\nos.mkdir({str(tmp_path / 'sprung')!r})\nclass Trap: pass\n")
+    trap = "modeling_trap.Trap"
+    edit(folder / "config.json", model_type=model_type, auto_map={"AutoConfig": trap, "AutoModel": trap})
+    edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": [trap, trap]})
+    if tokenizer == "vocab.txt":
+        (folder / "tokenizer.json").unlink()
+    monkeypatch.setattr("builtins.input", lambda question: pytest.fail(f"asked {question}"))
+
+    with contextlib.suppress(CheckpointInvalid):
+        load_encoder("test/trap", folder)
+
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_known_architecture_with_code_of_its_own_runs_as_transformers_has_it_and_says_so(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = load_encoder("test/plain", folder).encode(["water"], input_type="query").vectors
+    edit(folder / "config.json", auto_map={"AutoModel": "modeling_own.OwnModel"})
+
+    with caplog.at_level(logging.WARNING):
+        own = load_encoder("test/own", folder).encode(["water"], input_type="query").vectors
+
+    np.testing.assert_array_equal(own, plain)
+    assert "names code of its own" in caplog.text
+
+
+def test_an_attention_function_that_a_config_names_is_not_fetched(folder: Path) -> None:
+    edit(folder / "config.json", attn_implementation="somebody/kernels", _attn_implementation="somebody/kernels")
+
+    assert load_encoder("test/kernels", folder).encode(["water"], input_type="query").vectors.shape == (1, 16)
+
+
+# --- whatever the files say ------------------------------------------------------------------------------------------
+
+NAMES = (
+    "config.json",
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "1_Pooling/config.json",
+    "2_Dense/config.json",
+    "3_LayerNorm/config.json",
+)
+JUNK: st.SearchStrategy[Any] = st.sampled_from(
+    [
+        None,
+        True,
+        False,
+        -1,
+        0,
+        1,
+        3,
+        64,
+        1000,
+        10**12,
+        0.5,
+        1e30,
+        "",
+        "a",
+        "../x",
+        "\x00",
+        [],
+        ["a"],
+        [[]],
+        {},
+        {"a": 1},
+    ]
+) | st.text(max_size=5)
+
+
+@st.composite
+def mutations(draw: st.DrawFn) -> Callable[[Any], Any]:
+    """Ways to change one place of a JSON value: its content, its absence, or its kind."""
+    choose = draw(st.lists(st.integers(0, 10**6), min_size=6, max_size=6))
+    junk, delete = draw(JUNK), draw(st.booleans())
+
+    def change(value: Any) -> Any:
+        number, *deeper = choose
+        if not isinstance(value, dict | list) or not value:
+            return junk
+        key: Any = sorted(value)[number % len(value)] if isinstance(value, dict) else number % len(value)
+        if deeper and number % 5 and isinstance(value[key], dict | list):
+            choose.pop(0)
+            value[key] = change(value[key])
+        elif delete:
+            del value[key]
+        else:
+            value[key] = junk
+        return value
+
+    return change
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=25, deadline=None)
+@given(change=mutations())
+def test_whatever_its_files_say_a_checkpoint_works_or_is_refused(
+    base: FamilyName, name: str, sound: dict[FamilyName, Path], change: Callable[[Any], Any]
+) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(shutil.copytree(sound[base], Path(place) / "model"))
+        changed = change(json.loads((folder / name).read_text(encoding="utf-8")))
+        write(folder / name, json.dumps(changed))
+
+        try:
+            encoder = load_encoder("test/changed", folder)
+            embedded = encoder.encode(["water", "Der Kaffee ist kalt. " * 20], input_type="query", truncate="END")
+        except (CheckpointInvalid, InvalidRequest):  # the latter where a prompt leaves no room for text
+            return
+        assert embedded.vectors.shape == (2, encoder.dimensions)
+        assert np.isfinite(embedded.vectors).all()
