@@ -18,6 +18,7 @@ import anyio.to_thread
 import numpy as np
 import pytest
 
+from embeddings_mcp.embedders.local.encoder import Tokens
 from embeddings_mcp.embedders.worker import LocalEmbedder
 from embeddings_mcp.errors import CheckpointInvalid, InputTooLong, ServerStopped
 from embeddings_mcp.models import InputType, ModelCard, Truncate
@@ -32,39 +33,30 @@ EXACT = ModelCard(id="test/rough", dimensions=1, max_tokens=8)
 
 
 @dataclass
-class Tokens:
-    rows: list[int]
-
-    @property
-    def counts(self) -> list[int]:
-        return self.rows
-
-    @property
-    def count(self) -> int:
-        return sum(self.rows)
-
-
-@dataclass
 class SteppedEncoder:
-    """Two texts a batch; each batch waits until the test lets it end. The vector of a text is its length."""
+    """Six tokens a batch; each batch waits until the test lets it end. The vector of a text is its length."""
 
     card: ModelCard = EXACT
     dimensions: int = 1
+    packed: bool = True
+    tokens_per_batch: int = 6
     begun: queue.SimpleQueue[list[int]] = field(default_factory=queue.SimpleQueue)
     steps: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
 
     def tokenize(self, texts: Sequence[str], *, input_type: InputType | None, truncate: Truncate) -> Tokens:
-        rows = [len(text) for text in texts]
-        if truncate == "NONE" and max(rows) > 8:
-            raise InputTooLong(index=int(np.argmax(rows)), tokens=max(rows), allowed=8)
-        return Tokens(rows)
+        lengths = [len(text) for text in texts]
+        if truncate == "NONE" and max(lengths) > 8:
+            raise InputTooLong(index=int(np.argmax(lengths)), tokens=max(lengths), allowed=8)
+        return Tokens([[0] * length for length in lengths], skip=0)
 
-    def batches(self, tokens: Tokens) -> list[list[int]]:
-        order = list(range(len(tokens.rows)))[::-1]
-        return [order[start : start + 2] for start in range(0, len(order), 2)]
+    def workers(self, cores: int) -> int:
+        return 1
 
-    def forward(self, tokens: Tokens, batch: Sequence[int]) -> Any:
-        lengths = [tokens.rows[index] for index in batch]
+    def compute_on(self, cores: int) -> None:
+        """On one core, of which this needs none."""
+
+    def forward(self, rows: Sequence[Sequence[int]], skip: int) -> Any:
+        lengths = [len(row) for row in rows]
         self.begun.put(lengths)
         assert self.steps.acquire(timeout=SECONDS), "the test did not let the batch end"
         return np.array(lengths, np.float32)[:, None]
@@ -104,6 +96,12 @@ async def embed(embedder: LocalEmbedder, texts: list[str], **options: Any) -> li
         made = await embedder.embed(texts, input_type=None, truncate="NONE", **options)
     assert made.prompt_tokens == sum(map(len, texts))
     return [float(number) for number in made.vectors[:, 0]]
+
+
+def waiting(embedder: LocalEmbedder) -> int:
+    """Tokens that wait for a worker."""
+    assert embedder._batcher is not None
+    return embedder._batcher.queued_tokens
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -246,7 +244,7 @@ async def test_vectors_come_back_in_the_order_of_the_texts_with_progress_after_e
 
     texts = ["abc", "a", "abcde", "ab", "abcd"]
     assert await embed(embedder_of(loader), texts, on_progress=on_progress) == [3, 1, 5, 2, 4]
-    assert done == [2, 4, 5]
+    assert done == [1, 2, 5]
 
 
 async def test_a_text_that_is_too_long_is_told_before_anything_is_computed() -> None:
@@ -264,23 +262,25 @@ async def test_a_short_request_waits_for_one_batch_of_a_long_one_not_for_all() -
         callers.start_soon(embed, embedder, ["aaa"] * 6)
         assert await encoder.next_batch() == [3, 3]
         callers.start_soon(embed, embedder, ["b"])
-        await until(lambda: embedder._turn.statistics().tasks_waiting)
+        await until(lambda: waiting(embedder) == 13)
         encoder.steps.release()
-        assert await encoder.next_batch() == [1]
+        assert await encoder.next_batch() == [3, 1]
         encoder.steps.release(100)
-    assert [encoder.begun.get_nowait() for _ in range(2)] == [[3, 3], [3, 3]]
+    assert [encoder.begun.get_nowait() for _ in range(2)] == [[3, 3], [3]]
 
 
-async def test_one_batch_is_computed_at_a_time() -> None:
+async def test_those_who_wait_for_a_worker_share_the_next_batch() -> None:
     loader = Loader()
     encoder, embedder = loader.encoder, embedder_of(loader)
     async with anyio.create_task_group() as callers:
-        for _ in range(3):
-            callers.start_soon(embed, embedder, ["a"])
-        await encoder.next_batch()
-        await until(lambda: embedder._turn.statistics().tasks_waiting == 2)
+        callers.start_soon(embed, embedder, ["a"])
+        assert await encoder.next_batch() == [1]
+        for text in ("bb", "ccc"):
+            callers.start_soon(embed, embedder, [text])
+        await until(lambda: waiting(embedder) == 5)
         assert encoder.begun.empty()
-        encoder.steps.release(3)
+        encoder.steps.release(2)
+        assert await encoder.next_batch() == [3, 2]
 
 
 async def test_cancelling_between_batches_leaves_the_rest_undone() -> None:
@@ -305,9 +305,9 @@ async def test_cancelling_one_who_waits_for_a_turn_gives_it_to_the_next() -> Non
         assert await encoder.next_batch() == [1]
         async with anyio.create_task_group() as leaving:
             leaving.start_soon(embed, embedder, ["bb"])
-            await until(lambda: embedder._turn.statistics().tasks_waiting == 1)
+            await until(lambda: waiting(embedder) == 2)
             staying.start_soon(embed, embedder, ["ccc"])
-            await until(lambda: embedder._turn.statistics().tasks_waiting == 2)
+            await until(lambda: waiting(embedder) == 5)
             leaving.cancel_scope.cancel()
         encoder.steps.release(2)
         assert await encoder.next_batch() == [3]
@@ -350,7 +350,7 @@ async def test_closing_ends_a_request_after_the_batch_that_is_computed() -> None
     async with anyio.create_task_group() as callers:
         callers.start_soon(ask)
         callers.start_soon(ask)
-        assert await encoder.next_batch() == [1, 1]
+        assert await encoder.next_batch() == [1] * 6
         await embedder.aclose()
         encoder.steps.release(100)
     assert encoder.begun.empty()

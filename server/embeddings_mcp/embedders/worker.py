@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import os
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import anyio
@@ -13,24 +16,37 @@ import anyio.to_thread
 import numpy as np
 
 from embeddings_mcp.embedders.base import Embeddings, OnProgress, OnRows, Representations
+from embeddings_mcp.embedders.batcher import Batcher
 from embeddings_mcp.errors import ServerStopped
 from embeddings_mcp.models import InputType, ModelCard, Truncate
-from embeddings_mcp.vectors import FloatMatrix, SparseVector
+from embeddings_mcp.vectors import FloatMatrix, FloatVector, SparseVector
 
 if TYPE_CHECKING:
-    from embeddings_mcp.embedders.local.encoder import Encoder, Tokens
+    from embeddings_mcp.embedders.local.encoder import Encoder, Row, Tokens
 
 _Made = TypeVar("_Made")
 
 _STOPPED = "the server is shutting down"
 
 
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What is to be made of some texts; only those of one kind go through the model together.
+
+    Attributes:
+        skip: how many tokens at each start are not pooled.
+        every: whether all the model's outputs are wanted, or the dense vectors only.
+    """
+
+    skip: int
+    every: bool
+
+
 class LocalEmbedder:
     """Embeds with a model that runs in this process.
 
-    The model is loaded when it is first needed, once for all who wait for it, while the event loop goes on. Its batches
-    run one at a time on worker threads, and callers take turns batch by batch: a short request waits for one batch of a
-    long one, not for all of them.
+    The model is loaded when it is first needed, once for all who wait for it, while the event loop goes on. Texts of
+    all callers then go through one queue (see `batcher`).
 
     Args:
         card: what is known of the model before it is loaded.
@@ -47,7 +63,7 @@ class LocalEmbedder:
         self.card = card
         self._loaded = _Once(f"load {card.id}", load)
         self._identified = _Once(f"identify {card.id}", identify)
-        self._turn = anyio.CapacityLimiter(1)
+        self._batcher: Batcher[_Kind, Any] | None = None
         self._closed = False
 
     async def identify(self) -> str:
@@ -66,20 +82,19 @@ class LocalEmbedder:
         on_rows: OnRows | None = None,
     ) -> Embeddings:
         """See `Embedder.embed`."""
-        encoder = await self._encoder()
+        encoder, batcher = await self._ready()
+        tokens = await _tokenize(encoder, texts, input_type, truncate)
         vectors = np.empty((len(texts), encoder.dimensions), dtype=np.float32)
+        counts = tokens.counts
 
-        def forward(tokens: Tokens, batch: list[int]) -> None:
-            vectors[batch] = encoder.forward(tokens, batch)
-
-        def pass_on(batch: list[int], counts: list[int]) -> None:
+        def take(places: Sequence[int], made: Sequence[FloatVector]) -> None:
+            rows = np.stack(made) if made else vectors[:0]
+            vectors[places] = rows
             if on_rows is not None:
-                on_rows(batch, Embeddings(vectors[batch], counts))
+                on_rows(places, Embeddings(rows, [counts[place] for place in places]))
 
-        tokens = await self._in_batches(
-            encoder, texts, forward, pass_on, input_type=input_type, truncate=truncate, on_progress=on_progress
-        )
-        return Embeddings(vectors, tokens.counts)
+        await batcher.submit(_Kind(skip=tokens.skip, every=False), tokens.rows, take, on_progress)
+        return Embeddings(vectors, counts)
 
     async def represent(
         self,
@@ -90,64 +105,26 @@ class LocalEmbedder:
         on_progress: OnProgress | None = None,
     ) -> Representations:
         """See `MultiEmbedder.represent`."""
-        encoder = await self._encoder()
-        vectors = np.empty((len(texts), encoder.dimensions), dtype=np.float32)
-        others: dict[int, tuple[SparseVector, FloatMatrix]] = {}
+        encoder, batcher = await self._ready()
+        tokens = await _tokenize(encoder, texts, input_type, truncate)
+        found: dict[int, tuple[FloatVector, SparseVector, FloatMatrix]] = {}
 
-        def forward(tokens: Tokens, batch: list[int]) -> None:
-            vectors[batch], sparse, colbert = encoder.forward_all(tokens, batch)
-            others.update(zip(batch, zip(sparse, colbert, strict=True), strict=True))
+        def take(places: Sequence[int], made: Sequence[tuple[FloatVector, SparseVector, FloatMatrix]]) -> None:
+            found.update(zip(places, made, strict=True))
 
-        tokens = await self._in_batches(
-            encoder, texts, forward, lambda *_: None, input_type=input_type, truncate=truncate, on_progress=on_progress
-        )
-        in_order = [others[index] for index in range(len(texts))]
-        return Representations(
-            vectors,
-            sparse=[sparse for sparse, _ in in_order],
-            colbert=[colbert for _, colbert in in_order],
-            prompt_tokens=tokens.count,
-        )
-
-    async def _in_batches(
-        self,
-        encoder: Encoder,
-        texts: Sequence[str],
-        forward: Callable[[Tokens, list[int]], None],
-        pass_on: Callable[[list[int], list[int]], None],
-        *,
-        input_type: InputType | None,
-        truncate: Truncate,
-        on_progress: OnProgress | None,
-    ) -> Tokens:
-        """Tokenize `texts`, and have one batch after the other made by `forward` on a worker thread and passed on."""
-
-        def tokenize() -> tuple[Tokens, list[list[int]]]:
-            tokens = encoder.tokenize(texts, input_type=input_type, truncate=truncate)
-            return tokens, encoder.batches(tokens)
-
-        def in_turn(batch: list[int]) -> None:
-            self._check_open()  # once it is this batch's turn
-            forward(tokens, batch)
-
-        tokens, batches = await anyio.to_thread.run_sync(tokenize)
-        counts = tokens.counts
-        done = 0
-        for batch in batches:
-            await anyio.to_thread.run_sync(in_turn, batch, limiter=self._turn)
-            pass_on(batch, [counts[index] for index in batch])
-            done += len(batch)
-            if on_progress is not None:
-                await on_progress(done)
-        return tokens
+        await batcher.submit(_Kind(skip=tokens.skip, every=True), tokens.rows, take, on_progress)
+        vectors, sparse, colbert = zip(*(found[index] for index in range(len(texts))), strict=True)
+        return Representations(np.stack(vectors), sparse=sparse, colbert=colbert, prompt_tokens=tokens.count)
 
     async def check(self) -> None:
         """See `Embedder.check`: loads the model if it is not loaded yet."""
-        await self._encoder()
+        await self._ready()
 
     async def aclose(self) -> None:
         """Take no more work, and let the model go; a batch that is running ends by itself."""
         self._closed = True
+        if self._batcher is not None:
+            self._batcher.close()
         self._loaded.close()
         self._identified.close()
 
@@ -155,11 +132,36 @@ class LocalEmbedder:
         if self._closed:
             raise ServerStopped(_STOPPED)
 
-    async def _encoder(self) -> Encoder:
+    async def _ready(self) -> tuple[Encoder, Batcher[_Kind, Any]]:
+        """The loaded model, and the queue before it."""
         self._check_open()
         encoder = await self._loaded.get()
         self.card = encoder.card
-        return encoder
+        if self._batcher is None:
+            self._batcher = _batcher(encoder)
+        return encoder, self._batcher
+
+
+def _batcher(encoder: Encoder) -> Batcher[_Kind, Any]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = encoder.workers(cores)
+
+    def run(kind: _Kind, rows: Sequence[Row]) -> Sequence[Any]:
+        if not kind.every:
+            return list(encoder.forward(rows, kind.skip))
+        return list(zip(*encoder.forward_all(rows, kind.skip), strict=True))
+
+    return Batcher(
+        run,
+        workers=workers,
+        budget=encoder.tokens_per_batch,
+        padded=not encoder.packed,
+        prepare_worker=functools.partial(encoder.compute_on, cores // workers),
+    )
+
+
+async def _tokenize(encoder: Encoder, texts: Sequence[str], input_type: InputType | None, truncate: Truncate) -> Tokens:
+    return await anyio.to_thread.run_sync(lambda: encoder.tokenize(texts, input_type=input_type, truncate=truncate))
 
 
 class _Once(Generic[_Made]):

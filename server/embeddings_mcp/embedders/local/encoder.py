@@ -34,8 +34,13 @@ _logger = logging.getLogger(__name__)
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
+Row = Sequence[int]
+"""Token ids of a text."""
+
 _TOKENS_PER_BATCH = {"cpu": 2048, "mps": 8192, "cuda": 32768}
-"""Tokens that go through the model at once: enough to fill the device, few enough to stay in its caches or memory."""
+
+_LARGE = 768
+"""Length of the vectors from which on a model counts as large, as that of BERT-base."""
 
 
 class Transformer(Protocol):
@@ -124,8 +129,8 @@ class Encoder:
         """
         tokens = self.tokenize(texts, input_type=input_type, truncate=truncate)
         vectors = np.empty((len(texts), self.dimensions), dtype=np.float32)
-        for batch in self.batches(tokens):
-            vectors[batch] = self.forward(tokens, batch)
+        for batch in self._batches(tokens.rows):
+            vectors[batch] = self.forward([tokens.rows[index] for index in batch], tokens.skip)
         return Embeddings(vectors, tokens.counts)
 
     def tokenize(self, texts: Sequence[str], *, input_type: InputType | None, truncate: Truncate) -> Tokens:
@@ -151,34 +156,28 @@ class Encoder:
             return 0
         return self._tokenizer.prompt_length(prompt) - (pooled or 0)
 
-    def batches(self, tokens: Tokens) -> list[list[int]]:
-        """Which texts go through the model together: neighbours in length, within the device's token budget.
-
-        Longest first, so that what does not fit into memory shows at once.
-        """
-        budget = _TOKENS_PER_BATCH.get(self._backbone.device.type, 2048)
-        order = sorted(range(len(tokens.rows)), key=lambda index: len(tokens.rows[index]), reverse=True)
+    def _batches(self, rows: Sequence[Row]) -> list[list[int]]:
+        """Which texts go through the model together: neighbours in length, within the token budget."""
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index]), reverse=True)
         batches: list[list[int]] = []
-        spent = budget
+        spent = self.tokens_per_batch
         for index in order:
             # Padded, every text of a batch costs as much as its longest, which is its first.
-            longest = len(tokens.rows[index if self._backbone.packed or not batches else batches[-1][0]])
-            if spent + longest > budget:
+            cost = len(rows[index if self.packed or not batches else batches[-1][0]])
+            if spent + cost > self.tokens_per_batch:
                 batches.append([])
-                longest, spent = len(tokens.rows[index]), 0
+                cost, spent = len(rows[index]), 0
             batches[-1].append(index)
-            spent += longest
+            spent += cost
         return batches
 
     @torch.inference_mode()
-    def forward(self, tokens: Tokens, batch: Sequence[int]) -> FloatMatrix:
-        """The vectors, float32 ``[len(batch), d]``, of the texts at these positions."""
-        return self._dense(*self._hidden_states(tokens, batch), skip=tokens.skip)
+    def forward(self, rows: Sequence[Row], skip: int) -> FloatMatrix:
+        """The vectors, float32 ``[n, d]``, of one batch of tokenized texts; see `Tokens`."""
+        return self._dense(*self._hidden_states(rows), skip=skip)
 
     @torch.inference_mode()
-    def forward_all(
-        self, tokens: Tokens, batch: Sequence[int]
-    ) -> tuple[FloatMatrix, list[SparseVector], list[FloatMatrix]]:
+    def forward_all(self, rows: Sequence[Row], skip: int) -> tuple[FloatMatrix, list[SparseVector], list[FloatMatrix]]:
         """As `forward`, and the lexical weights and token vectors of the same texts.
 
         Raises:
@@ -186,12 +185,35 @@ class Encoder:
         """
         if self._heads is None:
             raise ModelUnavailable(f"{self.card.id} makes one dense vector of a text, and nothing else")
-        hidden, packing = self._hidden_states(tokens, batch)
-        sparse = self._heads.sparse(hidden, [tokens.rows[index] for index in batch])
-        return self._dense(hidden, packing, skip=tokens.skip), sparse, self._heads.colbert(hidden, packing)
+        hidden, packing = self._hidden_states(rows)
+        sparse, colbert = self._heads.sparse(hidden, rows), self._heads.colbert(hidden, packing)
+        return self._dense(hidden, packing, skip=skip), sparse, colbert
 
-    def _hidden_states(self, tokens: Tokens, batch: Sequence[int]) -> tuple[torch.Tensor, Packing]:
-        hidden, packing = self._backbone.hidden_states([tokens.rows[index] for index in batch])
+    @property
+    def packed(self) -> bool:
+        """Whether a batch costs its tokens; else each of its texts costs as many as the longest."""
+        return self._backbone.packed
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """Tokens that go through the model at once: its device is busy then, and its caches or memory suffice."""
+        return _TOKENS_PER_BATCH.get(self._backbone.device.type, _TOKENS_PER_BATCH["cpu"])
+
+    def workers(self, cores: int) -> int:
+        """On how many threads batches are best run, of which each computes on its share of the cores.
+
+        A small model is fastest where each batch has a core of its own: threads that share a batch wait for each other
+        after every product, for long when another process takes one of their cores. A large one wants all of them.
+        """
+        return cores if self._backbone.device.type == "cpu" and self.dimensions < _LARGE else 1
+
+    @staticmethod
+    def compute_on(cores: int) -> None:
+        """Let what the calling thread computes from now on use so many cores."""
+        torch.set_num_threads(cores)
+
+    def _hidden_states(self, rows: Sequence[Row]) -> tuple[torch.Tensor, Packing]:
+        hidden, packing = self._backbone.hidden_states(rows)
         return (hidden if self._latent_attention is None else self._latent_attention(hidden)), packing
 
     def _dense(self, hidden: torch.Tensor, packing: Packing, *, skip: int) -> FloatMatrix:

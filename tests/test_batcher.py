@@ -1,0 +1,228 @@
+"""The queue before a model: who shares a batch, who goes first, and that everybody gets his own."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import anyio
+import anyio.lowlevel
+import anyio.to_thread
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embeddings_mcp.embedders import batcher as module
+from embeddings_mcp.embedders.batcher import Batcher
+from embeddings_mcp.errors import Overloaded, ServerStopped
+
+SECONDS = 10
+"""Longest that anything here may take."""
+
+BUDGET = 8
+
+
+@dataclass
+class Steps:
+    """What a batcher runs: it makes ``(kind, row)`` of every row, once the test lets the batch end."""
+
+    begun: queue.SimpleQueue[tuple[str, list[int]]] = field(default_factory=queue.SimpleQueue)
+    may_end: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+
+    def __call__(self, kind: str, rows: Sequence[Sequence[int]]) -> list[tuple[str, Sequence[int]]]:
+        self.begun.put((kind, [len(row) for row in rows]))
+        assert self.may_end.acquire(timeout=SECONDS), "the test did not let the batch end"
+        if any(13 in row for row in rows):
+            raise ValueError("thirteen")
+        return [(kind, row) for row in rows]
+
+    async def next_batch(self) -> tuple[str, list[int]]:
+        """Kind and lengths of the next batch that begins."""
+        return await anyio.to_thread.run_sync(lambda: self.begun.get(timeout=SECONDS))
+
+
+async def submit(batcher: Batcher[str, object], rows: Sequence[Sequence[int]], kind: str = "a") -> list[object]:
+    """The results in the rows' order."""
+    results: dict[int, object] = {}
+
+    def take(places: Sequence[int], made: Sequence[object]) -> None:
+        assert not results.keys() & set(places), "a result was given twice"
+        results.update(zip(places, made, strict=True))
+
+    with anyio.fail_after(SECONDS):
+        await batcher.submit(kind, rows, take)
+    return [results[index] for index in range(len(rows))]
+
+
+async def until_queued(batcher: Batcher[str, object], tokens: int) -> None:
+    with anyio.fail_after(SECONDS):
+        while batcher.queued_tokens != tokens:
+            await anyio.lowlevel.checkpoint()
+
+
+def row(length: int) -> list[int]:
+    return [1] * length
+
+
+@given(
+    requests=st.lists(
+        st.tuples(st.sampled_from("ab"), st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=12), min_size=1)),
+        min_size=1,
+        max_size=5,
+    ),
+    workers=st.integers(1, 3),
+    padded=st.booleans(),
+)
+def test_every_caller_gets_the_results_of_his_own_rows_in_their_order(
+    requests: list[tuple[str, list[list[int]]]], workers: int, padded: bool
+) -> None:
+    sizes: list[int] = []
+
+    def run(kind: str, rows: Sequence[Sequence[int]]) -> list[tuple[str, Sequence[int]]]:
+        lengths = [len(row) for row in rows]
+        sizes.append(max(lengths) * len(rows) if padded else sum(lengths))
+        assert len(rows) == 1 or sizes[-1] <= BUDGET
+        return [(kind, row) for row in rows]
+
+    answers: dict[int, list[object]] = {}
+
+    async def ask_all() -> None:
+        batcher = Batcher[str, object](run, workers=workers, budget=BUDGET, padded=padded)
+
+        async def ask(caller: int, kind: str, rows: list[list[int]]) -> None:
+            answers[caller] = await submit(batcher, rows, kind)
+
+        async with anyio.create_task_group() as callers:
+            for caller, (kind, rows) in enumerate(requests):
+                callers.start_soon(ask, caller, kind, rows)
+        assert batcher.queued_tokens == 0
+        batcher.close()
+
+    anyio.run(ask_all)
+    assert answers == {caller: [(kind, row) for row in rows] for caller, (kind, rows) in enumerate(requests)}
+
+
+@pytest.mark.anyio
+async def test_requests_that_wait_share_a_batch_up_to_the_budget() -> None:
+    steps = Steps()
+    batcher = Batcher[str, object](steps, workers=1, budget=BUDGET)
+    async with anyio.create_task_group() as callers:
+        callers.start_soon(submit, batcher, [row(1)])
+        assert await steps.next_batch() == ("a", [1])
+        for length in (2, 3, 3, 4):
+            callers.start_soon(submit, batcher, [row(length)])
+        await until_queued(batcher, 12)
+        steps.may_end.release(100)
+        assert await steps.next_batch() == ("a", [3, 3, 2])
+        assert await steps.next_batch() == ("a", [4])
+
+
+@pytest.mark.anyio
+async def test_texts_of_another_kind_wait_for_a_batch_of_their_own() -> None:
+    steps = Steps()
+    batcher = Batcher[str, object](steps, workers=1, budget=BUDGET)
+    async with anyio.create_task_group() as callers:
+        callers.start_soon(submit, batcher, [row(1)], "a")
+        await steps.next_batch()
+        callers.start_soon(submit, batcher, [row(1)], "b")
+        callers.start_soon(submit, batcher, [row(2)], "a")
+        await until_queued(batcher, 3)
+        steps.may_end.release(100)
+        assert [await steps.next_batch(), await steps.next_batch()] == [("b", [1]), ("a", [2])]
+
+
+@pytest.mark.anyio
+async def test_a_query_overtakes_bulk_and_bulk_gets_on_under_queries() -> None:
+    steps = Steps()
+    batcher = Batcher[str, object](steps, workers=1, budget=4)
+    async with anyio.create_task_group() as callers:
+        callers.start_soon(submit, batcher, [row(4)] * 4)
+        assert await steps.next_batch() == ("a", [4])
+        for _ in range(8):
+            callers.start_soon(submit, batcher, [row(3)])
+        await until_queued(batcher, 12 + 24)
+        steps.may_end.release(100)
+        order = [(await steps.next_batch())[1] for _ in range(11)]
+    assert order[0] == [3], "the first query waited for one batch only"
+    assert order.index([4]) < 4, "bulk went on before the queries ended"
+
+
+@pytest.mark.anyio
+async def test_as_many_batches_run_at_once_as_there_are_workers() -> None:
+    steps = Steps()
+    batcher = Batcher[str, object](steps, workers=2, budget=BUDGET)
+    async with anyio.create_task_group() as callers:
+        callers.start_soon(submit, batcher, [row(8)] * 3)
+        assert [await steps.next_batch(), await steps.next_batch()] == [("a", [8])] * 2
+        assert batcher.queued_tokens == 8
+        steps.may_end.release(3)
+
+
+@pytest.mark.anyio
+async def test_a_caller_who_leaves_takes_his_texts_out_of_the_queue() -> None:
+    steps = Steps()
+    batcher = Batcher[str, object](steps, workers=1, budget=BUDGET)
+    async with anyio.create_task_group() as leaving:
+        leaving.start_soon(submit, batcher, [row(8)] * 5)
+        await steps.next_batch()
+        leaving.cancel_scope.cancel()
+    assert batcher.queued_tokens == 0
+    steps.may_end.release(2)
+    assert await submit(batcher, [row(2)]) == [("a", row(2))]
+    assert steps.begun.get_nowait() == ("a", [2])
+
+
+@pytest.mark.anyio
+async def test_a_batch_that_fails_fails_those_whose_texts_it_held() -> None:
+    steps = Steps()
+    batcher = Batcher[str, object](steps, workers=1, budget=BUDGET)
+    steps.may_end.release(100)
+    with pytest.raises(ValueError, match="thirteen"):
+        await submit(batcher, [[13], row(8), row(8)])
+    assert batcher.queued_tokens == 0
+    assert await submit(batcher, [row(2)]) == [("a", row(2))]
+
+
+@pytest.mark.anyio
+async def test_a_full_queue_refuses_and_says_when_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_QUEUED_TOKENS", 20)
+    steps = Steps()
+    batcher = Batcher[str, object](steps, workers=1, budget=BUDGET)
+    async with anyio.create_task_group() as callers:
+        callers.start_soon(submit, batcher, [row(8)] * 3)
+        await steps.next_batch()
+        with pytest.raises(Overloaded, match="16 tokens wait already") as refused:
+            await submit(batcher, [row(8)])
+        assert refused.value.retry_after is not None
+        assert refused.value.retry_after >= 1
+        steps.may_end.release(100)
+
+
+@pytest.mark.anyio
+async def test_a_request_larger_than_the_queue_is_taken_when_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_QUEUED_TOKENS", 20)
+    steps = Steps()
+    steps.may_end.release(100)
+    batcher = Batcher[str, object](steps, workers=1, budget=BUDGET)
+    assert len(await submit(batcher, [row(8)] * 6)) == 6
+
+
+@pytest.mark.anyio
+async def test_closing_fails_what_waits_and_takes_no_more() -> None:
+    steps = Steps()
+    batcher = Batcher[str, object](steps, workers=1, budget=BUDGET)
+
+    async def ask() -> None:
+        with pytest.raises(ServerStopped):
+            await submit(batcher, [row(8)] * 3)
+
+    async with anyio.create_task_group() as callers:
+        callers.start_soon(ask)
+        await steps.next_batch()
+        batcher.close()
+        steps.may_end.release(100)
+    assert steps.begun.empty()
+    with pytest.raises(ServerStopped):
+        await submit(batcher, [row(1)])
