@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: run test lint types unit published format lock clean help
+.PHONY: run test lint types unit test-all mcpb published format lock clean help
 
 help: ## Say what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,7 +23,16 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 unit: $(STAMP)
+	$(BIN)/pytest -m "not node"
+
+test-all: lint types $(STAMP) ## The same, and what the makers of the protocol check with (from npm)
 	$(BIN)/pytest
+
+mcpb: $(STAMP) ## Pack the bundle for Claude Desktop, from what is committed (needs npx)
+	rm -rf build/mcpb && mkdir -p build/mcpb dist
+	git archive HEAD pyproject.toml README.md LICENSE server skills | tar -x -C build/mcpb
+	cp packaging/mcpb/manifest.json build/mcpb/
+	npx --yes --package node@22 --package @anthropic-ai/mcpb@2.1.2 mcpb pack build/mcpb dist/embeddings-mcp.mcpb
 
 published: $(STAMP) ## Make anew what is made from the code: manifests, schemas, reference pages
 	$(BIN)/python -m embeddings_mcp.publish

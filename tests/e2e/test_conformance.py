@@ -1,0 +1,108 @@
+"""The installed server as the makers of the protocol check it: conformance suites, Inspector, bundle validator.
+
+Their programs come from the npm registry, at the versions named here, and run on a Node.js that comes from there too.
+Where there is no npx, or no way to the registry, the tests are skipped. `make test` leaves them out.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT, running
+
+pytestmark = pytest.mark.node
+
+COMMAND = str(Path(sys.executable).with_name("embeddings-mcp"))
+
+NODE = "node@22"
+CONFORMANCE = "@modelcontextprotocol/conformance"
+INSPECTOR = "@modelcontextprotocol/inspector@2.12.0"
+BUNDLER = "@anthropic-ai/mcpb@2.1.2"
+
+SECONDS = 300
+"""Longest that a program may take, its download included."""
+
+Npx = Callable[..., str]
+
+
+@pytest.fixture(scope="session")
+def npx() -> Npx:
+    """Runs a program of an npm package and gives what it printed; it must end with 0."""
+    command = shutil.which("npx")
+    if command is None:
+        pytest.skip("there is no npx: install Node.js to run the checks that need it")
+
+    def run(package: str, *arguments: str) -> str:
+        done = subprocess.run(
+            [command, "--yes", "--package", NODE, "--package", package, *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=SECONDS,
+        )
+        assert done.returncode == 0, f"{' '.join(arguments)} ended with {done.returncode}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    probe = subprocess.run(
+        [command, "--yes", "--package", NODE, "node", "--version"],
+        env={**os.environ, "npm_config_fetch_retries": "1", "npm_config_fetch_retry_mintimeout": "1000"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=SECONDS,
+    )
+    if probe.returncode != 0 or not probe.stdout.startswith("v22."):
+        pytest.skip(f"npx cannot fetch {NODE}, so there is no way to the npm registry: {probe.stderr[-200:]}")
+    return run
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """Where a server listens for this module."""
+    with running(COMMAND, "serve", "--transport", "http", "--port", "0") as (_, url):
+        yield f"{url}/mcp"
+
+
+@pytest.mark.parametrize(
+    ("version", "requirements"),
+    [("0.1.16", None), ("0.2.0-alpha.12", "2025-11-25"), ("0.2.0-alpha.12", "2026-07-28")],
+)
+def test_the_conformance_suite_finds_nothing_but_its_own_fixtures_missing(
+    npx: Npx, address: str, tmp_path: Path, version: str, requirements: str | None
+) -> None:
+    baseline = ROOT / "tests" / "data" / "conformance" / f"{requirements or version}.yml"
+    asked = [] if requirements is None else ["--requirements", requirements]
+    command = ["conformance", "server", "--url", address, *asked, "--expected-failures", str(baseline)]
+
+    printed = npx(f"{CONFORMANCE}@{version}", *command, "-o", str(tmp_path))
+
+    assert "Baseline check passed" in printed
+
+
+@pytest.mark.parametrize("era", ["modern", "legacy"])
+@pytest.mark.parametrize("transport", ["stdio", "http"])
+def test_the_inspector_finds_the_tools_portable(npx: Npx, address: str, transport: str, era: str) -> None:
+    server = [COMMAND, "serve"] if transport == "stdio" else [address]
+    asked = ["--protocol-era", era, "--method", "tools/list", "--strict", "--format", "json", "-q"]
+
+    assert '"create_embedding"' in npx(INSPECTOR, "mcp-inspector", "--cli", *server, *asked)
+
+
+@pytest.mark.parametrize("transport", ["stdio", "http"])
+def test_the_inspector_verifies_every_file_of_the_skill(npx: Npx, address: str, transport: str) -> None:
+    server = [COMMAND, "serve"] if transport == "stdio" else [address]
+    asked = ["--protocol-era", "modern", "--method", "skills/list", "--verify", "--require-digests"]
+
+    assert '"outcome":"verified"' in npx(INSPECTOR, "mcp-inspector", "--cli", *server, *asked)
+
+
+def test_the_manifest_of_the_bundle_is_valid(npx: Npx) -> None:
+    printed = npx(BUNDLER, "mcpb", "validate", str(ROOT / "packaging" / "mcpb" / "manifest.json"))
+    assert "Manifest schema validation passes" in printed
