@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embeddings_mcp.embedders import batcher as module
+from embeddings_mcp.caller import named
 from embeddings_mcp.embedders.batcher import Batcher
-from embeddings_mcp.errors import Overloaded, ServerStopped
+from embeddings_mcp.errors import ModelUnavailable, Overloaded, ServerStopped
 
 SECONDS = 10
 """Longest that anything here may take."""
@@ -43,7 +43,9 @@ class Steps:
         return await anyio.to_thread.run_sync(lambda: self.begun.get(timeout=SECONDS))
 
 
-async def submit(batcher: Batcher[str, object], rows: Sequence[Sequence[int]], kind: str = "a") -> list[object]:
+async def submit(
+    batcher: Batcher[str, object], rows: Sequence[Sequence[int]], kind: str = "a", caller: str = ""
+) -> list[object]:
     """The results in the rows' order."""
     results: dict[int, object] = {}
 
@@ -51,7 +53,7 @@ async def submit(batcher: Batcher[str, object], rows: Sequence[Sequence[int]], k
         assert not results.keys() & set(places), "a result was given twice"
         results.update(zip(places, made, strict=True))
 
-    with anyio.fail_after(SECONDS):
+    with anyio.fail_after(SECONDS), named(caller):
         await batcher.submit(kind, rows, take)
     return [results[index] for index in range(len(rows))]
 
@@ -186,10 +188,9 @@ async def test_a_batch_that_fails_fails_those_whose_texts_it_held() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_full_queue_refuses_and_says_when_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_QUEUED_TOKENS", 20)
+async def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
     steps = Steps()
-    batcher = Batcher[str, object](steps, workers=1, budget=BUDGET)
+    batcher = Batcher[str, object](steps, workers=1, budget=BUDGET, max_queued_tokens=20)
     async with anyio.create_task_group() as callers:
         callers.start_soon(submit, batcher, [row(8)] * 3)
         await steps.next_batch()
@@ -201,11 +202,10 @@ async def test_a_full_queue_refuses_and_says_when_to_come_back(monkeypatch: pyte
 
 
 @pytest.mark.anyio
-async def test_a_request_larger_than_the_queue_is_taken_when_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_QUEUED_TOKENS", 20)
+async def test_a_request_larger_than_the_queue_is_taken_when_nothing_waits() -> None:
     steps = Steps()
     steps.may_end.release(100)
-    batcher = Batcher[str, object](steps, workers=1, budget=BUDGET)
+    batcher = Batcher[str, object](steps, workers=1, budget=BUDGET, max_queued_tokens=20)
     assert len(await submit(batcher, [row(8)] * 6)) == 6
 
 
@@ -226,3 +226,96 @@ async def test_closing_fails_what_waits_and_takes_no_more() -> None:
     assert steps.begun.empty()
     with pytest.raises(ServerStopped):
         await submit(batcher, [row(1)])
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("requests", [1, 2_000], ids=["in one request", "in 2,000 requests"])
+async def test_a_query_waits_for_two_batches_however_many_texts_another_caller_sent(requests: int) -> None:
+    steps = Steps()
+    batcher = Batcher[str, object](steps, workers=1, budget=4)
+    texts = 10_000
+    async with anyio.create_task_group() as callers:
+        for _ in range(requests):
+            callers.start_soon(submit, batcher, [row(4)] * (texts // requests), "a", "bulk")
+        await until_queued(batcher, 4 * (texts - 1))
+        steps.may_end.release(20)
+        for _ in range(20):
+            await steps.next_batch()
+        callers.start_soon(submit, batcher, [row(3)], "a", "query")
+        await until_queued(batcher, 4 * (texts - 21) + 3)
+        steps.may_end.release(3)
+        begun = [(await steps.next_batch())[1] for _ in range(3)]
+        callers.cancel_scope.cancel()
+    assert [3] in begun[:3]
+    steps.may_end.release(1)
+
+
+@pytest.mark.anyio
+async def test_those_who_are_refused_are_asked_back_one_after_the_other() -> None:
+    clock = Steps()
+    batcher = Batcher[str, object](clock, workers=1, budget=BUDGET, max_queued_tokens=20)
+    clock.may_end.release(1)
+    await submit(batcher, [row(8)])
+    batcher._tokens_per_second = 4.0
+    waits = []
+    async with anyio.create_task_group() as callers:
+        callers.start_soon(submit, batcher, [row(8)] * 3)
+        await clock.next_batch()
+        await clock.next_batch()
+        for _ in range(3):
+            with pytest.raises(Overloaded) as refused:
+                await submit(batcher, [row(8)])
+            waits.append(refused.value.retry_after)
+        clock.may_end.release(100)
+    assert waits == [1, 3, 5], "each comes back after the 2 s of work that the one before him brings"
+
+
+@pytest.mark.anyio
+async def test_a_worker_that_dies_is_replaced_and_its_requests_are_answered() -> None:
+    class Gone(BaseException):
+        """What no code is expected to catch."""
+
+    deaths = [Gone(), None]
+
+    def run(kind: str, rows: Sequence[Sequence[int]]) -> list[tuple[str, Sequence[int]]]:
+        if death := deaths.pop(0):
+            raise death
+        return [(kind, row) for row in rows]
+
+    batcher = Batcher[str, object](run, workers=1, budget=BUDGET)
+    with pytest.raises(ModelUnavailable, match="Gone"):
+        await submit(batcher, [row(2)])
+    assert await submit(batcher, [row(2)]) == [("a", row(2))]
+
+
+@pytest.mark.anyio
+async def test_a_thread_that_cannot_be_prepared_is_replaced_too(caplog: pytest.LogCaptureFixture) -> None:
+    failures = [OSError("no such core"), None, None]
+
+    def prepare() -> None:
+        if failure := failures.pop(0):
+            raise failure
+
+    steps = Steps()
+    steps.may_end.release(10)
+    batcher = Batcher[str, object](steps, workers=1, budget=BUDGET, prepare_worker=prepare)
+    with pytest.raises(ModelUnavailable):
+        await submit(batcher, [row(2)])
+    assert await submit(batcher, [row(2)]) == [("a", row(2))]
+
+
+@pytest.mark.anyio
+async def test_where_no_thread_can_be_started_requests_are_answered_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps()
+    steps.may_end.release(10)
+    batcher = Batcher[str, object](steps, workers=1, budget=BUDGET)
+    with monkeypatch.context() as patch:
+
+        def start(_thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        patch.setattr("concurrent.futures.thread.threading.Thread.start", start)
+        with pytest.raises(ModelUnavailable, match="can't start new thread"):
+            await batcher.submit("a", [row(2)], lambda places, made: None)
+    assert batcher.queued_tokens == 0
+    assert await submit(batcher, [row(2)]) == [("a", row(2))]

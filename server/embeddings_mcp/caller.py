@@ -1,8 +1,8 @@
-"""What a caller may bring along besides a request: a key of his own for the endpoint that the model is at.
+"""Who a caller is, and what he may bring along besides a request: a key of his own for the endpoint of the model.
 
-It concerns only the two ends of the road, the HTTP face that finds it in a header and the client of the endpoint that
-it is for. A context variable carries it past all that lies between, as the MCP SDK does with the caller's identity:
-the tasks that work on the request have it, and no others.
+This concerns only the two ends of the road: the HTTP face that finds it in the headers, and the client of the endpoint
+that the key is for, or the queue that is fair to callers. Context variables carry it past all that lies between, as the
+MCP SDK does with the caller's identity: the tasks that work on the request have it, and no others.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pydantic import SecretStr
 
 CALLER_KEY_HEADER = "X-NVIDIA-API-Key"
 
+_caller_name: ContextVar[str] = ContextVar("caller_name", default="")
 _caller_key: ContextVar[SecretStr | None] = ContextVar("caller_key", default=None)
 
 
@@ -31,3 +32,18 @@ def bringing(key: SecretStr) -> Iterator[None]:
         yield
     finally:
         _caller_key.reset(token)
+
+
+def caller_name() -> str:
+    """The name of the API key that the caller has shown; empty where no key is asked for."""
+    return _caller_name.get()
+
+
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """What is begun in this block works for the caller of this name."""
+    token = _caller_name.set(name)
+    try:
+        yield
+    finally:
+        _caller_name.reset(token)

@@ -2,8 +2,9 @@
 
 A request's texts wait here as rows of token ids. Whenever a worker is free, the next batch is made of whatever waits
 then, up to the token budget: so a lone query goes at once, many at a time share a batch, and a large request fills
-batches of its own. Who has been served least comes first, so that a query overtakes bulk; every fourth batch begins
-with whoever has waited longest, so that bulk gets on however many queries come.
+batches of its own. Who has been served least comes first, first among callers and then among a caller's requests, so
+that a query overtakes bulk, in one request or in a thousand; every fourth batch begins with whoever has waited longest,
+so that bulk gets on however many queries come.
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
+import math
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from embeddings_mcp.caller import caller_name
 from embeddings_mcp.embedders.base import OnProgress
-from embeddings_mcp.errors import Overloaded, ServerStopped
+from embeddings_mcp.errors import ModelUnavailable, Overloaded, ServerStopped
 
 Row = Sequence[int]
 Kind = TypeVar("Kind", bound=Hashable)
@@ -27,8 +31,11 @@ Result = TypeVar("Result")
 OnResults = Callable[[Sequence[int], Sequence[Result]], None]
 """Given, on the event loop, the positions of some rows and what was made of them."""
 
-MAX_QUEUED_TOKENS = 4_000_000
-"""Tokens that may wait for one model: some minutes of work on a CPU, and some 100 MB of token ids."""
+MAX_QUEUED_TOKENS = 1_000_000
+"""Tokens that may wait for one model, if nobody says otherwise: minutes of work on a small CPU, seconds on a GPU."""
+
+_LONGEST_PROMISE = 60.0
+"""Seconds, beyond those that the queue needs, after which at most a refused caller is asked back."""
 
 
 @dataclass(eq=False)
@@ -36,6 +43,7 @@ class _Job(Generic[Kind, Result]):
     """The texts of one request.
 
     Attributes:
+        caller: whose they are.
         kind: what is to be made of them; only texts of one kind share a batch.
         rows: their token ids.
         waiting: positions of those that no batch holds yet, the longest last.
@@ -45,6 +53,7 @@ class _Job(Generic[Kind, Result]):
         failure: why there will be no results.
     """
 
+    caller: str
     kind: Kind
     rows: Sequence[Row]
     waiting: list[int]
@@ -62,6 +71,7 @@ class Batcher(Generic[Kind, Result]):
             equal length side by side.
         workers: how many batches run at the same time.
         budget: tokens of one batch.
+        max_queued_tokens: tokens that may wait.
         padded: whether a row costs as many tokens as the longest of its batch.
         prepare_worker: called once on each worker thread.
 
@@ -75,17 +85,24 @@ class Batcher(Generic[Kind, Result]):
         *,
         workers: int,
         budget: int,
+        max_queued_tokens: int = MAX_QUEUED_TOKENS,
         padded: bool = False,
         prepare_worker: Callable[[], None] | None = None,
     ) -> None:
         self._run = run
         self._budget = budget
+        self._max_queued_tokens = max_queued_tokens
         self._padded = padded
         self._jobs: list[_Job[Kind, Result]] = []  # in order of arrival
-        self._idle = workers
-        self._executor = ThreadPoolExecutor(workers, thread_name_prefix="encode", initializer=prepare_worker)
+        self._served: Counter[str] = Counter()  # tokens of each caller who has a job here
+        self._workers = self._idle = workers
+        self._new_executor = functools.partial(
+            ThreadPoolExecutor, workers, thread_name_prefix="encode", initializer=prepare_worker
+        )
+        self._executor = self._new_executor()
         self._least_served_first = itertools.cycle([True, True, True, False])
-        self._tokens_per_second = 0.0
+        self._tokens_per_second = 0.0  # of one worker
+        self._promised = 0.0  # when, by the monotonic clock, the last of those who were refused is asked back
         self._closed = False
         self.queued_tokens = 0
 
@@ -111,7 +128,7 @@ class Batcher(Generic[Kind, Result]):
         self._check_room(tokens)
         self.queued_tokens += tokens
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-        job = _Job[Kind, Result](kind, rows, order)
+        job = _Job[Kind, Result](caller_name(), kind, rows, order)
         self._jobs.append(job)
         self._start_batches()
         try:
@@ -129,6 +146,8 @@ class Batcher(Generic[Kind, Result]):
         finally:
             self._drop_waiting(job)
             self._jobs.remove(job)
+            if all(other.caller != job.caller for other in self._jobs):
+                del self._served[job.caller]
 
     def close(self) -> None:
         """Take no more; what waits fails, what runs ends by itself."""
@@ -140,30 +159,49 @@ class Batcher(Generic[Kind, Result]):
     def _check_room(self, tokens: int) -> None:
         queued = self.queued_tokens
         # What is more than the queue holds is taken all the same when nothing else waits: it would never find room.
-        if queued and queued + tokens > MAX_QUEUED_TOKENS:
-            seconds = queued / self._tokens_per_second if self._tokens_per_second else 1.0
+        if queued and queued + tokens > self._max_queued_tokens:
+            seconds = self._seconds_until_room(tokens)
             raise Overloaded(
                 f"{queued:,} tokens wait already, and of these {tokens:,} there is no room: try again in "
-                f"{max(1, round(seconds))} s, or send fewer texts at once",
-                retry_after=max(1.0, seconds),
+                f"{seconds:.0f} s, or send fewer texts at once",
+                retry_after=seconds,
             )
+
+    def _seconds_until_room(self, tokens: int) -> float:
+        """After how many whole seconds so many tokens find room.
+
+        Who is refused comes back behind those who were refused before, each after the work of the one before him: if
+        all came at the moment at which there is room for one, all others would be refused again.
+        """
+        per_second = self._tokens_per_second * self._workers
+        if not per_second:
+            return 1.0
+        now = time.monotonic()
+        excess = min(self.queued_tokens, self.queued_tokens + tokens - self._max_queued_tokens)
+        room = now + excess / per_second
+        self._promised = min(max(room, self._promised + tokens / per_second), room + _LONGEST_PROMISE)
+        return float(max(1, math.ceil(self._promised - now)))
 
     def _start_batches(self) -> None:
         """Give every idle worker a batch, while anything waits."""
         loop = asyncio.get_running_loop()
         while self._idle and any(job.waiting for job in self._jobs):
             batch = self._next_batch()
-            self._idle -= 1
+            rows = [job.rows[index] for job, index in batch]
             began = time.perf_counter()
-            kind = batch[0][0].kind
-            running = loop.run_in_executor(self._executor, self._run, kind, [job.rows[index] for job, index in batch])
+            try:
+                running = loop.run_in_executor(self._executor, self._run, batch[0][0].kind, rows)
+            except RuntimeError as error:  # no thread could be started, or one ended before it could work
+                self._fail_batch(batch, ModelUnavailable(f"there is no thread to run the model on: {error}"))
+                continue
+            self._idle -= 1
             running.add_done_callback(functools.partial(self._finish, batch, began))
 
     def _next_batch(self) -> list[tuple[_Job[Kind, Result], int]]:
         """What goes next, the longest rows first; taken out of the queue."""
         waiting = [job for job in self._jobs if job.waiting]
         if next(self._least_served_first):
-            waiting.sort(key=lambda job: job.served)
+            waiting.sort(key=lambda job: (self._served[job.caller], job.served))
         kind = waiting[0].kind
         batch: list[tuple[_Job[Kind, Result], int]] = []
         spent = longest = 0
@@ -176,6 +214,7 @@ class Batcher(Generic[Kind, Result]):
                     break
                 batch.append((job, job.waiting.pop()))
                 job.served += length
+                self._served[job.caller] += length
                 spent += length
         self.queued_tokens -= spent
         return sorted(batch, key=lambda entry: len(entry[0].rows[entry[1]]), reverse=True)
@@ -190,15 +229,25 @@ class Batcher(Generic[Kind, Result]):
         failure = done.exception()
         if failure is None:
             tokens = sum(len(job.rows[index]) for job, index in batch)
-            self._tokens_per_second = tokens / max(time.perf_counter() - began, 1e-6)
+            rate = tokens / max(time.perf_counter() - began, 1e-6)
+            self._tokens_per_second += (rate - self._tokens_per_second) * (0.2 if self._tokens_per_second else 1)
             for (job, index), result in zip(batch, done.result(), strict=True):
                 job.fresh.append((index, result))
                 job.changed.set()
         else:
-            for job in {id(job): job for job, _ in batch}.values():
-                self._fail(job, failure if isinstance(failure, Exception) else RuntimeError(str(failure)))
+            self._fail_batch(batch, failure)
         if not self._closed:
             self._start_batches()
+
+    def _fail_batch(self, batch: Sequence[tuple[_Job[Kind, Result], int]], failure: BaseException) -> None:
+        """Fail those whose texts it held, and see to it that the next batch finds a worker."""
+        if isinstance(failure, BrokenExecutor) and not self._closed:
+            self._executor.shutdown(wait=False)
+            self._executor = self._new_executor()
+        if not isinstance(failure, Exception) or isinstance(failure, BrokenExecutor):
+            failure = ModelUnavailable(f"the thread that ran the model ended: {failure!r}")
+        for job in {id(job): job for job, _ in batch}.values():
+            self._fail(job, failure)
 
     def _fail(self, job: _Job[Kind, Result], failure: Exception) -> None:
         self._drop_waiting(job)
