@@ -1,0 +1,117 @@
+"""An embedder that a test can hold up and let fail at any text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import anyio
+import anyio.lowlevel
+import numpy as np
+
+from embeddings_mcp.embedders.base import Embeddings, OnProgress, OnRows
+from embeddings_mcp.embedders.cache import Cache, CachedEmbedder, DiskStore, MemoryStore, cached
+from embeddings_mcp.models import InputType, ModelCard, Truncate
+from embeddings_mcp.vectors import FloatMatrix
+from tests.support import HashEmbedder
+
+SECONDS = 10
+"""Longest that anything here may take."""
+
+MB = 1 << 20
+
+ASYMMETRIC = ModelCard(
+    id="test/asymmetric",
+    dimensions=8,
+    max_tokens=64,
+    input_type="optional",
+    query_prompt="query: ",
+    passage_prompt="passage: ",
+)
+
+
+@dataclass
+class TextByText(HashEmbedder):
+    """Makes one text after the other.
+
+    Attributes:
+        identity: what it says it is.
+        served_model: what it says that it serves.
+        held: texts that are not made before the event.
+        failures: what is raised in the place of a text.
+        made: how often each text was made.
+    """
+
+    card: ModelCard = field(default_factory=lambda: ASYMMETRIC)
+    identity: str = "test"
+    served_model: str | None = None
+    held: dict[str, anyio.Event] = field(default_factory=dict)
+    failures: dict[str, Exception] = field(default_factory=dict)
+    made: Counter[str] = field(default_factory=Counter)
+
+    async def identify(self) -> str:
+        return self.identity
+
+    async def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        input_type: InputType | None,
+        truncate: Truncate,
+        on_progress: OnProgress | None = None,
+        on_rows: OnRows | None = None,
+    ) -> Embeddings:
+        self.batches.append(list(texts))
+        parts = []
+        for position, text in enumerate(texts):
+            await anyio.lowlevel.checkpoint()
+            if text in self.held:
+                await self.held[text].wait()
+            if text in self.failures:
+                raise self.failures[text]
+            self.made[text] += 1
+            vectors = self.vector(text, input_type)[None]
+            parts.append(Embeddings(vectors, [len(text.split()) + 2], self.served_model))
+            if on_rows is not None:
+                on_rows([position], parts[-1])
+            if on_progress is not None:
+                await on_progress(position + 1)
+        return Embeddings(
+            np.concatenate([part.vectors for part in parts]), [part.tokens[0] for part in parts], self.served_model
+        )
+
+
+def in_memory(embedder: HashEmbedder, megabytes: int = 16) -> CachedEmbedder:
+    """The embedder behind a cache in memory."""
+    return cached(embedder, Cache(MemoryStore(megabytes * MB)))
+
+
+def on_disk(embedder: HashEmbedder, disk: DiskStore) -> CachedEmbedder:
+    """The embedder behind a file, and nothing in memory."""
+    return cached(embedder, Cache(MemoryStore(0), disk))
+
+
+async def ask(
+    embedder: CachedEmbedder,
+    texts: Sequence[str],
+    *,
+    input_type: InputType | None = None,
+    truncate: Truncate = "NONE",
+    on_progress: OnProgress | None = None,
+) -> Embeddings:
+    """What the embedder answers, in time."""
+    with anyio.fail_after(SECONDS):
+        return await embedder.embed(texts, input_type=input_type, truncate=truncate, on_progress=on_progress)
+
+
+def expected(embedder: HashEmbedder, texts: Sequence[str], input_type: InputType | None = None) -> FloatMatrix:
+    """The vectors of these texts."""
+    return np.stack([embedder.vector(text, input_type) for text in texts])
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Let the other tasks run until they have brought about `condition`."""
+    with anyio.fail_after(SECONDS):
+        while not condition():
+            await anyio.lowlevel.checkpoint()
