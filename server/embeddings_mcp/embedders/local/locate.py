@@ -5,14 +5,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+from embeddings_mcp.embedders.local.checkpoint import M3_FILES
 from embeddings_mcp.errors import CheckpointInvalid, ModelUnavailable
 from embeddings_mcp.models import DEFAULT_MODEL
 
-_FILES = ["*.json", "*.txt", "*.model", "*.safetensors", "*.pt"]
-"""What is wanted of a repository; weights as pickles only where there are no others."""
+_WANTED = ["*.json", "*.txt", "*.model", "*.safetensors", *M3_FILES]
+"""What is fetched of a repository; of pickles, only where there is nothing else."""
+
+_UNWANTED = ["onnx/*", "*/onnx/*", "openvino/*", "*/openvino/*"]
+"""The same models for other programs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +76,11 @@ def locate(model: str, repository: str | None) -> Path:
 
 
 def _verify(path: Path, sha256: str) -> None:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise CheckpointInvalid(f"{path} is missing: reinstall the package it comes with") from None
     if found != sha256:
         raise CheckpointInvalid(
             f"{path} is not the published file (SHA-256 {found}, not {sha256}): reinstall the package it came with"
@@ -81,21 +89,28 @@ def _verify(path: Path, sha256: str) -> None:
 
 def _from_hub(model: str, repository: str) -> Path:
     from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
 
-    with contextlib.suppress(Exception):  # not in the cache, for one of many reasons
-        folder = Path(snapshot_download(repository, allow_patterns=_FILES, local_files_only=True))
-        if (folder / "config.json").is_file() or (folder / "modules.json").is_file():
+    with contextlib.suppress(Exception):  # not in the cache, or not all of it, for one of many reasons
+        folder = Path(
+            snapshot_download(repository, allow_patterns=_WANTED, ignore_patterns=_UNWANTED, local_files_only=True)
+        )
+        if any(folder.rglob("*.safetensors")) or any(folder.rglob("pytorch_model*.bin")):
             return folder
     try:
         files = [file.rfilename for file in HfApi().model_info(repository).siblings or ()]
-        pickles = [] if any(file.endswith(".safetensors") for file in files) else ["*.bin"]
-        return Path(
-            snapshot_download(
-                repository, allow_patterns=[*_FILES, *pickles], ignore_patterns=["onnx/*", "openvino/*", "*/onnx/*"]
-            )
-        )
+        wanted = [*_WANTED, *_pickles(files)]
+        return Path(snapshot_download(repository, allow_patterns=wanted, ignore_patterns=_UNWANTED))
     except Exception as error:  # the hub, its HTTP library and the disk each raise classes of their own
+        advice = "set HF_TOKEN if the repository asks for it, or " if isinstance(error, HfHubHTTPError) else ""
         raise ModelUnavailable(
             f"the files of {model} are not on this machine, and {repository} cannot be fetched from the Hugging Face "
-            f"hub ({type(error).__name__}): serve a folder with `--model {model}=PATH`"
+            f"hub ({type(error).__name__}): {advice}serve a folder with `--model {model}=PATH`"
         ) from error
+
+
+def _pickles(files: Sequence[str]) -> list[str]:
+    """The weights that are not beside safer ones."""
+    paths = [PurePosixPath(file) for file in files]
+    safe = {path.parent for path in paths if path.suffix == ".safetensors"}
+    return [str(path) for path in paths if path.match("pytorch_model*.bin") and path.parent not in safe]

