@@ -11,6 +11,7 @@ no meaning here is noted. A secret is never in the document: where one stands in
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,9 +19,11 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import yaml
+from pydantic import SecretStr
 
+from embeddings_mcp.errors import InvalidSetting
 from embeddings_mcp.located import Members, Part, read_yaml
-from embeddings_mcp.settings import EndpointSettings
+from embeddings_mcp.settings import EndpointSettings, Settings
 
 KNOWN_VERSIONS: Mapping[str, tuple[str, ...]] = {
     "ikanos": ("1.0.0-alpha3", "1.0.0-alpha4", *(f"1.0.0-beta{number}" for number in range(1, 6))),
@@ -71,6 +74,26 @@ class Manifest:
     def default_model(self) -> str | None:
         """The first model that it writes into a request; None where callers choose."""
         return next((model for endpoint in self.endpoints for model in endpoint.models or ()), None)
+
+    def added_to(self, settings: Settings) -> Settings:
+        """The settings with these endpoints after their own; what they say of key and default model holds.
+
+        Raises:
+            InvalidSetting: callers need a key, and the environment has none.
+        """
+        key = settings.api_key
+        if key is None and self.api_key_env is not None:
+            value = os.environ.get(self.api_key_env)
+            if not value:
+                raise InvalidSetting(f"the manifest takes the key that callers send from {self.api_key_env}: set it")
+            key = SecretStr(value)
+        return settings.model_copy(
+            update={
+                "endpoints": (*settings.endpoints, *self.endpoints),
+                "default_model": settings.default_model or self.default_model,
+                "api_key": key,
+            }
+        )
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -12,7 +12,9 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import anyio
 import typer
@@ -22,6 +24,7 @@ from embeddings_mcp import __version__
 from embeddings_mcp.assemble import build_service, open_embedder, service_for
 from embeddings_mcp.embedders.base import OnProgress
 from embeddings_mcp.errors import EmbeddingsError, InvalidRequest, InvalidSetting
+from embeddings_mcp.limits import Limits
 from embeddings_mcp.models import InputType, Mode, Truncate
 from embeddings_mcp.operations import CREATE_EMBEDDING, LIST_MODELS, SEARCH, SIMILARITY, Operation
 from embeddings_mcp.publish import identity
@@ -92,6 +95,12 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port to listen on; 8000 if not set, 0 takes a free one.")] = None,
     model: ServedOption = None,
     endpoint: EndpointOption = None,
+    capability: Annotated[
+        Path | None,
+        typer.Option(
+            "--manifest", metavar="FILE", help="An Ikanos or Naftiko capability that says where endpoints are."
+        ),
+    ] = None,
     default_model: Annotated[str | None, typer.Option(metavar="ID", help="The model that `default` means.")] = None,
     device: DeviceOption = None,
 ) -> None:
@@ -99,11 +108,20 @@ def serve(
     settings = _settings(
         models=model, endpoints=endpoint, default_model=default_model, device=device, host=host, port=port
     )
+    if capability is not None:
+        from embeddings_mcp.manifest import read_manifest
+
+        read = read_manifest(capability)
+        for note in read.notes:
+            sys.stderr.write(f"embeddings-mcp: {note}\n")
+        settings = read.added_to(settings)
     # Imported late, since the other commands need neither.
     from embeddings_mcp.faces.mcp import build_mcp_server
 
+    if transport == "http":
+        _refuse_itself(settings)
     service = build_service(settings)
-    server = build_mcp_server(service)
+    server = build_mcp_server(service, Limits.of(settings))
     if transport == "http":
         from embeddings_mcp.faces.http import serve_http
 
@@ -294,6 +312,16 @@ def demo(
 
 
 @app.command()
+def key(name: Annotated[str, typer.Argument(help="Whose key it is to be.")]) -> None:
+    """Make an API key: it goes to stderr and is kept nowhere; its line for the file of keys goes to stdout."""
+    from embeddings_mcp.faces.keys import new_key
+
+    made, line = new_key(name)
+    sys.stderr.write(f"embeddings-mcp: the key of {name}, shown only now: {made}\n")
+    _print(line.encode())
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     _print(__version__.encode())
@@ -322,6 +350,22 @@ def _service_for(
     """How to make a service to ask one model: that of ``--model``, or else the default model."""
     settings = _settings(endpoints=endpoints, device=device)
     return partial(service_for, settings, model, at_endpoint=bool(endpoints))
+
+
+def _refuse_itself(settings: Settings) -> None:
+    """An endpoint where this server is about to listen would be this server, asked by itself for ever.
+
+    Raises:
+        InvalidSetting: there is one.
+    """
+    here = {settings.host, "localhost", "127.0.0.1", "::1"}
+    for endpoint in settings.endpoints:
+        address = urlsplit(endpoint.url)
+        if settings.port and address.port == settings.port and address.hostname in here:
+            raise InvalidSetting(
+                f"the endpoint {endpoint.url} would be this server itself: choose another --port, or another address "
+                "for the endpoint"
+            )
 
 
 def _lines(texts: list[str]) -> list[str]:
