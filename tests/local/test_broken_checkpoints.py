@@ -366,6 +366,17 @@ def test_nv_embed_without_all_of_its_parts_is_refused(nv_embed: Path, damage: Da
     assert re.search(reason, refused(nv_embed))
 
 
+def test_a_tokenizer_of_another_model_is_refused_with_the_first_token_that_is_not_the_models(folder: Path) -> None:
+    described = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    described["added_tokens"].append(described["added_tokens"][0] | {"id": 5000, "content": "[FOREIGN]"})
+    write(folder / "tokenizer.json", json.dumps(described))
+    encoder = load_encoder("test/foreign", folder)
+
+    assert encoder.encode(["water"], input_type="query").vectors.shape == (1, 16)
+    with pytest.raises(CheckpointInvalid, match=r"makes token \d+ of text 1, and the model has only \d+"):
+        encoder.encode(["water", "water [FOREIGN]"], input_type="query")
+
+
 def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
     assert "is not a folder" in refused(tmp_path / "missing")
     write(tmp_path / "file", "")

@@ -66,6 +66,11 @@ class Backbone:
         """Where the weights are."""
         return self._model.device
 
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that it has vectors for."""
+        return int(self._model.config.vocab_size)
+
     def hidden_states(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, Packing]:
         """The token vectors of the texts, one text behind the other.
 

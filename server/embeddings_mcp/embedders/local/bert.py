@@ -17,7 +17,7 @@ from torch.nn.functional import embedding, layer_norm
 from embeddings_mcp.embedders.local.attention import Packing, attend
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint
 from embeddings_mcp.embedders.local.jsonfile import JsonObject
-from embeddings_mcp.embedders.local.linear import Linear
+from embeddings_mcp.embedders.local.linear import Int8Linear, Linear
 from embeddings_mcp.embedders.local.weights import check_tensors, read_tensors
 
 MODEL_TYPES = frozenset({"bert", "roberta", "xlm-roberta", "camembert"})
@@ -53,11 +53,11 @@ class _Norm:
 class _Layer:
     """One layer of the encoder."""
 
-    projections: Linear
-    attention_output: Linear
+    projections: Linear | Int8Linear
+    attention_output: Linear | Int8Linear
     attention_norm: _Norm
-    intermediate: Linear
-    output: Linear
+    intermediate: Linear | Int8Linear
+    output: Linear | Int8Linear
     output_norm: _Norm
 
     def __call__(self, rows: torch.Tensor, heads: int, packing: Packing) -> torch.Tensor:
@@ -73,13 +73,21 @@ class Bert:
     """A loaded model of the family; in its use like `backbone.Backbone`.
 
     Attributes:
+        vocabulary: tokens that it has vectors for.
         packed: True: nothing is ever padded.
         device: where the weights are.
     """
 
     packed = True
 
-    def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], position_offset: int) -> None:
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        position_offset: int,
+        quantized: bool,
+    ) -> None:
         epsilon = float(config.get("layer_norm_eps", 1e-12))
         self._heads = int(config["num_attention_heads"])
         self._offset = position_offset
@@ -89,8 +97,10 @@ class Bert:
         self._positions = tensors["embeddings.position_embeddings.weight"] + types[0]
         self._norm = _norm(tensors, "embeddings.LayerNorm", epsilon)
         self._layers = [
-            _layer(tensors, _LAYER.format(number), epsilon) for number in range(int(config["num_hidden_layers"]))
+            _layer(tensors, _LAYER.format(number), epsilon, Int8Linear if quantized else Linear)
+            for number in range(int(config["num_hidden_layers"]))
         ]
+        self.vocabulary = len(self._words)
         self.device = self._words.device
 
     def hidden_states(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, Packing]:
@@ -164,10 +174,12 @@ def _shapes(config: JsonObject) -> dict[str, tuple[int, ...]]:
     return shapes | {f"{name}.{part}": (width,) for name in norms for part in ("weight", "bias")}
 
 
-def _layer(tensors: Mapping[str, torch.Tensor], name: str, epsilon: float) -> _Layer:
-    def linear(*parts: str) -> Linear:
+def _layer(
+    tensors: Mapping[str, torch.Tensor], name: str, epsilon: float, make: type[Linear | Int8Linear]
+) -> _Layer:
+    def linear(*parts: str) -> Linear | Int8Linear:
         weight = torch.cat([tensors[f"{name}.{part}.weight"] for part in parts])
-        return Linear(weight, torch.cat([tensors[f"{name}.{part}.bias"] for part in parts]))
+        return make(weight, torch.cat([tensors[f"{name}.{part}.bias"] for part in parts]))
 
     return _Layer(
         projections=linear(*_PROJECTIONS),

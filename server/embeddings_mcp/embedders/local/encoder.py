@@ -27,12 +27,10 @@ from embeddings_mcp.embedders.local.pooling import pool
 from embeddings_mcp.embedders.local.tokenizer import Tokenizer
 from embeddings_mcp.embedders.local.weights import load_weights
 from embeddings_mcp.errors import CheckpointInvalid, InvalidRequest, ModelUnavailable
-from embeddings_mcp.models import InputType, ModelCard, Truncate
+from embeddings_mcp.models import InputType, ModelCard, Precision, Truncate
 from embeddings_mcp.vectors import FloatMatrix, SparseVector
 
 _logger = logging.getLogger(__name__)
-
-Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 Row = Sequence[int]
 """Token ids of a text."""
@@ -54,6 +52,11 @@ class Transformer(Protocol):
     @property
     def packed(self) -> bool:
         """Whether texts go through it without padding."""
+        ...
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that it has vectors for."""
         ...
 
     def hidden_states(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, Packing]:
@@ -139,6 +142,7 @@ class Encoder:
         Raises:
             InputTooLong: a text is too long and `truncate` is NONE.
             InvalidRequest: nothing of a text is left to pool.
+            CheckpointInvalid: the tokenizer gives a token that the model does not know.
         """
         prompt = self.card.prompt(input_type)
         rows = self._tokenizer.encode(texts, prompt=prompt, truncate=truncate)
@@ -146,6 +150,11 @@ class Encoder:
         for index, row in enumerate(rows):
             if len(row) <= skip:
                 raise InvalidRequest(f"text {index} has no tokens of its own behind the prompt of {skip} tokens")
+            if max(row) >= self._backbone.vocabulary:  # on a GPU, to look it up would be the end of the process
+                raise CheckpointInvalid(
+                    f"{self._checkpoint.folder}: the tokenizer makes token {max(row)} of text {index}, and the model "
+                    f"has only {self._backbone.vocabulary}: they do not belong together"
+                )
         return Tokens(rows, skip)
 
     def _unpooled(self, prompt: str) -> int:
@@ -240,7 +249,7 @@ def load_encoder(
         folder: the checkpoint.
         known: the card of that name, where there is one.
         device: ``auto`` (cuda, then mps, then cpu), or a torch device such as ``cuda:1``.
-        precision: number format of the weights; ``auto`` is bfloat16 on cuda and float32 elsewhere.
+        precision: number format of the weights.
         max_tokens: a lower limit than the checkpoint's own.
 
     Raises:
@@ -254,7 +263,14 @@ def load_encoder(
     if card.non_commercial:
         _logger.warning("%s may not be used commercially: its licence is %s", card.id, card.licence)
     where = _device(device)
-    dtype = getattr(torch, number_format(precision, where.type))
+    number = number_format(precision, where.type)
+    quantized = number == "int8"
+    if quantized and not can_prepack(where):
+        raise ModelUnavailable(
+            f"int8 is for x86 CPUs, and not for {where}: set another precision (--precision, or "
+            "EMBEDDINGS_MCP_PRECISION)"
+        )
+    dtype = torch.float32 if quantized else getattr(torch, number)
     with _checkpoint_errors(folder, where):
         encoder = _load(checkpoint, card, where, dtype)
         _try(encoder)
