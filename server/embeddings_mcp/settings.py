@@ -6,16 +6,16 @@ A flag wins over the environment. Secrets are `SecretStr`, so that no log and no
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import fields
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from embeddings_mcp.models import DEFAULT_MODEL, ModelCard
-
-Precision = Literal["auto", "float32", "bfloat16", "float16"]
+from embeddings_mcp.models import DEFAULT_MODEL, ModelCard, Precision
 
 
 class EndpointSettings(BaseModel):
@@ -116,14 +116,52 @@ class Settings(BaseSettings):
         str, Field(description="Where the local encoder runs: `auto` (cuda, then mps, then cpu) or a torch device.")
     ] = "auto"
     precision: Annotated[
-        Precision, Field(description="Number format of the local encoder; `auto` is bfloat16 on cuda, else float32.")
+        Precision,
+        Field(
+            description="Number format of the local encoder: `auto` (bfloat16 on cuda, else float32), `float32`, "
+            "`bfloat16`, `float16`, or `int8` (CPU only: faster, and near but not equal)."
+        ),
     ] = "auto"
+
+    cache: Annotated[
+        str,
+        Field(description="Where vectors are remembered: `memory`, `off`, or a folder, where they outlive the server."),
+    ] = "memory"
+    cache_memory_mb: Annotated[int, Field(gt=0, description="MiB of vectors that are remembered in memory.")] = 64
+    cache_disk_mb: Annotated[int, Field(gt=0, description="MiB of vectors that are remembered in the folder.")] = 1024
 
     host: Annotated[str, Field(description="Address that the HTTP server listens on.")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="Port of the HTTP server; 0 takes a free one.")] = 8000
     api_key: Annotated[
         SecretStr | None, Field(description="Key that HTTP callers must send; required off the loopback address.")
     ] = None
+    api_keys: Annotated[
+        SecretStr | None,
+        Field(description="Keys of several callers, each `NAME=KEY`, separated by spaces; one name may have several."),
+    ] = None
+    api_keys_file: Annotated[
+        Path | None,
+        Field(description="File of such keys as `embeddings-mcp key` writes them, hashed; read anew when it changes."),
+    ] = None
+    allow_keyless: Annotated[
+        bool, Field(description="Serve without a key off the loopback address too: where a proxy asks for one.")
+    ] = False
+    without_key: Annotated[
+        tuple[Literal["health", "metrics"], ...],
+        NoDecode,
+        Field(description="What is answered without a key all the same: `health`, `metrics`, both or neither."),
+    ] = ("health",)
+    tls_certificate: Annotated[
+        Path | None, Field(description="Certificate chain, PEM: with it the server speaks https only.")
+    ] = None
+    tls_key: Annotated[
+        Path | None, Field(description="Private key of the certificate, PEM, where that file does not hold it.")
+    ] = None
+    cors_origins: Annotated[
+        tuple[str, ...],
+        NoDecode,
+        Field(description="Origins, as `https://app.example`, whose pages may call the server from a browser."),
+    ] = ()
     allowed_hosts: Annotated[
         tuple[str, ...],
         NoDecode,
@@ -132,11 +170,43 @@ class Settings(BaseSettings):
     max_body_bytes: Annotated[
         int, Field(gt=0, description="Largest HTTP request body. The hosted NIM gateway takes 25 MiB.")
     ] = 25 * 1024 * 1024
+    max_bytes_in_work: Annotated[
+        int, Field(gt=0, description="Bytes that the bodies of all HTTP requests in work may have together.")
+    ] = 256 * 1024 * 1024
+    max_requests_in_work: Annotated[
+        int, Field(gt=0, description="HTTP requests that may be in work at the same time, those that wait included.")
+    ] = 256
+    requests_per_minute: Annotated[
+        int | None,
+        Field(gt=0, description="HTTP requests that each API key may make in a minute; no limit if not set."),
+    ] = None
+    max_inputs: Annotated[int, Field(gt=0, description="Texts in one request, over HTTP or MCP.")] = 16_384
+    max_input_characters: Annotated[
+        int, Field(gt=0, description="Characters in one text, whether or not it may be truncated.")
+    ] = 1_000_000
+    max_queued_tokens: Annotated[
+        int, Field(gt=0, description="Tokens that may wait for one local model; who comes then is asked back later.")
+    ] = 1_000_000
+    request_seconds: Annotated[
+        float, Field(gt=0, description="Seconds that one request may take, waiting included.")
+    ] = 600
 
-    @field_validator("models", "allowed_hosts", mode="before")
+    @field_validator("models", "allowed_hosts", "without_key", "cors_origins", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(value.split()) if isinstance(value, str) else value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if not re.fullmatch(r"https?://[^\s/*@]+", origin):
+                raise PydanticCustomError(
+                    "origin",
+                    "must be origins such as https://app.example, without path or `*`: {origin}",
+                    {"origin": origin},
+                )
+        return tuple(origin.lower() for origin in origins)
 
     @field_validator("endpoints", mode="before")
     @classmethod
@@ -153,6 +223,13 @@ class Settings(BaseSettings):
                 "caller_keys", "`caller_keys` is possible for one endpoint only: a key meant for one would go to others"
             )
         return endpoints
+
+    @field_validator("tls_key")
+    @classmethod
+    def _check_tls(cls, key: Path | None, others: ValidationInfo) -> Path | None:
+        if key is not None and others.data.get("tls_certificate") is None:
+            raise PydanticCustomError("tls", "is of no use without a certificate, tls_certificate")
+        return key
 
     @field_validator("cards", mode="before")
     @classmethod

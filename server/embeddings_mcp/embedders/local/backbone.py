@@ -17,6 +17,7 @@ from embeddings_mcp.embedders.local.attention import NAME, Packing, PackingUnsup
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint
 from embeddings_mcp.embedders.local.latent_attention import LATENT_ATTENTION
 from embeddings_mcp.embedders.local.linear import prepack
+from embeddings_mcp.embedders.local.placement import Placement
 from embeddings_mcp.embedders.local.weights import check_tensors, find_weights, read_tensors
 from embeddings_mcp.errors import CheckpointInvalid
 
@@ -140,7 +141,7 @@ def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
     return bool(torch.nn.functional.cosine_similarity(left.float(), right.float()).min() > 1 - tolerance)
 
 
-def load_backbone(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Backbone:
+def load_backbone(checkpoint: Checkpoint, placement: Placement) -> Backbone:
     """Load the transformer of a checkpoint, without running any code that came with it.
 
     Raises:
@@ -171,7 +172,7 @@ def load_backbone(checkpoint: Checkpoint, device: torch.device, dtype: torch.dty
     model, report = architecture.from_pretrained(
         folder,
         config=config,
-        dtype=dtype,
+        dtype=placement.dtype,
         state_dict=read_tensors(folder) if pickled else None,
         local_files_only=True,
         trust_remote_code=False,
@@ -187,7 +188,7 @@ def load_backbone(checkpoint: Checkpoint, device: torch.device, dtype: torch.dty
         misshapen=[name for name, *_shapes in report["mismatched_keys"]],
     )
     model.pooler = None  # where there is one, its output is not used
-    backbone = Backbone(model.eval().to(device), position_offset=checkpoint.position_offset)
+    backbone = Backbone(model.eval().to(placement.device), position_offset=checkpoint.position_offset)
     if model_type in PROVEN:  # others may look into their linear layers
-        prepack(model)
+        prepack(model, quantized=placement.quantized)
     return backbone

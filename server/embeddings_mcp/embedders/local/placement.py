@@ -1,0 +1,62 @@
+"""Where a model computes, and in which numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from embeddings_mcp.embedders.local.fingerprint import number_format
+from embeddings_mcp.embedders.local.linear import can_prepack
+from embeddings_mcp.errors import ModelUnavailable
+from embeddings_mcp.models import Precision
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a model computes, and in which numbers.
+
+    Attributes:
+        device: where.
+        dtype: of its tensors.
+        quantized: whether its linear layers compute in int8.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    quantized: bool = False
+
+
+def choose_placement(device: str, precision: Precision) -> Placement:
+    """What the settings mean on this machine.
+
+    Args:
+        device: ``auto`` (cuda, then mps, then cpu), or a torch device such as ``cuda:1``.
+        precision: the number format.
+
+    Raises:
+        ModelUnavailable: this machine has no such device, or the device not these numbers.
+    """
+    where = _device(device)
+    number = number_format(precision, where.type)
+    if number != "int8":
+        return Placement(where, getattr(torch, number))
+    if not can_prepack(where):
+        raise ModelUnavailable(
+            f"int8 is for x86 CPUs, and not for {where}: set another precision (EMBEDDINGS_MCP_PRECISION)"
+        )
+    return Placement(where, torch.float32, quantized=True)
+
+
+def _device(name: str) -> torch.device:
+    if name != "auto":
+        try:
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+            raise ModelUnavailable(
+                f"the device {name!r} cannot be used here ({str(error).partition(chr(10))[0]}): set another one "
+                "(--device, or EMBEDDINGS_MCP_DEVICE), or auto"
+            ) from error
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
