@@ -366,6 +366,25 @@ def test_nv_embed_without_all_of_its_parts_is_refused(nv_embed: Path, damage: Da
     assert re.search(reason, refused(nv_embed))
 
 
+@pytest.mark.parametrize("name", ["sparse_linear.pt", "colbert_linear.pt"])
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        ({}, ": tensors are missing: bias, weight"),
+        ({"weight": torch.zeros(3, 5), "bias": torch.zeros(3)}, ": tensors have another shape than config.json says"),
+        ({"weight": "a text"}, " is damaged, or holds something besides tensors"),
+    ],
+    ids=["empty", "another shape", "no tensor"],
+)
+def test_a_layer_of_bge_m3_that_is_not_what_it_should_be_is_refused(
+    tmp_path: Path, name: str, layer: dict[str, object], reason: str
+) -> None:
+    folder = Path(shutil.copytree(family("bge-m3").folder, tmp_path / "model"))
+    torch.save(layer, folder / name)
+
+    assert f"{name}{reason}" in refused(folder)
+
+
 def test_a_tokenizer_of_another_model_is_refused_with_the_first_token_that_is_not_the_models(folder: Path) -> None:
     described = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     described["added_tokens"].append(described["added_tokens"][0] | {"id": 5000, "content": "[FOREIGN]"})

@@ -200,6 +200,31 @@ def test_a_limit_may_stand_with_the_tokenizer_or_come_from_the_positions(saved: 
     assert_as_sentence_transformers_reads_it(saved, ["water " * 80])
 
 
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {},
+        {"hidden_act": "relu"},
+        {"hidden_act": "gelu_new"},
+        {"is_decoder": True},
+        {"layer_norm_eps": 0.5},
+        {"return_dict": False},
+        {"output_attentions": True},
+        {"output_hidden_states": True},
+        {"attention_probs_dropout_prob": 0.9},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("base", ["e5", "bge-m3", "nemotron-3-embed"])
+def test_what_a_config_says_of_its_architecture_is_done(
+    tmp_path: Path, base: FamilyName, variant: dict[str, Any]
+) -> None:
+    save(tmp_path, Pooling(WIDTH), base=base)
+    edit(tmp_path / "config.json", **variant)
+
+    assert_as_sentence_transformers_reads_it(tmp_path)
+
+
 def test_positions_that_start_behind_the_padding_id_take_their_share_of_the_limit(tmp_path: Path) -> None:
     save(tmp_path, Pooling(WIDTH), base="bge-m3")
     edit(tmp_path / "tokenizer_config.json", model_max_length=10**30)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModel, PreTrainedModel, T5EncoderModel
 
 from embeddings_mcp.embedders.local.backbone import PROVEN, Backbone
+from embeddings_mcp.embedders.local.bert import Bert, is_bert
 from embeddings_mcp.embedders.local.checkpoint import OFFSET_POSITIONS
 
 VOCABULARY = 40
@@ -152,10 +153,14 @@ def alone(model: PreTrainedModel, rows: Rows) -> torch.Tensor:
         return torch.cat([model(input_ids=torch.tensor([row])).last_hidden_state[0] for row in rows])
 
 
+def offset(kind: Kind) -> int:
+    """Position id of a text's first token."""
+    return int(kind.config["pad_token_id"]) + 1 if kind.type in OFFSET_POSITIONS else 0
+
+
 def together(kind: Kind, model: PreTrainedModel, rows: Rows) -> tuple[torch.Tensor, Backbone]:
-    offset = kind.config["pad_token_id"] + 1 if kind.type in OFFSET_POSITIONS else 0
     with torch.inference_mode():
-        backbone = Backbone(model, position_offset=offset)
+        backbone = Backbone(model, position_offset=offset(kind))
         hidden, packing = backbone.hidden_states(rows)
     assert packing.lengths == tuple(map(len, rows))
     return hidden, backbone
@@ -176,6 +181,28 @@ def test_packed_texts_have_the_vectors_they_have_alone(kind: Kind, rows: Rows, s
 
     assert backbone.packed
     torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-5)
+
+
+OWN_LAYERS = {name: kind for name, kind in KINDS.items() if is_bert({"model_type": kind.type} | kind.config)}
+
+
+@pytest.mark.parametrize("kind", OWN_LAYERS.values(), ids=OWN_LAYERS)
+@settings(max_examples=20, deadline=None)
+@given(rows=ROWS, seed=st.integers(0, 2**32))
+def test_our_own_layers_make_the_vectors_of_transformers(kind: Kind, rows: Rows, seed: int) -> None:
+    model = build(kind, seed)
+    own = Bert(model.config.to_dict(), model.state_dict(), position_offset=offset(kind), quantized=False)
+
+    with torch.inference_mode():
+        hidden, packing = own.hidden_states(rows)
+
+    assert packing.lengths == tuple(map(len, rows))
+    torch.testing.assert_close(hidden, alone(model, rows), rtol=0, atol=1e-5)
+
+
+def test_the_family_runs_on_our_own_layers_but_not_its_variants() -> None:
+    assert {kind.type for kind in OWN_LAYERS.values()} == {"bert", "roberta", "xlm-roberta"}
+    assert "bert, causal" not in OWN_LAYERS
 
 
 LONG_AND_SHORT: Rows = [[7 + (place * step) % 31 for place in range(length)] for step, length in ((3, LONGEST), (5, 9))]

@@ -70,14 +70,21 @@ def read_tensors_file(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        return {name: tensor for name, tensor in _unpickle(path).items() if name.startswith(prefix)}
     except (OSError, SafetensorError) as error:
         raise CheckpointInvalid(f"{path}: the weights cannot be read: {error}") from error
     except Exception as error:  # a pickle can be wrong in any way, and PyTorch's reasons end in advice to trust it
         raise CheckpointInvalid(
             f"{path} is damaged, or holds something besides tensors: code in a checkpoint is never run"
         ) from error
+
+
+def _unpickle(path: Path) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} is no tensor")
+    return tensors
 
 
 def load_weights(module: torch.nn.Module, path: Path, *, prefix: str = "") -> None:
