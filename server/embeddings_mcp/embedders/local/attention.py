@@ -128,7 +128,7 @@ def attend(
     Returns:
         ``[tokens, heads, d]``.
     """
-    varlen_attn = _varlen_attn() if query.is_cuda and query.dtype in {torch.bfloat16, torch.float16} else None
+    varlen_attn = _kernel_for(query)
     if varlen_attn is None:
         return _attend_by_runs(query, key, value, packing, scaling, causal=causal, reach=reach)
     side = -1 if reach is None else reach
@@ -146,6 +146,11 @@ def attend(
         enable_gqa=key.shape[1] != query.shape[1],
     )
     return attended
+
+
+def _kernel_for(query: torch.Tensor) -> Callable[..., Any] | None:
+    """The packed kernel, where there is one for such tensors: on CUDA, in 16 bits."""
+    return _varlen_attn() if query.is_cuda and query.dtype in {torch.bfloat16, torch.float16} else None
 
 
 @functools.cache
