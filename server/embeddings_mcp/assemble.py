@@ -192,7 +192,7 @@ def _local(spec: str, settings: Settings) -> LocalEmbedder:
         precision = number_format(settings.precision, settings.device)
         return fingerprint(checkpoint, precision=precision, digest=file_state), checkpoint.card(name, known)
 
-    return LocalEmbedder(card, load, identify)
+    return LocalEmbedder(card, load, identify, max_queued_tokens=settings.max_queued_tokens)
 
 
 def _of_settings(model: str, settings: Settings) -> str | None:

@@ -3,11 +3,16 @@
     EmbeddingsError
     |-- InvalidSetting            the server was told something that cannot be: says which setting to change
     |-- InvalidRequest            the request breaks a rule: names the field and says what is accepted
-    |   `-- InputTooLong          more tokens than the model takes, and truncate is NONE
+    |   |-- InputTooLong          more tokens than the model takes, and truncate is NONE
+    |   |-- TooManyInputs         more texts than one request may have
+    |   `-- InputTooLarge         more characters than one text may have
     |-- AuthenticationFailed      no API key, or a wrong one
     |-- UnknownModel              no such model here: lists those that are
     |-- PayloadTooLarge           the body is over the limit
     |-- Overloaded                no room in the queue now: says when to come back
+    |-- RateLimited               the caller has asked too often: says when to come back
+    |-- TooBusy                   too many requests are in work: says when to come back
+    |-- RequestTimeout            the request took longer than one may
     |-- ServerStopped             the server is shutting down
     `-- ModelUnavailable          the model is known, but cannot answer here and now
         |-- MissingDependency     a package is not installed: says which extra brings it
@@ -89,6 +94,14 @@ class InputTooLong(InvalidRequest):
         )
 
 
+class TooManyInputs(InvalidRequest):
+    """The request has more texts than one request may have here."""
+
+
+class InputTooLarge(InvalidRequest):
+    """A text has more characters than one text may have here, whatever is truncated."""
+
+
 class AuthenticationFailed(EmbeddingsError):
     """The caller gave no API key, or one that this server does not accept."""
 
@@ -108,6 +121,18 @@ class Overloaded(EmbeddingsError):
 
     def __init__(self, message: str, *, retry_after: float) -> None:
         super().__init__(message, retry_after=retry_after)
+
+
+class RateLimited(EmbeddingsError):
+    """The caller has sent more requests than the server takes from one in a minute; `retry_after` is always known."""
+
+
+class TooBusy(EmbeddingsError):
+    """The server has as many requests in work as it takes; `retry_after` is always known."""
+
+
+class RequestTimeout(EmbeddingsError):
+    """The request took longer than the server lets one take."""
 
 
 class ServerStopped(EmbeddingsError):
@@ -161,10 +186,15 @@ class WireForm:
 WIRE_FORMS: dict[type[EmbeddingsError], WireForm] = {
     InvalidRequest: WireForm(400, "invalid_request_error", "invalid_request"),
     InputTooLong: WireForm(400, "invalid_request_error", "input_too_long"),
+    TooManyInputs: WireForm(400, "invalid_request_error", "too_many_inputs"),
+    InputTooLarge: WireForm(400, "invalid_request_error", "input_too_large"),
     AuthenticationFailed: WireForm(401, "authentication_error", "invalid_api_key"),
     UnknownModel: WireForm(404, "invalid_request_error", "model_not_found"),
     PayloadTooLarge: WireForm(413, "invalid_request_error", "payload_too_large"),
     Overloaded: WireForm(429, "rate_limit_error", "overloaded"),
+    RateLimited: WireForm(429, "rate_limit_error", "rate_limited"),
+    TooBusy: WireForm(503, "server_error", "too_busy"),
+    RequestTimeout: WireForm(503, "server_error", "request_timeout"),
     ServerStopped: WireForm(503, "server_error", "server_stopped"),
     ModelUnavailable: WireForm(503, "server_error", "model_unavailable"),
     MissingDependency: WireForm(503, "server_error", "missing_dependency"),

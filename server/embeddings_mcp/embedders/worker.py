@@ -16,7 +16,7 @@ import anyio.to_thread
 import numpy as np
 
 from embeddings_mcp.embedders.base import Embeddings, OnProgress, OnRows, Representations
-from embeddings_mcp.embedders.batcher import Batcher
+from embeddings_mcp.embedders.batcher import MAX_QUEUED_TOKENS, Batcher
 from embeddings_mcp.errors import ServerStopped
 from embeddings_mcp.models import InputType, ModelCard, Truncate
 from embeddings_mcp.vectors import FloatMatrix, FloatVector, SparseVector
@@ -53,14 +53,21 @@ class LocalEmbedder:
         load: loads it; called on a thread of its own.
         identify: finds its files without loading them, and says what identifies its vectors and what its card is;
             called on a thread of its own.
+        max_queued_tokens: tokens that may wait for it.
     """
 
     origin = "local"
 
     def __init__(
-        self, card: ModelCard, load: Callable[[], Encoder], identify: Callable[[], tuple[str, ModelCard]]
+        self,
+        card: ModelCard,
+        load: Callable[[], Encoder],
+        identify: Callable[[], tuple[str, ModelCard]],
+        *,
+        max_queued_tokens: int = MAX_QUEUED_TOKENS,
     ) -> None:
         self.card = card
+        self._max_queued_tokens = max_queued_tokens
         self._loaded = _Once(f"load {card.id}", load)
         self._identified = _Once(f"identify {card.id}", identify)
         self._batcher: Batcher[_Kind, Any] | None = None
@@ -138,11 +145,11 @@ class LocalEmbedder:
         encoder = await self._loaded.get()
         self.card = encoder.card
         if self._batcher is None:
-            self._batcher = _batcher(encoder)
+            self._batcher = _batcher(encoder, self._max_queued_tokens)
         return encoder, self._batcher
 
 
-def _batcher(encoder: Encoder) -> Batcher[_Kind, Any]:
+def _batcher(encoder: Encoder, max_queued_tokens: int) -> Batcher[_Kind, Any]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = encoder.workers(cores)
 
@@ -155,6 +162,7 @@ def _batcher(encoder: Encoder) -> Batcher[_Kind, Any]:
         run,
         workers=workers,
         budget=encoder.tokens_per_batch,
+        max_queued_tokens=max_queued_tokens,
         padded=not encoder.packed,
         prepare_worker=functools.partial(encoder.compute_on, cores // workers),
     )

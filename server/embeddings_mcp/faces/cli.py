@@ -24,6 +24,7 @@ from embeddings_mcp import __version__
 from embeddings_mcp.assemble import build_service, open_embedder, service_for
 from embeddings_mcp.embedders.base import OnProgress
 from embeddings_mcp.errors import EmbeddingsError, InvalidRequest, InvalidSetting
+from embeddings_mcp.limits import Limits
 from embeddings_mcp.models import InputType, Mode, Truncate
 from embeddings_mcp.operations import CREATE_EMBEDDING, LIST_MODELS, SEARCH, SIMILARITY, Operation
 from embeddings_mcp.publish import identity
@@ -120,7 +121,7 @@ def serve(
     if transport == "http":
         _refuse_itself(settings)
     service = build_service(settings)
-    server = build_mcp_server(service)
+    server = build_mcp_server(service, Limits.of(settings))
     if transport == "http":
         from embeddings_mcp.faces.http import serve_http
 
@@ -308,6 +309,16 @@ def demo(
     from embeddings_mcp.faces.demo import run_demo
 
     anyio.run(run_demo, _lines(texts) if texts else None)
+
+
+@app.command()
+def key(name: Annotated[str, typer.Argument(help="Whose key it is to be.")]) -> None:
+    """Make an API key: it goes to stderr and is kept nowhere; its line for the file of keys goes to stdout."""
+    from embeddings_mcp.faces.keys import new_key
+
+    made, line = new_key(name)
+    sys.stderr.write(f"embeddings-mcp: the key of {name}, shown only now: {made}\n")
+    _print(line.encode())
 
 
 @app.command()

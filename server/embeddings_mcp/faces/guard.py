@@ -1,4 +1,4 @@
-"""What every HTTP request must pass before any route sees it: host, origin, key and size.
+"""What every HTTP request must pass before any route sees it: host, origin, key, pace, room and size.
 
 Listening on loopback keeps other machines out, but not the web pages in this machine's browser: a page can post to
 ``http://localhost`` as it likes, and by DNS rebinding reach 127.0.0.1 under a name of its own. So Host must name this
@@ -8,24 +8,43 @@ knows neither our settings nor our other routes, and is switched off.
 
 from __future__ import annotations
 
-import hmac
+import contextlib
 import ipaddress
+import math
 import re
+from collections.abc import Iterator
 from http import HTTPStatus
 
+import anyio
 from pydantic import SecretStr
-from starlette.responses import Response
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from embeddings_mcp.caller import CALLER_KEY_HEADER, bringing
-from embeddings_mcp.errors import AuthenticationFailed, InvalidRequest, InvalidSetting, PayloadTooLarge
+from embeddings_mcp.caller import CALLER_KEY_HEADER, bringing, named
+from embeddings_mcp.errors import (
+    AuthenticationFailed,
+    EmbeddingsError,
+    InvalidRequest,
+    InvalidSetting,
+    PayloadTooLarge,
+    RateLimited,
+    TooBusy,
+)
+from embeddings_mcp.faces.keys import Keyring
+from embeddings_mcp.faces.rate import Rate
 from embeddings_mcp.faces.rest import error_response, http_error_response
 from embeddings_mcp.settings import Settings
 
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
-_KEYLESS_PATHS = frozenset({"/v1/health/live", "/v1/health/ready"})
+_PATHS = {"health": frozenset({"/v1/health/live", "/v1/health/ready"}), "metrics": frozenset({"/v1/metrics"})}
 _CALLER_KEY = CALLER_KEY_HEADER.lower().encode()
 _AUTHORITY = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\s:/?#@\[\]]+))(?::[0-9]*)?", re.IGNORECASE)
+
+BODY_SECONDS = 60.0
+"""Longest that a request's body may take to arrive: who sends a byte now and then would keep others out for ever."""
+
+_SOON = 1.0
+"""Seconds after which it is worth asking again where too much is in work: nobody knows better when something ends."""
 
 
 class Guard:
@@ -33,22 +52,28 @@ class Guard:
 
     Args:
         app: what lies behind.
-        settings: read are ``host``, ``allowed_hosts``, ``api_key``, ``max_body_bytes``, and whether an endpoint has
-            ``caller_keys``.
+        settings: read are the host and its names, keys and what needs none, the limits of what is in work, and whether
+            an endpoint has ``caller_keys``.
 
     Raises:
         InvalidSetting: the server would be open to other machines without a key.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
-        key = settings.api_key.get_secret_value() if settings.api_key else ""
-        if not key and not _is_loopback(settings.host):
+        self._keys = Keyring(settings)
+        if not (self._keys.in_use or settings.allow_keyless or _is_loopback(settings.host)):
             raise InvalidSetting(
                 f"every machine that reaches {settings.host} could use this server: set an API key "
-                "(EMBEDDINGS_MCP_API_KEY), or listen on 127.0.0.1"
+                "(EMBEDDINGS_MCP_API_KEY), listen on 127.0.0.1, or say that this is what you want "
+                "(EMBEDDINGS_MCP_ALLOW_KEYLESS=true)"
             )
         self._app = app
-        self._key = key.encode()
+        self._keyless_paths = frozenset[str]().union(*(_PATHS[name] for name in settings.without_key))
+        self._origins = frozenset(settings.cors_origins)
+        self._rate = None if settings.requests_per_minute is None else Rate(settings.requests_per_minute)
+        self._max_requests = settings.max_requests_in_work
+        self._max_bytes = settings.max_bytes_in_work
+        self._requests = self._bytes = 0
         self._names = _LOOPBACK_NAMES | {
             _name(host) or host.lower() for host in (settings.host, *settings.allowed_hosts)
         }
@@ -59,43 +84,69 @@ class Guard:
         """Answer the request in place of the application behind, or pass it on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
-        elif refusal := self._refusal(scope):
-            await refusal(scope, receive, send)
-        elif keys := _values(scope, _CALLER_KEY):
-            with bringing(SecretStr(keys[0])):
-                await self._app(scope, self._limited(receive), send)
-        else:
-            await self._app(scope, self._limited(receive), send)
+            return
+        try:
+            caller = self._admit(scope)
+        except EmbeddingsError as error:
+            await error_response(error)(scope, receive, send)
+            return
+        except HTTPException as error:
+            await http_error_response(error.status_code, error.detail)(scope, receive, send)
+            return
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(named(caller))
+            if keys := _values(scope, _CALLER_KEY):
+                stack.enter_context(bringing(SecretStr(keys[0])))
+            # A GET of MCP is a stream of what the server has to say, for as long as the client stays.
+            if scope["method"] == "POST":
+                receive = stack.enter_context(self._in_work(receive))
+            await self._app(scope, receive, send)
 
-    def _refusal(self, scope: Scope) -> Response | None:
-        """The answer to a request that may not pass."""
+    def _admit(self, scope: Scope) -> str:
+        """The name of the caller of a request that may pass.
+
+        Raises:
+            HTTPException: it is addressed to another server, or comes from a foreign page.
+            EmbeddingsError: it shows no key, has a header that cannot be, is too large, too early, or one too many.
+        """
+        self._check_address(scope)
+        if scope["path"] in self._keyless_paths:
+            return ""
+        caller = self._owner(scope)
+        if (keys := _values(scope, _CALLER_KEY)) and (problem := self._problem_of(keys)):
+            raise InvalidRequest(problem)
+        if any(_number(value) > self._max_body_bytes for value in _values(scope, b"content-length")):
+            raise self._too_large()
+        if scope["method"] == "POST" and self._requests >= self._max_requests:
+            raise TooBusy(
+                f"{self._requests:,} requests are in work already: try again in {_SOON:.0f} s", retry_after=_SOON
+            )
+        if self._rate is not None and (wait := self._rate.wait(caller)):
+            raise RateLimited(
+                "so many requests in a minute are more than this server takes from one caller: try again in "
+                f"{math.ceil(wait)} s, or send more texts in one request",
+                retry_after=wait,
+            )
+        return caller
+
+    def _check_address(self, scope: Scope) -> None:
+        """Refuse what is addressed to another server, or sent by a foreign page."""
         hosts = _values(scope, b"host")
         if len(hosts) != 1 or not self._is_ours(hosts[0], scope):
-            return http_error_response(
+            raise HTTPException(
                 HTTPStatus.MISDIRECTED_REQUEST,
                 f"this server has no name {', '.join(hosts)[:100]!r}; names to add to its own are set as allowed hosts "
                 "(EMBEDDINGS_MCP_ALLOWED_HOSTS)",
             )
         for origin in _values(scope, b"origin"):
             scheme, _, authority = origin.partition("://")
-            if scheme not in {"http", "https"} or not self._is_ours(authority, scope):
-                return http_error_response(
+            ours = scheme in {"http", "https"} and self._is_ours(authority, scope)
+            if not ours and origin.lower() not in self._origins:
+                raise HTTPException(
                     HTTPStatus.FORBIDDEN,
                     f"pages of {origin[:100]!r} may not use this server; the hosts whose pages may are set as allowed "
-                    "hosts (EMBEDDINGS_MCP_ALLOWED_HOSTS)",
+                    "hosts (EMBEDDINGS_MCP_ALLOWED_HOSTS), other origins by EMBEDDINGS_MCP_CORS_ORIGINS",
                 )
-        if self._key and scope["path"] not in _KEYLESS_PATHS and not self._shows_key(scope):
-            return error_response(
-                AuthenticationFailed(
-                    "this server asks for its API key, in the header `Authorization: Bearer KEY`; there was none, or "
-                    "another one"
-                )
-            )
-        if (keys := _values(scope, _CALLER_KEY)) and (problem := self._problem_of(keys)):
-            return error_response(InvalidRequest(problem))
-        if any(_number(value) > self._max_body_bytes for value in _values(scope, b"content-length")):
-            return error_response(self._too_large())
-        return None
 
     def _is_ours(self, authority: str, scope: Scope) -> bool:
         """Whether this ``host:port`` names this server.
@@ -110,11 +161,19 @@ class Guard:
         reached = server is not None and name == server[0] and _address(name) is not None
         return reached or name in self._names
 
-    def _shows_key(self, scope: Scope) -> bool:
+    def _owner(self, scope: Scope) -> str:
+        """Whose key the request shows; empty where none is asked for."""
+        if not self._keys.in_use:
+            return ""
         values = _values(scope, b"authorization")
         scheme, _, key = values[0].partition(" ") if len(values) == 1 else ("", "", "")
-        # As bytes, since comparing strings in constant time works for ASCII only.
-        return scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode("latin-1"), self._key)
+        owner = self._keys.owner(key.strip().encode("latin-1")) if scheme.lower() == "bearer" else None
+        if owner is None:
+            raise AuthenticationFailed(
+                "this server asks for its API key, in the header `Authorization: Bearer KEY`; there was none, or "
+                "another one"
+            )
+        return owner
 
     def _problem_of(self, caller_keys: list[str]) -> str | None:
         """Why a caller may not bring these keys for an endpoint; they are not repeated."""
@@ -128,19 +187,46 @@ class Guard:
             return f"the header {CALLER_KEY_HEADER} must hold one key, and nothing that no key has: copy it anew"
         return None
 
-    def _limited(self, receive: Receive) -> Receive:
-        """`receive`, which raises `PayloadTooLarge` in place of a body's byte too many."""
+    @contextlib.contextmanager
+    def _in_work(self, receive: Receive) -> Iterator[Receive]:
+        """Counts a request as in work, and gives its `receive`, which raises what is wrong with its body.
+
+        That is `PayloadTooLarge` in place of a byte too many, `TooBusy` where all bodies in work are too much together,
+        and an `HTTPException` where the body does not arrive in time.
+        """
         received = 0
+        complete = False
+        deadline = anyio.current_time() + BODY_SECONDS
 
         async def limited() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
+            nonlocal received, complete
+            if complete:
+                return await receive()
+            with anyio.CancelScope(deadline=deadline) as scope:
+                message = await receive()
+            if scope.cancelled_caught:
+                raise HTTPException(
+                    HTTPStatus.REQUEST_TIMEOUT, f"the request body did not arrive within {BODY_SECONDS:.0f} s"
+                )
+            complete = not message.get("more_body", False)
+            more = len(message.get("body", b""))
+            received += more
+            self._bytes += more
             if received > self._max_body_bytes:
                 raise self._too_large()
+            if self._bytes > self._max_bytes:
+                raise TooBusy(
+                    f"the requests in work have {self._max_bytes:,} bytes already: try again in {_SOON:.0f} s",
+                    retry_after=_SOON,
+                )
             return message
 
-        return limited
+        self._requests += 1
+        try:
+            yield limited
+        finally:
+            self._requests -= 1
+            self._bytes -= received
 
     def _too_large(self) -> PayloadTooLarge:
         return PayloadTooLarge(

@@ -12,11 +12,13 @@ import uvicorn
 from mcp.server.mcpserver import MCPServer
 from mcp.server.transport_security import TransportSecuritySettings
 from starlette.applications import Starlette
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from embeddings_mcp.errors import InvalidSetting
 from embeddings_mcp.faces import published, rest
 from embeddings_mcp.faces.guard import Guard
+from embeddings_mcp.limits import Limits
 from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
 
@@ -50,11 +52,21 @@ def create_app(service: EmbeddingService, mcp_server: MCPServer, settings: Setti
             yield
 
     app = Starlette(
-        routes=[*rest.routes(service), *published.routes(), *mcp_app.routes],
+        routes=[*rest.routes(service, Limits.of(settings)), *published.routes(), *mcp_app.routes],
         exception_handlers=rest.EXCEPTION_HANDLERS,
         lifespan=life,
     )
-    return Guard(app, settings)
+    guard = Guard(app, settings)
+    if not settings.cors_origins:
+        return guard
+    # Outside of the guard, since a browser shows no key when it asks beforehand whether a page may.
+    return CORSMiddleware(
+        guard,
+        allow_origins=settings.cors_origins,
+        allow_methods=["GET", "POST", "DELETE"],
+        allow_headers=["*"],
+        expose_headers=["Mcp-Session-Id", "Retry-After", "Server-Timing", "WWW-Authenticate", "X-Request-Id"],
+    )
 
 
 def serve_http(service: EmbeddingService, mcp_server: MCPServer, settings: Settings) -> None:
@@ -63,17 +75,28 @@ def serve_http(service: EmbeddingService, mcp_server: MCPServer, settings: Setti
     The address is said in one line on stderr once the server listens: port 0 takes a free one.
 
     Raises:
-        InvalidSetting: it cannot listen there, or would be open to other machines without a key.
+        InvalidSetting: it cannot listen there, has no usable certificate, or would be open to other machines without a
+            key.
     """
     config = uvicorn.Config(
         create_app(service, mcp_server, settings),
         lifespan="on",
         ws="none",
+        ssl_certfile=settings.tls_certificate,
+        ssl_keyfile=settings.tls_key,
         log_config=None,  # what is logged and how is settled for the whole process, not here
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
     )
+    try:
+        config.load()
+    except OSError as error:  # which those of TLS are too
+        raise InvalidSetting(
+            f"the certificate {settings.tls_certificate} cannot be used: {error.strerror or error}; "
+            "EMBEDDINGS_MCP_TLS_CERTIFICATE and, where that file does not hold it, EMBEDDINGS_MCP_TLS_KEY must name "
+            "PEM files that belong together"
+        ) from error
     with _listen(settings.host, settings.port) as listener, contextlib.suppress(KeyboardInterrupt):
         _Server(config, listener).run(sockets=[listener])
 
@@ -83,7 +106,7 @@ class _Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, listener: socket.socket) -> None:
         super().__init__(config)
-        self._url = _url(listener)
+        self._url = _url(listener, "https" if config.is_ssl else "http")
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -110,6 +133,6 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _url(listener: socket.socket) -> str:
+def _url(listener: socket.socket, scheme: str) -> str:
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"

@@ -37,6 +37,7 @@ from embeddings_mcp import __version__, schema
 from embeddings_mcp.embedders.base import OnProgress
 from embeddings_mcp.errors import EmbeddingsError, UnknownModel
 from embeddings_mcp.faces.skills import SKILL_URI, SkillsExtension, use_embeddings
+from embeddings_mcp.limits import DEFAULT_LIMITS, Limits
 from embeddings_mcp.operations import CREATE_EMBEDDING, LIST_MODELS, OPERATIONS, SEARCH, SIMILARITY, Operation
 from embeddings_mcp.schema import (
     EmbeddingRequest,
@@ -77,8 +78,9 @@ class EmbeddingsServer(MCPServer[dict[str, Any]]):
     overridden, and arguments reach `schema.parse` as they came.
     """
 
-    def __init__(self, service: EmbeddingService) -> None:
+    def __init__(self, service: EmbeddingService, limits: Limits) -> None:
         self._service = service
+        self._limits = limits
         self._operations = {operation.name: operation for operation in OPERATIONS}
         self._advertised = [_tool(operation, open_world=not service.catalogue.local) for operation in OPERATIONS]
         super().__init__(
@@ -110,7 +112,7 @@ class EmbeddingsServer(MCPServer[dict[str, Any]]):
             raise MCPError(INVALID_PARAMS, f"Unknown tool: {name!r}; the tools are {', '.join(self._operations)}")
         try:
             request = schema.parse(operation.request, arguments)
-            response = await operation.call(self._service, request, _reporter(request, context))
+            response = await self._limits.answer(self._service, operation, request, _reporter(request, context))
         except EmbeddingsError as error:
             return CallToolResult(content=[TextContent(text=error.message)], is_error=True)
         except Exception as error:
@@ -152,9 +154,9 @@ class EmbeddingsServer(MCPServer[dict[str, Any]]):
             raise MCPError(INVALID_PARAMS, str(error)) from error
 
 
-def build_mcp_server(service: EmbeddingService) -> EmbeddingsServer:
+def build_mcp_server(service: EmbeddingService, limits: Limits = DEFAULT_LIMITS) -> EmbeddingsServer:
     """The server for both transports; it does not close the service, which whoever made it does."""
-    server = EmbeddingsServer(service)
+    server = EmbeddingsServer(service, limits)
     _add_cards(server, service)
     server.prompt(title="Answer a question from texts")(answer_from_texts)
     server.prompt(title="Use embeddings well")(use_embeddings)

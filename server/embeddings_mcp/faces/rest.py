@@ -11,7 +11,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
 from http import HTTPStatus
 from typing import Annotated, Any
@@ -29,6 +29,7 @@ from starlette.types import ExceptionHandler, Receive
 from typing_extensions import NotRequired, TypedDict  # noqa: UP035 - pydantic reads typing's own only from Python 3.12 on
 
 from embeddings_mcp.errors import AuthenticationFailed, EmbeddingsError, InvalidRequest, wire_form
+from embeddings_mcp.limits import DEFAULT_LIMITS, Limits
 from embeddings_mcp.operations import ROUTES, Operation
 from embeddings_mcp.schema import ModelEntry, dump_json, parse
 from embeddings_mcp.service import EmbeddingService
@@ -91,8 +92,8 @@ class HealthResponse(TypedDict):
 # --- Routes ----------------------------------------------------------------------------------------------------------
 
 
-def routes(service: EmbeddingService) -> list[Route]:
-    """The REST routes, answered by `service`."""
+def routes(service: EmbeddingService, limits: Limits = DEFAULT_LIMITS) -> list[Route]:
+    """The REST routes, answered by `service` within `limits`."""
     started = int(time.time())
 
     async def list_models(_request: Request) -> Response:
@@ -112,7 +113,12 @@ def routes(service: EmbeddingService) -> list[Route]:
 
     return [
         *(
-            Route(operation.path, partial(_post, service, operation), methods=["POST"], name=operation.name)
+            Route(
+                operation.path,
+                partial(_post, partial(limits.answer, service, operation), operation),
+                methods=["POST"],
+                name=operation.name,
+            )
             for operation in ROUTES
             if operation.path is not None
         ),
@@ -123,7 +129,9 @@ def routes(service: EmbeddingService) -> list[Route]:
     ]
 
 
-async def _post(service: EmbeddingService, operation: Operation, request: Request) -> Response:
+async def _post(
+    answer: Callable[[BaseModel], Awaitable[Mapping[str, Any]]], operation: Operation, request: Request
+) -> Response:
     """Answer one operation."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise HTTPException(
@@ -133,7 +141,7 @@ async def _post(service: EmbeddingService, operation: Operation, request: Reques
     body = await request.body()
     read = partial(_read, operation.request, body)
     asked = read() if len(body) <= _LARGE_BODY else await anyio.to_thread.run_sync(read)
-    return await _unless_gone(request.receive, operation.call(service, asked, None))
+    return await _unless_gone(request.receive, answer(asked))
 
 
 def _read(request_type: type[BaseModel], body: bytes) -> BaseModel:

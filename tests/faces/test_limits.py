@@ -1,0 +1,228 @@
+"""Limits: each with its own error and status, on both faces, and nothing left behind by those who were refused."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import httpx
+import pytest
+from mcp import Client
+
+from embeddings_mcp.embedders.base import Embeddings, OnProgress, OnRows
+from embeddings_mcp.faces import guard
+from embeddings_mcp.faces.http import create_app
+from embeddings_mcp.faces.mcp import build_mcp_server
+from embeddings_mcp.faces.rate import Rate
+from embeddings_mcp.limits import Limits
+from embeddings_mcp.models import InputType, Truncate
+from embeddings_mcp.service import EmbeddingService
+from embeddings_mcp.settings import Settings
+from tests.support import HashEmbedder, serving
+
+SECONDS = 10
+"""Longest that anything here may take."""
+
+
+@dataclass
+class HeldEmbedder(HashEmbedder):
+    """Answers when the test lets it, and says from any thread how often it was asked and left."""
+
+    asked: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    left: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    may_answer: threading.Event = field(default_factory=threading.Event)
+
+    async def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        input_type: InputType | None,
+        truncate: Truncate,
+        on_progress: OnProgress | None = None,
+        on_rows: OnRows | None = None,
+    ) -> Embeddings:
+        self.asked.release()
+        try:
+            while not self.may_answer.is_set():
+                await anyio.to_thread.run_sync(self.may_answer.wait, 0.02)
+        except anyio.get_cancelled_exc_class():
+            self.left.release()
+            raise
+        return await super().embed(texts, input_type=input_type, truncate=truncate)
+
+
+@contextmanager
+def client_of(embedder: HashEmbedder | None = None, **chosen: Any) -> Iterator[httpx.Client]:
+    settings = Settings(**chosen)
+    service = EmbeddingService([embedder or HashEmbedder()], default_model="test/hash")
+    with (
+        serving(create_app(service, build_mcp_server(service, Limits.of(settings)), settings)) as url,
+        httpx.Client(base_url=url, timeout=SECONDS) as client,
+    ):
+        yield client
+
+
+def ask(client: httpx.Client, texts: str | list[str] = "one", **headers: str) -> httpx.Response:
+    return client.post("/v1/embeddings", json={"model": "default", "input": texts}, headers=headers)
+
+
+def refusal(answer: httpx.Response) -> tuple[int, str, str | None]:
+    error = answer.json()["error"]
+    return answer.status_code, error["code"], error["param"]
+
+
+# --- One request -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small() -> Iterator[httpx.Client]:
+    with client_of(max_inputs=3, max_input_characters=10) as client:
+        yield client
+
+
+def test_a_request_may_have_so_many_texts_and_no_more(small: httpx.Client) -> None:
+    assert ask(small, ["one"] * 3).status_code == 200
+    assert refusal(ask(small, ["one"] * 4)) == (400, "too_many_inputs", "input")
+    both = small.post("/v1/similarity", json={"model": "default", "input": ["one"] * 2, "other": ["one"] * 2})
+    assert refusal(both) == (400, "too_many_inputs", "input")
+
+
+def test_a_text_may_have_so_many_characters_and_no_more(small: httpx.Client) -> None:
+    assert ask(small, "x" * 10).status_code == 200
+    assert refusal(ask(small, "x" * 11)) == (400, "input_too_large", "input")
+    assert refusal(ask(small, ["x", "x" * 11])) == (400, "input_too_large", "input[1]")
+    search = small.post("/v1/search", json={"model": "default", "query": "x" * 11, "input": ["x"]})
+    assert refusal(search) == (400, "input_too_large", "query")
+
+
+@pytest.mark.anyio
+async def test_the_limits_of_a_request_hold_for_tools_too() -> None:
+    service = EmbeddingService([HashEmbedder()], default_model="test/hash")
+    limits = Limits(inputs=1, characters=10, seconds=SECONDS)
+    with anyio.fail_after(SECONDS):
+        async with Client(build_mcp_server(service, limits)) as client:
+            many = await client.call_tool("create_embedding", {"model": "default", "input": ["a", "b"]})
+            large = await client.call_tool("search", {"model": "default", "query": "x" * 11, "input": ["a"]})
+    assert many.is_error
+    assert large.is_error
+    assert "2 texts, and one may have 1" in str(many.content)
+    assert "`query` has 11 characters" in str(large.content)
+
+
+def test_a_request_that_takes_too_long_is_ended() -> None:
+    embedder = HeldEmbedder()
+    with client_of(embedder, request_seconds=0.1) as client:
+        assert refusal(ask(client)) == (503, "request_timeout", None)
+        assert embedder.left.acquire(timeout=SECONDS), "its work was cancelled"
+
+
+@pytest.mark.anyio
+async def test_a_tool_call_that_takes_too_long_is_ended() -> None:
+    embedder = HeldEmbedder()
+    service = EmbeddingService([embedder], default_model="test/hash")
+    with anyio.fail_after(SECONDS):
+        async with Client(build_mcp_server(service, Limits(inputs=1, characters=10, seconds=0.1))) as client:
+            result = await client.call_tool("create_embedding", {"model": "default", "input": "a"})
+    assert result.is_error
+    assert "longer than the 0.1 s" in str(result.content)
+    assert embedder.left.acquire(timeout=SECONDS)
+
+
+# --- Many requests ---------------------------------------------------------------------------------------------------
+
+
+def test_only_so_many_requests_are_in_work_and_their_end_makes_room() -> None:
+    embedder = HeldEmbedder()
+    with client_of(embedder, max_requests_in_work=2) as client, ThreadPoolExecutor(2) as others:
+        first = [others.submit(ask, client) for _ in range(2)]
+        for _ in first:
+            assert embedder.asked.acquire(timeout=SECONDS)
+
+        refused = ask(client)
+        mcp = client.post("/mcp", json={})
+        health = client.get("/v1/health/live")
+        embedder.may_answer.set()
+
+        assert [answer.result().status_code for answer in first] == [200, 200]
+        assert refusal(refused) == (503, "too_busy", None)
+        assert refused.headers["retry-after"] == "1"
+        assert mcp.status_code == 503
+        assert health.status_code == 200
+        assert ask(client).status_code == 200
+
+
+def test_bodies_in_work_have_so_many_bytes_together_and_their_end_makes_room() -> None:
+    embedder = HeldEmbedder()
+    text = "x" * 1_000
+    with client_of(embedder, max_bytes_in_work=2_000) as client, ThreadPoolExecutor(1) as others:
+        first = others.submit(ask, client, text)
+        assert embedder.asked.acquire(timeout=SECONDS)
+
+        refused = ask(client, text)
+        embedder.may_answer.set()
+
+        assert first.result().status_code == 200
+        assert refusal(refused) == (503, "too_busy", None)
+        assert ask(client, text).status_code == 200
+
+
+def test_those_who_hang_up_or_are_refused_leave_no_place_taken() -> None:
+    embedder = HeldEmbedder()
+    with client_of(embedder, max_requests_in_work=1, max_body_bytes=100) as client:
+        address = client.base_url.host, client.base_url.port or 0
+        body = b'{"model": "default", "input": "one"}'
+        head = b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        for _ in range(3):
+            with socket.create_connection(address, timeout=SECONDS) as caller:
+                caller.sendall(head % b"/v1/embeddings" + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+                assert embedder.asked.acquire(timeout=SECONDS)
+            assert embedder.left.acquire(timeout=SECONDS)
+            assert client.post("/v1/embeddings", content=iter([b"x" * 101])).status_code in {413, 415}
+            assert client.post("/v1/embeddings", json=[]).status_code == 400
+        embedder.may_answer.set()
+        assert ask(client).status_code == 200
+
+
+def test_a_body_that_does_not_arrive_in_time_is_waited_for_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "BODY_SECONDS", 0.1)
+    with client_of() as client:
+        address = client.base_url.host, client.base_url.port or 0
+        for path in (b"/v1/embeddings", b"/mcp"):
+            with socket.create_connection(address, timeout=SECONDS) as caller:
+                caller.sendall(
+                    b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                    b"Accept: application/json, text/event-stream\r\nContent-Length: 9\r\n\r\n[" % path
+                )
+                assert caller.recv(100).startswith(b"HTTP/1.1 408 "), path
+
+
+def test_each_key_has_a_pace_of_its_own() -> None:
+    with client_of(api_keys="one=first two=second", requests_per_minute=3) as client:
+        answers = [ask(client, authorization="Bearer first") for _ in range(4)]
+        other = ask(client, authorization="Bearer second")
+        unknown = [ask(client, authorization="Bearer third") for _ in range(5)]
+    assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
+    assert refusal(answers[-1]) == (429, "rate_limited", None)
+    assert 1 <= int(answers[-1].headers["retry-after"]) <= 20
+    assert other.status_code == 200
+    assert {answer.status_code for answer in unknown} == {401}
+
+
+def test_who_comes_back_when_he_was_told_to_may_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("embeddings_mcp.faces.rate.time.monotonic", lambda: now)
+    rate = Rate(per_minute=4)
+    assert [rate.wait("a") for _ in range(4)] == [0, 0, 0, 0]
+    for _ in range(10):
+        wait = rate.wait("a")
+        assert wait == pytest.approx(15)
+        now += wait
+        assert rate.wait("a") == 0
+    assert rate.wait("b") == 0
