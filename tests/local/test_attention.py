@@ -1,4 +1,4 @@
-"""What is asked of PyTorch's packed attention on CUDA, held to its documented meaning by a plain stand-in on the CPU."""
+"""What is asked of PyTorch's packed attention on CUDA, held to its documented meaning by a stand-in on the CPU."""
 
 from __future__ import annotations
 
