@@ -153,10 +153,15 @@ def _batcher(encoder: Encoder, max_queued_tokens: int) -> Batcher[_Kind, Any]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = encoder.workers(cores)
 
+    from embeddings_mcp.embedders.local.memory import halving  # an encoder is there, and torch with it
+
     def run(kind: _Kind, rows: Sequence[Row]) -> Sequence[Any]:
-        if not kind.every:
-            return list(encoder.forward(rows, kind.skip))
-        return list(zip(*encoder.forward_all(rows, kind.skip), strict=True))
+        def make(rows: Sequence[Row]) -> Sequence[Any]:
+            if not kind.every:
+                return list(encoder.forward(rows, kind.skip))
+            return list(zip(*encoder.forward_all(rows, kind.skip), strict=True))
+
+        return halving(make, rows)
 
     return Batcher(
         run,
