@@ -186,7 +186,7 @@ async def _refresh(source: ModelSource) -> None:
     try:
         await source.discover(FRESH_SECONDS)
     except EmbeddingsError as error:
-        logger.warning("the models of %s may have changed: %s", source.origin, error.message)
+        logger.warning("which models %s has now cannot be told: %s", source.origin, error.message)
 
 
 def _advice(name: str) -> str:

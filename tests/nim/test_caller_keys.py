@@ -29,7 +29,12 @@ from tests.support import serving
 pytestmark = pytest.mark.anyio
 
 OURS, ALICES, BOBS = "nvapi-of-the-server", "nvapi-alice", "nvapi-bob"
-REQUEST = {"model": SYMMETRIC.id, "input": "a text"}
+NUMBERS = itertools.count()
+
+
+def request() -> dict[str, str]:
+    """For a text that nothing has been asked for yet, since what is remembered is not asked for again."""
+    return {"model": SYMMETRIC.id, "input": f"text {next(NUMBERS)}"}
 
 
 @contextmanager
@@ -51,7 +56,7 @@ async def rest(url: str) -> AsyncIterator[httpx.AsyncClient]:
 
 async def ask(http: httpx.AsyncClient, key: str | None) -> httpx.Response:
     headers = {} if key is None else {CALLER_KEY_HEADER: key}
-    return await http.post("/v1/embeddings", json=REQUEST, headers=headers)
+    return await http.post("/v1/embeddings", json=request(), headers=headers)
 
 
 def keys_seen(standing: StandIn, path: str = "/v1/embeddings") -> list[str | None]:
@@ -81,7 +86,7 @@ async def test_a_tool_call_carries_the_key_of_its_own_request(mode: str) -> None
                     http.headers.pop(CALLER_KEY_HEADER, None)
                     if key is not None:
                         http.headers[CALLER_KEY_HEADER] = key
-                    assert not (await mcp.call_tool("create_embedding", REQUEST)).is_error
+                    assert not (await mcp.call_tool("create_embedding", request())).is_error
         assert keys_seen(standing) == [f"Bearer {key}" for key in (ALICES, BOBS, OURS)]
 
 
@@ -91,12 +96,12 @@ async def test_many_callers_at_once_keep_their_keys_apart() -> None:
         with served(standing, batch_size=1) as url:
             async with rest(url) as http, anyio.create_task_group() as group:
                 for key in keys:
-                    request = {"model": SYMMETRIC.id, "input": [key, key]}
+                    asked = {"model": SYMMETRIC.id, "input": [f"{key} one", f"{key} two"]}
                     headers = {CALLER_KEY_HEADER: key}
-                    group.start_soon(lambda r, h: http.post("/v1/embeddings", json=r, headers=h), request, headers)
+                    group.start_soon(lambda r, h: http.post("/v1/embeddings", json=r, headers=h), asked, headers)
         embedded = [seen for seen in standing.seen if seen.path == "/v1/embeddings"]
         assert len(embedded) == 2 * len(keys)
-        assert all(seen.headers["authorization"] == f"Bearer {seen.json['input'][0]}" for seen in embedded)
+        assert all(seen.headers["authorization"] == f"Bearer {seen.json['input'][0].split()[0]}" for seen in embedded)
 
 
 async def test_a_server_that_takes_no_keys_of_callers_says_so_on_every_route() -> None:
@@ -104,7 +109,7 @@ async def test_a_server_that_takes_no_keys_of_callers_says_so_on_every_route() -
         with served(standing, caller_keys=False) as url:
             async with rest(url) as http:
                 for path in ("/v1/embeddings", "/mcp", "/v1/models"):
-                    answer = await http.post(path, json=REQUEST, headers={CALLER_KEY_HEADER: ALICES})
+                    answer = await http.post(path, json=request(), headers={CALLER_KEY_HEADER: ALICES})
                     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_request")
                     assert "this server takes no keys of its callers" in answer.json()["error"]["message"]
                     assert ALICES not in answer.text
@@ -117,7 +122,7 @@ async def test_a_header_that_holds_no_key_is_refused_without_being_repeated(valu
         with served(standing) as url:
             async with rest(url) as http:
                 headers = [(CALLER_KEY_HEADER.encode(), value.encode("latin-1")) for value in values]
-                answer = await http.post("/v1/embeddings", json=REQUEST, headers=headers)
+                answer = await http.post("/v1/embeddings", json=request(), headers=headers)
         assert answer.status_code == 400
         assert "must hold one key" in answer.json()["error"]["message"]
         assert "nvapi" not in answer.text

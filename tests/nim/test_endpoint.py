@@ -85,6 +85,13 @@ def test_only_the_hosted_api_is_limited_to_what_it_allows() -> None:
     assert Endpoint(url="http://localhost:8000", requests_per_minute=7).rate == 7
 
 
+def test_keys_are_taken_out_of_what_an_endpoint_says() -> None:
+    said = f"{KEY}, nvapi-Another_1-2.x and own"
+    assert Endpoint(url=HOSTED_URL, api_key=SecretStr(KEY)).redact(said) == "***, ***.x and own"
+    assert Endpoint(url=HOSTED_URL, api_key=SecretStr("own")).redact(said) == "***, ***.x and ***"
+    assert Endpoint(url=HOSTED_URL).redact(said) == "***, ***.x and own"
+
+
 @pytest.mark.anyio
 async def test_the_key_goes_to_the_endpoint_and_nowhere_else(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import socket
@@ -24,8 +25,10 @@ from embeddings_mcp.settings import Settings
 
 MCP_PATH = "/mcp"
 
-SHUTDOWN_SECONDS = 10
-"""How long requests in progress may go on after the server was told to stop."""
+SHUTDOWN_SECONDS = 7
+"""How long requests in progress may go on after the server was told to stop; then they are refused."""
+
+_LAST_SECONDS = 2  # for the refusals to be written; container managers kill what is still there 10 s after its signal
 
 
 def create_app(service: EmbeddingService, mcp_server: MCPServer, settings: Settings) -> ASGIApp:
@@ -70,7 +73,7 @@ def create_app(service: EmbeddingService, mcp_server: MCPServer, settings: Setti
 
 
 def serve_http(service: EmbeddingService, mcp_server: MCPServer, settings: Settings) -> None:
-    """Serve until SIGINT or SIGTERM; what is in progress then may go on for `SHUTDOWN_SECONDS`.
+    """Serve until SIGINT or SIGTERM; what is in progress then may go on for `SHUTDOWN_SECONDS`, and is refused after.
 
     The address is said in one line on stderr once the server listens: port 0 takes a free one.
 
@@ -87,7 +90,7 @@ def serve_http(service: EmbeddingService, mcp_server: MCPServer, settings: Setti
         log_config=None,  # what is logged and how is settled for the whole process, not here
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS + _LAST_SECONDS,
     )
     try:
         config.load()
@@ -98,20 +101,33 @@ def serve_http(service: EmbeddingService, mcp_server: MCPServer, settings: Setti
             "PEM files that belong together"
         ) from error
     with _listen(settings.host, settings.port) as listener, contextlib.suppress(KeyboardInterrupt):
-        _Server(config, listener).run(sockets=[listener])
+        _Server(config, listener, service).run(sockets=[listener])
 
 
 class _Server(uvicorn.Server):
-    """Says where it listens once it does."""
+    """Says where it listens once it does, and leaves no request without an answer."""
 
-    def __init__(self, config: uvicorn.Config, listener: socket.socket) -> None:
+    def __init__(self, config: uvicorn.Config, listener: socket.socket, service: EmbeddingService) -> None:
         super().__init__(config)
         self._url = _url(listener, "https" if config.is_ssl else "http")
+        self._service = service
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         sys.stderr.write(f"embeddings-mcp: serving MCP at {self._url}{MCP_PATH} and REST at {self._url}/v1\n")
         sys.stderr.flush()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        refusing = asyncio.create_task(self._refuse_late())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            refusing.cancel()
+
+    async def _refuse_late(self) -> None:
+        """Have the embedders fail what is still in progress: it gets an error, where uvicorn would only hang up."""
+        await asyncio.sleep(SHUTDOWN_SECONDS)
+        await self._service.aclose()
 
 
 def _listen(host: str, port: int) -> socket.socket:

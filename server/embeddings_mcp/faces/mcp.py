@@ -62,7 +62,7 @@ _LISTS: tuple[CacheableMethod, ...] = (
     "resources/list",
     "resources/templates/list",
 )
-"""What changes at most as endpoints are found to have more models, and is the same for every caller."""
+"""What cannot change while the server runs, and is the same for every caller. A card may grow more exact."""
 
 _LISTS_FRESH_MS = 5 * 60 * 1000
 """A client that stays while the server is restarted with other models sees them this much later, at most."""
@@ -89,7 +89,11 @@ class EmbeddingsServer(MCPServer[dict[str, Any]]):
             version=__version__,
             instructions=_instructions(service),
             extensions=[SkillsExtension()],
-            cache_hints={method: CacheHint(ttl_ms=_LISTS_FRESH_MS, scope="public") for method in _LISTS},
+            cache_hints={
+                method: CacheHint(ttl_ms=_LISTS_FRESH_MS, scope="public")
+                for method in _LISTS
+                if method != "resources/list" or service.catalogue.local  # endpoints are found to have more models
+            },
             subscriptions=False,
             log_level="WARNING",
         )

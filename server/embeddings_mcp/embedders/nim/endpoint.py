@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import math
+import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -122,8 +123,10 @@ class Endpoint:
         return replace(self, api_key=key, key_name=f"the header {CALLER_KEY_HEADER}", for_caller=True)
 
     def redact(self, text: str) -> str:
-        """The text without the key, should the endpoint have sent it back."""
-        return text if self.api_key is None else text.replace(self.api_key.get_secret_value(), "***")
+        """The text without the key, should the endpoint have sent it back, and without any other of NVIDIA's kind."""
+        if self.api_key is not None:
+            text = text.replace(self.api_key.get_secret_value(), "***")
+        return re.sub(r"nvapi-[\w-]+", "***", text)
 
 
 def is_loopback(host: str) -> bool:

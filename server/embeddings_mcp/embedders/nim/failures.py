@@ -133,7 +133,7 @@ def understand_silence(error: httpx.RequestError, *, endpoint: Endpoint) -> Fail
     """What it means that no answer came, or not a whole one."""
     detail = endpoint.redact(str(error)) or type(error).__name__
     match error:
-        case httpx.ConnectTimeout() | httpx.ConnectError():
+        case httpx.ConnectTimeout() | httpx.ConnectError() | httpx.ProxyError():
             address = f"cannot connect to the endpoint {endpoint.url} ({detail}): is it running, is the address right?"
             return Failure(UpstreamUnavailable(address), attempts=_NOT_THERE)
         case httpx.TimeoutException():
