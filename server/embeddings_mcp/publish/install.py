@@ -12,8 +12,8 @@ from embeddings_mcp.operations import OPERATIONS
 from embeddings_mcp.publish import identity
 from embeddings_mcp.settings import Settings
 
-_HTTP_ONLY = frozenset({"host", "port", "api_key", "allowed_hosts", "max_body_bytes"})
-"""Settings that mean nothing to a server over stdio, which is what hosts install."""
+_OFFERED = ("models", "default_model", "endpoints", "nvidia_api_key", "device", "precision", "cache")
+"""Settings that whoever installs a server for one host may want; the others are for servers over HTTP."""
 
 _LAUNCHER = "bin/embeddings-mcp"
 """Starts the server from a checkout or from an unpacked plugin, relative to its root."""
@@ -52,9 +52,7 @@ def registry_entry() -> dict[str, Any]:
                     {"type": "named", "name": "--from", "value": f"{identity.NAME}[{identity.EXTRAS}]=={__version__}"}
                 ],
                 "packageArguments": [{"type": "positional", "value": "serve"}],
-                "environmentVariables": [
-                    _variable(name, field) for name, field in Settings.model_fields.items() if name not in _HTTP_ONLY
-                ],
+                "environmentVariables": [_variable(name, Settings.model_fields[name]) for name in _OFFERED],
                 "transport": {"type": "stdio"},
             }
         ],

@@ -21,11 +21,15 @@ _MADE = "<!-- Made from the code by `make published`; edit the code, not this pa
 _API = """\
 # REST API
 
-For programs there is the same as [OpenAPI 3.1](openapi.json) and [JSON Schema](schema.json); a running server serves it
-at `/openapi.json`.
+For programs there is the same as [OpenAPI 3.1](openapi.json) and [JSON Schema](schema.json).
 
 Requests and answers are JSON. A field that is not listed is refused, and so is `null`: leave out what is not needed. A
 server with an API key wants it in the header `Authorization: Bearer KEY`, on every route but the health ones.
+
+Besides these routes a server has `/mcp` for MCP clients, and says what it is: `/openapi.json`, `/manifest` (the
+[capability](capabilities.md), or with `?format=` any other description), `/apis.json`, `/mcp/server-card`, and its
+Agent Skill at `/skills`, `/skills/embeddings`, `/skills/embeddings/download`, `/skills/embeddings/contents`,
+`/skills/embeddings/contents/SKILL.md` and `/.well-known/agent-skills/index.json`.
 """
 
 _ENVELOPE = """\
