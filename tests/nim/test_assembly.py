@@ -1,0 +1,222 @@
+"""Endpoints in the settings, and what a service is made of with them."""
+
+from __future__ import annotations
+
+import json
+from contextlib import aclosing
+from pathlib import Path
+
+import anyio
+import pytest
+from pydantic import SecretStr, ValidationError
+
+from embeddings_mcp.assemble import build_service, endpoint_models, open_embedder, service_for
+from embeddings_mcp.embedders.nim import HOSTED_DEFAULT_MODEL, HOSTED_MODELS, HOSTED_URL, EndpointModels
+from embeddings_mcp.errors import InvalidRequest, InvalidSetting, UnknownModel, UpstreamUnavailable
+from embeddings_mcp.models import DEFAULT_MODEL, ModelCard
+from embeddings_mcp.service import EmbeddingService
+from embeddings_mcp.settings import EndpointSettings, Settings
+from tests.nim.standin import ASYMMETRIC, SYMMETRIC, stand_in
+
+KEY = "nvapi-not-to-be-seen"
+HERE, THERE = "http://localhost:8001", "https://nim.example"
+
+
+def settings_of(*endpoints: str | EndpointSettings, **chosen: object) -> Settings:
+    return Settings(endpoints=endpoints, **chosen)  # type: ignore[arg-type]
+
+
+def served(service: EmbeddingService) -> list[tuple[str, str]]:
+    return [(entry["id"], entry["served_from"]) for entry in service.known_models()]
+
+
+def keys_of(settings: Settings) -> dict[str, tuple[str | None, str]]:
+    """Each endpoint's key, and what holds it."""
+    keys: dict[str, tuple[str | None, str]] = {}
+    for source in endpoint_models(settings):
+        assert isinstance(source, EndpointModels)
+        endpoint = source._client.endpoint
+        key = None if endpoint.api_key is None else endpoint.api_key.get_secret_value()
+        keys[endpoint.url] = (key, endpoint.key_name)
+    return keys
+
+
+# --- Settings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "endpoints"),
+    [
+        (f"{HERE}  {THERE}\n", [{"url": HERE}, {"url": THERE}]),
+        (json.dumps([HERE, {"url": THERE, "batch_size": 7}]), [{"url": HERE}, {"url": THERE, "batch_size": 7}]),
+        (
+            f' [{{"url": "{HERE}", "models": ["a", "b"], "dialect": "openai", "api_key_env": "MINE"}}]',
+            [{"url": HERE, "models": ("a", "b"), "dialect": "openai", "api_key_env": "MINE"}],
+        ),
+        ("[]", []),
+    ],
+)
+def test_endpoints_are_addresses_or_json(
+    monkeypatch: pytest.MonkeyPatch, text: str, endpoints: list[dict[str, object]]
+) -> None:
+    monkeypatch.setenv("EMBEDDINGS_MCP_ENDPOINTS", text)
+    assert [endpoint.model_dump(exclude_none=True) for endpoint in Settings().endpoints] == endpoints
+
+
+def test_an_endpoint_given_by_flag_takes_the_place_of_those_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMBEDDINGS_MCP_ENDPOINTS", THERE)
+    given = settings_of(HERE, f'{{"url": "{THERE}", "timeout": 5}}')
+    assert given.endpoints == (EndpointSettings(url=HERE), EndpointSettings(url=THERE, timeout=5))
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "problem"),
+    [
+        ("[", (), "must be JSON"),
+        ("[3]", (0,), "valid dictionary"),
+        ('[{"dialect": "nim"}]', (0, "url"), "Field required"),
+        (f'[{{"url": "{HERE}", "key": "{KEY}"}}]', (0, "key"), "Extra inputs are not permitted"),
+        (f'[{{"url": "{HERE}", "dialect": "tei"}}]', (0, "dialect"), "'nim' or 'openai'"),
+        (f'[{{"url": "{HERE}", "models": []}}]', (0, "models"), "at least 1 item"),
+        (f'[{{"url": "{HERE}", "batch_size": 0}}]', (0, "batch_size"), "greater than 0"),
+        (f'[{{"url": "{HERE}", "api_key": "{KEY}", "api_key_env": "MINE"}}]', (0,), "both `api_key` and `api_key_env`"),
+        (
+            f'[{{"url": "{HERE}", "caller_keys": true}}, {{"url": "{THERE}", "caller_keys": true}}]',
+            (),
+            "for one endpoint only",
+        ),
+    ],
+)
+def test_an_endpoint_that_cannot_be_is_refused_without_its_key(
+    monkeypatch: pytest.MonkeyPatch, text: str, place: tuple[object, ...], problem: str
+) -> None:
+    monkeypatch.setenv("EMBEDDINGS_MCP_ENDPOINTS", text)
+    with pytest.raises(ValidationError) as caught:
+        Settings()
+    error, *_ = caught.value.errors()
+    assert error["loc"] == ("endpoints", *place)
+    assert problem in error["msg"]
+    assert KEY not in str(caught.value)
+
+
+def test_keys_are_in_nothing_that_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVIDIA_API_KEY", KEY)
+    settings = settings_of(EndpointSettings(url=HERE, api_key=SecretStr(KEY)))
+    assert settings.nvidia_api_key is not None
+    printed = [str(settings), repr(settings), settings.model_dump_json(), repr(endpoint_models(settings))]
+    assert not [text for text in printed if KEY in text]
+
+
+# --- Keys ------------------------------------------------------------------------------------------------------------
+
+
+def test_each_endpoint_has_its_own_key_and_nvidias_goes_to_nvidia_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINE", "of-mine")
+    settings = settings_of(
+        HERE,
+        EndpointSettings(url=THERE, api_key_env="MINE"),
+        EndpointSettings(url="https://other.example", api_key=SecretStr("of-other")),
+        nvidia_api_key=SecretStr(KEY),
+    )
+    assert keys_of(settings) == {
+        f"{HERE}/v1": (None, "the endpoint's `api_key_env`"),
+        f"{THERE}/v1": ("of-mine", "MINE"),
+        "https://other.example/v1": ("of-other", "the endpoint's `api_key`"),
+        HOSTED_URL: (KEY, "NVIDIA_API_KEY"),
+    }
+
+
+def test_the_hosted_api_can_be_described_like_others_and_still_finds_its_key() -> None:
+    described = EndpointSettings(url="https://integrate.api.nvidia.com", requests_per_minute=200)
+    assert keys_of(settings_of(described, nvidia_api_key=SecretStr(KEY))) == {HOSTED_URL: (KEY, "NVIDIA_API_KEY")}
+    assert keys_of(settings_of(described)) == {HOSTED_URL: (None, "NVIDIA_API_KEY")}
+
+
+@pytest.mark.parametrize("value", [None, ""])
+def test_a_key_that_is_not_where_it_is_said_to_be_is_missed(monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
+    monkeypatch.delenv("MINE", raising=False)
+    if value is not None:
+        monkeypatch.setenv("MINE", value)
+    with pytest.raises(InvalidSetting, match="has its key in the environment variable MINE, which is not set"):
+        build_service(settings_of(EndpointSettings(url=HERE, api_key_env="MINE")))
+
+
+# --- Services --------------------------------------------------------------------------------------------------------
+
+
+def test_with_nvidias_key_alone_the_hosted_models_are_there_beside_the_default() -> None:
+    service = build_service(Settings(nvidia_api_key=SecretStr(KEY)))
+    assert served(service) == [(DEFAULT_MODEL, "local"), *((model, HOSTED_URL) for model in HOSTED_MODELS)]
+    assert service.catalogue.default_name == DEFAULT_MODEL
+    chosen = build_service(Settings(nvidia_api_key=SecretStr(KEY), default_model="nemotron-3-embed"))
+    assert chosen.catalogue.default_name == HOSTED_DEFAULT_MODEL
+
+
+def test_a_model_that_is_to_run_here_does_although_the_hosted_api_has_it() -> None:
+    card = ModelCard(id=HOSTED_DEFAULT_MODEL, dimensions=2048)
+    settings = Settings(models=(HOSTED_DEFAULT_MODEL,), nvidia_api_key=SecretStr(KEY), cards=(card,))
+    assert served(build_service(settings)) == [(HOSTED_DEFAULT_MODEL, "local"), (HOSTED_MODELS[1], HOSTED_URL)]
+
+
+def test_endpoints_come_in_their_order_and_the_hosted_api_last() -> None:
+    settings = settings_of(
+        EndpointSettings(url=HERE, models=("one", HOSTED_DEFAULT_MODEL)),
+        EndpointSettings(url=THERE, models=("one", "two")),
+        nvidia_api_key=SecretStr(KEY),
+    )
+    assert served(build_service(settings))[1:] == [
+        ("one", f"{HERE}/v1"),
+        (HOSTED_DEFAULT_MODEL, f"{HERE}/v1"),
+        ("two", f"{THERE}/v1"),
+        (HOSTED_MODELS[1], HOSTED_URL),
+    ]
+
+
+@pytest.mark.anyio
+async def test_one_model_is_asked_of_this_machine_or_of_the_endpoint_that_has_it() -> None:
+    """And the hosted API is asked nothing for that: its address cannot be reached here."""
+
+    async def origin(settings: Settings, model: str | None, *, at_endpoint: bool = False) -> str:
+        async with aclosing(await service_for(settings, model, at_endpoint=at_endpoint)) as service:
+            embedder, _ = await service.catalogue.find("default")
+            return embedder.origin
+
+    hosted = Settings(nvidia_api_key=SecretStr(KEY))
+    with anyio.fail_after(10):
+        async with stand_in() as standing:
+            both = settings_of(standing.url, nvidia_api_key=SecretStr(KEY))
+            at = f"{standing.url}/v1"
+            assert await origin(both, SYMMETRIC.id) == at
+            assert await origin(both, f"{ASYMMETRIC.id}-query") == at
+            assert await origin(both, "nemotron-3-embed") == HOSTED_URL
+            assert await origin(both, None) == "local"
+            assert await origin(both, "DEFAULT") == "local"
+            for local in ("all-MiniLM-L6-v2", "baai/bge-m3", "somebody/something"):
+                assert await origin(both, local) == "local"
+            assert await origin(hosted, HOSTED_DEFAULT_MODEL) == HOSTED_URL
+            with pytest.raises(UnknownModel, match=f"served are: {ASYMMETRIC.id}, {SYMMETRIC.id}"):
+                await origin(settings_of(standing.url), "baai/bge-m3", at_endpoint=True)
+            with pytest.raises(InvalidRequest, match=f"with --model: the endpoint has {ASYMMETRIC.id}, {SYMMETRIC.id}"):
+                await origin(settings_of(standing.url), None, at_endpoint=True)
+            standing.models = {SYMMETRIC.id: SYMMETRIC}
+            assert await origin(settings_of(standing.url), None, at_endpoint=True) == at
+        with pytest.raises(UpstreamUnavailable, match=f"cannot connect to the endpoint {standing.url}"):
+            await origin(both, "somebody/something")
+
+
+@pytest.mark.anyio
+async def test_a_folder_is_always_taken_from_this_machine(tmp_path: Path) -> None:
+    async with stand_in() as standing:
+        with pytest.raises(Exception, match="config"):
+            await service_for(settings_of(standing.url), f"{SYMMETRIC.id}={tmp_path}")
+        assert not standing.seen
+
+
+@pytest.mark.anyio
+async def test_an_endpoint_to_compare_with_has_the_key_that_the_settings_give_it() -> None:
+    async with stand_in() as standing:
+        settings = settings_of(EndpointSettings(url=f"{standing.url}/v1", api_key=SecretStr(KEY)))
+        embedder = await open_embedder(standing.url, SYMMETRIC.id, settings)
+        await embedder.embed(["a text"], input_type=None, truncate="NONE")
+        await embedder.aclose()
+        assert {seen.headers["authorization"] for seen in standing.seen} == {f"Bearer {KEY}"}
