@@ -19,12 +19,14 @@ import pytest
 
 from embeddings_mcp import __version__
 from embeddings_mcp.assemble import build_service
+from embeddings_mcp.errors import EmbeddingsError
+from embeddings_mcp.models import ModelCard
 from embeddings_mcp.operations import CREATE_EMBEDDING, SEARCH, SIMILARITY, Operation
 from embeddings_mcp.publish.skill import read_skill
 from embeddings_mcp.schema import parse
 from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
-from tests.support import ROOT
+from tests.support import ROOT, HashEmbedder
 
 FOLDER = ROOT / "skills" / "embeddings"
 TEXT = (FOLDER / "SKILL.md").read_text("utf-8")
@@ -149,3 +151,37 @@ def test_a_statement_and_its_negation_do_look_alike(service: EmbeddingService) -
     scores = ask(service, SIMILARITY, {"model": "default", "input": texts})["scores"]
     assert scores[0][1] > 0.75
     assert scores[2][3] > 0.75
+
+
+# --- Errors ----------------------------------------------------------------------------------------------------------
+
+ROWS = re.findall(r"^\| (.+) \|$", TEXT.partition("## When a call is refused")[2], re.MULTILINE)
+ERRORS = [row.split(" | ")[0] for row in ROWS]
+
+REFUSED: list[tuple[Operation, dict[str, Any]]] = [
+    (CREATE_EMBEDDING, {"model": "test/asymmetric", "input": "a"}),
+    (CREATE_EMBEDDING, {"model": "default", "input": ["a", "b", "c", "word " * 300]}),
+    (CREATE_EMBEDDING, {"model": "gone", "input": "a"}),
+    (CREATE_EMBEDDING, {"model": "default", "input": "a", "dimensions": 4}),
+    (SIMILARITY, {"model": "default", "input": ["a"] * 101}),
+    (SIMILARITY, {"model": "default", "input": ["a", "b"], "mode": "sparse"}),
+    (SEARCH, {"query": "a", "input": ["b"], "limit": 3}),
+    (CREATE_EMBEDDING, {"model": "default", "input": [101, 102]}),
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "refused"), [*zip(ERRORS[2:], REFUSED, strict=False)], ids=ERRORS[2:][: len(REFUSED)]
+)
+def test_an_error_is_known_by_the_words_that_the_skill_gives(
+    words: str, refused: tuple[Operation, dict[str, Any]]
+) -> None:
+    asymmetric = ModelCard(id="test/asymmetric", dimensions=8, max_tokens=256, input_type="required")
+    plain = ModelCard(id="test/hash", dimensions=8, max_tokens=256)
+    service = EmbeddingService([HashEmbedder(plain), HashEmbedder(asymmetric)], default_model=plain.id)
+
+    with pytest.raises(EmbeddingsError) as caught:
+        ask(service, *refused)
+
+    pattern = re.sub(r"\d+", r"\\d+", re.escape(words)).replace(re.escape("..."), ".*")
+    assert re.search(pattern, caught.value.message), caught.value.message

@@ -66,13 +66,10 @@ class _Field:
 
 def capability(dialect: Dialect, url: str = identity.LOCAL_URL) -> dict[str, Any]:
     """The document, for a server of ours at `url`."""
-    label = "display" if dialect == "ikanos" else "label"
-    version = {"version": __version__} if dialect == "ikanos" else {}
-    skill = read_skill()
     return {
         dialect: VERSIONS[dialect],
         "info": {
-            label: identity.TITLE,
+            _label(dialect): identity.TITLE,
             "description": (
                 "Text embeddings by an OpenAI-compatible API in the manner of NVIDIA NIM, and what agents need of them "
                 "without seeing a vector: how alike texts are, and which passages answer a question."
@@ -80,7 +77,7 @@ def capability(dialect: Dialect, url: str = identity.LOCAL_URL) -> dict[str, Any
             "tags": ["Embeddings", "Semantic Search", "RAG", "NVIDIA NIM", "MCP"],
             "created": identity.SINCE,
             "modified": identity.SINCE,
-            **version,
+            **({"version": __version__} if dialect == "ikanos" else {}),
         },
         "binds": [
             {
@@ -90,86 +87,85 @@ def capability(dialect: Dialect, url: str = identity.LOCAL_URL) -> dict[str, Any
             }
         ],
         "capability": {
-            "consumes": [
-                {
-                    "namespace": _API,
-                    "type": "http",
-                    "description": (
-                        "An embeddings-mcp server. A NIM endpoint, hosted (https://integrate.api.nvidia.com/v1) or "
-                        "self-hosted, can stand in its place for create-embedding and list-models."
-                    ),
-                    "baseUri": f"{url}/v1",
-                    "authentication": {"type": "bearer", "token": f"{{{{{KEY}}}}}"},
-                    "resources": _named(dialect, ((_kebab(o), _consumed(o, dialect)) for o in OPERATIONS)),
-                }
-            ],
-            "exposes": [
-                {
-                    "type": "rest",
-                    "address": "localhost",
-                    "port": _PORTS[_REST],
-                    "namespace": _REST,
-                    "resources": _named(
-                        dialect,
-                        [
-                            (
-                                _API,
-                                {
-                                    "path": "/v1/{{path}}",
-                                    label: identity.TITLE,
-                                    "description": _rest_description(),
-                                    "forward": {"targetNamespace": _API},
-                                },
-                            )
-                        ],
-                    ),
-                },
-                {
-                    "type": "mcp",
-                    "transport": "http",
-                    "address": "localhost",
-                    "port": _PORTS[_TOOLS],
-                    "namespace": _TOOLS,
-                    "description": f"{identity.DESCRIPTION}.",
-                    "tools": _named(dialect, ((_kebab(o), _tool(o, dialect, label)) for o in OPERATIONS)),
-                },
-                {
-                    "type": "skill",
-                    "address": "localhost",
-                    "port": _PORTS[_SKILLS],
-                    "namespace": _SKILLS,
-                    "description": "How agents use embeddings well.",
-                    "skills": _named(
-                        dialect,
-                        [
-                            (
-                                skill.name,
-                                {
-                                    **{key: value for key, value in skill.frontmatter.items() if key != "name"},
-                                    "tools": _named(
-                                        dialect,
-                                        (
-                                            (
-                                                _kebab(operation),
-                                                {
-                                                    "description": _summary(operation),
-                                                    "from": {
-                                                        "sourceNamespace": _TOOLS,
-                                                        "action": _kebab(operation),
-                                                    },
-                                                },
-                                            )
-                                            for operation in OPERATIONS
-                                        ),
-                                    ),
-                                },
-                            )
-                        ],
-                    ),
-                },
-            ],
+            "consumes": [_api(dialect, url)],
+            "exposes": [_rest(dialect), _tools(dialect), _skills(dialect)],
         },
     }
+
+
+def _api(dialect: Dialect, url: str) -> dict[str, Any]:
+    """The API that the engine calls."""
+    return {
+        "namespace": _API,
+        "type": "http",
+        "description": (
+            "An embeddings-mcp server. A NIM endpoint, hosted (https://integrate.api.nvidia.com/v1) or self-hosted, "
+            "can stand in its place for create-embedding and list-models."
+        ),
+        "baseUri": f"{url}/v1",
+        "authentication": {"type": "bearer", "token": f"{{{{{KEY}}}}}"},
+        "resources": _named(dialect, ((_kebab(o), _consumed(o, dialect)) for o in OPERATIONS)),
+    }
+
+
+def _rest(dialect: Dialect) -> dict[str, Any]:
+    """The same API, handed on."""
+    paths = ", ".join(f"POST {operation.path}" for operation in OPERATIONS if operation.path)
+    resource = {
+        "path": "/v1/{{path}}",
+        _label(dialect): identity.TITLE,
+        "description": f"The server's own API, relayed untouched: {paths}, GET /v1/models.",
+        "forward": {"targetNamespace": _API},
+    }
+    return {
+        "type": "rest",
+        "address": "localhost",
+        "port": _PORTS[_REST],
+        "namespace": _REST,
+        "resources": _named(dialect, [(_API, resource)]),
+    }
+
+
+def _tools(dialect: Dialect) -> dict[str, Any]:
+    """The operations as tools."""
+    return {
+        "type": "mcp",
+        "transport": "http",
+        "address": "localhost",
+        "port": _PORTS[_TOOLS],
+        "namespace": _TOOLS,
+        "description": f"{identity.DESCRIPTION}.",
+        "tools": _named(dialect, ((_kebab(o), _tool(o, dialect)) for o in OPERATIONS)),
+    }
+
+
+def _skills(dialect: Dialect) -> dict[str, Any]:
+    """The skill, whose tools are those above. Where its folder lies on the engine's machine, nobody knows here."""
+    skill = read_skill()
+    tools = (
+        (
+            _kebab(operation),
+            {
+                "description": _summary(operation),
+                "from": {"sourceNamespace": _TOOLS, "action": _kebab(operation)},
+            },
+        )
+        for operation in OPERATIONS
+    )
+    about = {key: value for key, value in skill.frontmatter.items() if key != "name"}
+    return {
+        "type": "skill",
+        "address": "localhost",
+        "port": _PORTS[_SKILLS],
+        "namespace": _SKILLS,
+        "description": "How agents use embeddings well.",
+        "skills": _named(dialect, [(skill.name, {**about, "tools": _named(dialect, tools)})]),
+    }
+
+
+def _label(dialect: Dialect) -> str:
+    """The key under which a thing says what people call it."""
+    return "display" if dialect == "ikanos" else "label"
 
 
 def _named(dialect: Dialect, items: Iterable[tuple[str, dict[str, Any]]]) -> Any:  # noqa: ANN401 - a map or a list
@@ -188,11 +184,6 @@ def _summary(operation: Operation) -> str:
     return operation.description.partition("\n")[0].partition(". ")[0].rstrip(".") + "."
 
 
-def _rest_description() -> str:
-    paths = ", ".join(f"POST {operation.path}" for operation in OPERATIONS if operation.path)
-    return f"The server's own API, relayed untouched: {paths}, GET /v1/models."
-
-
 def _consumed(operation: Operation, dialect: Dialect) -> dict[str, Any]:
     """The operation as the server offers it to the engine."""
     if operation is LIST_MODELS:
@@ -209,7 +200,7 @@ def _consumed(operation: Operation, dialect: Dialect) -> dict[str, Any]:
     return {"path": path, "operations": _named(dialect, [(_kebab(operation), described)])}
 
 
-def _tool(operation: Operation, dialect: Dialect, label: str) -> dict[str, Any]:
+def _tool(operation: Operation, dialect: Dialect) -> dict[str, Any]:
     """The operation as a tool."""
     fields = _fields(operation)
     parameters = _named(
@@ -220,7 +211,7 @@ def _tool(operation: Operation, dialect: Dialect, label: str) -> dict[str, Any]:
         ),
     )
     return {
-        label: operation.title,
+        _label(dialect): operation.title,
         "description": operation.description,
         **({"inputParameters": parameters} if fields else {}),
         "call": f"{_API}.{_kebab(operation)}",
