@@ -9,6 +9,7 @@ from typing import Any
 import anyio
 from pydantic import BaseModel
 
+from embeddings_mcp import telemetry
 from embeddings_mcp.embedders.base import OnProgress
 from embeddings_mcp.errors import InputTooLarge, RequestTimeout, TooManyInputs
 from embeddings_mcp.operations import Operation
@@ -48,13 +49,17 @@ class Limits:
             RequestTimeout: the time is over; the work has been cancelled.
             EmbeddingsError: whatever the service refuses or fails with.
         """
-        self._check(request)
-        with anyio.move_on_after(self.seconds):
-            return await operation.call(service, request, on_progress)
-        raise RequestTimeout(
-            f"the request took longer than the {self.seconds:g} s that one may take here: send fewer texts at once, or "
-            "have whoever runs the server set EMBEDDINGS_MCP_REQUEST_SECONDS"
-        )
+        with telemetry.call(operation.name):
+            self._check(request)
+            with anyio.move_on_after(self.seconds):
+                response = await operation.call(service, request, on_progress)
+                if "usage" in response:
+                    telemetry.TOKENS.labels(operation.name).inc(response["usage"]["prompt_tokens"])
+                return response
+            raise RequestTimeout(
+                f"the request took longer than the {self.seconds:g} s that one may take here: send fewer texts at "
+                "once, or have whoever runs the server set EMBEDDINGS_MCP_REQUEST_SECONDS"
+            )
 
     def _check(self, request: BaseModel) -> None:
         fields = {name: texts for name in _TEXT_FIELDS if (texts := getattr(request, name, None)) is not None}

@@ -130,6 +130,14 @@ class Settings(BaseSettings):
     cache_memory_mb: Annotated[int, Field(gt=0, description="MiB of vectors that are remembered in memory.")] = 64
     cache_disk_mb: Annotated[int, Field(gt=0, description="MiB of vectors that are remembered in the folder.")] = 1024
 
+    log_format: Annotated[
+        Literal["text", "json"], Field(description="How the server logs to stderr: `text`, or `json` lines.")
+    ] = "text"
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        Field(description="What it logs; at `info` a line for every HTTP request. Never a text."),
+    ] = "warning"
+
     host: Annotated[str, Field(description="Address that the HTTP server listens on.")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="Port of the HTTP server; 0 takes a free one.")] = 8000
     api_key: Annotated[

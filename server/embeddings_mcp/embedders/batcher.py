@@ -20,6 +20,7 @@ from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from embeddings_mcp import telemetry
 from embeddings_mcp.caller import caller_name
 from embeddings_mcp.embedders.base import OnProgress
 from embeddings_mcp.errors import ModelUnavailable, Overloaded, ServerStopped
@@ -49,6 +50,7 @@ class _Job(Generic[Kind, Result]):
         waiting: positions of those that no batch holds yet, the longest last.
         fresh: positions and results of those that are made, and that the caller has not been given yet.
         served: tokens that batches hold or held.
+        began: when the first of them was made, by the performance counter.
         changed: set whenever `fresh` or `failure` is.
         failure: why there will be no results.
     """
@@ -59,6 +61,7 @@ class _Job(Generic[Kind, Result]):
     waiting: list[int]
     fresh: list[tuple[int, Result]] = field(default_factory=list)
     served: int = 0
+    began: float | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     failure: Exception | None = None
 
@@ -124,9 +127,10 @@ class Batcher(Generic[Kind, Result]):
         """
         if self._closed:
             raise ServerStopped("the server is shutting down")
+        came = time.perf_counter()
         tokens = sum(map(len, rows))
         self._check_room(tokens)
-        self.queued_tokens += tokens
+        self._queue(tokens)
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
         job = _Job[Kind, Result](caller_name(), kind, rows, order)
         self._jobs.append(job)
@@ -146,6 +150,10 @@ class Batcher(Generic[Kind, Result]):
         finally:
             self._drop_waiting(job)
             self._jobs.remove(job)
+            ended = time.perf_counter()
+            telemetry.record("wait", (job.began or ended) - came)
+            if job.began is not None:
+                telemetry.record("encode", ended - job.began)
             if all(other.caller != job.caller for other in self._jobs):
                 del self._served[job.caller]
 
@@ -189,6 +197,8 @@ class Batcher(Generic[Kind, Result]):
             batch = self._next_batch()
             rows = [job.rows[index] for job, index in batch]
             began = time.perf_counter()
+            for job, _ in batch:
+                job.began = job.began or began
             try:
                 running = loop.run_in_executor(self._executor, self._run, batch[0][0].kind, rows)
             except RuntimeError as error:  # no thread could be started, or one ended before it could work
@@ -216,7 +226,7 @@ class Batcher(Generic[Kind, Result]):
                 job.served += length
                 self._served[job.caller] += length
                 spent += length
-        self.queued_tokens -= spent
+        self._queue(-spent)
         return sorted(batch, key=lambda entry: len(entry[0].rows[entry[1]]), reverse=True)
 
     def _finish(
@@ -229,6 +239,8 @@ class Batcher(Generic[Kind, Result]):
         failure = done.exception()
         if failure is None:
             tokens = sum(len(job.rows[index]) for job, index in batch)
+            telemetry.BATCH_TEXTS.observe(len(batch))
+            telemetry.BATCH_TOKENS.observe(tokens)
             rate = tokens / max(time.perf_counter() - began, 1e-6)
             self._tokens_per_second += (rate - self._tokens_per_second) * (0.2 if self._tokens_per_second else 1)
             for (job, index), result in zip(batch, done.result(), strict=True):
@@ -255,5 +267,9 @@ class Batcher(Generic[Kind, Result]):
         job.changed.set()
 
     def _drop_waiting(self, job: _Job[Kind, Result]) -> None:
-        self.queued_tokens -= sum(len(job.rows[index]) for index in job.waiting)
+        self._queue(-sum(len(job.rows[index]) for index in job.waiting))
         job.waiting.clear()
+
+    def _queue(self, tokens: int) -> None:
+        self.queued_tokens += tokens
+        telemetry.QUEUED_TOKENS.inc(tokens)

@@ -15,6 +15,7 @@ import anyio
 import anyio.to_thread
 import numpy as np
 
+from embeddings_mcp import telemetry
 from embeddings_mcp.embedders.base import Embeddings, OnProgress, OnRows, Representations
 from embeddings_mcp.embedders.batcher import MAX_QUEUED_TOKENS, Batcher
 from embeddings_mcp.errors import ServerStopped
@@ -174,7 +175,8 @@ def _batcher(encoder: Encoder, max_queued_tokens: int) -> Batcher[_Kind, Any]:
 
 
 async def _tokenize(encoder: Encoder, texts: Sequence[str], input_type: InputType | None, truncate: Truncate) -> Tokens:
-    return await anyio.to_thread.run_sync(lambda: encoder.tokenize(texts, input_type=input_type, truncate=truncate))
+    with telemetry.stage("tokenise"):
+        return await anyio.to_thread.run_sync(lambda: encoder.tokenize(texts, input_type=input_type, truncate=truncate))
 
 
 class _Once(Generic[_Made]):

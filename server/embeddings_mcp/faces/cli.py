@@ -20,7 +20,7 @@ import anyio
 import typer
 from pydantic import ValidationError
 
-from embeddings_mcp import __version__
+from embeddings_mcp import __version__, logs
 from embeddings_mcp.assemble import build_service, open_embedder, service_for
 from embeddings_mcp.embedders.base import OnProgress
 from embeddings_mcp.errors import EmbeddingsError, InvalidRequest, InvalidSetting
@@ -115,6 +115,7 @@ def serve(
         for note in read.notes:
             sys.stderr.write(f"embeddings-mcp: {note}\n")
         settings = read.added_to(settings)
+    logs.configure(settings)
     # Imported late, since the other commands need neither.
     from embeddings_mcp.faces.mcp import build_mcp_server
 

@@ -20,6 +20,7 @@ from pydantic import SecretStr
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from embeddings_mcp import telemetry
 from embeddings_mcp.caller import CALLER_KEY_HEADER, bringing, named
 from embeddings_mcp.errors import (
     AuthenticationFailed,
@@ -222,10 +223,12 @@ class Guard:
             return message
 
         self._requests += 1
+        telemetry.REQUESTS_IN_WORK.inc()
         try:
             yield limited
         finally:
             self._requests -= 1
+            telemetry.REQUESTS_IN_WORK.dec()
             self._bytes -= received
 
     def _too_large(self) -> PayloadTooLarge:

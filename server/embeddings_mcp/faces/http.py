@@ -19,6 +19,7 @@ from starlette.types import ASGIApp
 from embeddings_mcp.errors import InvalidSetting
 from embeddings_mcp.faces import published, rest
 from embeddings_mcp.faces.guard import Guard
+from embeddings_mcp.faces.observed import Observed, metrics_route
 from embeddings_mcp.limits import Limits
 from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
@@ -55,21 +56,22 @@ def create_app(service: EmbeddingService, mcp_server: MCPServer, settings: Setti
             yield
 
     app = Starlette(
-        routes=[*rest.routes(service, Limits.of(settings)), *published.routes(), *mcp_app.routes],
+        routes=[*rest.routes(service, Limits.of(settings)), metrics_route(), *published.routes(), *mcp_app.routes],
         exception_handlers=rest.EXCEPTION_HANDLERS,
         lifespan=life,
     )
     guard = Guard(app, settings)
     if not settings.cors_origins:
-        return guard
+        return Observed(guard)
     # Outside of the guard, since a browser shows no key when it asks beforehand whether a page may.
-    return CORSMiddleware(
+    pages = CORSMiddleware(
         guard,
         allow_origins=settings.cors_origins,
         allow_methods=["GET", "POST", "DELETE"],
         allow_headers=["*"],
         expose_headers=["Mcp-Session-Id", "Retry-After", "Server-Timing", "WWW-Authenticate", "X-Request-Id"],
     )
+    return Observed(pages)
 
 
 def serve_http(service: EmbeddingService, mcp_server: MCPServer, settings: Settings) -> None:

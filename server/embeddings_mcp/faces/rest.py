@@ -28,6 +28,7 @@ from starlette.routing import Route
 from starlette.types import ExceptionHandler, Receive
 from typing_extensions import NotRequired, TypedDict  # noqa: UP035 - pydantic reads typing's own only from Python 3.12 on
 
+from embeddings_mcp import telemetry
 from embeddings_mcp.errors import AuthenticationFailed, EmbeddingsError, InvalidRequest, wire_form
 from embeddings_mcp.limits import DEFAULT_LIMITS, Limits
 from embeddings_mcp.operations import ROUTES, Operation
@@ -141,7 +142,17 @@ async def _post(
     body = await request.body()
     read = partial(_read, operation.request, body)
     asked = read() if len(body) <= _LARGE_BODY else await anyio.to_thread.run_sync(read)
-    return await _unless_gone(request.receive, answer(asked))
+    with telemetry.staged() as stages:
+        began = time.perf_counter()
+        response = await _unless_gone(request.receive, answer(asked))
+        response.headers["Server-Timing"] = _timing(stages, time.perf_counter() - began)
+    return response
+
+
+def _timing(stages: Mapping[telemetry.Stage, float], total: float) -> str:
+    """The stages in milliseconds, as the header wants them (W3C Server Timing); a large answer is written later."""
+    times = [*stages.items(), ("total", total)]
+    return ", ".join(f"{name};dur={seconds * 1000:.1f}" for name, seconds in times)
 
 
 def _read(request_type: type[BaseModel], body: bytes) -> BaseModel:
@@ -200,19 +211,25 @@ def _model_object(entry: ModelEntry, created: int) -> ModelObject:
 def _json(answer: Mapping[str, Any], status: int = HTTPStatus.OK) -> Response:
     if any(isinstance(value, list) and len(value) > _ROWS_AT_ONCE for value in answer.values()):
         return StreamingResponse(_pieces(answer), status, media_type="application/json")
-    return Response(dump_json(answer), status, media_type="application/json")
+    with telemetry.stage("serialise"):
+        body = dump_json(answer)
+    return Response(body, status, media_type="application/json")
 
 
 async def _pieces(answer: Mapping[str, Any]) -> AsyncIterator[bytes]:
     """The answer's JSON, its lists in slices, with room for other requests after each."""
+    seconds = 0.0
     opening = b"{"
     for key, value in answer.items():
         yield opening + dump_json(key) + b":"
         if isinstance(value, list) and value:
             opening = b"["
             for start in range(0, len(value), _ROWS_AT_ONCE):
+                began = time.perf_counter()
                 # A slice's own brackets make way for those of the whole list.
-                yield opening + dump_json(value[start : start + _ROWS_AT_ONCE])[1:-1]
+                piece = opening + dump_json(value[start : start + _ROWS_AT_ONCE])[1:-1]
+                seconds += time.perf_counter() - began
+                yield piece
                 opening = b","
                 await anyio.lowlevel.checkpoint()
             yield b"]"
@@ -220,6 +237,7 @@ async def _pieces(answer: Mapping[str, Any]) -> AsyncIterator[bytes]:
             yield dump_json(value)
         opening = b","
     yield b"}"
+    telemetry.record("serialise", seconds)
 
 
 def error_body(error: EmbeddingsError) -> ErrorResponse:

@@ -14,6 +14,7 @@ import anyio
 import anyio.to_thread
 import numpy as np
 
+from embeddings_mcp import telemetry
 from embeddings_mcp.embedders.base import Embedder, Embeddings, MultiEmbedder, OnProgress, OnRows, Representations
 from embeddings_mcp.embedders.cache.request import Request
 from embeddings_mcp.embedders.cache.rows import Key, Kind, Row, keys_of, rows_of
@@ -117,6 +118,8 @@ class CachedEmbedder:
         keys = await _compute(find_keys, 256 * len(texts) + sum(map(len, texts)))
         request = Request(texts, keys, on_progress)
         request.add(await self._cache.get(request.missing))
+        telemetry.CACHE_TEXTS.labels("miss").inc(len(request.missing))
+        telemetry.CACHE_TEXTS.labels("hit").inc(len(set(keys)) - len(request.missing))
         exchanges = 0
         while True:
             if strays := request.drop_strays(self._latest):

@@ -13,7 +13,7 @@ import anyio
 import httpx
 import stamina
 
-from embeddings_mcp import __version__
+from embeddings_mcp import __version__, telemetry
 from embeddings_mcp.caller import caller_key
 from embeddings_mcp.embedders.nim.endpoint import Endpoint
 from embeddings_mcp.embedders.nim.failures import Asked, Failure, understand, understand_silence, unusable
@@ -126,6 +126,7 @@ class EndpointClient:
                 if error.pause > min(LONGEST_PAUSE, left):
                     return False
                 account.turnstile.close_for(error.pause)
+            telemetry.UPSTREAM_RETRIES.inc()
             logger.warning("attempt %d failed, another follows: %s", made, error)
             return True if error.pause is None else error.pause
 

@@ -1,0 +1,128 @@
+"""What can be seen of the server while it works: Prometheus metrics, OpenTelemetry spans, and the stages of a request.
+
+Names, counts and times only: nothing here takes a text, a vector, a key, or a message that may quote one. Label values
+come from tables of ours, so that no caller can make more of them. Spans go nowhere until whoever runs the server brings
+an OpenTelemetry SDK (``opentelemetry-instrument embeddings-mcp serve``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Literal
+
+from opentelemetry import trace
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+)
+
+from embeddings_mcp.errors import EmbeddingsError, wire_form
+
+Stage = Literal["tokenise", "wait", "encode", "serialise"]
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+_COUNTS = tuple(4**power for power in range(10))
+
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a sample more for each, which nobody asks for
+REGISTRY = CollectorRegistry()
+ProcessCollector(registry=REGISTRY)
+PlatformCollector(registry=REGISTRY)
+
+HTTP_REQUESTS = Counter(
+    "embeddings_http_requests", "HTTP requests answered.", ["method", "route", "status"], registry=REGISTRY
+)
+HTTP_SECONDS = Histogram(
+    "embeddings_http_request_seconds",
+    "From a request's head to the end of its answer.",
+    ["route"],
+    buckets=_SECONDS,
+    registry=REGISTRY,
+)
+REQUESTS_IN_WORK = Gauge("embeddings_http_requests_in_work", "HTTP requests in work now.", registry=REGISTRY)
+CALLS = Counter(
+    "embeddings_calls",
+    "Operations answered, over MCP and REST; code is `ok`, or that of the error.",
+    ["operation", "code"],
+    registry=REGISTRY,
+)
+CALL_SECONDS = Histogram(
+    "embeddings_call_seconds", "From a request read to its answer.", ["operation"], buckets=_SECONDS, registry=REGISTRY
+)
+STAGE_SECONDS = Histogram(
+    "embeddings_stage_seconds", "What the time of a request went into.", ["stage"], buckets=_SECONDS, registry=REGISTRY
+)
+TOKENS = Counter("embeddings_tokens", "Tokens of answered requests.", ["operation"], registry=REGISTRY)
+QUEUED_TOKENS = Gauge("embeddings_queued_tokens", "Tokens that wait for a worker now.", registry=REGISTRY)
+BATCH_TEXTS = Histogram(
+    "embeddings_batch_texts", "Texts that went through a model at once.", buckets=_COUNTS, registry=REGISTRY
+)
+BATCH_TOKENS = Histogram(
+    "embeddings_batch_tokens", "Tokens that went through a model at once.", buckets=_COUNTS, registry=REGISTRY
+)
+CACHE_TEXTS = Counter("embeddings_cache_texts", "Texts looked up in the cache.", ["outcome"], registry=REGISTRY)
+UPSTREAM_RETRIES = Counter(
+    "embeddings_upstream_retries", "Requests to endpoints that failed and were sent again.", registry=REGISTRY
+)
+
+_tracer = trace.get_tracer("embeddings-mcp")
+_stages: ContextVar[dict[Stage, float] | None] = ContextVar("stages", default=None)
+
+
+@contextmanager
+def staged() -> Iterator[dict[Stage, float]]:
+    """The seconds of each stage of the request that is worked on in this block."""
+    stages: dict[Stage, float] = {}
+    token = _stages.set(stages)
+    try:
+        yield stages
+    finally:
+        _stages.reset(token)
+
+
+def record(stage: Stage, seconds: float) -> None:
+    """A stage that has just ended took so long."""
+    STAGE_SECONDS.labels(stage).observe(seconds)
+    if (stages := _stages.get()) is not None:
+        stages[stage] = stages.get(stage, 0.0) + seconds
+    now = time.time_ns()
+    _tracer.start_span(f"embeddings {stage}", start_time=now - int(seconds * 1e9)).end(now)
+
+
+@contextmanager
+def stage(name: Stage) -> Iterator[None]:
+    """Record what is done in this block as a stage."""
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        record(name, time.perf_counter() - began)
+
+
+@contextmanager
+def call(operation: str) -> Iterator[None]:
+    """Count what is done in this block as a call of `operation`, with how it ended."""
+    began = time.perf_counter()
+    code = "ok"
+    try:
+        yield
+    except EmbeddingsError as error:
+        code = wire_form(error).code
+        raise
+    except asyncio.CancelledError:
+        code = "cancelled"
+        raise
+    except BaseException:
+        code = "crash"
+        raise
+    finally:
+        CALLS.labels(operation, code).inc()
+        CALL_SECONDS.labels(operation).observe(time.perf_counter() - began)
