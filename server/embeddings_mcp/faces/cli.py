@@ -70,6 +70,10 @@ TruncateOption = Annotated[Truncate, typer.Option(help="What to drop of a text t
 DimensionsOption = Annotated[int | None, typer.Option(help="Length of the vectors, on Matryoshka models.")]
 ModeOption = Annotated[Mode, typer.Option(help="What is compared; all but dense on BGE-M3 only.")]
 DeviceOption = Annotated[str | None, typer.Option(help="Where the model runs: auto, cpu, cuda, cuda:1, mps.")]
+CacheOption = Annotated[
+    str | None,
+    typer.Option("--cache", metavar="DIR|memory|off", help="Where vectors are remembered; memory if not set."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the response as JSON.")]
 
 _PROGRESS_FROM = 64
@@ -103,10 +107,17 @@ def serve(
     ] = None,
     default_model: Annotated[str | None, typer.Option(metavar="ID", help="The model that `default` means.")] = None,
     device: DeviceOption = None,
+    cache: CacheOption = None,
 ) -> None:
     """Serve the tools over MCP (stdio or HTTP) and the REST API (HTTP)."""
     settings = _settings(
-        models=model, endpoints=endpoint, default_model=default_model, device=device, host=host, port=port
+        models=model,
+        endpoints=endpoint,
+        default_model=default_model,
+        device=device,
+        cache=cache,
+        host=host,
+        port=port,
     )
     if capability is not None:
         from embeddings_mcp.manifest import read_manifest
@@ -149,13 +160,14 @@ def embed(
     dimensions: DimensionsOption = None,
     encoding_format: Annotated[EncodingFormat, typer.Option(help="How --json writes a vector.")] = "float",
     device: DeviceOption = None,
+    cache: CacheOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Turn texts into vectors."""
     lines = _lines(texts)
     answer = _ask(
         CREATE_EMBEDDING,
-        _service_for(model, endpoint, device),
+        _service_for(model, endpoint, device, cache),
         input=lines,
         input_type=input_type,
         truncate=truncate,
@@ -183,6 +195,7 @@ def similarity(
     truncate: TruncateOption = "NONE",
     dimensions: DimensionsOption = None,
     device: DeviceOption = None,
+    cache: CacheOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Score how alike texts are: with each other, or with every --other."""
@@ -190,7 +203,7 @@ def similarity(
     others = _lines(other) if other else None
     answer = _ask(
         SIMILARITY,
-        _service_for(model, endpoint, device),
+        _service_for(model, endpoint, device, cache),
         input=lines,
         other=others,
         metric=metric,
@@ -217,13 +230,14 @@ def search(
     truncate: TruncateOption = "NONE",
     dimensions: DimensionsOption = None,
     device: DeviceOption = None,
+    cache: CacheOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Rank passages by how well they answer a query."""
     lines = _lines(texts)
     answer = _ask(
         SEARCH,
-        _service_for(model, endpoint, device),
+        _service_for(model, endpoint, device, cache),
         query=query,
         input=lines,
         top_k=top_k,
@@ -322,6 +336,31 @@ def key(name: Annotated[str, typer.Argument(help="Whose key it is to be.")]) -> 
     _print(line.encode())
 
 
+@app.command("cache")
+def keep_cache(
+    action: Annotated[Literal["info", "clear"], typer.Argument(help="Say what it holds, or have it forget that.")],
+    *,
+    cache: CacheOption = None,
+    model: Annotated[str | None, typer.Option(metavar="ID", help="Forget this model's vectors only.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Look into the folder of the cache, or clear it; servers that use it may go on."""
+    chosen = _settings(cache=cache).cache
+    if chosen in {"memory", "off"}:
+        raise InvalidSetting("the cache has no folder: give it with --cache DIR, or in EMBEDDINGS_MCP_CACHE")
+    from embeddings_mcp.embedders.cache import upkeep
+
+    place = Path(chosen).expanduser()
+    if action == "clear":
+        forgotten = upkeep.clear(place, model)
+        _print(dump_json({"forgotten": forgotten}) if as_json else f"{forgotten:,} vectors forgotten".encode())
+        return
+    from embeddings_mcp.faces import tables
+
+    contents = upkeep.look_into(place)
+    _print(dump_json(contents) if as_json else tables.cache(contents))
+
+
 @app.command()
 def version() -> None:
     """Print the version."""
@@ -346,10 +385,10 @@ def _settings(**flags: object) -> Settings:
 
 
 def _service_for(
-    model: str | None, endpoints: list[str] | None, device: str | None
+    model: str | None, endpoints: list[str] | None, device: str | None, cache: str | None = None
 ) -> Callable[[], Awaitable[EmbeddingService]]:
     """How to make a service to ask one model: that of ``--model``, or else the default model."""
-    settings = _settings(endpoints=endpoints, device=device)
+    settings = _settings(endpoints=endpoints, device=device, cache=cache)
     return partial(service_for, settings, model, at_endpoint=bool(endpoints))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
@@ -11,6 +13,9 @@ from rich.text import Text
 
 from embeddings_mcp.schema import EmbeddingResponse, ModelsResponse, SearchResponse, SimilarityResponse
 from embeddings_mcp.verification import Verdict
+
+if TYPE_CHECKING:
+    from embeddings_mcp.embedders.cache.upkeep import Contents
 
 _LONGEST_TEXT = 56
 """Characters of a text that are shown beside a column or two of numbers, on a terminal of 80."""
@@ -76,6 +81,15 @@ def comparisons(verdict: Verdict) -> Table:
     return table
 
 
+def cache(contents: Contents) -> RenderableType:
+    """A row for each model that a cache holds vectors of."""
+    table = _table("model", "from", "vectors", "MiB", "last used")
+    for holding in contents.holdings:
+        used = datetime.fromtimestamp(holding.last_used).astimezone().date().isoformat()
+        table.add_row(holding.model, holding.origin, f"{holding.vectors:,}", _mebibytes(holding.bytes), used)
+    return _titled(f"{contents.path}, {_mebibytes(contents.bytes)} MiB", table)
+
+
 def tools(names_and_titles: Sequence[tuple[str, str]]) -> Table:
     """A row for each tool."""
     table = _table("tool", "what it does")
@@ -94,6 +108,10 @@ def _table(*columns: str) -> Table:
 def _titled(title: str, table: Table) -> RenderableType:
     """The table under a line of its own, since a table's title is broken at the table's width."""
     return Group(Text(title, style="dim"), table)
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / (1 << 20):,.1f}"
 
 
 def _made_by(answer: EmbeddingResponse | SimilarityResponse | SearchResponse) -> str:

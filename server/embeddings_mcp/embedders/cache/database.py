@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import sqlite3
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -58,6 +59,12 @@ class NotOurs(Exception):
     """The file is no cache, or one of another version; the text says so for the end of a sentence."""
 
 
+def is_damaged(error: Exception) -> bool:
+    """Whether the error says that the file is broken, which it will be the next time too."""
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK) & 0xFF  # the rest says where
+    return code in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+
+
 @dataclass(frozen=True, slots=True)
 class Holding:
     """What a file holds of one model.
@@ -84,7 +91,7 @@ class Database:
 
     Args:
         path: the file.
-        max_bytes: bound on what the file holds; the rows that were not used for longest make room for others.
+        max_bytes: bound on what the file holds; the rows that were not used for longest make room for new ones.
 
     Raises:
         NotOurs: the file belongs to something else.
@@ -92,7 +99,7 @@ class Database:
         OSError: the folder cannot be made.
     """
 
-    def __init__(self, path: Path, max_bytes: int) -> None:
+    def __init__(self, path: Path, max_bytes: int = sys.maxsize) -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.touch(mode=0o600)  # as private as the texts: vectors tell much about them
         self._max_bytes = max_bytes

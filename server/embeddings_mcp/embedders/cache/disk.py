@@ -17,7 +17,7 @@ from typing import TypeVar
 import anyio
 import anyio.to_thread
 
-from embeddings_mcp.embedders.cache.database import FILE, Database, NotOurs
+from embeddings_mcp.embedders.cache.database import FILE, Database, NotOurs, is_damaged
 from embeddings_mcp.embedders.cache.rows import Key, Row
 
 _logger = logging.getLogger(__name__)
@@ -26,8 +26,6 @@ _Found = TypeVar("_Found")
 
 _PAUSE = 60.0
 """Seconds without the file after it could not be used, since a full disk or a lock passes."""
-
-_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
 
 class DiskStore:
@@ -86,14 +84,19 @@ class DiskStore:
                 return otherwise
 
     def _do_without(self, error: Exception) -> None:
-        lasting = isinstance(error, NotOurs) or (getattr(error, "sqlite_errorcode", 0) & 0xFF) in _DAMAGED
+        if isinstance(error, NotOurs):
+            remedy = "give it another folder"
+        elif is_damaged(error):
+            remedy = "`embeddings-mcp cache clear` removes it"
+        else:
+            remedy = "it is tried again every minute"
+        lasting = isinstance(error, NotOurs) or is_damaged(error)
         self._unused_until = float("inf") if lasting else time.monotonic() + _PAUSE
         if lasting and self._database is not None:
             self._database.close()
             self._database = None
         if not self._warned:
             self._warned = True
-            remedy = "`embeddings-mcp cache clear` makes a new one" if lasting else "it is tried again every minute"
             _logger.warning("the cache %s cannot be used: %s; requests go on without it, %s", self.path, error, remedy)
 
     def _close(self) -> None:

@@ -1,0 +1,76 @@
+"""What the operator may do with the file of a cache, also while servers use it: look into it, and empty it."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from embeddings_mcp.embedders.cache.database import FILE, Database, Holding, NotOurs, is_damaged
+from embeddings_mcp.errors import InvalidSetting
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What is in a folder.
+
+    Attributes:
+        path: the file.
+        bytes: that it takes on the disk; 0 where there is none yet.
+        holdings: by model.
+    """
+
+    path: str
+    bytes: int
+    holdings: list[Holding]
+
+
+def look_into(folder: Path) -> Contents:
+    """What the folder's cache holds; reads all of it.
+
+    Raises:
+        InvalidSetting: the file cannot be used.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return Contents(str(path), 0, [])
+    try:
+        with closing(Database(path)) as database:
+            holdings = database.holdings()
+    except (sqlite3.Error, NotOurs) as error:
+        advice = ": `embeddings-mcp cache clear` removes it" if is_damaged(error) else ""
+        raise InvalidSetting(f"the cache {path} cannot be used: {error}{advice}") from error
+    return Contents(str(path), sum(file.stat().st_size for file in _files(path)), holdings)
+
+
+def clear(folder: Path, model: str | None = None) -> int:
+    """Forget what the folder's cache holds; a file that is damaged is removed.
+
+    Args:
+        folder: of the cache.
+        model: forget this one's vectors only.
+
+    Returns:
+        How many vectors are forgotten, as far as they could be counted.
+
+    Raises:
+        InvalidSetting: the file is not ours, or cannot be used now.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return 0
+    try:
+        with closing(Database(path)) as database:
+            return database.clear(model)
+    except (sqlite3.Error, NotOurs) as error:
+        if not is_damaged(error):
+            raise InvalidSetting(f"the cache {path} cannot be cleared: {error}") from error
+    for file in _files(path):
+        file.unlink(missing_ok=True)
+    return 0
+
+
+def _files(path: Path) -> list[Path]:
+    """The file, and SQLite's log and index beside it."""
+    return list(path.parent.glob(f"{path.name}*"))
