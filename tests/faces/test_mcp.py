@@ -132,7 +132,7 @@ async def test_the_tool_list_is_the_one_in_the_snapshot(era: str) -> None:
 
 
 @pytest.mark.parametrize(("origin", "open_world"), [("local", False), ("https://nim.example/v1", True)])
-async def test_every_tool_states_all_four_hints(era: str, origin: str, open_world: bool) -> None:  # noqa: FBT001
+async def test_every_tool_states_all_four_hints(era: str, origin: str, open_world: bool) -> None:
     async with connected(HashEmbedder(PLAIN), HashEmbedder(MATRYOSHKA, origin=origin), era=era) as client:
         for tool in (await client.list_tools()).tools:
             assert tool.title
