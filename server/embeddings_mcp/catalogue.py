@@ -52,6 +52,19 @@ class ModelSource(Protocol):
         """
         ...
 
+    @property
+    def key_name(self) -> str | None:
+        """What holds the key that it is asked with; None where there is no key."""
+        ...
+
+    async def check(self) -> None:
+        """Return once it says that it is ready; at once where it has no way to say so.
+
+        Raises:
+            EmbeddingsError: it is not, or cannot be reached.
+        """
+        ...
+
     async def aclose(self) -> None:
         """Close all of its embedders."""
         ...
@@ -69,13 +82,16 @@ class Catalogue:
         sources: where there are more, in the order in which they are asked.
         default: the name that ``default`` stands for.
 
+    Attributes:
+        sources: as given.
+
     Raises:
         InvalidSetting: two embedders answer to one name, one to ``default``, or none can be the default model.
     """
 
     def __init__(self, embedders: Iterable[Embedder], sources: Iterable[ModelSource], *, default: str) -> None:
         self._embedders = list(embedders)
-        self._sources = list(sources)
+        self.sources = list(sources)
         self._here: dict[str, Embedder] = {}
         for embedder in self._embedders:
             for name in embedder.card.names:
@@ -85,7 +101,7 @@ class Catalogue:
                     raise InvalidSetting(f"two of the models answer to the name {name!r}: give each a name of its own")
                 self._here[name] = embedder
         self._default = default
-        if not self._sources and self.default is None:
+        if not self.sources and self.default is None:
             raise InvalidSetting(
                 f"the default model {default!r} is not among the models served: {self._ids()}; `--model` serves it "
                 "here, `--endpoint` from an endpoint that has it, and NVIDIA_API_KEY brings those of the hosted API"
@@ -95,7 +111,7 @@ class Catalogue:
     def known(self) -> list[Embedder]:
         """The models known now, those of endpoints only where their names are not taken; nothing is asked for it."""
         known, taken = list(self._embedders), set(self._here)
-        for source in self._sources:
+        for source in self.sources:
             by_id = ((name, it) for name, it in source.models.items() if name == it.card.id.lower())
             known += [embedder for name, embedder in by_id if name not in taken]
             taken |= source.models.keys()
@@ -115,7 +131,7 @@ class Catalogue:
     @property
     def local(self) -> bool:
         """Whether all vectors are made in this process."""
-        return not self._sources and all(embedder.origin == "local" for embedder in self._embedders)
+        return not self.sources and all(embedder.origin == "local" for embedder in self._embedders)
 
     async def find(self, model: str) -> Meant:
         """What a name means: the name of a model, an alias, either with an input type as its suffix, or ``default``.
@@ -128,7 +144,7 @@ class Catalogue:
         if meant := meaning(name, self._here):
             return meant
         for max_age in (math.inf, FRESH_SECONDS):  # first those that were never asked
-            for source in self._sources:
+            for source in self.sources:
                 if meant := meaning(name, source.models):
                     return meant
                 await _ask(source, name, max_age)
@@ -142,7 +158,7 @@ class Catalogue:
     async def refresh(self) -> None:
         """Ask every endpoint that has not been asked lately; one that cannot be is left as it was known."""
         async with anyio.create_task_group() as group:
-            for source in self._sources:
+            for source in self.sources:
                 group.start_soon(_refresh, source)
 
     async def aclose(self) -> None:
@@ -150,11 +166,11 @@ class Catalogue:
         async with contextlib.AsyncExitStack() as stack:
             for embedder in self._embedders:
                 stack.push_async_callback(embedder.aclose)
-            for source in self._sources:
+            for source in self.sources:
                 stack.push_async_callback(source.aclose)
 
     def _places(self) -> list[Mapping[str, Embedder]]:
-        return [self._here, *(source.models for source in self._sources)]
+        return [self._here, *(source.models for source in self.sources)]
 
     def _ids(self) -> str:
         return ", ".join(embedder.card.id for embedder in self.known)

@@ -11,6 +11,7 @@ import logging
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -69,6 +70,7 @@ InputTypeOption = Annotated[InputType | None, typer.Option(help="What the texts 
 TruncateOption = Annotated[Truncate, typer.Option(help="What to drop of a text that is too long.")]
 DimensionsOption = Annotated[int | None, typer.Option(help="Length of the vectors, on Matryoshka models.")]
 ModeOption = Annotated[Mode, typer.Option(help="What is compared; all but dense on BGE-M3 only.")]
+DefaultModelOption = Annotated[str | None, typer.Option(metavar="ID", help="The model that `default` means.")]
 DeviceOption = Annotated[str | None, typer.Option(help="Where the model runs: auto, cpu, cuda, cuda:1, mps.")]
 CacheOption = Annotated[
     str | None,
@@ -105,7 +107,7 @@ def serve(
             "--manifest", metavar="FILE", help="An Ikanos or Naftiko capability that says where endpoints are."
         ),
     ] = None,
-    default_model: Annotated[str | None, typer.Option(metavar="ID", help="The model that `default` means.")] = None,
+    default_model: DefaultModelOption = None,
     device: DeviceOption = None,
     cache: CacheOption = None,
 ) -> None:
@@ -324,6 +326,44 @@ def demo(
     from embeddings_mcp.faces.demo import run_demo
 
     anyio.run(run_demo, _lines(texts) if texts else None)
+
+
+@app.command()
+def doctor(
+    *,
+    model: ServedOption = None,
+    endpoint: EndpointOption = None,
+    default_model: DefaultModelOption = None,
+    device: DeviceOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Try all that a server with these settings would use; for each problem, say the next step, and exit with 1."""
+    from rich.console import Console
+
+    from embeddings_mcp.faces import tables
+    from embeddings_mcp.faces.doctor import Finding, examine, problem
+
+    found: list[Finding] = []
+
+    def take(finding: Finding) -> None:
+        found.append(finding)
+        if not as_json:
+            Console().print(tables.finding(finding), soft_wrap=True)
+
+    async def look(settings: Settings) -> None:
+        async for finding in examine(settings):
+            take(finding)
+
+    try:
+        settings = _settings(models=model, endpoints=endpoint, default_model=default_model, device=device)
+    except InvalidSetting as error:
+        take(problem("settings", error))
+    else:
+        anyio.run(look, settings)
+    healthy = all(finding.state != "problem" for finding in found)
+    if as_json:
+        _print(dump_json({"healthy": healthy, "findings": [asdict(finding) for finding in found]}))
+    raise typer.Exit(0 if healthy else 1)
 
 
 @app.command()

@@ -16,6 +16,7 @@ from embeddings_mcp.verification import Verdict
 
 if TYPE_CHECKING:
     from embeddings_mcp.embedders.cache.upkeep import Contents
+    from embeddings_mcp.faces.doctor import Finding
 
 _LONGEST_TEXT = 56
 """Characters of a text that are shown beside a column or two of numbers, on a terminal of 80."""
@@ -79,6 +80,13 @@ def comparisons(verdict: Verdict) -> Table:
     for comparison in verdict.comparisons:
         table.add_row(comparison.sample, comparison.input_type or "", f"{comparison.cosine:.6f}")
     return table
+
+
+def finding(found: Finding) -> Text:
+    """One line, and below it the next step where there is one."""
+    mark, style = {"fine": ("ok", "green"), "note": ("note", "yellow"), "problem": ("PROBLEM", "bold red")}[found.state]
+    text = Text.assemble((f"{mark:<9}", style), (found.subject, "bold"), f": {found.says}")
+    return text.append(f"\n         {found.advice}", "italic") if found.advice else text
 
 
 def cache(contents: Contents) -> RenderableType:

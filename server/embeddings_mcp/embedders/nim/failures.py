@@ -134,8 +134,9 @@ def understand_silence(error: httpx.RequestError, *, endpoint: Endpoint) -> Fail
     detail = endpoint.redact(str(error)) or type(error).__name__
     match error:
         case httpx.ConnectTimeout() | httpx.ConnectError() | httpx.ProxyError():
-            address = f"cannot connect to the endpoint {endpoint.url} ({detail}): is it running, is the address right?"
-            return Failure(UpstreamUnavailable(address), attempts=_NOT_THERE)
+            question = "is there a way to the internet" if endpoint.hosted else "is it running, is the address right"
+            away = f"cannot connect to the endpoint {endpoint.url} ({detail}): {question}, does a proxy stand between?"
+            return Failure(UpstreamUnavailable(away), attempts=_NOT_THERE)
         case httpx.TimeoutException():
             silent = f"the endpoint {endpoint.url} was silent for {endpoint.timeout:g} s"
             return Failure(UpstreamTimeout(silent), attempts=_TRANSIENT)

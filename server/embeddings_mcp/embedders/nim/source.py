@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -57,6 +58,12 @@ class EndpointModels:
         return self._client.endpoint.url
 
     @property
+    def key_name(self) -> str | None:
+        """See `ModelSource.key_name`."""
+        endpoint = self._client.endpoint
+        return None if endpoint.api_key is None else endpoint.key_name
+
+    @property
     def models(self) -> Mapping[str, Embedder]:
         """See `ModelSource.models`."""
         return self._models
@@ -77,11 +84,19 @@ class EndpointModels:
             self._take(found)
             self._asked, self._failure = anyio.current_time(), None
 
+    async def check(self) -> None:
+        """See `ModelSource.check`."""
+        with anyio.move_on_after(DISCOVERY_SECONDS):
+            await self._client.check()
+            return
+        raise UpstreamTimeout(f"the endpoint {self.origin} did not say in {DISCOVERY_SECONDS:g} s whether it is ready")
+
     async def aclose(self) -> None:
-        """Close the embedders and the client that they share."""
-        for embedder in self._embedders.values():
-            await embedder.aclose()
-        await self._client.aclose()
+        """Close the embedders and the client that they share, also where one cannot be closed."""
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(self._client.aclose)
+            for embedder in self._embedders.values():
+                stack.push_async_callback(embedder.aclose)
 
     async def _ask(self) -> dict[str, ModelCard]:
         with anyio.move_on_after(DISCOVERY_SECONDS):

