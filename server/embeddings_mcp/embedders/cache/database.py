@@ -221,18 +221,18 @@ class Database:
     # --- The steps ---------------------------------------------------------------------------------------------------
 
     def _prepare(self) -> None:
-        # The first two are possible before the first table only, and do nothing later.
-        self._connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
-        self._connection.execute("PRAGMA journal_mode = WAL")
-        self._connection.execute("PRAGMA synchronous = NORMAL")  # a power cut may cost the last rows, and no others
-        self._connection.execute(f"PRAGMA journal_size_limit = {16 << 20}")
         if not self._is_ours():
+            # These two are possible before the first table only; another process may do the same at the same time.
+            self._connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            self._connection.execute("PRAGMA journal_mode = WAL")
             with self._transaction("IMMEDIATE"):
-                if not self._is_ours():  # another process may have been first
+                if not self._is_ours():
                     for statement in _TABLES.split(";\n"):
                         self._connection.execute(statement)
                     self._connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
                     self._connection.execute(f"PRAGMA user_version = {_VERSION}")
+        self._connection.execute("PRAGMA synchronous = NORMAL")  # a power cut may cost the last rows, and no others
+        self._connection.execute(f"PRAGMA journal_size_limit = {16 << 20}")
 
     def _is_ours(self) -> bool:
         """Whether the tables are there.
