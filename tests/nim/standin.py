@@ -286,12 +286,12 @@ async def _read_request(reader: asyncio.StreamReader) -> Seen | None:
     """The next request of a connection; None when the client has no more."""
     try:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-    except asyncio.IncompleteReadError:
+        request_line, *lines = head.strip().split("\r\n")
+        method, path, _ = request_line.split(" ")
+        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        body = await reader.readexactly(int(headers.get("content-length", "0")))
+    except asyncio.IncompleteReadError:  # it may also have been given up half way
         return None
-    request_line, *lines = head.strip().split("\r\n")
-    method, path, _ = request_line.split(" ")
-    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    body = await reader.readexactly(int(headers.get("content-length", "0")))
     return Seen(method, path, headers, body, time.monotonic())
 
 
