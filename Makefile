@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: run test lint types unit test-all mcpb published format lock clean help
+.PHONY: run test lint types unit test-all soak fuzz mcpb published format lock clean help
 
 help: ## Say what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,13 @@ unit: $(STAMP)
 
 test-all: lint types $(STAMP) ## The same, and what the makers of the protocol check with (from npm)
 	$(BIN)/pytest
+
+soak: $(STAMP) ## Five minutes under fire: mixed, broken and hostile callers, kill -9; prints what it saw
+	$(BIN)/python -m tests.soak --minutes 5
+
+fuzz: $(STAMP) ## Thousands of requests made from the OpenAPI document
+	test -x .venv-fuzz/bin/st || { $(PYTHON) -m venv .venv-fuzz && .venv-fuzz/bin/pip install --quiet schemathesis==4.32.5; }
+	$(BIN)/python -m tests.fuzz .venv-fuzz/bin/st
 
 mcpb: $(STAMP) ## Pack the bundle for Claude Desktop, from what is committed (needs npx)
 	rm -rf build/mcpb && mkdir -p build/mcpb dist

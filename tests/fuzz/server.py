@@ -1,0 +1,13 @@
+"""The server that is fuzzed: an embedder without a model, so that the time goes into the faces."""
+
+from __future__ import annotations
+
+from embeddings_mcp.faces.http import serve_http
+from embeddings_mcp.faces.mcp import build_mcp_server
+from embeddings_mcp.service import EmbeddingService
+from embeddings_mcp.settings import Settings
+from tests.support import HashEmbedder
+
+if __name__ == "__main__":
+    service = EmbeddingService([HashEmbedder()], default_model="test/hash")
+    serve_http(service, build_mcp_server(service), Settings(port=0))
