@@ -92,7 +92,7 @@ class Guard:
             await error_response(error)(scope, receive, send)
             return
         except HTTPException as error:
-            await http_error_response(error.status_code, error.detail)(scope, receive, send)
+            await http_error_response(error.status_code, error.detail, error.headers)(scope, receive, send)
             return
         with contextlib.ExitStack() as stack:
             stack.enter_context(named(caller))
@@ -110,6 +110,14 @@ class Guard:
             HTTPException: it is addressed to another server, or comes from a foreign page.
             EmbeddingsError: it shows no key, has a header that cannot be, is too large, too early, or one too many.
         """
+        if _values(scope, b"content-length") and _values(scope, b"transfer-encoding"):
+            # A proxy before us may have believed the other one of the two: what it took for a body would be a request
+            # to us, which it never checked (RFC 9112, section 11.2).
+            raise HTTPException(
+                HTTPStatus.BAD_REQUEST,
+                "a request has either a Content-Length or a Transfer-Encoding, not both",
+                {"Connection": "close"},
+            )
         self._check_address(scope)
         if scope["path"] in self._keyless_paths:
             return ""

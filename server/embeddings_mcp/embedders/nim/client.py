@@ -29,6 +29,9 @@ LONGEST_PAUSE = 30.0
 MOST_CALLERS = 1000
 """Callers with keys of their own whose recent requests are counted; the one not heard of for longest is forgotten."""
 
+MAX_ANSWER_BYTES = 256 * 1024 * 1024
+"""Longest answer, unpacked: ten times that of a thousand texts in 2,048 dimensions. A few bytes can unpack to more."""
+
 _MOST_CONNECTIONS = 100  # of all callers together, where they bring keys; else as many as the endpoint takes requests
 _CONNECT_TIMEOUT = 10.0
 _POLL_PAUSES = (0.1, 0.5, 2.0, 5.0)  # the last one again and again; the deadline ends it
@@ -181,6 +184,8 @@ class EndpointClient:
                 response = await self._send(method, path, body, endpoint.headers)
             except httpx.RequestError as error:
                 failure = understand_silence(error, endpoint=endpoint)
+            except AnswerInvalid as error:
+                failure = unusable(str(error), endpoint=endpoint, damaged=error.damaged)
             else:
                 if response.status_code == httpx.codes.OK:
                     try:
@@ -195,9 +200,7 @@ class EndpointClient:
         """Send, and where the hosted API says "accepted", fetch the answer when it is ready."""
         http = self._client()
         content_type = {} if body is None else {"Content-Type": "application/json"}
-        response = await http.request(
-            method, self.endpoint.url + path, content=body, headers={**headers, **content_type}
-        )
+        response = await _ask(http, method, self.endpoint.url + path, {**headers, **content_type}, body)
         polls = 0
         while response.status_code == httpx.codes.ACCEPTED and self.endpoint.status_url is not None:
             ticket = response.headers.get("NVCF-REQID")
@@ -205,7 +208,7 @@ class EndpointClient:
                 break
             await anyio.sleep(_POLL_PAUSES[min(polls, len(_POLL_PAUSES) - 1)])
             polls += 1
-            response = await http.get(f"{self.endpoint.status_url}/{ticket}", headers=headers)
+            response = await _ask(http, "GET", f"{self.endpoint.status_url}/{ticket}", headers)
         return response
 
     def _client(self) -> httpx.AsyncClient:
@@ -222,6 +225,28 @@ class EndpointClient:
                 headers={"User-Agent": f"embeddings-mcp/{__version__}", "Accept": "application/json"},
             )
         return self._http
+
+
+async def _ask(
+    http: httpx.AsyncClient, method: str, url: str, headers: dict[str, str], body: bytes | None = None
+) -> httpx.Response:
+    """The whole answer, as long as it is not longer than any can be.
+
+    Raises:
+        AnswerInvalid: it is.
+        httpx.RequestError: there is none.
+    """
+    async with http.stream(method, url, content=body, headers=headers) as answer:
+        content = bytearray()
+        async for piece in answer.aiter_bytes():
+            content += piece
+            if len(content) > MAX_ANSWER_BYTES:
+                raise AnswerInvalid(f"it is longer than {MAX_ANSWER_BYTES:,} bytes")
+        unpacked = [(name, value) for name, value in answer.headers.multi_items() if name not in _OF_TRANSFER]
+        return httpx.Response(answer.status_code, headers=unpacked, content=bytes(content), request=answer.request)
+
+
+_OF_TRANSFER = frozenset({"content-encoding", "content-length", "transfer-encoding"})
 
 
 def _turnstile(endpoint: Endpoint) -> Turnstile:
