@@ -66,8 +66,8 @@ def test_a_text_that_is_too_long_is_described_by_what_is_known(error: InputTooLo
 
 def test_a_text_that_is_too_long_can_be_named_by_its_field() -> None:
     error = InputTooLong(index=5, tokens=9, allowed=8, certain=False)
-    named = error.at("other[2]")
+    named = error.about(2, "other[2]")
     assert named.param == "other[2]"
     assert "(probably `other[2]`" in named.message
-    assert (named.index, named.tokens, named.allowed, named.certain) == (5, 9, 8, False)
+    assert (named.index, named.tokens, named.allowed, named.certain) == (2, 9, 8, False)
     assert error.param is None

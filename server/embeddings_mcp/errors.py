@@ -3,7 +3,8 @@
     EmbeddingsError
     |-- InvalidSetting            the server was told something that cannot be: says which setting to change
     |-- InvalidRequest            the request breaks a rule: names the field and says what is accepted
-    |   |-- InputTooLong          more tokens than the model takes, and truncate is NONE
+    |   |-- InputUnusable         one of the texts cannot be embedded: says which
+    |   |   `-- InputTooLong      more tokens than the model takes, and truncate is NONE
     |   |-- TooManyInputs         more texts than one request may have
     |   `-- InputTooLarge         more characters than one text may have
     |-- AuthenticationFailed      no API key, or a wrong one
@@ -56,25 +57,41 @@ class InvalidRequest(EmbeddingsError):
     """The request breaks a rule of the schema or of the model it names."""
 
 
-class InputTooLong(InvalidRequest):
-    """A text has more tokens than the model takes, and the request does not allow truncation.
+class InputUnusable(InvalidRequest):
+    """A text cannot be embedded as it is.
 
-    An embedder knows the text by its position only; `at` names the request's field.
+    An embedder knows the text by its position in a list only; `about` puts the error where the text stands for others.
 
     Attributes:
+        reason: what is wrong with the text, as a sentence without its subject.
         index: position of the text in the list that was to be embedded.
+        certain: False where an endpoint refused several texts at once without a word about which, and `index` is that
+            of the longest.
+    """
+
+    def __init__(self, reason: str, *, index: int, param: str | None = None, certain: bool = True) -> None:
+        text = f"`{param or f'text {index}'}`"
+        subject = text if certain else f"a text (probably {text}, the longest of those sent together)"
+        super().__init__(f"{subject} {reason}", param=param)
+        self.reason, self.index, self.certain = reason, index, certain
+
+    def about(self, index: int, param: str | None = None) -> InputUnusable:
+        """The same error about the text at another position, and about the request's field `param` if that is known."""
+        return InputUnusable(self.reason, index=index, param=param, certain=self.certain)
+
+
+class InputTooLong(InputUnusable):
+    """A text has more tokens than the model takes, and the request does not allow truncation.
+
+    Attributes:
         tokens: its length as the model counts it, special tokens and prompt included; None where an endpoint did not
             say.
         allowed: the model's limit; None where it is not known.
-        certain: False where an endpoint refused several texts at once without a word about which, and `index` is that
-            of the longest.
     """
 
     def __init__(
         self, *, index: int, tokens: int | None, allowed: int | None, param: str | None = None, certain: bool = True
     ) -> None:
-        text = f"`{param or f'text {index}'}`"
-        subject = text if certain else f"a text (probably {text}, the longest of those sent together)"
         if tokens is not None:
             length = f"{tokens:,} tokens{'' if allowed is None else f', and the model takes {allowed:,}'}"
         elif allowed is not None:
@@ -82,16 +99,16 @@ class InputTooLong(InvalidRequest):
         else:
             length = "more tokens than the model takes"
         super().__init__(
-            f"{subject} has {length}: shorten it, or set `truncate` to 'END' or 'START' to drop what is too much",
+            f"has {length}: shorten it, or set `truncate` to 'END' or 'START' to drop what is too much",
+            index=index,
             param=param,
+            certain=certain,
         )
-        self.index, self.tokens, self.allowed, self.certain = index, tokens, allowed, certain
+        self.tokens, self.allowed = tokens, allowed
 
-    def at(self, param: str) -> InputTooLong:
-        """The same error about the request field `param`."""
-        return InputTooLong(
-            index=self.index, tokens=self.tokens, allowed=self.allowed, param=param, certain=self.certain
-        )
+    def about(self, index: int, param: str | None = None) -> InputTooLong:
+        """See `InputUnusable.about`."""
+        return InputTooLong(index=index, tokens=self.tokens, allowed=self.allowed, param=param, certain=self.certain)
 
 
 class TooManyInputs(InvalidRequest):
@@ -185,6 +202,7 @@ class WireForm:
 
 WIRE_FORMS: dict[type[EmbeddingsError], WireForm] = {
     InvalidRequest: WireForm(400, "invalid_request_error", "invalid_request"),
+    InputUnusable: WireForm(400, "invalid_request_error", "input_unusable"),
     InputTooLong: WireForm(400, "invalid_request_error", "input_too_long"),
     TooManyInputs: WireForm(400, "invalid_request_error", "too_many_inputs"),
     InputTooLarge: WireForm(400, "invalid_request_error", "input_too_large"),

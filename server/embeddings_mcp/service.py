@@ -22,7 +22,7 @@ from embeddings_mcp.embedders.base import (
     OnProgress,
     Representations,
 )
-from embeddings_mcp.errors import InputTooLong, InvalidRequest, ModelUnavailable
+from embeddings_mcp.errors import InputUnusable, InvalidRequest, ModelUnavailable
 from embeddings_mcp.models import InputType, Mode, ModelCard, Truncate
 from embeddings_mcp.schema import (
     ColbertEmbeddingRequest,
@@ -269,8 +269,8 @@ class EmbeddingService:
         texts = [text for value in fields.values() for text in _as_list(value)]
         try:
             made = await make(texts, input_type=input_type, truncate=truncate, on_progress=on_progress)
-        except InputTooLong as error:
-            raise error.at(_place(fields, error.index)) from None
+        except InputUnusable as error:
+            raise error.about(error.index, _place(fields, error.index)) from None
         return await _compute(made, lambda: _finished(made, embedder.card, fields, dimensions))
 
     async def _represent_input(

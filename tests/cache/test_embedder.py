@@ -15,7 +15,7 @@ import pytest
 from embeddings_mcp.embedders.base import Embeddings, MultiEmbedder
 from embeddings_mcp.embedders.cache import CachedEmbedder
 from embeddings_mcp.embedders.cache.rows import keys_of
-from embeddings_mcp.errors import InputTooLong, ModelUnavailable, Overloaded, UpstreamFailed
+from embeddings_mcp.errors import InputTooLong, InputUnusable, ModelUnavailable, Overloaded, UpstreamFailed
 from embeddings_mcp.models import InputType, ModelCard, Truncate
 from embeddings_mcp.schema import EmbeddingRequest
 from embeddings_mcp.service import EmbeddingService
@@ -169,6 +169,15 @@ async def test_an_error_about_a_text_is_about_its_place_in_the_request() -> None
         await service.create_embedding(service_request(["a", "c", "c", "b", long, long]))
     assert caught.value.param == "input[4]"
     assert (caught.value.tokens, caught.value.allowed) == (72, 64)
+
+
+async def test_a_text_that_cannot_be_embedded_is_named_by_its_place_in_the_request() -> None:
+    source = TextByText(failures={"nothing": InputUnusable("holds nothing", index=1)})
+    service = EmbeddingService([in_memory(source)], default_model=ASYMMETRIC.id)
+    await service.create_embedding(service_request(["a"]))
+    with pytest.raises(InputUnusable) as caught:
+        await service.create_embedding(service_request(["a", "b", "a", "nothing"]))
+    assert caught.value.message == "`input[3]` holds nothing"
 
 
 async def test_vectors_that_are_not_numbers_are_not_kept() -> None:

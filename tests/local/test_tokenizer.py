@@ -127,7 +127,7 @@ def test_an_empty_text_has_its_special_tokens_and_its_prompt(kind: Kind) -> None
 def test_a_text_of_which_the_tokenizer_keeps_nothing_is_refused() -> None:
     letters = FastTokenizer(models.BPE(vocab={"a": 0}, merges=[]))
 
-    with pytest.raises(InvalidRequest, match="text 1 holds nothing that the model's tokenizer keeps"):
+    with pytest.raises(InvalidRequest, match="`text 1` holds nothing that the model's tokenizer keeps"):
         Tokenizer(letters, max_tokens=16).encode(["a", ""], prompt="", truncate="NONE")
 
 

@@ -330,7 +330,8 @@ async def test_a_text_that_is_too_long_is_named_by_its_place_in_the_call() -> No
             with pytest.raises(InputTooLong) as caught:
                 await embed(embedder, texts)
             assert caught.value.index == 7
-            assert "probably `input[7]`, the longest of those sent together" in caught.value.at("input[7]").message
+            named = caught.value.about(7, "input[7]")
+            assert "probably `input[7]`, the longest of those sent together" in named.message
 
 
 async def test_texts_that_are_too_much_for_one_request_go_out_in_smaller_ones() -> None:

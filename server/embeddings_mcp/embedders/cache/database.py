@@ -107,7 +107,7 @@ class Database:
             path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False, cached_statements=32
         )
         try:
-            self._prepare()
+            self._prepare_in_time()
         except BaseException:
             self._connection.close()
             raise
@@ -219,6 +219,19 @@ class Database:
         self._connection.close()
 
     # --- The steps ---------------------------------------------------------------------------------------------------
+
+    def _prepare_in_time(self) -> None:
+        """As SQLite does elsewhere, wait for a process that does the same: not so where the log is switched on."""
+        deadline = time.monotonic() + _BUSY_SECONDS
+        while True:
+            try:
+                self._prepare()
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+            else:
+                return
 
     def _prepare(self) -> None:
         if not self._is_ours():

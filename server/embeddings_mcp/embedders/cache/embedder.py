@@ -19,7 +19,7 @@ from embeddings_mcp.embedders.base import Embedder, Embeddings, MultiEmbedder, O
 from embeddings_mcp.embedders.cache.request import Request
 from embeddings_mcp.embedders.cache.rows import Key, Kind, Row, keys_of, rows_of
 from embeddings_mcp.embedders.cache.store import Cache
-from embeddings_mcp.errors import InputTooLong, ModelUnavailable, UpstreamFailed
+from embeddings_mcp.errors import InputUnusable, ModelUnavailable, UpstreamFailed
 from embeddings_mcp.models import InputType, ModelCard, Truncate
 
 _Result = TypeVar("_Result")
@@ -192,8 +192,8 @@ class CachedEmbedder:
                 on_progress=request.tell if request.watched else None,
                 on_rows=take,
             )
-        except InputTooLong as error:
-            raise request.about(error, wanted) from None
+        except InputUnusable as error:
+            raise error.about(request.place_of(wanted[error.index])) from None
         except ModelUnavailable as error:
             failure = error
             raise

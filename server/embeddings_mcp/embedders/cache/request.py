@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from embeddings_mcp.embedders.base import Embeddings, OnProgress
 from embeddings_mcp.embedders.cache.rows import Key, Kind, Row, gathered
-from embeddings_mcp.errors import InputTooLong
 
 
 class Request:
@@ -44,7 +43,7 @@ class Request:
 
     def texts_of(self, keys: Iterable[Key]) -> list[str]:
         """The texts that these keys stand for."""
-        return [self.texts[self._places[key][0]] for key in keys]
+        return [self.texts[self.place_of(key)] for key in keys]
 
     def add(self, rows: Mapping[Key, Row]) -> None:
         """Take rows that have come."""
@@ -82,10 +81,9 @@ class Request:
         if self._done > self._told:
             await self.tell()
 
-    def about(self, error: InputTooLong, asked: Sequence[Key]) -> InputTooLong:
-        """The error about one of the rows that were asked for, as one about the text's first place in the request."""
-        index = self._places[asked[error.index]][0]
-        return InputTooLong(index=index, tokens=error.tokens, allowed=error.allowed, certain=error.certain)
+    def place_of(self, key: Key) -> int:
+        """The first position of the text that this key stands for."""
+        return self._places[key][0]
 
     def answer(self) -> Embeddings:
         """The rows in the places of their texts, once none is missing."""

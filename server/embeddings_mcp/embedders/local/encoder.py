@@ -26,7 +26,7 @@ from embeddings_mcp.embedders.local.placement import Placement, choose_placement
 from embeddings_mcp.embedders.local.pooling import pool
 from embeddings_mcp.embedders.local.tokenizer import Tokenizer
 from embeddings_mcp.embedders.local.weights import load_weights
-from embeddings_mcp.errors import CheckpointInvalid, InvalidRequest, ModelUnavailable
+from embeddings_mcp.errors import CheckpointInvalid, InputUnusable, ModelUnavailable
 from embeddings_mcp.models import InputType, ModelCard, Precision, Truncate
 from embeddings_mcp.vectors import FloatMatrix, SparseVector
 
@@ -141,7 +141,7 @@ class Encoder:
 
         Raises:
             InputTooLong: a text is too long and `truncate` is NONE.
-            InvalidRequest: nothing of a text is left to pool.
+            InputUnusable: nothing of a text is left to pool.
             CheckpointInvalid: the tokenizer gives a token that the model does not know.
         """
         prompt = self.card.prompt(input_type)
@@ -149,7 +149,7 @@ class Encoder:
         skip = self._unpooled(prompt)
         for index, row in enumerate(rows):
             if len(row) <= skip:
-                raise InvalidRequest(f"text {index} has no tokens of its own behind the prompt of {skip} tokens")
+                raise InputUnusable(f"has no tokens of its own behind the prompt of {skip} tokens", index=index)
             if max(row) >= self._backbone.vocabulary:  # on a GPU, to look it up would be the end of the process
                 raise CheckpointInvalid(
                     f"{self._checkpoint.folder}: the tokenizer makes token {max(row)} of text {index}, and the model "

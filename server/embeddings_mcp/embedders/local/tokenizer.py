@@ -12,7 +12,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import normalizers
 
-from embeddings_mcp.errors import CheckpointInvalid, InputTooLong, InvalidRequest
+from embeddings_mcp.errors import CheckpointInvalid, InputTooLong, InputUnusable, InvalidRequest
 from embeddings_mcp.models import Truncate
 
 _CHARACTERS_PER_TOKEN = 16
@@ -74,7 +74,8 @@ class Tokenizer:
 
         Raises:
             InputTooLong: a text is too long and `truncate` is NONE.
-            InvalidRequest: the tokenizer, or the model's limit behind the prompt, leaves nothing of a text.
+            InputUnusable: the tokenizer leaves nothing of a text.
+            InvalidRequest: the model's limit behind the prompt leaves nothing of any text.
         """
         if self._suffix:
             texts = [text + self._suffix for text in texts]
@@ -93,7 +94,7 @@ class Tokenizer:
                     raise InputTooLong(index=index, tokens=tokens, allowed=self.max_tokens)
                 ids = self._cut(ids, prompt, truncate)
             if not ids:
-                raise InvalidRequest(f"text {index} holds nothing that the model's tokenizer keeps")
+                raise InputUnusable("holds nothing that the model's tokenizer keeps", index=index)
             rows.append(ids)
         return rows
 

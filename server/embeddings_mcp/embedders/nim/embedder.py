@@ -16,7 +16,7 @@ from embeddings_mcp.embedders.base import Embeddings, OnProgress, OnRows
 from embeddings_mcp.embedders.nim.client import EndpointClient
 from embeddings_mcp.embedders.nim.failures import Asked, Failure
 from embeddings_mcp.embedders.nim.wire import read_answer, read_json, request_body
-from embeddings_mcp.errors import EmbeddingsError, InputTooLong, InvalidRequest, UpstreamFailed, UpstreamTimeout
+from embeddings_mcp.errors import EmbeddingsError, InputUnusable, InvalidRequest, UpstreamFailed, UpstreamTimeout
 from embeddings_mcp.models import InputType, ModelCard, Truncate
 
 logger = logging.getLogger(__name__)
@@ -299,6 +299,4 @@ def _shared_out(tokens: int, texts: Sequence[str]) -> list[int]:
 
 def _shifted(error: EmbeddingsError, start: int) -> EmbeddingsError:
     """The error about a text of a sub-batch as one about a text of the call."""
-    if not isinstance(error, InputTooLong):
-        return error
-    return InputTooLong(index=start + error.index, tokens=error.tokens, allowed=error.allowed, certain=error.certain)
+    return error.about(start + error.index) if isinstance(error, InputUnusable) else error
