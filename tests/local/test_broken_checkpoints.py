@@ -431,7 +431,7 @@ def test_code_in_a_pickle_is_not_run(
     assert not (tmp_path / "sprung").exists()
 
 
-@pytest.mark.parametrize("model_type", ["bert", "ministral3", "quantum-bert", "vit"])
+@pytest.mark.parametrize("model_type", ["bert", "ministral3", "quantum-bert", "vit", "clap_text_model"])
 @pytest.mark.parametrize("tokenizer", ["tokenizer.json", "vocab.txt"])
 def test_code_beside_a_checkpoint_is_not_run_nor_asked_about(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str, tokenizer: str
@@ -442,11 +442,18 @@ def test_code_beside_a_checkpoint_is_not_run_nor_asked_about(
     edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": [trap, trap]})
     if tokenizer == "vocab.txt":
         (folder / "tokenizer.json").unlink()
-    monkeypatch.setattr("builtins.input", lambda question: pytest.fail(f"asked {question}"))
+    questions: list[str] = []
+
+    def answer(question: str) -> str:
+        questions.append(question)
+        return "y"
+
+    monkeypatch.setattr("builtins.input", answer)
 
     with contextlib.suppress(CheckpointInvalid):
         load_encoder("test/trap", folder)
 
+    assert questions == []
     assert not (tmp_path / "sprung").exists()
 
 

@@ -118,6 +118,21 @@ def test_a_run_of_one_letter_is_cut_where_the_whole_of_it_would_be(letters: int,
     assert cut == (ids[:16] if truncate == "END" else ids[-16:])
 
 
+def test_a_token_that_the_first_look_parts_is_found_whole() -> None:
+    # Five tokens make the first look 80 characters long, which ends within "abX": with "ab" as with "a", the fifth
+    # token would seem to be "a".
+    runs = ["c" * 2**power for power in range(7)]
+    merges = [(run, run) for run in runs[:-1]] + [("b", "X"), ("a", "bX")]
+    pieces = {piece: number for number, piece in enumerate([*runs, "a", "b", "X", "bX", "abX", "d"])}
+    tokenizer = FastTokenizer(models.BPE(vocab=pieces, merges=merges))
+    text = "c" * 78 + "abX" + "d" * 100
+
+    cut = encode(Tokenizer(tokenizer, max_tokens=5), text, truncate="END")
+
+    assert cut == tokenizer.encode(text).ids[:5]
+    assert cut[-1] == pieces["abX"]
+
+
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_an_empty_text_has_its_special_tokens_and_its_prompt(kind: Kind) -> None:
     assert len(encode(limited(kind), "")) == kind.before + kind.after

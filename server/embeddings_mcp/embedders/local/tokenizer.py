@@ -61,9 +61,9 @@ class Tokenizer:
         try:
             tokenizer = FastTokenizer.from_file(str(path)) if path.is_file() else _convert(folder)
             return cls(tokenizer, max_tokens=max_tokens, lowercase=lowercase, suffix=suffix)
-        except (KeyboardInterrupt, SystemExit):
-            raise
         except BaseException as error:  # readers raise whatever comes, and a panic of tokenizers is no Exception
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise CheckpointInvalid(f"{path}: the tokenizer cannot be read: {error}") from error
 
     def encode(self, texts: Sequence[str], *, prompt: str, truncate: Truncate) -> list[list[int]]:
