@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import socket
 import tracemalloc
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
 from tests.nim.standin import answering, stand_in
 from tests.nim.test_embedder import embed, embedding_at
-from tests.support import HashEmbedder, serving
+from tests.support import ROOT, HashEmbedder, serving
 
 KEY = "the-key"
 SECONDS = 10
@@ -51,6 +52,13 @@ def exchange(url: str, *requests: bytes) -> bytes:
         while piece := caller.recv(65536):
             answer += piece
     return answer
+
+
+def test_the_threat_model_names_tests_that_there_are() -> None:
+    text = (ROOT / "SECURITY.md").read_text("utf-8")
+    named = set(re.findall(r"tests/[\w/]+\.py", text))
+    assert len(named) > 8
+    assert all((ROOT / path).is_file() for path in named)
 
 
 # --- Path traversal --------------------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""The server under fire for minutes: ``python -m tests.soak``."""
