@@ -191,7 +191,7 @@ class Settings(BaseSettings):
     max_inputs: Annotated[int, Field(gt=0, description="Texts in one request, over HTTP or MCP.")] = 16_384
     max_input_characters: Annotated[
         int, Field(gt=0, description="Characters in one text, whether or not it may be truncated.")
-    ] = 1_000_000
+    ] = 20_000_000
     max_queued_tokens: Annotated[
         int, Field(gt=0, description="Tokens that may wait for one local model; who comes then is asked back later.")
     ] = 1_000_000
