@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -355,3 +356,6 @@ def test_of_sizes_the_files_are_believed_and_of_all_else_the_card(saved: Path) -
     assert (card.dimensions, card.matryoshka, card.max_tokens) == (WIDTH, (16,), 40)
     assert (card.aliases, card.input_type, card.query_prompt) == (("known",), "optional", "the card's: ")
     assert card.licence == "MIT"
+
+    generous = replace(known, max_tokens=8192)
+    assert read_checkpoint(saved, generous).card(known.id, generous).max_tokens == 64
