@@ -70,7 +70,7 @@ def test_an_empty_variable_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> Non
         ("MODELS", "  ", "at least 1 item"),
         ("PORT", "65536", "less than or equal to 65535"),
         ("PORT", "http", "valid integer"),
-        ("PRECISION", "int4", "'auto', 'float32', 'bfloat16' or 'float16'"),
+        ("PRECISION", "int4", "'auto', 'float32', 'bfloat16', 'float16' or 'int8'"),
         ("MAX_BODY_BYTES", "0", "greater than 0"),
         ("CARDS", "{", "must be JSON"),
         ("CARDS", '{"id": "mine"}', "must be a JSON array of objects"),

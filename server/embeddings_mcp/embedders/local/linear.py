@@ -14,10 +14,10 @@ import platform
 
 import torch
 
-# oneDNN keeps what it has compiled for every number of rows that it has met, some megabytes each, 1,024 of them if
-# nobody says otherwise: a server whose batches all differ would grow by gigabytes over an hour. Hardly any number comes
-# again before it would be forgotten anyway, so that to keep fewer costs no time. It is read at the first product.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "24")
+# oneDNN keeps what it has compiled for every number of rows that it has met, 1,024 of them if nobody says otherwise:
+# for a server whose batches all differ, hundreds of megabytes. Of fewer, lone queries, which are short and few in kind,
+# still find their like. It is read at the first product.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 _SMALLEST = 1e-12
 """Floor under the largest magnitude of a row or column of zeros."""
