@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from embeddings_mcp.embedders.local.memory import halving, out_of_memory
+from embeddings_mcp.embedders.local import memory
+from embeddings_mcp.embedders.local.memory import Returning, halving, out_of_memory
 from embeddings_mcp.embedders.worker import LocalEmbedder
 from embeddings_mcp.errors import ModelUnavailable
 from tests.test_worker import EXACT, ROUGH, SteppedEncoder
@@ -95,3 +96,19 @@ async def test_a_request_is_answered_though_its_batch_was_too_large() -> None:
         made = await embedder.embed(["x", "xx", "xxx"], input_type=None, truncate="NONE")
     assert made.vectors[:, 0].tolist() == [1, 2, 3]
     await embedder.aclose()
+
+
+def test_free_memory_is_given_back_after_every_so_many_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    trimmed: list[int] = []
+    monkeypatch.setattr(memory, "_malloc_trim", lambda: trimmed.append)
+    give_back = Returning()
+    for _ in range(3 * memory.BATCHES):
+        give_back()
+    assert trimmed == [0, 0, 0]
+
+
+def test_giving_back_goes_with_any_c_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "BATCHES", 1)
+    Returning()()
+    monkeypatch.setattr("sys.platform", "darwin")
+    Returning()()

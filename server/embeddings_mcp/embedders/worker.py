@@ -154,7 +154,9 @@ def _batcher(encoder: Encoder, max_queued_tokens: int) -> Batcher[_Kind, Any]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = encoder.workers(cores)
 
-    from embeddings_mcp.embedders.local.memory import halving  # an encoder is there, and torch with it
+    from embeddings_mcp.embedders.local.memory import Returning, halving  # an encoder is there, and torch with it
+
+    give_back = Returning()
 
     def run(kind: _Kind, rows: Sequence[Row]) -> Sequence[Any]:
         def make(rows: Sequence[Row]) -> Sequence[Any]:
@@ -162,7 +164,9 @@ def _batcher(encoder: Encoder, max_queued_tokens: int) -> Batcher[_Kind, Any]:
                 return list(encoder.forward(rows, kind.skip))
             return list(zip(*encoder.forward_all(rows, kind.skip), strict=True))
 
-        return halving(make, rows)
+        made = halving(make, rows)
+        give_back()
+        return made
 
     return Batcher(
         run,

@@ -18,6 +18,7 @@ import torch
 # for a server whose batches all differ, hundreds of megabytes. Of fewer, lone queries, which are short and few in kind,
 # still find their like. It is read at the first product.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "128")  # the same of ideep, which lies between oneDNN and PyTorch
 
 _SMALLEST = 1e-12
 """Floor under the largest magnitude of a row or column of zeros."""

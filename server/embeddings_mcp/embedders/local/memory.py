@@ -1,8 +1,11 @@
-"""When memory runs out: half of a batch needs half of it."""
+"""When memory runs out: half of a batch needs half of it. And that it does not run out: what is free is given back."""
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -12,6 +15,9 @@ from embeddings_mcp.errors import ModelUnavailable
 
 _Row = TypeVar("_Row")
 _Result = TypeVar("_Result")
+
+BATCHES = 8
+"""After so many batches what is free is given back."""
 
 _logger = logging.getLogger(__name__)
 
@@ -48,3 +54,28 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "not enough memory" in str(error))
     )
+
+
+class Returning:
+    """Gives free memory back to the system after every `BATCHES` calls.
+
+    Batches of ever other sizes leave holes of ever other sizes behind, which glibc keeps: a process that used 350 MiB
+    grew to 800 in some hundred batches. Looking for them takes 1 ms, on a model whose batches take 100. Where the C
+    library is another one, nothing is done.
+    """
+
+    def __init__(self) -> None:
+        self._calls = itertools.count(1)
+        self._trim = _malloc_trim()
+
+    def __call__(self) -> None:
+        """To be called once for each batch, from any thread."""
+        if self._trim is not None and next(self._calls) % BATCHES == 0:
+            self._trim(0)
+
+
+def _malloc_trim() -> Callable[[int], int] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    trim: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    return trim
