@@ -4,8 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PEERS := .venv-peers
+MODEL_FOLDER := from embeddings_mcp.embedders.local.locate import find_bundled; from embeddings_mcp.models import DEFAULT_MODEL; print(find_bundled(DEFAULT_MODEL))
 
-.PHONY: run test lint types unit test-all soak fuzz mcpb published format lock clean help
+.PHONY: run test lint types unit test-all soak fuzz bench-peers mcpb published format lock clean help
 
 help: ## Say what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +37,12 @@ fuzz: $(STAMP) ## Thousands of requests made from the OpenAPI document
 	test -x .venv-fuzz/bin/st || { $(PYTHON) -m venv .venv-fuzz && .venv-fuzz/bin/pip install --quiet schemathesis==4.32.5; }
 	$(BIN)/python -m tests.fuzz .venv-fuzz/bin/st
 
+bench-peers: $(STAMP) ## Install what `python -m benchmarks.NAME` compares with, in .venv-peers
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/peers.txt
+	$(PEERS)/bin/python -m benchmarks.export_onnx "$$($(BIN)/python -c "$(MODEL_FOLDER)")"
+
 mcpb: $(STAMP) ## Pack the bundle for Claude Desktop, from what is committed (needs npx)
 	rm -rf build/mcpb && mkdir -p build/mcpb dist
 	git archive HEAD pyproject.toml README.md LICENSE server skills | tar -x -C build/mcpb
@@ -52,7 +60,7 @@ lock: $(STAMP) ## Pin what is installed now in constraints.txt
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt
 
 clean: ## Remove the environment and all caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(PEERS) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 
 # torch first and by its exact version: where a CPU wheel of it is at hand, pip takes that one.
 $(STAMP): pyproject.toml constraints.txt

@@ -14,9 +14,8 @@ from embeddings_mcp.embedders.local.encoder import Encoder, load_encoder
 from embeddings_mcp.embedders.local.locate import locate
 from embeddings_mcp.models import DEFAULT_MODEL, InputType, Truncate, find_card
 from embeddings_mcp.vectors import FloatMatrix
-from tests.support import ROOT
 
-GOLDEN = ROOT / "tests" / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 FamilyName = Literal["minilm", "bge-m3", "e5", "llama-nemotron-embed", "nemotron-3-embed", "nv-embed-v1", "nv-embed-v2"]
 

@@ -1,0 +1,175 @@
+"""The benchmarks run: on a few texts each, whatever they measure."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from benchmarks import context, cpu, gpu, http, load, memory, start
+from benchmarks.shapes import TINY_BERT, TINY_LLAMA
+from benchmarks.table import number, table
+from benchmarks.workloads import texts
+
+from embeddings_mcp.embedders.local.locate import find_bundled
+from embeddings_mcp.embedders.local.tokenizer import Tokenizer
+from embeddings_mcp.models import DEFAULT_MODEL
+from tests.support import ROOT
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a benchmark's `main` and gives what it printed."""
+
+    def run_main(main: Callable[[list[str]], object], *arguments: str) -> str:
+        main([*arguments, "--tiny"])
+        return capsys.readouterr().out
+
+    return run_main
+
+
+def rows(printed: str) -> list[list[str]]:
+    """The cells of every table, headers and rules left out."""
+    lines = [line for line in printed.splitlines() if line.startswith("|")]
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line, following in zip(lines, [*lines[1:], ""], strict=True)
+        if not line.startswith("| :") and not following.startswith("| :")
+    ]
+
+
+def test_cpu_compares_us_with_sentence_transformers_in_speed_and_in_vectors(run: Run) -> None:
+    printed = run(cpu.main, "--section", "one", "--rounds", "1")
+    ours, theirs = ([row for row in rows(printed) if row[0] == name] for name in ("ours", "sentence-transformers"))
+    assert len(ours) == len(theirs) == 2
+    assert theirs[0][4] == "1.00x / 1.00x"
+    assert float(ours[1][1]) < 1e-5
+    assert ours[1][4] == "1.0000"
+
+
+def test_http_measures_rates_and_what_serving_costs(run: Run) -> None:
+    cells = rows(run(http.main, "--rounds", "1"))
+    assert cells[0][0] == "ours"
+    assert float(cells[0][1]) > 0
+    shares = {row[0]: float(row[3].rstrip("%")) for row in cells if row[3].endswith("%")}
+    assert len(shares) == 4
+    assert all(0 < share < 100 for share in shares.values())
+
+
+def test_start_times_the_first_answers(run: Run) -> None:
+    cells = rows(run(start.main, "--rounds", "1"))
+    assert [row[0] for row in cells] == [
+        "ours",
+        "a bare mcp server with one tool",
+        "ours, MCP over stdio",
+        "ours, from the command line",
+    ]
+
+
+def test_context_counts_far_fewer_tokens_for_scores_than_for_vectors(run: Run) -> None:
+    cells = rows(run(context.main))
+    compared = [row for row in cells if row[0] == "theirs over ours"]
+    assert len(compared) == 2
+    assert all(float(row[4].rstrip("x")) > 10 for row in compared)
+
+
+def test_memory_of_a_call_and_of_a_busy_server_is_shown(run: Run) -> None:
+    cells = rows(run(memory.main))
+    assert [row[0] for row in cells] == ["ours, served", "resident, MB (median)"]
+
+
+def test_gpu_runs_on_a_cpu_with_tiny_models_and_holds_to_the_reference_vectors(run: Run) -> None:
+    printed = run(gpu.main)
+    golden = {row[0]: row for row in rows(printed) if row[0] in {"bge-m3", "llama-nemotron-embed"}}
+    assert all(float(row[2]) <= float(row[1]) for row in golden.values())
+    assert len(golden) == 2
+    for shape in (TINY_BERT, TINY_LLAMA):
+        assert f"### {shape.name}, bfloat16" in printed
+    assert [row[0] for row in rows(printed)].count("ours") == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here, which it would measure for minutes")
+def test_gpu_says_plainly_that_there_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main([]) == gpu.NO_GPU
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_gpu_needs_no_web_stack() -> None:
+    code = (
+        "import sys\n"
+        "for name in ('anyio', 'httpx', 'mcp', 'orjson', 'pydantic', 'pytest', 'starlette', 'uvicorn'):\n"
+        "    sys.modules[name] = None\n"
+        "import benchmarks.gpu\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+
+
+# --- What they share -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("workload", "shortest", "longest"), [("short", 5, 30), ("mixed", 8, 256), ("long", 256, 256), ("query", 6, 16)]
+)
+def test_texts_have_the_lengths_that_their_workload_says(workload: str, shortest: int, longest: int) -> None:
+    folder = find_bundled(DEFAULT_MODEL)
+    assert folder is not None
+    counts = [
+        len(row)
+        for row in Tokenizer.from_folder(folder, max_tokens=256).encode(
+            texts(workload, 300), prompt="", truncate="NONE"
+        )
+    ]
+    assert (min(counts), max(counts)) == (shortest, longest)
+
+
+def test_texts_are_the_same_at_every_run_and_others_under_another_seed() -> None:
+    assert texts("mixed", 5) == texts("mixed", 9)[:5]
+    first, second = texts("mixed", 5), texts("mixed", 5, seed=1)
+    assert [len(text.split()) for text in first] == [len(text.split()) for text in second]
+    assert not set(first) & set(second)
+
+
+def test_a_table_is_aligned() -> None:
+    printed = table(["", "texts/s"], [["ours", number(1234.5)], ["a peer", number(0.0123)]])
+    assert printed.splitlines() == [
+        "|        | texts/s |",
+        "| :----- | ------: |",
+        "| ours   |   1,234 |",
+        "| a peer |   0.012 |",
+    ]
+
+
+async def post_to(answers: list[bytes]) -> load.Load:
+    """As many requests as there are answers, by one caller to a server that gives these."""
+    waiting = iter(answers)
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for text in waiting:
+            head = await reader.readuntil(b"\r\n\r\n")
+            await reader.readexactly(int(head.partition(b"Content-Length: ")[2]))
+            for piece in (text[:-2], text[-2:]):
+                writer.write(piece)
+                await writer.drain()
+        writer.close()
+
+    async with asyncio.timeout(10), await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        return await load.post_all(f"http://127.0.0.1:{port}/path", [b"{}"] * len(answers), callers=1)
+
+
+def test_callers_read_answers_of_a_length_and_in_chunks() -> None:
+    whole = b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nabcd"
+    chunked = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n4\r\nabcd\r\n0\r\n\r\n"
+    done = asyncio.run(post_to([whole, chunked, whole]))
+    assert len(done.latencies) == 3
+    assert 0 < done.latencies[0] <= done.percentile(50) <= done.percentile(99) == done.latencies[2] <= done.seconds
+
+
+def test_callers_refuse_an_error() -> None:
+    with pytest.raises(RuntimeError, match="500 Oh"):
+        asyncio.run(post_to([b"HTTP/1.1 500 Oh\r\ncontent-length: 2\r\n\r\nno"]))
