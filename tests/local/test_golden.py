@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx2
+import httpx
 import numpy as np
 import pytest
 
@@ -121,7 +121,7 @@ def test_a_server_answers_with_the_vectors_of_the_reference(url: str, name: Fami
         if call[0].dimensions is not None:
             body["dimensions"] = call[0].dimensions
 
-        answer = httpx2.post(f"{url}/v1/embeddings", json=body, timeout=60)
+        answer = httpx.post(f"{url}/v1/embeddings", json=body, timeout=60)
 
         assert answer.status_code == 200, answer.text
         told = answer.json()
