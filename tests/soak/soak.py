@@ -2,7 +2,7 @@
 
 What is claimed: every request that was accepted is answered once and with its own vectors; every bad one is refused as
 it should be; nobody waits for ever; a kill -9 costs no more than what was in work; and when all callers are silent
-again the server holds no more memory, files and threads than after its first round. Load is put on loopback only.
+again the server holds no more memory, files and threads than it did halfway. Load is put on loopback only.
 """
 
 from __future__ import annotations
@@ -391,16 +391,17 @@ def report(findings: Findings, began: float) -> str:
 
 
 def leaks(findings: Findings, *, settled: bool) -> list[str]:
-    """What the server holds more of at the end than after the first round, beyond what comes and goes.
+    """What the server holds more of at the end than in the first half of its rounds, beyond what comes and goes.
 
     Args:
         findings: what has happened.
-        settled: whether the first round was long enough for the memory to have its final size.
+        settled: whether the rounds were long enough for the memory to have its final size.
     """
-    first, last = findings.resources[0], findings.resources[-1]
-    allowed = (max(0.1 * first[0], 40) if settled else float("inf"), 4, 4)
+    held = findings.resources
+    before = [max(values) for values in zip(*held[: (len(held) + 1) // 2], strict=True)]
+    allowed = (0.1 * before[0] if settled else float("inf"), 4, 4)
     return [
-        f"{name}: {before:.0f}, then {after:.0f}"
-        for name, before, after, more in zip(("MiB", "files", "threads"), first, last, allowed, strict=True)
-        if after > before + more
+        f"{name}: {most:.0f}, then {last:.0f}"
+        for name, most, last, more in zip(("MiB", "files", "threads"), before, held[-1], allowed, strict=True)
+        if last > most + more
     ]
