@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import sqlite3
 import stat
 import subprocess
@@ -23,7 +22,8 @@ import pytest
 from embeddings_mcp.embedders.cache import Cache, DiskStore, MemoryStore, cached
 from embeddings_mcp.embedders.cache.database import FILE, Database
 from embeddings_mcp.embedders.cache.rows import Key, Row
-from tests.cache.support import MB, TextByText, ask, expected, on_disk
+from embeddings_mcp.errors import ModelUnavailable
+from tests.cache.support import MB, TextByText, ask, expected, on_disk, until
 from tests.cache.writer import MAX_BYTES, batch
 from tests.support import ROOT
 
@@ -75,12 +75,33 @@ async def test_the_next_process_finds_what_this_one_made(tmp_path: Path) -> None
 
 async def test_what_is_read_from_the_file_is_read_once(tmp_path: Path) -> None:
     source = await filled(tmp_path)
-    embedder = cached(source, Cache(MemoryStore(MB), DiskStore(tmp_path, MB)))
+    disk = DiskStore(tmp_path, MB)
+    embedder = cached(source, Cache(MemoryStore(MB), disk))
     await ask(embedder, TEXTS)
-    shutil.rmtree(tmp_path)
+    await disk.aclose()
     await ask(embedder, TEXTS)
-    await embedder.aclose()
     assert source.batches == [TEXTS]
+
+
+async def test_what_was_made_before_a_request_ended_badly_is_in_the_file(tmp_path: Path) -> None:
+    source = TextByText(held={"two": anyio.Event()})
+    embedder = on_disk(source, DiskStore(tmp_path, MB))
+    async with anyio.create_task_group() as leaving:
+        leaving.start_soon(ask, embedder, TEXTS)
+        await until(lambda: source.made["one"])
+        leaving.cancel_scope.cancel()
+    await embedder.aclose()
+
+    source.held.clear()
+    source.failures["three"] = ModelUnavailable("broken")
+    embedder = on_disk(source, DiskStore(tmp_path, MB))
+    with pytest.raises(ModelUnavailable):
+        await ask(embedder, TEXTS)
+    await embedder.aclose()
+
+    source.failures.clear()
+    await answered(source, tmp_path)
+    assert source.batches == [TEXTS, TEXTS[1:], TEXTS[2:]]
 
 
 def test_the_file_is_nobody_elses_to_read(tmp_path: Path) -> None:
@@ -282,6 +303,16 @@ async def test_a_row_is_not_believed_when_its_checksum_is_wrong(tmp_path: Path) 
         assert source.batches, change
 
 
+async def test_a_row_under_another_rows_key_is_not_believed(tmp_path: Path) -> None:
+    source = await filled(tmp_path)
+    with closing(sqlite3.connect(tmp_path / FILE, isolation_level=None)) as connection:
+        (one,), (other,), _ = connection.execute("SELECT key FROM vector").fetchall()
+        for before, after in ((one, b""), (other, one), (b"", other)):
+            connection.execute("UPDATE vector SET key = ? WHERE key = ?", (after, before))
+    await answered(source, tmp_path)
+    assert [len(batch) for batch in source.batches] == [3, 2]
+
+
 async def test_a_file_that_is_locked_is_done_without_and_tried_again_later(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,14 +325,17 @@ async def test_a_file_that_is_locked_is_done_without_and_tried_again_later(
         locking.execute("BEGIN IMMEDIATE")
         for _ in range(3):
             await ask(embedder, TEXTS)
+            disk._unused_until = time.monotonic()
+        await ask(embedder, TEXTS)
         locking.execute("ROLLBACK")
-    assert source.batches == [["zero"], *[TEXTS] * 3]
+    await ask(embedder, TEXTS)  # as long as the pause lasts, nobody looks
+    assert source.batches == [["zero"], *[TEXTS] * 5]
     assert ["database is locked" in record.message for record in caplog.records] == [True]
 
     disk._unused_until = time.monotonic()
     for _ in range(2):
         await ask(embedder, [*TEXTS, "zero"])
-    assert source.batches[4:] == [TEXTS]
+    assert source.batches[6:] == [TEXTS]
     await embedder.aclose()
 
 

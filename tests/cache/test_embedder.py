@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from embeddings_mcp.embedders.base import Embeddings, MultiEmbedder
-from embeddings_mcp.embedders.cache import CachedEmbedder
-from embeddings_mcp.embedders.cache.rows import keys_of
+from embeddings_mcp.embedders.cache import CachedEmbedder, MemoryStore
+from embeddings_mcp.embedders.cache.rows import Row, keys_of
 from embeddings_mcp.errors import InputTooLong, InputUnusable, ModelUnavailable, Overloaded, UpstreamFailed
 from embeddings_mcp.models import InputType, ModelCard, Truncate
 from embeddings_mcp.schema import EmbeddingRequest
@@ -117,6 +117,16 @@ async def test_what_is_not_used_for_longest_is_forgotten_first() -> None:
     assert set(source.made.values()) == {1}
     await ask(embedder, ["b"])
     assert source.made["b"] == 2
+
+
+async def test_a_row_that_is_made_again_takes_the_place_of_the_one_before() -> None:
+    store = MemoryStore(10_000)
+    keys = [bytes([number]) for number in range(4)]
+    for _ in range(100):
+        store.put({key: Row(bytes(1000), 1) for key in keys})
+    assert set(store.get(keys)) == set(keys)
+    store.drop(keys[1:])
+    assert len(store) == 1
 
 
 async def test_a_vector_cannot_be_changed_from_outside() -> None:
@@ -355,6 +365,14 @@ async def test_progress_counts_texts_that_are_known_and_texts_that_come_again() 
     assert await progress_of(embedder, ["b", "b", "c"]) == [2, 3]
     assert await progress_of(embedder, ["a", "b", "a", "b", "c", "d"]) == [3, 5, 6]
     assert await progress_of(embedder, ["a", "b", "c", "d"]) == [4]
+
+
+async def test_progress_never_goes_back_even_where_work_does() -> None:
+    source = TextByText(served_model="v1")
+    embedder = in_memory(source)
+    await ask(embedder, ["a", "b", "c"])
+    source.served_model = "v2"
+    assert await progress_of(embedder, ["a", "b", "c", "d"]) == [3, 4, 4, 4, 4]
 
 
 async def test_who_waits_for_another_request_gives_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
