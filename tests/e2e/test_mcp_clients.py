@@ -7,7 +7,6 @@ import json
 import os
 import queue
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -234,12 +233,12 @@ def test_listing_the_tools_imports_no_encoder() -> None:
 
 
 def test_a_start_costs_little_more_than_that_of_a_bare_server() -> None:
-    """CPU time, since the clock on the wall also counts the neighbours; in alternation, so that both have the same."""
+    """CPU time, the least of several: what else runs on the machine only ever adds to it."""
     bare, ours = [], []
     for _ in range(5):
         bare.append(_exchange([sys.executable, "-m", "tests.e2e.bare_server"], "tools/list")[2])
         ours.append(_exchange([COMMAND, "serve"], "tools/list")[2])
-    assert statistics.median(ours) <= 1.5 * statistics.median(bare), (ours, bare)
+    assert min(ours) <= 1.5 * min(bare), (ours, bare)
 
 
 def _exchange(
