@@ -7,6 +7,7 @@ import json
 import os
 import queue
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -233,12 +234,12 @@ def test_listing_the_tools_imports_no_encoder() -> None:
 
 
 def test_a_start_costs_little_more_than_that_of_a_bare_server() -> None:
-    """CPU time, the least of several: what else runs on the machine only ever adds to it."""
-    bare, ours = [], []
-    for _ in range(5):
-        bare.append(_exchange([sys.executable, "-m", "tests.e2e.bare_server"], "tools/list")[2])
-        ours.append(_exchange([COMMAND, "serve"], "tools/list")[2])
-    assert min(ours) <= 1.5 * min(bare), (ours, bare)
+    """CPU time, since the clock on the wall also counts the neighbours; in pairs, whose halves have the same ones."""
+    ratios = []
+    for _ in range(7):
+        bare = _exchange([sys.executable, "-m", "tests.e2e.bare_server"], "tools/list")[2]
+        ratios.append(_exchange([COMMAND, "serve"], "tools/list")[2] / bare)
+    assert statistics.median(ratios) <= 1.5, ratios
 
 
 def _exchange(
