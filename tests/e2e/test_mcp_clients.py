@@ -7,7 +7,6 @@ import json
 import os
 import queue
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -212,7 +211,7 @@ async def waiting_server(transport: str) -> AsyncIterator[tuple[Any, Callable[[s
 
 def test_what_libraries_print_stays_off_the_protocol() -> None:
     arguments = {"model": "default", "input": "a"}
-    out, err, _ = _exchange(
+    out, err = _exchange(
         [sys.executable, "-m", "tests.e2e.waiting_server", "stdio"],
         "tools/call",
         {"name": "create_embedding", "arguments": arguments},
@@ -226,28 +225,18 @@ def test_what_libraries_print_stays_off_the_protocol() -> None:
 
 
 def test_listing_the_tools_imports_no_encoder() -> None:
-    out, imports, _ = _exchange([COMMAND, "serve"], "tools/list", PYTHONPROFILEIMPORTTIME="1")
+    out, imports = _exchange([COMMAND, "serve"], "tools/list", PYTHONPROFILEIMPORTTIME="1")
     assert '"name":"create_embedding"' in out
     imported = {line.rpartition("|")[2].strip() for line in imports.splitlines() if line.startswith("import time:")}
     assert "embeddings_mcp.faces.mcp" in imported
     assert not imported & {"torch", "transformers", "tokenizers", "safetensors", "huggingface_hub"}
 
 
-def test_a_start_costs_little_more_than_that_of_a_bare_server() -> None:
-    """CPU time, since the clock on the wall also counts the neighbours; in pairs, whose halves have the same ones."""
-    ratios = []
-    for _ in range(7):
-        bare = _exchange([sys.executable, "-m", "tests.e2e.bare_server"], "tools/list")[2]
-        ratios.append(_exchange([COMMAND, "serve"], "tools/list")[2] / bare)
-    assert statistics.median(ratios) <= 1.5, ratios
-
-
 def _exchange(
     command: list[str], method: str, params: dict[str, Any] | None = None, **environment: str
-) -> tuple[str, str, float]:
-    """Start a server, ask one thing, and stop it: its stdout, its stderr, and the CPU seconds it spent."""
+) -> tuple[str, str]:
+    """Start a server, ask one thing, and stop it: its stdout and its stderr."""
     request = {"jsonrpc": "2.0", "id": 1, "method": method, "params": {**(params or {}), "_meta": ENVELOPE}}
-    before = os.times()
     with (
         tempfile.TemporaryFile("w+") as errlog,
         subprocess.Popen(
@@ -274,6 +263,4 @@ def _exchange(
         errlog.seek(0)
         err = errlog.read()
     assert process.returncode == 0, err
-    after = os.times()
-    spent = after.children_user + after.children_system - before.children_user - before.children_system
-    return out, err, spent
+    return out, err

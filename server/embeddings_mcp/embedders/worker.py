@@ -19,6 +19,7 @@ from embeddings_mcp import telemetry
 from embeddings_mcp.embedders.base import Embeddings, OnProgress, OnRows, Representations
 from embeddings_mcp.embedders.batcher import MAX_QUEUED_TOKENS, Batcher
 from embeddings_mcp.errors import ServerStopped
+from embeddings_mcp.garbage import nothing_collected
 from embeddings_mcp.models import InputType, ModelCard, Truncate
 from embeddings_mcp.vectors import FloatMatrix, FloatVector, SparseVector
 
@@ -222,7 +223,8 @@ class _Once(Generic[_Made]):
 
         def work() -> None:
             try:
-                value = self._make()
+                with nothing_collected():
+                    value = self._make()
             except Exception as error:  # noqa: BLE001 - raised again where it is awaited
                 report(made.set_exception, error)
             else:

@@ -25,6 +25,7 @@ from embeddings_mcp import __version__, logs
 from embeddings_mcp.assemble import build_service, open_embedder, service_for
 from embeddings_mcp.embedders.base import OnProgress
 from embeddings_mcp.errors import EmbeddingsError, InvalidRequest, InvalidSetting
+from embeddings_mcp.garbage import nothing_collected
 from embeddings_mcp.limits import Limits
 from embeddings_mcp.models import InputType, Mode, Precision, Truncate
 from embeddings_mcp.operations import CREATE_EMBEDDING, LIST_MODELS, SEARCH, SIMILARITY, Operation
@@ -134,13 +135,14 @@ def serve(
             sys.stderr.write(f"embeddings-mcp: {note}\n")
         settings = read.added_to(settings)
     logs.configure(settings)
-    # Imported late, since the other commands need neither.
-    from embeddings_mcp.faces.mcp import build_mcp_server
-
     if transport == "http":
         _refuse_itself(settings)
-    service = build_service(settings)
-    server = build_mcp_server(service, Limits.of(settings))
+    # Imported late, since the other commands need none of it.
+    with nothing_collected():
+        from embeddings_mcp.faces.mcp import build_mcp_server
+
+        service = build_service(settings)
+        server = build_mcp_server(service, Limits.of(settings))
     if transport == "http":
         from embeddings_mcp.faces.http import serve_http
 
