@@ -163,6 +163,29 @@ async def test_as_many_batches_run_at_once_as_there_are_workers() -> None:
 
 
 @pytest.mark.anyio
+async def test_what_waits_is_shared_out_among_the_workers_unless_it_is_too_little_for_two() -> None:
+    steps = Steps()
+    batcher = Batcher[str, object](steps, workers=2, budget=2048)
+    for texts, batches in (([row(100)] * 8, [4, 4]), ([row(50)] * 4, [4])):
+        async with anyio.create_task_group() as callers:
+            callers.start_soon(submit, batcher, texts)
+            assert [len((await steps.next_batch())[1]) for _ in batches] == batches
+            steps.may_end.release(len(batches))
+    assert steps.begun.empty()
+
+
+@pytest.mark.anyio
+async def test_requests_that_come_in_together_share_a_batch_also_when_a_worker_is_idle() -> None:
+    steps = Steps()
+    batcher = Batcher[str, object](steps, workers=1, budget=BUDGET)
+    async with anyio.create_task_group() as callers:
+        for length in (1, 2, 3):
+            callers.start_soon(submit, batcher, [row(length)])
+        assert await steps.next_batch() == ("a", [3, 2, 1])
+        steps.may_end.release()
+
+
+@pytest.mark.anyio
 async def test_a_caller_who_leaves_takes_his_texts_out_of_the_queue() -> None:
     steps = Steps()
     batcher = Batcher[str, object](steps, workers=1, budget=BUDGET)

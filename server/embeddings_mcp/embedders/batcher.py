@@ -1,10 +1,10 @@
 """One queue for a model: texts of all requests, put together into batches for the workers that run it.
 
-A request's texts wait here as rows of token ids. Whenever a worker is free, the next batch is made of whatever waits
-then, up to the token budget: so a lone query goes at once, many at a time share a batch, and a large request fills
-batches of its own. Who has been served least comes first, first among callers and then among a caller's requests, so
-that a query overtakes bulk, in one request or in a thousand; every fourth batch begins with whoever has waited longest,
-so that bulk gets on however many queries come.
+A request's texts wait here as rows of token ids. Whenever a worker is free, the next batch is made of its share of what
+waits then, up to the token budget: so a lone query goes at once, many at a time share a batch, and a large request
+fills batches of its own. Who has been served least comes first, first among callers and then among a caller's requests,
+so that a query overtakes bulk, in one request or in a thousand; every fourth batch begins with whoever has waited
+longest, so that bulk gets on however many queries come.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ OnResults = Callable[[Sequence[int], Sequence[Result]], None]
 
 MAX_QUEUED_TOKENS = 1_000_000
 """Tokens that may wait for one model, if nobody says otherwise: minutes of work on a small CPU, seconds on a GPU."""
+
+_LEAST_SHARE = 256
+"""Tokens that one worker takes alone though others are free: all weights are read for a batch, however few its rows."""
 
 _LONGEST_PROMISE = 60.0
 """Seconds, beyond those that the queue needs, after which at most a refused caller is asked back."""
@@ -106,6 +109,7 @@ class Batcher(Generic[Kind, Result]):
         self._least_served_first = itertools.cycle([True, True, True, False])
         self._tokens_per_second = 0.0  # of one worker
         self._promised = 0.0  # when, by the monotonic clock, the last of those who were refused is asked back
+        self._starting: asyncio.Handle | None = None
         self._closed = False
         self.queued_tokens = 0
 
@@ -134,7 +138,9 @@ class Batcher(Generic[Kind, Result]):
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
         job = _Job[Kind, Result](caller_name(), kind, rows, order)
         self._jobs.append(job)
-        self._start_batches()
+        # Requests that came in together are to share a batch: the loop goes through all of them first.
+        if self._starting is None:
+            self._starting = asyncio.get_running_loop().call_soon(self._start_batches)
         try:
             done = 0
             while done < len(rows):
@@ -192,6 +198,7 @@ class Batcher(Generic[Kind, Result]):
 
     def _start_batches(self) -> None:
         """Give every idle worker a batch, while anything waits."""
+        self._starting = None
         loop = asyncio.get_running_loop()
         while self._idle and any(job.waiting for job in self._jobs):
             batch = self._next_batch()
@@ -213,6 +220,7 @@ class Batcher(Generic[Kind, Result]):
         if next(self._least_served_first):
             waiting.sort(key=lambda job: (self._served[job.caller], job.served))
         kind = waiting[0].kind
+        budget = min(self._budget, max(_LEAST_SHARE, math.ceil(self.queued_tokens / self._workers)))
         batch: list[tuple[_Job[Kind, Result], int]] = []
         spent = longest = 0
         for job in waiting:
@@ -220,7 +228,7 @@ class Batcher(Generic[Kind, Result]):
                 length = len(job.rows[job.waiting[-1]])
                 longest = max(longest, length)
                 cost = longest * (len(batch) + 1) if self._padded else spent + length
-                if batch and cost > self._budget:
+                if batch and cost > budget:
                     break
                 batch.append((job, job.waiting.pop()))
                 job.served += length

@@ -27,6 +27,11 @@ _COUNTED = 1 << 20
 tokenized. In a longer one without any boundary, a run of one letter, an excerpt may begin with half a token."""
 
 
+_SHORT = 2048
+"""Characters up to which a single text is tokenized without letting go of the interpreter lock: that takes less than to
+get it back from threads that compute."""
+
+
 class Tokenizer:
     """A model's tokenizer.
 
@@ -100,9 +105,10 @@ class Tokenizer:
 
     def _look(self, texts: Sequence[str], reach: int, prompt: str, truncate: Truncate) -> list[list[int]]:
         """The ids of the prompt and of that end of each text that is to be kept, `reach` characters of it at most."""
-        excerpts = [text[-reach:] if truncate == "START" else text[:reach] for text in texts]
-        encodings = self._tokenizer.encode_batch_fast([prompt + excerpt for excerpt in excerpts])
-        return [encoding.ids for encoding in encodings]
+        excerpts = [prompt + (text[-reach:] if truncate == "START" else text[:reach]) for text in texts]
+        if len(excerpts) == 1 and len(excerpts[0]) <= _SHORT:
+            return [self._tokenizer.encode(excerpts[0]).ids]
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(excerpts)]
 
     def _settled(self, ids: list[int], text: str, reach: int, prompt: str, truncate: Truncate) -> bool:
         """Whether the tokens to be kept are those that the whole text has, and not an accident of where it was cut.
