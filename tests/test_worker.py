@@ -85,10 +85,10 @@ class Loader:
         return self.encoder
 
 
-def embedder_of(loader: Loader, *, loaded: bool = True) -> LocalEmbedder:
+def embedder_of(loader: Loader, *, loaded: bool = True, workers: int | None = None) -> LocalEmbedder:
     if loaded:
         loader.may_end.set()
-    return LocalEmbedder(ROUGH, cast("Callable[[], Any]", loader), lambda: ("rough", EXACT))
+    return LocalEmbedder(ROUGH, cast("Callable[[], Any]", loader), lambda: ("rough", EXACT), workers=workers)
 
 
 async def embed(embedder: LocalEmbedder, texts: list[str], **options: Any) -> list[float]:
@@ -281,6 +281,17 @@ async def test_those_who_wait_for_a_worker_share_the_next_batch() -> None:
         assert encoder.begun.empty()
         encoder.steps.release(2)
         assert await encoder.next_batch() == [3, 2]
+
+
+async def test_as_many_batches_are_computed_at_once_as_was_asked_for() -> None:
+    loader = Loader()
+    embedder = embedder_of(loader, workers=3)
+    async with anyio.create_task_group() as callers:
+        callers.start_soon(embed, embedder, ["abcde"] * 4)
+        with anyio.fail_after(SECONDS):
+            assert [await loader.encoder.next_batch() for _ in range(3)] == [[5], [5], [5]]
+        assert waiting(embedder) == 5
+        loader.encoder.steps.release(4)
 
 
 async def test_cancelling_between_batches_leaves_the_rest_undone() -> None:

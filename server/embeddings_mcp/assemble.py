@@ -193,7 +193,13 @@ def _local(spec: str, settings: Settings, cache: Cache | None = None) -> LocalEm
         precision=settings.precision,
         digest=file_state if cache is None or cache.disk is None else _noted_digest(cache.disk),
     )
-    return LocalEmbedder(card, files.load, files.identify, max_queued_tokens=settings.max_queued_tokens)
+    return LocalEmbedder(
+        card,
+        files.load,
+        files.identify,
+        max_queued_tokens=settings.max_queued_tokens,
+        workers=settings.workers,
+    )
 
 
 def _open_cache(settings: Settings) -> Cache | None:

@@ -222,6 +222,16 @@ class EmbeddingService:
         """
         return self._entry((await self.catalogue.find(model))[0])
 
+    async def load_default(self) -> None:
+        """Return once the default model is loaded, where it runs here; of an endpoint nothing is asked.
+
+        Raises:
+            ModelUnavailable: it cannot be loaded, and why.
+        """
+        default = self.catalogue.default
+        if default is not None and default.origin == "local":
+            await default.check()
+
     async def check(self) -> None:
         """Return once the default model can answer.
 

@@ -17,6 +17,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from embeddings_mcp.models import DEFAULT_MODEL, ModelCard, Precision
 
+Load = Literal["background", "eager", "lazy"]
+
 
 class EndpointSettings(BaseModel):
     """An endpoint whose models are served. What is not said is as `embedders.nim.endpoint.Endpoint` has it."""
@@ -113,7 +115,11 @@ class Settings(BaseSettings):
     ] = None
 
     device: Annotated[
-        str, Field(description="Where the local encoder runs: `auto` (cuda, then mps, then cpu) or a torch device.")
+        str,
+        Field(
+            description="Where the local encoder runs: `auto` (cuda, then mps, then cpu) or a torch device. Several "
+            "share the work, as `cuda:0,cuda:1`, and each holds the whole model."
+        ),
     ] = "auto"
     precision: Annotated[
         Precision,
@@ -122,6 +128,22 @@ class Settings(BaseSettings):
             "`bfloat16`, `float16`, or `int8` (CPU only: faster, and near but not equal)."
         ),
     ] = "auto"
+
+    workers: Annotated[
+        int | None,
+        Field(
+            gt=0,
+            description="Batches of a local model that run at the same time, each on its share of the cores; if not "
+            "set, one for each core where the model is small and runs on the CPU, else one, and two for each GPU.",
+        ),
+    ] = None
+    load: Annotated[
+        Load,
+        Field(
+            description="When the default model is loaded, where it runs here: `background` (beside the first "
+            "answers), `eager` (before the server answers), or `lazy` (when it is first needed)."
+        ),
+    ] = "background"
 
     cache: Annotated[
         str,

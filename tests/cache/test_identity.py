@@ -113,7 +113,7 @@ def test_another_number_format_is_another_model(folder: Path) -> None:
         ("int8", "auto", "int8"),
     ],
 )
-def test_auto_means_bfloat16_on_cuda_and_float32_elsewhere(precision: str, device: str, meant: str) -> None:
+def test_auto_means_bfloat16_on_cuda_and_float32_elsewhere(precision: Precision, device: str, meant: str) -> None:
     assert number_format(precision, device) == meant
 
 

@@ -24,11 +24,16 @@ from embeddings_mcp.models import InputType, ModelCard, Truncate
 from embeddings_mcp.vectors import FloatMatrix, FloatVector, SparseVector
 
 if TYPE_CHECKING:
-    from embeddings_mcp.embedders.local.encoder import Encoder, Row, Tokens
+    from embeddings_mcp.embedders.local.encoder import Row, Tokens
+    from embeddings_mcp.embedders.local.replicas import AnyEncoder
 
 _Made = TypeVar("_Made")
 
 _STOPPED = "the server is shutting down"
+
+_CHARACTERS_ON_LOOP = 2048
+"""Texts of more characters than these, all together, are tokenized beside the event loop: half a millisecond of work,
+and as long as it takes to hand it to a thread and back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,7 @@ class LocalEmbedder:
         identify: finds its files without loading them, and says what identifies its vectors and what its card is;
             called on a thread of its own.
         max_queued_tokens: tokens that may wait for it.
+        workers: how many of its batches run at the same time; None for as many as it finds good.
     """
 
     origin = "local"
@@ -63,12 +69,14 @@ class LocalEmbedder:
     def __init__(
         self,
         card: ModelCard,
-        load: Callable[[], Encoder],
+        load: Callable[[], AnyEncoder],
         identify: Callable[[], tuple[str, ModelCard]],
         *,
         max_queued_tokens: int = MAX_QUEUED_TOKENS,
+        workers: int | None = None,
     ) -> None:
         self.card = card
+        self._workers = workers
         self._max_queued_tokens = max_queued_tokens
         self._loaded = _Once(f"load {card.id}", load)
         self._identified = _Once(f"identify {card.id}", identify)
@@ -141,19 +149,19 @@ class LocalEmbedder:
         if self._closed:
             raise ServerStopped(_STOPPED)
 
-    async def _ready(self) -> tuple[Encoder, Batcher[_Kind, Any]]:
+    async def _ready(self) -> tuple[AnyEncoder, Batcher[_Kind, Any]]:
         """The loaded model, and the queue before it."""
         self._check_open()
         encoder = await self._loaded.get()
         self.card = encoder.card
         if self._batcher is None:
-            self._batcher = _batcher(encoder, self._max_queued_tokens)
+            self._batcher = _batcher(encoder, self._max_queued_tokens, self._workers)
         return encoder, self._batcher
 
 
-def _batcher(encoder: Encoder, max_queued_tokens: int) -> Batcher[_Kind, Any]:
+def _batcher(encoder: AnyEncoder, max_queued_tokens: int, workers: int | None) -> Batcher[_Kind, Any]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = encoder.workers(cores)
+    workers = workers or encoder.workers(cores)
 
     from embeddings_mcp.embedders.local.memory import Returning, halving  # an encoder is there, and torch with it
 
@@ -175,12 +183,16 @@ def _batcher(encoder: Encoder, max_queued_tokens: int) -> Batcher[_Kind, Any]:
         budget=encoder.tokens_per_batch,
         max_queued_tokens=max_queued_tokens,
         padded=not encoder.packed,
-        prepare_worker=functools.partial(encoder.compute_on, cores // workers),
+        prepare_worker=functools.partial(encoder.compute_on, max(1, cores // workers)),
     )
 
 
-async def _tokenize(encoder: Encoder, texts: Sequence[str], input_type: InputType | None, truncate: Truncate) -> Tokens:
+async def _tokenize(
+    encoder: AnyEncoder, texts: Sequence[str], input_type: InputType | None, truncate: Truncate
+) -> Tokens:
     with telemetry.stage("tokenise"):
+        if sum(map(len, texts)) <= _CHARACTERS_ON_LOOP:
+            return encoder.tokenize(texts, input_type=input_type, truncate=truncate)
         return await anyio.to_thread.run_sync(lambda: encoder.tokenize(texts, input_type=input_type, truncate=truncate))
 
 

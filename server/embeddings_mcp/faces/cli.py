@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import asdict
@@ -32,7 +31,7 @@ from embeddings_mcp.operations import CREATE_EMBEDDING, LIST_MODELS, SEARCH, SIM
 from embeddings_mcp.publish import identity
 from embeddings_mcp.schema import EncodingFormat, dump_json, parse
 from embeddings_mcp.service import EmbeddingService
-from embeddings_mcp.settings import Settings
+from embeddings_mcp.settings import Load, Settings
 from embeddings_mcp.vectors import Metric
 
 app = typer.Typer(
@@ -114,6 +113,10 @@ def serve(
     default_model: DefaultModelOption = None,
     device: DeviceOption = None,
     precision: PrecisionOption = None,
+    workers: Annotated[int | None, typer.Option(help="Batches of a local model at the same time.")] = None,
+    load: Annotated[
+        Load | None, typer.Option(help="When the default model is loaded; beside the first answers if not set.")
+    ] = None,
     cache: CacheOption = None,
 ) -> None:
     """Serve the tools over MCP (stdio or HTTP) and the REST API (HTTP)."""
@@ -123,6 +126,8 @@ def serve(
         default_model=default_model,
         device=device,
         precision=precision,
+        workers=workers,
+        load=load,
         cache=cache,
         host=host,
         port=port,
@@ -147,15 +152,10 @@ def serve(
         from embeddings_mcp.faces.http import serve_http
 
         serve_http(service, server, settings)
-        return
+    else:
+        from embeddings_mcp.faces.stdio import serve_stdio
 
-    async def serve_stdio() -> None:
-        async with contextlib.aclosing(service):
-            await server.run_stdio_async()
-
-    # Ctrl-C ends the process at once: a thread of it waits for stdin, and nothing but its end would wake it.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    anyio.run(serve_stdio)
+        serve_stdio(service, server, settings)
 
 
 @app.command()

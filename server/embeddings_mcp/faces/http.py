@@ -19,10 +19,11 @@ from starlette.types import ASGIApp
 from embeddings_mcp.errors import InvalidSetting
 from embeddings_mcp.faces import published, rest
 from embeddings_mcp.faces.guard import Guard
+from embeddings_mcp.faces.loading import loaded
 from embeddings_mcp.faces.observed import Observed, metrics_route
 from embeddings_mcp.limits import Limits
 from embeddings_mcp.service import EmbeddingService
-from embeddings_mcp.settings import Settings
+from embeddings_mcp.settings import Load, Settings
 
 MCP_PATH = "/mcp"
 
@@ -82,9 +83,11 @@ def serve_http(service: EmbeddingService, mcp_server: MCPServer, settings: Setti
     Raises:
         InvalidSetting: it cannot listen there, has no usable certificate, or would be open to other machines without a
             key.
+        ModelUnavailable: the default model is to be loaded first, and cannot be.
     """
     config = uvicorn.Config(
         create_app(service, mcp_server, settings),
+        http="h11",  # not what else happens to be installed, which does not limit the size of a request's head
         lifespan="on",
         ws="none",
         ssl_certfile=settings.tls_certificate,
@@ -103,16 +106,21 @@ def serve_http(service: EmbeddingService, mcp_server: MCPServer, settings: Setti
             "PEM files that belong together"
         ) from error
     with _listen(settings.host, settings.port) as listener, contextlib.suppress(KeyboardInterrupt):
-        _Server(config, listener, service).run(sockets=[listener])
+        _Server(config, listener, service, settings.load).run(sockets=[listener])
 
 
 class _Server(uvicorn.Server):
     """Says where it listens once it does, and leaves no request without an answer."""
 
-    def __init__(self, config: uvicorn.Config, listener: socket.socket, service: EmbeddingService) -> None:
+    def __init__(self, config: uvicorn.Config, listener: socket.socket, service: EmbeddingService, load: Load) -> None:
         super().__init__(config)
+        self._load = load
         self._url = _url(listener, "https" if config.is_ssl else "http")
         self._service = service
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        async with loaded(self._service, self._load):
+            await super().serve(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

@@ -6,6 +6,7 @@ only translates: what a request means, and what is wrong with it, is known furth
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
@@ -76,12 +77,16 @@ class EmbeddingsServer(MCPServer[dict[str, Any]]):
     The SDK makes a tool from a function's signature: it derives the schema, decodes strings that look like JSON, and
     drops unknown arguments. Each of these would break the mirrored API, so the methods that list and call tools are
     overridden, and arguments reach `schema.parse` as they came.
+
+    Attributes:
+        listed: set once a client has asked for the tools.
     """
 
     def __init__(self, service: EmbeddingService, limits: Limits) -> None:
         self._service = service
         self._limits = limits
         self._operations = {operation.name: operation for operation in OPERATIONS}
+        self.listed = asyncio.Event()
         self._advertised = [_tool(operation, open_world=not service.catalogue.local) for operation in OPERATIONS]
         super().__init__(
             "embeddings-mcp",
@@ -100,6 +105,7 @@ class EmbeddingsServer(MCPServer[dict[str, Any]]):
 
     async def list_tools(self) -> list[Tool]:
         """The operations as tools, in the order of their table."""
+        self.listed.set()
         return [*self._advertised]
 
     async def call_tool(

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from embeddings_mcp.embedders.local.placement import numbers_on
+
 NAME = "embeddings_mcp_packed"
 """The name under which transformers finds the function."""
 
@@ -44,7 +46,7 @@ class Packing:
             runs.append((start, count, length))
             start += count * length
         ends = [0, *itertools.accumulate(lengths)]
-        return cls(tuple(lengths), tuple(runs), torch.tensor(ends, dtype=torch.int32, device=device))
+        return cls(tuple(lengths), tuple(runs), numbers_on(device, ends).int())
 
 
 class PackingUnsupported(Exception):

@@ -17,7 +17,7 @@ from embeddings_mcp.embedders.local.attention import NAME, Packing, PackingUnsup
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint
 from embeddings_mcp.embedders.local.latent_attention import LATENT_ATTENTION
 from embeddings_mcp.embedders.local.linear import prepack
-from embeddings_mcp.embedders.local.placement import Placement
+from embeddings_mcp.embedders.local.placement import Placement, numbers_on
 from embeddings_mcp.embedders.local.weights import check_tensors, find_weights, read_tensors
 from embeddings_mcp.errors import CheckpointInvalid
 
@@ -92,7 +92,7 @@ class Backbone:
                 return torch.cat([self._padded(run) for run in runs]), packing
 
     def _packed(self, rows: Sequence[Sequence[int]], packing: Packing) -> torch.Tensor:
-        ids = torch.tensor([list(itertools.chain.from_iterable(rows))], device=self.device)
+        ids = numbers_on(self.device, [list(itertools.chain.from_iterable(rows))])
         numbers = torch.arange(self._offset, self._offset + max(packing.lengths), device=self.device)
         positions = torch.cat([numbers[:length] for length in packing.lengths])[None]
         output = self._model(input_ids=ids, position_ids=positions, packing=packing, **self._options)
@@ -102,8 +102,8 @@ class Backbone:
     def _padded(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         longest = max(len(row) for row in rows)
         padding = self._model.config.pad_token_id or 0
-        ids = torch.tensor([[*row, *[padding] * (longest - len(row))] for row in rows], device=self.device)
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=self.device)
+        ids = numbers_on(self.device, [[*row, *[padding] * (longest - len(row))] for row in rows])
+        mask = numbers_on(self.device, [[1] * len(row) + [0] * (longest - len(row)) for row in rows])
         output = self._model(input_ids=ids, attention_mask=mask, **self._options)
         hidden: torch.Tensor = output.last_hidden_state[mask.bool()]
         return hidden

@@ -18,7 +18,7 @@ from embeddings_mcp.embedders.local.attention import Packing, attend
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint
 from embeddings_mcp.embedders.local.jsonfile import JsonObject
 from embeddings_mcp.embedders.local.linear import Int8Linear, Linear
-from embeddings_mcp.embedders.local.placement import Placement
+from embeddings_mcp.embedders.local.placement import Placement, numbers_on
 from embeddings_mcp.embedders.local.weights import check_tensors, read_tensors
 
 MODEL_TYPES = frozenset({"bert", "roberta", "xlm-roberta", "camembert"})
@@ -107,7 +107,7 @@ class Bert:
     def hidden_states(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, Packing]:
         """See `backbone.Backbone.hidden_states`."""
         packing = Packing.of([len(row) for row in rows], self.device)
-        ids = torch.tensor(list(itertools.chain.from_iterable(rows)), device=self.device)
+        ids = numbers_on(self.device, list(itertools.chain.from_iterable(rows)))
         places = torch.cat([self._positions[self._offset : self._offset + length] for length in packing.lengths])
         hidden = self._norm(embedding(ids, self._words) + places)
         for layer in self._layers:

@@ -212,9 +212,16 @@ class Encoder:
         """On how many threads batches are best run, of which each computes on its share of the cores.
 
         A small model is fastest where each batch has a core of its own: threads that share a batch wait for each other
-        after every product, for long when another process takes one of their cores. A large one wants all of them.
+        after every product, for long when another process takes one of their cores. A large one wants all of them. On a
+        GPU one batch is made ready while another runs.
         """
-        return cores if self._backbone.device.type == "cpu" and self.dimensions < _LARGE else 1
+        match self._backbone.device.type:
+            case "cpu":
+                return cores if self.dimensions < _LARGE else 1
+            case "cuda":
+                return 2
+            case _:
+                return 1
 
     @staticmethod
     def compute_on(cores: int) -> None:

@@ -14,7 +14,7 @@ from embeddings_mcp.errors import CheckpointInvalid, MissingDependency
 from embeddings_mcp.models import ModelCard, Precision
 
 if TYPE_CHECKING:
-    from embeddings_mcp.embedders.local.encoder import Encoder
+    from embeddings_mcp.embedders.local.replicas import AnyEncoder
 
 
 class ModelFiles:
@@ -27,7 +27,7 @@ class ModelFiles:
         known: the card of that name, where there is one.
         folder: where the files are; None where they are to be looked for.
         repository: where on the hub they are; None where they are not there.
-        device: as for `load_encoder`.
+        device: as for `load_encoder`; or several, separated by commas, that are to share the work.
         precision: as for `load_encoder`.
         digest: tells one file from another, as for `fingerprint`.
     """
@@ -47,7 +47,7 @@ class ModelFiles:
         self._known = known
         self._folder = folder
         self._repository = repository
-        self._device = device
+        self._devices = [name.strip() for name in device.split(",")]
         self._precision = precision
         self._digest = digest
         self._looking = threading.Lock()
@@ -63,14 +63,14 @@ class ModelFiles:
         """
         checkpoint, state = self._look()
         try:
-            precision = number_format(self._precision, self._device)
+            precision = number_format(self._precision, self._devices[0])
         except ImportError as error:
             raise self._missing(error) from error
         identity = fingerprint(checkpoint, precision=precision, digest=self._digest)
         self._check_unchanged(checkpoint, state)
         return identity, checkpoint.card(self._name, self._known)
 
-    def load(self) -> Encoder:
+    def load(self) -> AnyEncoder:
         """The model, ready to be used.
 
         Raises:
@@ -80,14 +80,18 @@ class ModelFiles:
         """
         try:
             from embeddings_mcp.embedders.local.encoder import load_encoder
+            from embeddings_mcp.embedders.local.replicas import Replicas
         except ImportError as error:
             raise self._missing(error) from error
         checkpoint, state = self._look()
-        encoder = load_encoder(
-            self._name, checkpoint.folder, known=self._known, device=self._device, precision=self._precision
-        )
+        # All in the numbers of the first, or a text's vector would depend on which of them happened to be free.
+        precision = number_format(self._precision, self._devices[0])
+        encoders = [
+            load_encoder(self._name, checkpoint.folder, known=self._known, device=device, precision=precision)
+            for device in self._devices
+        ]
         self._check_unchanged(checkpoint, state)
-        return encoder
+        return encoders[0] if len(encoders) == 1 else Replicas(encoders)
 
     def _missing(self, error: ImportError) -> MissingDependency:
         return MissingDependency(

@@ -16,6 +16,7 @@ from pathlib import Path
 from embeddings_mcp import __version__
 from embeddings_mcp.embedders.local.checkpoint import M3_FILES, Checkpoint, Normalize
 from embeddings_mcp.errors import CheckpointInvalid
+from embeddings_mcp.models import Precision
 
 _FILES = ("*.json", "*.txt", "*.model", "*.safetensors", "pytorch_model*.bin", *M3_FILES)
 """What is read of a checkpoint; a trainer leaves larger things beside it that are not."""
@@ -62,7 +63,7 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def number_format(precision: str, device: str) -> str:
+def number_format(precision: Precision, device: str) -> Precision:
     """What ``auto`` means: bfloat16 on CUDA, float32 elsewhere.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +47,13 @@ def choose_placement(device: str, precision: Precision) -> Placement:
             f"int8 is for x86 CPUs, and not for {where}: set another precision (EMBEDDINGS_MCP_PRECISION)"
         )
     return Placement(where, torch.float32, quantized=True)
+
+
+def numbers_on(device: torch.device, numbers: Sequence[int] | Sequence[Sequence[int]]) -> torch.Tensor:
+    """Integers as a tensor on the device; to a GPU they travel from pinned memory, and nobody waits for them."""
+    if device.type != "cuda":
+        return torch.tensor(numbers, device=device)
+    return torch.tensor(numbers, pin_memory=True).to(device, non_blocking=True)
 
 
 def _device(name: str) -> torch.device:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from embeddings_mcp.embedders.local.attention import Packing
+from embeddings_mcp.embedders.local.placement import numbers_on
 from embeddings_mcp.embedders.local.recipes import PoolingMode
 
 
@@ -27,7 +28,7 @@ def pool(hidden: torch.Tensor, packing: Packing, modes: Sequence[PoolingMode], s
         float32 ``[n, d * len(modes)]``.
     """
     hidden = hidden.float()
-    lengths = torch.tensor(packing.lengths, device=hidden.device)
+    lengths = numbers_on(hidden.device, packing.lengths)
     if skip:
         hidden, lengths = _without_first(hidden, packing, skip), lengths - skip
     pooled = [_MODES[mode](hidden, lengths, skip) for mode in modes]
