@@ -220,6 +220,7 @@ class Batcher(Generic[Kind, Result]):
         if next(self._least_served_first):
             waiting.sort(key=lambda job: (self._served[job.caller], job.served))
         kind = waiting[0].kind
+        # A part of what is left each time (guided self-scheduling), so that all are done at about one time.
         budget = min(self._budget, max(_LEAST_SHARE, math.ceil(self.queued_tokens / self._workers)))
         batch: list[tuple[_Job[Kind, Result], int]] = []
         spent = longest = 0
