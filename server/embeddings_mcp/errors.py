@@ -7,7 +7,9 @@
     |   |   `-- InputTooLong      more tokens than the model takes, and truncate is NONE
     |   |-- TooManyInputs         more texts than one request may have
     |   `-- InputTooLarge         more characters than one text may have
-    |-- AuthenticationFailed      no API key, or a wrong one
+    |-- AuthenticationFailed      no API key and no access token, or a wrong one
+    |   `-- InsufficientScope     the access token does not allow this
+    |-- IssuerUnavailable         whether an access token is good cannot be told now
     |-- UnknownModel              no such model here: lists those that are
     |-- PayloadTooLarge           the body is over the limit
     |-- Overloaded                no room in the queue now: says when to come back
@@ -120,7 +122,23 @@ class InputTooLarge(InvalidRequest):
 
 
 class AuthenticationFailed(EmbeddingsError):
-    """The caller gave no API key, or one that this server does not accept."""
+    """The caller gave no API key and no access token, or one that this server does not accept.
+
+    Attributes:
+        challenge: what the header WWW-Authenticate is to say.
+    """
+
+    def __init__(self, message: str, *, challenge: str = "Bearer") -> None:
+        super().__init__(message)
+        self.challenge = challenge
+
+
+class InsufficientScope(AuthenticationFailed):
+    """The caller's access token does not have the scopes that this server asks for."""
+
+
+class IssuerUnavailable(EmbeddingsError):
+    """Whether the caller's access token is good cannot be told: its issuer does not answer."""
 
 
 class UnknownModel(EmbeddingsError):
@@ -207,6 +225,8 @@ WIRE_FORMS: dict[type[EmbeddingsError], WireForm] = {
     TooManyInputs: WireForm(400, "invalid_request_error", "too_many_inputs"),
     InputTooLarge: WireForm(400, "invalid_request_error", "input_too_large"),
     AuthenticationFailed: WireForm(401, "authentication_error", "invalid_api_key"),
+    InsufficientScope: WireForm(403, "permission_error", "insufficient_scope"),
+    IssuerUnavailable: WireForm(503, "server_error", "issuer_unavailable"),
     UnknownModel: WireForm(404, "invalid_request_error", "model_not_found"),
     PayloadTooLarge: WireForm(413, "invalid_request_error", "payload_too_large"),
     Overloaded: WireForm(429, "rate_limit_error", "overloaded"),

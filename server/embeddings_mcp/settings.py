@@ -173,6 +173,17 @@ class Settings(BaseSettings):
         Path | None,
         Field(description="File of such keys as `embeddings-mcp key` writes them, hashed; read anew when it changes."),
     ] = None
+    oauth_issuer: Annotated[
+        str | None,
+        Field(description="OAuth authorization server whose access tokens (JWTs) open the server too, as an address."),
+    ] = None
+    oauth_resource: Annotated[
+        str | None,
+        Field(description="This server as such tokens name it in `aud`: the address of its MCP, `https://host/mcp`."),
+    ] = None
+    oauth_scopes: Annotated[
+        tuple[str, ...], NoDecode, Field(description="Scopes that such a token must have, separated by spaces.")
+    ] = ()
     allow_keyless: Annotated[
         bool, Field(description="Serve without a key off the loopback address too: where a proxy asks for one.")
     ] = False
@@ -221,7 +232,7 @@ class Settings(BaseSettings):
         float, Field(gt=0, description="Seconds that one request may take, waiting included.")
     ] = 600
 
-    @field_validator("models", "allowed_hosts", "without_key", "cors_origins", mode="before")
+    @field_validator("models", "allowed_hosts", "without_key", "cors_origins", "oauth_scopes", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(value.split()) if isinstance(value, str) else value

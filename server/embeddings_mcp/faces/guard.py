@@ -1,4 +1,4 @@
-"""What every HTTP request must pass before any route sees it: host, origin, key, pace, room and size.
+"""What every HTTP request must pass before any route sees it: host, origin, key or token, pace, room and size.
 
 Listening on loopback keeps other machines out, but not the web pages in this machine's browser: a page can post to
 ``http://localhost`` as it likes, and by DNS rebinding reach 127.0.0.1 under a name of its own. So Host must name this
@@ -9,22 +9,26 @@ knows neither our settings nor our other routes, and is switched off.
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import math
 import re
 from collections.abc import Iterator
 from http import HTTPStatus
+from urllib.parse import urlsplit
 
 import anyio
+from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser
+from mcp.server.auth.provider import AccessToken
 from pydantic import SecretStr
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from embeddings_mcp import telemetry
+from embeddings_mcp.addresses import is_loopback, numeric_address
 from embeddings_mcp.caller import CALLER_KEY_HEADER, bringing, named
 from embeddings_mcp.errors import (
     AuthenticationFailed,
     EmbeddingsError,
+    InsufficientScope,
     InvalidRequest,
     InvalidSetting,
     PayloadTooLarge,
@@ -34,6 +38,7 @@ from embeddings_mcp.errors import (
 from embeddings_mcp.faces.keys import Keyring
 from embeddings_mcp.faces.rate import Rate
 from embeddings_mcp.faces.rest import error_response, http_error_response
+from embeddings_mcp.faces.tokens import TokenVerifier
 from embeddings_mcp.settings import Settings
 
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -55,21 +60,25 @@ class Guard:
         app: what lies behind.
         settings: read are the host and its names, keys and what needs none, the limits of what is in work, and whether
             an endpoint has ``caller_keys``.
+        tokens: checks access tokens, where there is an issuer of them.
 
     Raises:
         InvalidSetting: the server would be open to other machines without a key.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, tokens: TokenVerifier | None = None) -> None:
+        self._tokens = tokens
         self._keys = Keyring(settings)
-        if not (self._keys.in_use or settings.allow_keyless or _is_loopback(settings.host)):
+        if not (self._keys.in_use or tokens or settings.allow_keyless or is_loopback(settings.host)):
             raise InvalidSetting(
                 f"every machine that reaches {settings.host} could use this server: set an API key "
-                "(EMBEDDINGS_MCP_API_KEY), listen on 127.0.0.1, or say that this is what you want "
-                "(EMBEDDINGS_MCP_ALLOW_KEYLESS=true)"
+                "(EMBEDDINGS_MCP_API_KEY) or an issuer of access tokens (EMBEDDINGS_MCP_OAUTH_ISSUER), listen on "
+                "127.0.0.1, or say that this is what you want (EMBEDDINGS_MCP_ALLOW_KEYLESS=true)"
             )
         self._app = app
         self._keyless_paths = frozenset[str]().union(*(_PATHS[name] for name in settings.without_key))
+        if tokens is not None:
+            self._keyless_paths |= {urlsplit(tokens.metadata_url).path}
         self._origins = frozenset(settings.cors_origins)
         self._rate = None if settings.requests_per_minute is None else Rate(settings.requests_per_minute)
         self._max_requests = settings.max_requests_in_work
@@ -87,7 +96,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         try:
-            caller = self._admit(scope)
+            caller = await self._admit(scope)
         except EmbeddingsError as error:
             await error_response(error)(scope, receive, send)
             return
@@ -95,7 +104,10 @@ class Guard:
             await http_error_response(error.status_code, error.detail, error.headers)(scope, receive, send)
             return
         with contextlib.ExitStack() as stack:
-            stack.enter_context(named(caller))
+            if caller is not None:
+                # By this the MCP SDK sees to it that a session is its owner's only.
+                scope["user"] = AuthenticatedUser(caller)
+                stack.enter_context(named(_called(caller)))
             if keys := _values(scope, _CALLER_KEY):
                 stack.enter_context(bringing(SecretStr(keys[0])))
             # A GET of MCP is a stream of what the server has to say, for as long as the client stays.
@@ -103,12 +115,13 @@ class Guard:
                 receive = stack.enter_context(self._in_work(receive))
             await self._app(scope, receive, send)
 
-    def _admit(self, scope: Scope) -> str:
-        """The name of the caller of a request that may pass.
+    async def _admit(self, scope: Scope) -> AccessToken | None:
+        """Who sent a request that may pass; None where nobody is asked.
 
         Raises:
             HTTPException: it is addressed to another server, or comes from a foreign page.
-            EmbeddingsError: it shows no key, has a header that cannot be, is too large, too early, or one too many.
+            EmbeddingsError: it shows no key and no token, has a header that cannot be, is too large, too early, or one
+                too many.
         """
         if _values(scope, b"content-length") and _values(scope, b"transfer-encoding"):
             # A proxy before us may have believed the other one of the two: what it took for a body would be a request
@@ -120,8 +133,8 @@ class Guard:
             )
         self._check_address(scope)
         if scope["path"] in self._keyless_paths:
-            return ""
-        caller = self._owner(scope)
+            return None
+        caller = await self._caller(scope)
         if (keys := _values(scope, _CALLER_KEY)) and (problem := self._problem_of(keys)):
             raise InvalidRequest(problem)
         if any(_number(value) > self._max_body_bytes for value in _values(scope, b"content-length")):
@@ -130,7 +143,7 @@ class Guard:
             raise TooBusy(
                 f"{self._requests:,} requests are in work already: try again in {_SOON:.0f} s", retry_after=_SOON
             )
-        if self._rate is not None and (wait := self._rate.wait(caller)):
+        if self._rate is not None and (wait := self._rate.wait("" if caller is None else _called(caller))):
             raise RateLimited(
                 "so many requests in a minute are more than this server takes from one caller: try again in "
                 f"{math.ceil(wait)} s, or send more texts in one request",
@@ -167,22 +180,38 @@ class Guard:
         if name is None:
             return False
         server = scope.get("server")
-        reached = server is not None and name == server[0] and _address(name) is not None
+        reached = server is not None and name == server[0] and numeric_address(name) is not None
         return reached or name in self._names
 
-    def _owner(self, scope: Scope) -> str:
-        """Whose key the request shows; empty where none is asked for."""
-        if not self._keys.in_use:
-            return ""
+    async def _caller(self, scope: Scope) -> AccessToken | None:
+        """Whose key or token the request shows; None where none is asked for."""
+        if not self._keys.in_use and self._tokens is None:
+            return None
         values = _values(scope, b"authorization")
-        scheme, _, key = values[0].partition(" ") if len(values) == 1 else ("", "", "")
-        owner = self._keys.owner(key.strip().encode("latin-1")) if scheme.lower() == "bearer" else None
-        if owner is None:
+        scheme, _, shown = values[0].partition(" ") if len(values) == 1 else ("", "", "")
+        shown = shown.strip() if scheme.lower() == "bearer" else ""
+        if shown and (owner := self._keys.owner(shown.encode("latin-1"))) is not None:
+            return AccessToken(token="", client_id=owner, scopes=[])
+        if self._tokens is None:
             raise AuthenticationFailed(
                 "this server asks for its API key, in the header `Authorization: Bearer KEY`; there was none, or "
                 "another one"
             )
-        return owner
+        challenge = f'Bearer resource_metadata="{self._tokens.metadata_url}"'
+        access = await self._tokens.verify_token(shown) if shown else None
+        if access is None:
+            raise AuthenticationFailed(
+                "this server asks for an access token, in the header `Authorization: Bearer TOKEN`; there was none, or "
+                f"one that has run out or is not for this server. {self._tokens.metadata_url} says who makes them",
+                challenge=f'{challenge}, error="invalid_token"' if shown else challenge,
+            )
+        if missing := [wanted for wanted in self._tokens.scopes if wanted not in access.scopes]:
+            wanted = " ".join(self._tokens.scopes)
+            raise InsufficientScope(
+                f"the access token lacks the scope {' '.join(missing)}: ask its issuer for one with `scope` {wanted!r}",
+                challenge=f'{challenge}, error="insufficient_scope", scope="{wanted}"',
+            )
+        return access
 
     def _problem_of(self, caller_keys: list[str]) -> str | None:
         """Why a caller may not bring these keys for an endpoint; they are not repeated."""
@@ -245,17 +274,9 @@ class Guard:
         )
 
 
-def _is_loopback(host: str) -> bool:
-    address = _address(host)
-    return host.lower() == "localhost" if address is None else address.is_loopback
-
-
-def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """The numeric address that `host` is; None where it is a name."""
-    try:
-        return ipaddress.ip_address(host)
-    except ValueError:
-        return None
+def _called(caller: AccessToken) -> str:
+    """What tells the caller from others: the name of an API key, or whom a token speaks for."""
+    return caller.subject or caller.client_id
 
 
 def _values(scope: Scope, name: bytes) -> list[str]:

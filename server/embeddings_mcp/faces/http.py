@@ -21,6 +21,7 @@ from embeddings_mcp.faces import published, rest
 from embeddings_mcp.faces.guard import Guard
 from embeddings_mcp.faces.loading import loaded
 from embeddings_mcp.faces.observed import Observed, metrics_route
+from embeddings_mcp.faces.tokens import TokenVerifier
 from embeddings_mcp.limits import Limits
 from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Load, Settings
@@ -51,17 +52,29 @@ def create_app(service: EmbeddingService, mcp_server: MCPServer, settings: Setti
         transport_security=TransportSecuritySettings(enable_dns_rebinding_protection=False),
     )
 
+    tokens = TokenVerifier.of(settings)
+
     @contextlib.asynccontextmanager
     async def life(_app: Starlette) -> AsyncIterator[None]:
-        async with contextlib.aclosing(service), mcp_server.session_manager.run():
+        async with contextlib.AsyncExitStack() as stack:
+            if tokens is not None:
+                stack.push_async_callback(tokens.aclose)
+            await stack.enter_async_context(contextlib.aclosing(service))
+            await stack.enter_async_context(mcp_server.session_manager.run())
             yield
 
     app = Starlette(
-        routes=[*rest.routes(service, Limits.of(settings)), metrics_route(), *published.routes(), *mcp_app.routes],
+        routes=[
+            *rest.routes(service, Limits.of(settings)),
+            metrics_route(),
+            *published.routes(),
+            *(tokens.routes() if tokens is not None else ()),
+            *mcp_app.routes,
+        ],
         exception_handlers=rest.EXCEPTION_HANDLERS,
         lifespan=life,
     )
-    guard = Guard(app, settings)
+    guard = Guard(app, settings, tokens)
     if not settings.cors_origins:
         return Observed(guard)
     # Outside of the guard, since a browser shows no key when it asks beforehand whether a page may.

@@ -252,7 +252,7 @@ def error_response(error: EmbeddingsError) -> Response:
     if error.retry_after is not None:
         response.headers["Retry-After"] = str(math.ceil(error.retry_after))
     if isinstance(error, AuthenticationFailed):
-        response.headers["WWW-Authenticate"] = "Bearer"
+        response.headers["WWW-Authenticate"] = error.challenge
     return response
 
 

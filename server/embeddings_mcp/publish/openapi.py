@@ -73,7 +73,12 @@ _EXAMPLES: dict[Operation, tuple[dict[str, Any], dict[str, Any]]] = {
 """A request and an answer to it; the vectors are shortened."""
 
 _WHEN = ("Retry-After", "Seconds after which it is worth trying again, where the server knows.", "integer")
-_HEADERS = {401: ("WWW-Authenticate", "Always `Bearer`.", "string"), 429: _WHEN, 503: _WHEN}
+_HOW = (
+    "WWW-Authenticate",
+    "`Bearer`, and where access tokens open the server too, what tells who makes them.",
+    "string",
+)
+_HEADERS = {401: _HOW, 403: _HOW, 429: _WHEN, 503: _WHEN}
 
 
 def openapi_document() -> dict[str, Any]:
@@ -147,7 +152,10 @@ def _get(operation_id: str, summary: str, tag: str, response: type, *statuses: i
         "operationId": operation_id,
         "summary": summary,
         "tags": [tag],
-        "responses": {"200": {"description": "The answer.", "content": _json(response)}, **_errors(401, *statuses)},
+        "responses": {
+            "200": {"description": "The answer.", "content": _json(response)},
+            **_errors(401, 403, *statuses),
+        },
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import math
 import re
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from typing import Literal
 import httpx
 from pydantic import SecretStr
 
+from embeddings_mcp.addresses import is_loopback
 from embeddings_mcp.caller import CALLER_KEY_HEADER
 from embeddings_mcp.errors import InvalidSetting
 
@@ -127,16 +127,6 @@ class Endpoint:
         if self.api_key is not None:
             text = text.replace(self.api_key.get_secret_value(), "***")
         return re.sub(r"nvapi-[\w-]+", "***", text)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a name or an address means this machine."""
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _checked_url(text: str, *, allow_http: bool) -> str:
