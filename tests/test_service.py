@@ -491,6 +491,20 @@ async def test_search_embeds_the_query_as_a_query_and_the_passages_as_passages()
     assert answer["usage"] == {"prompt_tokens": 15, "total_tokens": 15}
 
 
+@pytest.mark.parametrize(("card", "calls"), [(PLAIN, [["q", "r", "a", "b"]]), (NESTED, [["q", "r"], ["a", "b"]])])
+async def test_search_asks_a_symmetric_model_once(card: ModelCard, calls: list[list[str]]) -> None:
+    embedder, done = HashEmbedder(card), list[int]()
+
+    async def on_progress(count: int) -> None:
+        done.append(count)
+
+    request = parse(SearchRequest, {"query": ["q", "r"], "input": ["a", "b"]})
+    answer = await service_of(embedder).search(request, on_progress)
+    assert embedder.batches == calls
+    assert done == [1, 2, 3, 4]
+    assert answer["usage"]["prompt_tokens"] == 12
+
+
 async def test_search_gives_as_many_as_asked_for_and_ties_in_the_order_of_the_passages() -> None:
     texts = ["b", "a", "b", "a"]
     service = service_of()

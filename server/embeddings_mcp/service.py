@@ -6,6 +6,7 @@ renormalised, encoded, scored, with usage counted. It knows neither how vectors 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TypeVar
@@ -38,6 +39,7 @@ from embeddings_mcp.schema import (
     SparseEmbeddingRequest,
     SparseEmbeddingResponse,
     TypedEmbeddingRequest,
+    Usage,
 )
 from embeddings_mcp.vectors import shorten
 
@@ -180,28 +182,12 @@ class EmbeddingService:
                 "passages as passages",
                 param="model",
             )
-        query = await self._embed(
-            embedder,
-            {"query": request.query},
-            mode=request.mode,
-            input_type="query",
-            truncate=request.truncate,
-            dimensions=request.dimensions,
-        )
-        found = await self._embed(
-            embedder,
-            {"input": request.input},
-            mode=request.mode,
-            input_type="passage",
-            truncate=request.truncate,
-            dimensions=request.dimensions,
-            on_progress=on_progress,
-        )
+        query, found, usage = await self._query_and_passages(embedder, request, on_progress)
         score = answers.comparison(query, found, request.mode, "cosine")
         return {
             "model": found.served_model or embedder.card.id,
             "results": await _compute(found, lambda: answers.ranking(score, request.top_k)),
-            "usage": answers.usage(query, found),
+            "usage": usage,
         }
 
     async def list_models(self) -> ModelsResponse:
@@ -282,6 +268,22 @@ class EmbeddingService:
         except InputUnusable as error:
             raise error.about(error.index, _place(fields, error.index)) from None
         return await _compute(made, lambda: _finished(made, embedder.card, fields, dimensions))
+
+    async def _query_and_passages(
+        self, embedder: Embedder, request: SearchRequest, on_progress: OnProgress | None
+    ) -> tuple[answers.Made, answers.Made, Usage]:
+        """What `mode` needs of the query and of the passages, and what it cost; of a symmetric model in one call."""
+        make = functools.partial(
+            self._embed, embedder, mode=request.mode, truncate=request.truncate, dimensions=request.dimensions
+        )
+        queries = _count(request.query)
+        if embedder.card.input_type == "ignored":
+            fields = {"query": request.query, "input": request.input}
+            made = await make(fields, input_type=None, on_progress=on_progress)
+            return answers.part(made, slice(queries)), answers.part(made, slice(queries, None)), answers.usage(made)
+        query = await make({"query": request.query}, input_type="query", on_progress=on_progress)
+        found = await make({"input": request.input}, input_type="passage", on_progress=_after(queries, on_progress))
+        return query, found, answers.usage(query, found)
 
     async def _represent_input(
         self, request: SparseEmbeddingRequest, on_progress: OnProgress | None, mode: Mode
@@ -372,6 +374,17 @@ def _check_scores(rows: int, columns: int | None, top_k: int | None) -> None:
     pairs = rows * (rows - 1) // 2 if columns is None else rows * columns
     if top_k is not None and min(top_k, pairs) > MAX_SCORES:
         raise InvalidRequest(f"`top_k` must be at most {MAX_SCORES:,} here: there are {pairs:,} pairs", param="top_k")
+
+
+def _after(earlier: int, on_progress: OnProgress | None) -> OnProgress | None:
+    """Told of the texts that are done after so many others."""
+    if on_progress is None:
+        return None
+
+    async def report(done: int) -> None:
+        await on_progress(earlier + done)
+
+    return report
 
 
 def _place(fields: Mapping[str, str | list[str]], index: int) -> str:

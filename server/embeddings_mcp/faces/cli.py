@@ -488,7 +488,7 @@ def _ask(operation: Operation, make: Callable[[], Awaitable[EmbeddingService]], 
     if "model" in operation.request.model_fields:
         fields["model"] = "default"
     request = parse(operation.request, {name: value for name, value in fields.items() if value is not None})
-    count = sum(len(texts) for name in ("input", "other") if isinstance(texts := fields.get(name), list))
+    count = sum(len(texts) for texts in fields.values() if isinstance(texts, list)) + ("query" in fields)
 
     async def ask() -> Mapping[str, Any]:
         async with contextlib.aclosing(await make()) as service, _progress(count) as on_progress:

@@ -224,7 +224,7 @@ def _reporter(request: BaseModel, context: Context[dict[str, Any], Any] | None) 
     """Tells the client how many texts are done; the SDK sends nothing to one that has not asked for progress."""
     if context is None:
         return None
-    fields = (getattr(request, field, None) for field in ("input", "other"))
+    fields = (getattr(request, field, None) for field in ("query", "input", "other"))
     total = sum(1 if isinstance(texts, str) else len(texts) for texts in fields if texts is not None)
 
     told = 0.0
