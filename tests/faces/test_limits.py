@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -16,6 +17,7 @@ import httpx
 import pytest
 from mcp import Client
 
+from embeddings_mcp import turns
 from embeddings_mcp.embedders.base import Embeddings, OnProgress, OnRows
 from embeddings_mcp.faces import guard
 from embeddings_mcp.faces.http import create_app
@@ -156,6 +158,26 @@ def test_only_so_many_requests_are_in_work_and_their_end_makes_room() -> None:
         assert mcp.status_code == 503
         assert health.status_code == 200
         assert ask(client).status_code == 200
+
+
+def test_those_who_find_no_place_are_asked_back_as_fast_as_others_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(guard, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(turns, "time", SimpleNamespace(monotonic=lambda: now))
+    embedder = HeldEmbedder()
+    with client_of(embedder, max_requests_in_work=1) as client, ThreadPoolExecutor(1) as others:
+        for _ in range(3):
+            embedder.may_answer.set()
+            assert ask(client).status_code == 200
+            assert embedder.asked.acquire(timeout=SECONDS)
+            embedder.may_answer.clear()
+            now += 2
+        first = others.submit(ask, client)
+        assert embedder.asked.acquire(timeout=SECONDS)
+        waits = [ask(client).headers["retry-after"] for _ in range(3)]
+        embedder.may_answer.set()
+        assert first.result().status_code == 200
+    assert waits == ["1", "3", "6"], "two ended in 6 s, so that one does in 3 s"
 
 
 def test_bodies_in_work_have_so_many_bytes_together_and_their_end_makes_room() -> None:

@@ -24,6 +24,7 @@ from embeddings_mcp import telemetry
 from embeddings_mcp.caller import caller_name
 from embeddings_mcp.embedders.base import OnProgress
 from embeddings_mcp.errors import ModelUnavailable, Overloaded, ServerStopped
+from embeddings_mcp.turns import Turns
 
 Row = Sequence[int]
 Kind = TypeVar("Kind", bound=Hashable)
@@ -37,9 +38,6 @@ MAX_QUEUED_TOKENS = 1_000_000
 
 _LEAST_SHARE = 256
 """Tokens that one worker takes alone though others are free: all weights are read for a batch, however few its rows."""
-
-_LONGEST_PROMISE = 60.0
-"""Seconds, beyond those that the queue needs, after which at most a refused caller is asked back."""
 
 
 @dataclass(eq=False)
@@ -108,7 +106,7 @@ class Batcher(Generic[Kind, Result]):
         self._executor = self._new_executor()
         self._least_served_first = itertools.cycle([True, True, True, False])
         self._tokens_per_second = 0.0  # of one worker
-        self._promised = 0.0  # when, by the monotonic clock, the last of those who were refused is asked back
+        self._turns = Turns()
         self._starting: asyncio.Handle | None = None
         self._closed = False
         self.queued_tokens = 0
@@ -133,7 +131,7 @@ class Batcher(Generic[Kind, Result]):
             raise ServerStopped("the server is shutting down")
         came = time.perf_counter()
         tokens = sum(map(len, rows))
-        self._check_room(tokens)
+        self.check_room(tokens)
         self._queue(tokens)
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
         job = _Job[Kind, Result](caller_name(), kind, rows, order)
@@ -170,31 +168,23 @@ class Batcher(Generic[Kind, Result]):
             self._fail(job, ServerStopped("the server is shutting down"))
         self._executor.shutdown(wait=False, cancel_futures=True)
 
-    def _check_room(self, tokens: int) -> None:
+    def check_room(self, tokens: int) -> None:
+        """Refuse what there is no room for.
+
+        Raises:
+            Overloaded: too much waits already.
+        """
         queued = self.queued_tokens
         # What is more than the queue holds is taken all the same when nothing else waits: it would never find room.
         if queued and queued + tokens > self._max_queued_tokens:
-            seconds = self._seconds_until_room(tokens)
+            per_second = self._tokens_per_second * self._workers
+            excess = min(queued, queued + tokens - self._max_queued_tokens)
+            seconds = self._turns.wait(tokens, per_second=per_second, until_room=excess / max(per_second, 1.0))
             raise Overloaded(
                 f"{queued:,} tokens wait already, and of these {tokens:,} there is no room: try again in "
                 f"{seconds:.0f} s, or send fewer texts at once",
                 retry_after=seconds,
             )
-
-    def _seconds_until_room(self, tokens: int) -> float:
-        """After how many whole seconds so many tokens find room.
-
-        Who is refused comes back behind those who were refused before, each after the work of the one before him: if
-        all came at the moment at which there is room for one, all others would be refused again.
-        """
-        per_second = self._tokens_per_second * self._workers
-        if not per_second:
-            return 1.0
-        now = time.monotonic()
-        excess = min(self.queued_tokens, self.queued_tokens + tokens - self._max_queued_tokens)
-        room = now + excess / per_second
-        self._promised = min(max(room, self._promised + tokens / per_second), room + _LONGEST_PROMISE)
-        return float(max(1, math.ceil(self._promised - now)))
 
     def _start_batches(self) -> None:
         """Give every idle worker a batch, while anything waits."""

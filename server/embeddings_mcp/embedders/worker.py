@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import os
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,10 @@ _STOPPED = "the server is shutting down"
 _CHARACTERS_ON_LOOP = 2048
 """Texts of more characters than these, all together, are tokenized beside the event loop: half a millisecond of work,
 and as long as it takes to hand it to a thread and back."""
+
+
+_CHARACTERS_OF_TOKEN = 8
+"""More than a token has on average in any language; in English there are four or five."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +105,7 @@ class LocalEmbedder:
     ) -> Embeddings:
         """See `Embedder.embed`."""
         encoder, batcher = await self._ready()
+        batcher.check_room(_least_tokens(texts, encoder.card))
         tokens = await _tokenize(encoder, texts, input_type, truncate)
         vectors = np.empty((len(texts), encoder.dimensions), dtype=np.float32)
         counts = tokens.counts
@@ -123,6 +129,7 @@ class LocalEmbedder:
     ) -> Representations:
         """See `MultiEmbedder.represent`."""
         encoder, batcher = await self._ready()
+        batcher.check_room(_least_tokens(texts, encoder.card))
         tokens = await _tokenize(encoder, texts, input_type, truncate)
         found: dict[int, tuple[FloatVector, SparseVector, FloatMatrix]] = {}
 
@@ -185,6 +192,12 @@ def _batcher(encoder: AnyEncoder, max_queued_tokens: int, workers: int | None) -
         padded=not encoder.packed,
         prepare_worker=functools.partial(encoder.compute_on, max(1, cores // workers)),
     )
+
+
+def _least_tokens(texts: Sequence[str], card: ModelCard) -> int:
+    """About the fewest tokens that texts of people have, to refuse without tokenizing what will find no room."""
+    most = card.max_tokens or sys.maxsize
+    return sum(min(most, 1 + len(text) // _CHARACTERS_OF_TOKEN) for text in texts)
 
 
 async def _tokenize(

@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+import time
+from collections import deque
 from collections.abc import Iterator
 from http import HTTPStatus
 from urllib.parse import urlsplit
@@ -40,6 +42,7 @@ from embeddings_mcp.faces.rate import Rate
 from embeddings_mcp.faces.rest import error_response, http_error_response
 from embeddings_mcp.faces.tokens import TokenVerifier
 from embeddings_mcp.settings import Settings
+from embeddings_mcp.turns import Turns
 
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 _PATHS = {"health": frozenset({"/v1/health/live", "/v1/health/ready"}), "metrics": frozenset({"/v1/metrics"})}
@@ -50,7 +53,10 @@ BODY_SECONDS = 60.0
 """Longest that a request's body may take to arrive: who sends a byte now and then would keep others out for ever."""
 
 _SOON = 1.0
-"""Seconds after which it is worth asking again where too much is in work: nobody knows better when something ends."""
+"""Seconds after which it is worth asking again where the bodies are too much together: nobody knows when one ends."""
+
+_ENDS = 64
+"""By so many requests that ended last it is told how fast they do."""
 
 
 class Guard:
@@ -84,6 +90,8 @@ class Guard:
         self._max_requests = settings.max_requests_in_work
         self._max_bytes = settings.max_bytes_in_work
         self._requests = self._bytes = 0
+        self._turns = Turns()
+        self._ends: deque[float] = deque(maxlen=_ENDS)  # when, by the monotonic clock, requests ended
         self._names = _LOOPBACK_NAMES | {
             _name(host) or host.lower() for host in (settings.host, *settings.allowed_hosts)
         }
@@ -140,8 +148,9 @@ class Guard:
         if any(_number(value) > self._max_body_bytes for value in _values(scope, b"content-length")):
             raise self._too_large()
         if scope["method"] == "POST" and self._requests >= self._max_requests:
+            wait = self._turns.wait(1, per_second=self._ends_per_second(), until_room=0.0)
             raise TooBusy(
-                f"{self._requests:,} requests are in work already: try again in {_SOON:.0f} s", retry_after=_SOON
+                f"{self._requests:,} requests are in work already: try again in {wait:.0f} s", retry_after=wait
             )
         if self._rate is not None and (wait := self._rate.wait("" if caller is None else _called(caller))):
             raise RateLimited(
@@ -264,9 +273,22 @@ class Guard:
         try:
             yield limited
         finally:
+            self._note_end()
             self._requests -= 1
             telemetry.REQUESTS_IN_WORK.dec()
             self._bytes -= received
+
+    def _note_end(self) -> None:
+        if self._requests * 2 >= self._max_requests:
+            self._ends.append(time.monotonic())
+        else:  # how fast requests end when few come says nothing of how fast they could
+            self._ends.clear()
+
+    def _ends_per_second(self) -> float:
+        """How fast requests end, and make room for others; 0 as long as that cannot be told."""
+        if len(self._ends) < 2:
+            return 0.0
+        return (len(self._ends) - 1) / max(time.monotonic() - self._ends[0], 1e-3)
 
     def _too_large(self) -> PayloadTooLarge:
         return PayloadTooLarge(

@@ -1,0 +1,34 @@
+"""When those who were refused for want of room are asked back."""
+
+from __future__ import annotations
+
+import math
+import time
+
+LONGEST_SECONDS = 60.0
+"""Beyond the time until there is room at all, after which at most a refused caller is asked back."""
+
+
+class Turns:
+    """Asks callers back one behind the other, as fast as room is made.
+
+    If all came at the moment at which there is room for one, all others would be refused again.
+    """
+
+    def __init__(self) -> None:
+        self._promised = 0.0  # when, by the monotonic clock, the last of them is asked back
+
+    def wait(self, size: float, *, per_second: float, until_room: float) -> float:
+        """After how many whole seconds a caller finds room, behind those who were refused before.
+
+        Args:
+            size: how much room he wants.
+            per_second: how much is made; 0 where nobody knows yet.
+            until_room: seconds until there is any.
+        """
+        if not per_second:
+            return 1.0
+        now = time.monotonic()
+        room = now + until_room
+        self._promised = min(max(room, self._promised + size / per_second), room + LONGEST_SECONDS)
+        return float(max(1, math.ceil(self._promised - now)))
