@@ -77,9 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--seconds", type=float, default=6, help="for which requests come in at each pace; 6 if not set"
     )
-    parser.add_argument("--tiny", action="store_true", help="a second of each, to see that it runs")
+    parser.add_argument("--tiny", action="store_true", help="a moment of each, to see that it runs")
     options = parser.parse_args(arguments)
-    seconds = 1.0 if options.tiny else options.seconds
+    seconds = 0.3 if options.tiny else options.seconds
     print(f"## More than the machine can do\n\n{describe()}")
     with our_server(settings=_SETTINGS) as server:
         bodies = _bodies(server)

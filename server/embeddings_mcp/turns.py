@@ -8,6 +8,9 @@ import time
 LONGEST_SECONDS = 60.0
 """Beyond the time until there is room at all, after which at most a refused caller is asked back."""
 
+PROMISED = 0.75
+"""Part of the room that is promised: newcomers take some too, and how fast it is made is only known of the past."""
+
 
 class Turns:
     """Asks callers back one behind the other, as fast as room is made.
@@ -30,5 +33,6 @@ class Turns:
             return 1.0
         now = time.monotonic()
         room = now + until_room
-        self._promised = min(max(room, self._promised + size / per_second), room + LONGEST_SECONDS)
+        turn = self._promised + size / (PROMISED * per_second) if self._promised >= now else room
+        self._promised = min(max(room, turn), room + LONGEST_SECONDS)
         return float(max(1, math.ceil(self._promised - now)))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from benchmarks import context, cpu, gpu, http, load, memory, start
+from benchmarks import context, cpu, gpu, http, load, memory, overload, start
 from benchmarks.shapes import TINY_BERT, TINY_LLAMA
 from benchmarks.table import number, table
 from benchmarks.workloads import texts
@@ -59,6 +59,14 @@ def test_http_measures_rates_and_what_serving_costs(run: Run) -> None:
     shares = {row[0]: float(row[3].rstrip("%")) for row in cells if row[3].endswith("%")}
     assert len(shares) == 4
     assert all(0 < share < 100 for share in shares.values())
+
+
+def test_overload_counts_what_is_answered_and_what_is_refused_at_each_pace(run: Run) -> None:
+    cells = rows(run(overload.main))
+    assert [row[0] for row in cells] == ["1 x", "2 x", "10 x"]
+    assert all(float(row[3].rstrip("%")) > 0 for row in cells)
+    refused, came = cells[-1][4].split(" of ")
+    assert 0 < int(refused) < int(came)
 
 
 def test_start_times_the_first_answers(run: Run) -> None:

@@ -87,6 +87,7 @@ class Int8Linear(torch.nn.Module):
         self._weight = torch.ops.onednn.qlinear_prepack(levels, [_ROWS, weight.shape[1]])
         self._scales = largest / most
         self._zeros = torch.zeros(len(weight), dtype=torch.int64)
+        self._zero_level = torch.tensor(128.5)
         self._bias = weight.new_zeros(len(weight)) if bias is None else bias
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
@@ -94,15 +95,17 @@ class Int8Linear(torch.nn.Module):
         flat = rows.flatten(0, -2)
         largest = torch.maximum(flat.amax(1, keepdim=True), flat.amin(1, keepdim=True).neg_()).clamp_min_(_SMALLEST)
         # 0 is level 128; the half makes rounding of what the conversion would cut off.
-        levels = (flat * (127 / largest)).add_(128.5).to(torch.uint8)
+        levels = torch.addcmul(self._zero_level, flat, 127 / largest).to(torch.uint8)
         product = torch.ops.onednn.qlinear_pointwise(
             levels, 1 / 127, 128, self._weight, self._scales, self._zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
-        return torch.addcmul(self._bias, product, largest).view(*rows.shape[:-1], -1)
+        # In place, here and below: what is written anew costs more than what is computed.
+        return torch.addcmul(self._bias, product, largest, out=product).view(*rows.shape[:-1], -1)
 
     def gelu(self, rows: torch.Tensor) -> torch.Tensor:
         """The same, then GELU in its exact form (with erf)."""
-        return torch.nn.functional.gelu(self.forward(rows))
+        result: torch.Tensor = torch.ops.aten.gelu_(self.forward(rows))
+        return result
 
     def plus(self, rows: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """The same, then `residual` added, of the shape of the result."""
