@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as some
 
-from embeddings_mcp.schema import TypedEmbeddingRequest, parse
+from embeddings_mcp.schema import TypedEmbeddingRequest
+from embeddings_mcp.serialization import parse
 from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.vectors import FloatMatrix, normalize, quantize
 from tests.support import HashEmbedder

@@ -12,13 +12,8 @@ import pytest
 
 from embeddings_mcp.assemble import build_service
 from embeddings_mcp.errors import InvalidRequest
-from embeddings_mcp.schema import (
-    ColbertEmbeddingRequest,
-    SearchRequest,
-    SimilarityRequest,
-    SparseEmbeddingRequest,
-    parse,
-)
+from embeddings_mcp.schema import ColbertEmbeddingRequest, SearchRequest, SimilarityRequest, SparseEmbeddingRequest
+from embeddings_mcp.serialization import parse
 from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
 from tests.support import HashEmbedder

@@ -17,16 +17,15 @@ from hypothesis.extra import numpy as hnp
 
 from embeddings_mcp.errors import InvalidRequest
 from embeddings_mcp.operations import OPERATIONS
+from embeddings_mcp.publish.schemas import json_schema
 from embeddings_mcp.schema import (
     EmbeddingRequest,
     EmbeddingResponse,
     ListModelsRequest,
     SearchRequest,
     SimilarityRequest,
-    dump_json,
-    json_schema,
-    parse,
 )
+from embeddings_mcp.serialization import dump_json, parse
 
 PUBLISHED = yaml.safe_load((Path(__file__).parent / "data" / "nim-embeddings-openapi.yaml").read_text("utf-8"))
 PUBLISHED_TYPES: dict[str, Any] = PUBLISHED["components"]["schemas"]

@@ -28,7 +28,8 @@ from embeddings_mcp.errors import (
     UnknownModel,
 )
 from embeddings_mcp.models import DEFAULT_MODEL, InputType, ModelCard, Truncate
-from embeddings_mcp.schema import EmbeddingRequest, SearchRequest, SimilarityRequest, parse
+from embeddings_mcp.schema import EmbeddingRequest, SearchRequest, SimilarityRequest
+from embeddings_mcp.serialization import parse
 from embeddings_mcp.service import MAX_SCORES, EmbeddingService
 from embeddings_mcp.settings import Settings
 from embeddings_mcp.vectors import normalize

@@ -2,33 +2,20 @@
 
 `EmbeddingRequest` and `EmbeddingResponse` mirror the NVIDIA NIM embeddings API (its OpenAPI document of 2026-05-25,
 ``POST /v1/embeddings``) field for field. Validation is as strict as the published schema: no unknown field, no null for
-an optional one, no number where a string is asked for. `parse` turns what fails into one message that teaches, and
-`json_schema` publishes a type the way the OpenAPI document writes it.
+an optional one, no number where a string is asked for. `serialization.parse` turns what fails into one message that
+teaches, and `publish.schemas.json_schema` publishes a type the way the OpenAPI document writes it.
 """
 
 from __future__ import annotations
 
-import difflib
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import orjson
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    ValidationError,
-    WithJsonSchema,
-    with_config,
-)
-from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, JsonSchemaValue
-from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, with_config
+from pydantic_core import PydanticCustomError
 from typing_extensions import NotRequired, TypedDict  # noqa: UP035 - pydantic reads typing's own only from Python 3.12 on
 
-from embeddings_mcp.errors import InvalidRequest
 from embeddings_mcp.models import DEFAULT_MODEL, InputType, InputTypeUse, Mode, Truncate
 from embeddings_mcp.vectors import EmbeddingType, Metric
 
@@ -50,7 +37,7 @@ def _whole_number(value: object) -> object:
 
 def _check_text(value: object, at: str = "") -> None:
     if not isinstance(value, str):
-        raise PydanticCustomError("text", "must be a string, not {kind}", {"at": at, "kind": _kind(value)})
+        raise PydanticCustomError("text", "must be a string, not {kind}", {"at": at, "kind": json_kind(value)})
     if not value:
         raise PydanticCustomError("empty", "must not be an empty string", {"at": at})
     if not value.isascii():
@@ -68,7 +55,7 @@ def _texts(value: object) -> object:
             _check_text(value)
             return value
         raise PydanticCustomError(
-            "texts", "must be a string or an array of strings, not {kind}", {"kind": _kind(value)}
+            "texts", "must be a string or an array of strings, not {kind}", {"kind": json_kind(value)}
         )
     if not value:
         raise PydanticCustomError("empty", "must not be an empty array: give at least one text")
@@ -87,7 +74,7 @@ def _is_token_array(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
 
 
-def _kind(value: object) -> str:
+def json_kind(value: object) -> str:
     """What JSON calls the value's type."""
     kinds: dict[type, str] = {bool: "a boolean", str: "a string", list: "an array", dict: "an object"}
     return "null" if value is None else kinds.get(type(value), "a number")
@@ -391,108 +378,45 @@ class ModelsResponse(TypedDict):
     models: list[ModelEntry]
 
 
-def dump_json(response: object) -> bytes:
-    """A response as JSON; float32 numbers in their shortest exact form (``0.1234567``, not 17 digits)."""
-    return orjson.dumps(response, option=orjson.OPT_SERIALIZE_NUMPY)
+# --- What REST alone says --------------------------------------------------------------------------------------------
+
+NullableString = Annotated[str | None, WithJsonSchema({"type": ["string", "null"]})]
 
 
-# --- From JSON to a request, and to the schema -----------------------------------------------------------------------
+class ErrorDetail(TypedDict):
+    """What went wrong."""
 
-_Request = TypeVar("_Request", bound=BaseModel)
-_MOST_PROBLEMS = 5
-_LONGEST_QUOTE = 40
-"""Characters of what the caller wrote that a message repeats."""
-
-
-def parse(request_type: type[_Request], value: object) -> _Request:
-    """Validate parsed JSON as a request.
-
-    Raises:
-        InvalidRequest: with one message over all that is wrong, its ``param`` the first field it is about.
-    """
-    if not isinstance(value, dict):
-        raise InvalidRequest(f"the request must be a JSON object, not {_kind(value)}")
-    try:
-        return request_type.model_validate(value)
-    except ValidationError as error:
-        details = error.errors(include_url=False)
-        problems = [_teach(request_type, detail) for detail in details[:_MOST_PROBLEMS]]
-        if len(details) > _MOST_PROBLEMS:
-            problems.append(f"and {len(details) - _MOST_PROBLEMS} more")
-        raise InvalidRequest("; ".join(problems), param=_place(details[0])) from None
+    message: Annotated[str, Field(description="What was wrong, what is accepted, what to do next.")]
+    type: str
+    param: Annotated[NullableString, Field(description="The field it is about, as in `input[3]`.")]
+    code: str
 
 
-def _place(detail: ErrorDetails) -> str:
-    """The field, and the position in it; a name that the caller made up is cut."""
-    return str(detail["loc"][0])[:_LONGEST_QUOTE] + str(detail.get("ctx", {}).get("at", ""))
+class ErrorResponse(TypedDict):
+    """Every answer that is not a success."""
+
+    error: ErrorDetail
 
 
-def _teach(request_type: type[BaseModel], detail: ErrorDetails) -> str:
-    """One sentence: the field, what was wrong with it, what is accepted."""
-    field, value, context = _place(detail), detail["input"], detail.get("ctx", {})
-    match detail["type"]:
-        case "missing":
-            problem = f"is required: {(request_type.model_fields[field].description or '').rstrip('.')}"
-        case "extra_forbidden":
-            known = list(request_type.model_fields)
-            guess = difflib.get_close_matches(field, known, n=1)
-            meant = f"; did you mean `{guess[0]}`?" if guess else ""
-            problem = f"is not a field of this request, which has {', '.join(known) or 'none'}{meant}"
-        case "literal_error":
-            given = f"'{value[:_LONGEST_QUOTE]}'" if isinstance(value, str) else _kind(value)
-            problem = f"must be {context['expected']}, not {given}"
-        case "string_type":
-            problem = f"must be a string, not {_kind(value)}"
-        case "int_type" | "int_from_float":
-            problem = f"must be an integer, not {value if isinstance(value, float) else _kind(value)}"
-        case "greater_than_equal":
-            problem = f"must be at least {context['ge']}, not {str(value)[:_LONGEST_QUOTE]}"
-        case _:
-            problem = detail["msg"]
-    return f"`{field}` {problem}"
+class ModelObject(ModelEntry):
+    """A model in OpenAI's form, with what this server knows of it besides."""
+
+    object: str
+    created: Annotated[int, Field(description="Unix time at which this server began to serve it.")]
+    owned_by: Annotated[str, Field(description="What stands before the slash in its id.")]
 
 
-class _Published(GenerateJsonSchema):
-    """Writes a type as the OpenAPI document does: oneOf for unions, no titles, no null for what may be left out."""
+class ModelList(TypedDict):
+    """The models that this server answers for."""
 
-    def generate(self, schema: CoreSchema, mode: JsonSchemaMode = "validation") -> JsonSchemaValue:
-        published = super().generate(schema, mode)
-        definitions = published.pop("$defs", {})
-        published.pop("description", None)  # the docstring is for readers of the code
-        inlined = _inline(published, definitions)
-        assert isinstance(inlined, dict)
-        return inlined
-
-    def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ANN401, ARG002 - the base class's signature
-        return False
-
-    def nullable_schema(self, schema: core_schema.NullableSchema) -> JsonSchemaValue:
-        return self.generate_inner(schema["schema"])
-
-    def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
-        published = super().default_schema(schema)
-        if published.get("default", ...) is None:
-            del published["default"]
-        return published
-
-    def union_schema(self, schema: core_schema.UnionSchema) -> JsonSchemaValue:
-        published = super().union_schema(schema)
-        published["oneOf"] = published.pop("anyOf")
-        return published
+    object: str
+    data: list[ModelObject]
 
 
-def _inline(node: object, definitions: dict[str, object]) -> object:
-    """Put definitions in the place of references, and leave out what the published schema does not say."""
-    if isinstance(node, list):
-        return [_inline(item, definitions) for item in node]
-    if not isinstance(node, dict):
-        return node
-    if "$ref" in node:
-        return _inline(definitions[node["$ref"].removeprefix("#/$defs/")], definitions)
-    unsaid = {"title", "additionalProperties"} if node.get("type") == "object" else set()
-    return {key: _inline(value, definitions) for key, value in node.items() if key not in unsaid}
+class HealthResponse(TypedDict):
+    """Whether the server is up, or can answer."""
 
-
-def json_schema(wire_type: type) -> dict[str, Any]:
-    """The JSON Schema of a wire type, without references, fit for a tool's schema and for an OpenAPI component."""
-    return TypeAdapter(wire_type).json_schema(schema_generator=_Published)
+    object: str
+    message: str
+    live: NotRequired[bool]
+    ready: NotRequired[bool]

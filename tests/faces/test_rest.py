@@ -27,7 +27,7 @@ from embeddings_mcp.faces import rest
 from embeddings_mcp.faces.http import create_app
 from embeddings_mcp.models import InputType, ModelCard, Truncate
 from embeddings_mcp.operations import ROUTES
-from embeddings_mcp.schema import dump_json
+from embeddings_mcp.serialization import dump_json
 from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
 from tests.support import HashEmbedder, serving

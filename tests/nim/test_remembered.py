@@ -18,7 +18,8 @@ from embeddings_mcp.embedders.cache import Cache, CachedEmbedder, MemoryStore, c
 from embeddings_mcp.embedders.nim import Endpoint, EndpointClient, NimEmbedder
 from embeddings_mcp.embedders.nim.limits import Turnstile
 from embeddings_mcp.errors import InvalidRequest
-from embeddings_mcp.schema import EmbeddingRequest, parse
+from embeddings_mcp.schema import EmbeddingRequest
+from embeddings_mcp.serialization import parse
 from embeddings_mcp.service import EmbeddingService
 from tests.nim.standin import ASYMMETRIC, SYMMETRIC, Fault, Reply, StandIn, answering, cut, stand_in, truncated
 

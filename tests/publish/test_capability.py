@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from embeddings_mcp.operations import LIST_MODELS, OPERATIONS
 from embeddings_mcp.publish.capability import VERSIONS, capability
 from embeddings_mcp.publish.documents import FORMATS
-from embeddings_mcp.schema import parse
+from embeddings_mcp.serialization import parse
 from tests.support import ROOT
 
 SCHEMAS = Path(os.environ.get("EMBEDDINGS_MCP_SCHEMAS") or ROOT.parent / "shared" / "schemas")

@@ -14,7 +14,7 @@ from embeddings_mcp.errors import WIRE_FORMS
 from embeddings_mcp.faces import rest
 from embeddings_mcp.operations import ROUTES
 from embeddings_mcp.publish.openapi import openapi_document
-from embeddings_mcp.schema import parse
+from embeddings_mcp.serialization import parse
 from embeddings_mcp.service import EmbeddingService
 from tests.support import HashEmbedder
 

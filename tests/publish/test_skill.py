@@ -23,7 +23,7 @@ from embeddings_mcp.errors import EmbeddingsError
 from embeddings_mcp.models import ModelCard
 from embeddings_mcp.operations import CREATE_EMBEDDING, SEARCH, SIMILARITY, Operation
 from embeddings_mcp.publish.skill import read_skill
-from embeddings_mcp.schema import parse
+from embeddings_mcp.serialization import parse
 from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
 from tests.support import ROOT, HashEmbedder

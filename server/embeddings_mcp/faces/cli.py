@@ -29,7 +29,8 @@ from embeddings_mcp.limits import Limits
 from embeddings_mcp.models import InputType, Mode, Precision, Truncate
 from embeddings_mcp.operations import CREATE_EMBEDDING, LIST_MODELS, SEARCH, SIMILARITY, Operation
 from embeddings_mcp.publish import identity
-from embeddings_mcp.schema import EncodingFormat, dump_json, parse
+from embeddings_mcp.schema import EncodingFormat
+from embeddings_mcp.serialization import dump_json, parse
 from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Load, Settings
 from embeddings_mcp.vectors import Metric

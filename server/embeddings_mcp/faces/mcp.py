@@ -34,12 +34,13 @@ from mcp.types import (
 )
 from pydantic import BaseModel, Field
 
-from embeddings_mcp import __version__, schema
+from embeddings_mcp import __version__
 from embeddings_mcp.embedders.base import OnProgress
 from embeddings_mcp.errors import EmbeddingsError, UnknownModel
 from embeddings_mcp.faces.skills import SKILL_URI, SkillsExtension, use_embeddings
 from embeddings_mcp.limits import DEFAULT_LIMITS, Limits
 from embeddings_mcp.operations import CREATE_EMBEDDING, LIST_MODELS, OPERATIONS, SEARCH, SIMILARITY, Operation
+from embeddings_mcp.publish.schemas import json_schema
 from embeddings_mcp.schema import (
     EmbeddingRequest,
     EmbeddingResponse,
@@ -51,6 +52,7 @@ from embeddings_mcp.schema import (
     SimilarityRequest,
     SimilarityResponse,
 )
+from embeddings_mcp.serialization import dump_json, parse
 from embeddings_mcp.service import EmbeddingService
 
 CARD_TEMPLATE = "embeddings://models/{+model}"
@@ -76,7 +78,7 @@ class EmbeddingsServer(MCPServer[dict[str, Any]]):
 
     The SDK makes a tool from a function's signature: it derives the schema, decodes strings that look like JSON, and
     drops unknown arguments. Each of these would break the mirrored API, so the methods that list and call tools are
-    overridden, and arguments reach `schema.parse` as they came.
+    overridden, and arguments reach `serialization.parse` as they came.
 
     Attributes:
         listed: set once a client has asked for the tools.
@@ -121,7 +123,7 @@ class EmbeddingsServer(MCPServer[dict[str, Any]]):
         if operation is None:
             raise MCPError(INVALID_PARAMS, f"Unknown tool: {name!r}; the tools are {', '.join(self._operations)}")
         try:
-            request = schema.parse(operation.request, arguments)
+            request = parse(operation.request, arguments)
             response = await self._limits.answer(self._service, operation, request, _reporter(request, context))
         except EmbeddingsError as error:
             return CallToolResult(content=[TextContent(text=error.message)], is_error=True)
@@ -130,7 +132,7 @@ class EmbeddingsServer(MCPServer[dict[str, Any]]):
         return CallToolResult(
             content=[TextContent(text=_READABLE[operation](request, response))],
             # By way of JSON, since a Python float read from the shortest digits of a float32 is written with the same.
-            structured_content=orjson.loads(schema.dump_json(response)),
+            structured_content=orjson.loads(dump_json(response)),
         )
 
     async def list_resources(self) -> list[Resource]:
@@ -193,8 +195,8 @@ def _tool(operation: Operation, *, open_world: bool) -> Tool:
         name=operation.name,
         title=operation.title,
         description=operation.description,
-        input_schema=schema.json_schema(operation.request),
-        output_schema=schema.json_schema(operation.response),
+        input_schema=json_schema(operation.request),
+        output_schema=json_schema(operation.response),
         annotations=ToolAnnotations(
             title=operation.title,
             read_only_hint=True,

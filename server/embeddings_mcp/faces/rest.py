@@ -14,25 +14,25 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
 from http import HTTPStatus
-from typing import Annotated, Any
+from typing import Any
 
 import anyio
 import anyio.lowlevel
 import anyio.to_thread
 import orjson
-from pydantic import BaseModel, Field, WithJsonSchema
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ExceptionHandler, Receive
-from typing_extensions import NotRequired, TypedDict  # noqa: UP035 - pydantic reads typing's own only from Python 3.12 on
 
 from embeddings_mcp import telemetry
 from embeddings_mcp.errors import AuthenticationFailed, EmbeddingsError, InvalidRequest, wire_form
 from embeddings_mcp.limits import DEFAULT_LIMITS, Limits
 from embeddings_mcp.operations import ROUTES, Operation
-from embeddings_mcp.schema import ModelEntry, dump_json, parse
+from embeddings_mcp.schema import ErrorResponse, HealthResponse, ModelEntry, ModelList, ModelObject
+from embeddings_mcp.serialization import dump_json, parse
 from embeddings_mcp.service import EmbeddingService
 
 logger = logging.getLogger(__name__)
@@ -45,50 +45,6 @@ _LARGE_BODY = 1024 * 1024
 
 _ROWS_AT_ONCE = 128
 """Rows of an answer that are written without letting other requests in: 1 ms for vectors of 384 numbers."""
-
-# --- What REST alone says --------------------------------------------------------------------------------------------
-
-NullableString = Annotated[str | None, WithJsonSchema({"type": ["string", "null"]})]
-
-
-class ErrorDetail(TypedDict):
-    """What went wrong."""
-
-    message: Annotated[str, Field(description="What was wrong, what is accepted, what to do next.")]
-    type: str
-    param: Annotated[NullableString, Field(description="The field it is about, as in `input[3]`.")]
-    code: str
-
-
-class ErrorResponse(TypedDict):
-    """Every answer that is not a success."""
-
-    error: ErrorDetail
-
-
-class ModelObject(ModelEntry):
-    """A model in OpenAI's form, with what this server knows of it besides."""
-
-    object: str
-    created: Annotated[int, Field(description="Unix time at which this server began to serve it.")]
-    owned_by: Annotated[str, Field(description="What stands before the slash in its id.")]
-
-
-class ModelList(TypedDict):
-    """The models that this server answers for."""
-
-    object: str
-    data: list[ModelObject]
-
-
-class HealthResponse(TypedDict):
-    """Whether the server is up, or can answer."""
-
-    object: str
-    message: str
-    live: NotRequired[bool]
-    ready: NotRequired[bool]
-
 
 # --- Routes ----------------------------------------------------------------------------------------------------------
 

@@ -23,8 +23,8 @@ from typing import Any, Literal
 from embeddings_mcp import __version__
 from embeddings_mcp.operations import LIST_MODELS, OPERATIONS, Operation
 from embeddings_mcp.publish import identity
+from embeddings_mcp.publish.schemas import json_schema
 from embeddings_mcp.publish.skill import read_skill
-from embeddings_mcp.schema import json_schema
 
 Dialect = Literal["ikanos", "naftiko"]
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from embeddings_mcp import __version__
 from embeddings_mcp.errors import WIRE_FORMS
-from embeddings_mcp.faces.rest import ErrorResponse, HealthResponse, ModelList, ModelObject
 from embeddings_mcp.models import DEFAULT_MODEL
 from embeddings_mcp.operations import (
     CREATE_COLBERT_EMBEDDING,
@@ -19,7 +18,15 @@ from embeddings_mcp.operations import (
     SIMILARITY,
     Operation,
 )
-from embeddings_mcp.schema import EmbeddingRequest, TypedEmbeddingRequest, json_schema
+from embeddings_mcp.publish.schemas import json_schema
+from embeddings_mcp.schema import (
+    EmbeddingRequest,
+    ErrorResponse,
+    HealthResponse,
+    ModelList,
+    ModelObject,
+    TypedEmbeddingRequest,
+)
 
 _USAGE = {"prompt_tokens": 18, "total_tokens": 18}
 
