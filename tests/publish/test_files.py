@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from embeddings_mcp.publish import identity
-from embeddings_mcp.publish.documents import FILES, FORMATS
+from embeddings_mcp.publish.documents import FORMATS
+from embeddings_mcp.publish.files import FILES
 from tests.support import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from embeddings_mcp.publish.documents import FILES
+from embeddings_mcp.publish.files import FILES
 
 ROOT = Path(__file__).parents[3]
 

@@ -1,16 +1,15 @@
-"""Every document that is published, in one table: what it is, where the repository keeps it, and how it is made."""
+"""The documents that describe the server, in one table: what each is, where the repository keeps it, how it is made."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import yaml
 
-from embeddings_mcp.publish import identity, install, reference
+from embeddings_mcp.publish import identity
 from embeddings_mcp.publish.apis_json import apis_index
 from embeddings_mcp.publish.capability import capability
 from embeddings_mcp.publish.json_schema import json_schema_document
@@ -80,18 +79,3 @@ FORMATS: Mapping[identity.Format, Document] = {
     "server-card": Document(SERVER_CARD_TYPE, None, lambda url: to_json(server_card(url))),
 }
 """What the command line prints and the server answers with."""
-
-FILES: Mapping[str, Callable[[], str]] = {
-    **{document.path: partial(document.text, identity.LOCAL_URL) for document in FORMATS.values() if document.path},
-    "server.json": lambda: to_json(install.registry_entry()),
-    "plugin.json": lambda: to_json(install.plugin()),
-    "mcp.json": lambda: to_json(install.plugin_servers()),
-    ".claude-plugin/plugin.json": lambda: to_json(install.claude_plugin()),
-    ".claude-plugin/marketplace.json": lambda: to_json(install.claude_marketplace()),
-    "packaging/mcpb/manifest.json": lambda: to_json(install.bundle_manifest()),
-    "docs/api.md": reference.api,
-    "docs/configuration.md": reference.configuration,
-    "skills/embeddings/references/models.md": reference.models,
-    "skills/embeddings/references/errors.md": reference.errors,
-}
-"""Every file of the repository that is made and never written by hand, by its path; tests hold them equal."""

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from embeddings_mcp.errors import WIRE_FORMS, EmbeddingsError
+from embeddings_mcp.faces.cli import serve
 from embeddings_mcp.models import CARDS, DEFAULT_MODEL, ModelCard
 from embeddings_mcp.publish.install import environment_variable, is_secret
 from embeddings_mcp.publish.openapi import openapi_document
@@ -24,7 +25,8 @@ _API = """\
 For programs there is the same as [OpenAPI 3.1](openapi.json) and [JSON Schema](schema.json).
 
 Requests and answers are JSON. A field that is not listed is refused, and so is `null`: leave out what is not needed. A
-server with an API key wants it in the header `Authorization: Bearer KEY`, on every route but the health ones.
+server with an API key, or with an issuer of access tokens, wants one of them in the header `Authorization: Bearer ...`,
+on every route but the health ones.
 
 Besides these routes a server has `/mcp` for MCP clients, and says what it is: `/openapi.json`, `/manifest` (the
 [capability](capabilities.md), or with `?format=` any other description), `/apis.json`, `/mcp/server-card`, and its
@@ -173,8 +175,6 @@ def errors() -> str:
 
 def configuration() -> str:
     """``docs/configuration.md``: every setting, its variable and its flag."""
-    from embeddings_mcp.faces.cli import serve  # which imports this module, to print what is published
-
     flags = inspect.signature(serve).parameters
     settings = [
         (
