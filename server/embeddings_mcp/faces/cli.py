@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,15 +22,32 @@ from pydantic import ValidationError
 
 from embeddings_mcp import __version__, logs
 from embeddings_mcp.assemble import build_service, open_embedder, service_for
-from embeddings_mcp.embedders.base import OnProgress
-from embeddings_mcp.errors import EmbeddingsError, InvalidRequest, InvalidSetting
+from embeddings_mcp.errors import EmbeddingsError, InvalidSetting
+from embeddings_mcp.faces.options import (
+    AskedEndpointOption,
+    CacheOption,
+    DefaultModelOption,
+    DeviceOption,
+    DimensionsOption,
+    EndpointOption,
+    InputTypeOption,
+    JsonOption,
+    ModelOption,
+    ModeOption,
+    PrecisionOption,
+    ServedOption,
+    TextsArgument,
+    Transport,
+    TruncateOption,
+)
+from embeddings_mcp.faces.terminal import ask, lines_of, write
 from embeddings_mcp.garbage import nothing_collected
 from embeddings_mcp.limits import Limits
-from embeddings_mcp.models import InputType, Mode, Precision, Truncate
-from embeddings_mcp.operations import CREATE_EMBEDDING, LIST_MODELS, SEARCH, SIMILARITY, Operation
+from embeddings_mcp.models import Precision
+from embeddings_mcp.operations import CREATE_EMBEDDING, LIST_MODELS, SEARCH, SIMILARITY
 from embeddings_mcp.publish import identity
 from embeddings_mcp.schema import EncodingFormat
-from embeddings_mcp.serialization import dump_json, parse
+from embeddings_mcp.serialization import dump_json
 from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Load, Settings
 from embeddings_mcp.vectors import Metric
@@ -41,49 +58,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Transport = Literal["stdio", "http"]
-
-TextsArgument = Annotated[
-    list[str], typer.Argument(metavar="TEXT...", help="Texts; `-` stands for the lines of stdin.")
-]
-ModelOption = Annotated[
-    str | None,
-    typer.Option("--model", metavar="ID[=PATH]", help="The model: of an endpoint, or run here, with its folder."),
-]
-ServedOption = Annotated[
-    list[str] | None,
-    typer.Option("--model", metavar="ID[=PATH]", help="A model to serve, and its folder; may be given several times."),
-]
-EndpointOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--endpoint",
-        metavar="URL|JSON",
-        help="An endpoint whose models are served too, by its address or as a JSON object; may be given several times.",
-    ),
-]
-AskedEndpointOption = Annotated[
-    list[str] | None,
-    typer.Option("--endpoint", metavar="URL|JSON", help="The endpoint that has the model, in place of this machine."),
-]
-InputTypeOption = Annotated[InputType | None, typer.Option(help="What the texts are for; asymmetric models need it.")]
-TruncateOption = Annotated[Truncate, typer.Option(help="What to drop of a text that is too long.")]
-DimensionsOption = Annotated[int | None, typer.Option(help="Length of the vectors, on Matryoshka models.")]
-ModeOption = Annotated[Mode, typer.Option(help="What is compared; all but dense on BGE-M3 only.")]
-DefaultModelOption = Annotated[str | None, typer.Option(metavar="ID", help="The model that `default` means.")]
-DeviceOption = Annotated[str | None, typer.Option(help="Where the model runs: auto, cpu, cuda, cuda:1, mps.")]
-PrecisionOption = Annotated[
-    Precision | None, typer.Option(help="Numbers of the model that runs here; int8 is faster, and near but not equal.")
-]
-CacheOption = Annotated[
-    str | None,
-    typer.Option("--cache", metavar="DIR|memory|off", help="Where vectors are remembered; memory if not set."),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the response as JSON.")]
-
-_PROGRESS_FROM = 64
-"""Texts from which on a progress bar is worth its lines."""
 
 
 def main() -> None:
@@ -174,8 +148,8 @@ def embed(
     as_json: JsonOption = False,
 ) -> None:
     """Turn texts into vectors."""
-    lines = _lines(texts)
-    answer = _ask(
+    lines = lines_of(texts)
+    answer = ask(
         CREATE_EMBEDDING,
         _service_for(model, endpoint, device, cache),
         input=lines,
@@ -186,7 +160,7 @@ def embed(
     )
     from embeddings_mcp.faces import tables
 
-    _print(dump_json(answer) if as_json else tables.embeddings(answer, lines))
+    write(dump_json(answer) if as_json else tables.embeddings(answer, lines))
 
 
 @app.command()
@@ -209,9 +183,9 @@ def similarity(
     as_json: JsonOption = False,
 ) -> None:
     """Score how alike texts are: with each other, or with every --other."""
-    lines = _lines(texts)
-    others = _lines(other) if other else None
-    answer = _ask(
+    lines = lines_of(texts)
+    others = lines_of(other) if other else None
+    answer = ask(
         SIMILARITY,
         _service_for(model, endpoint, device, cache),
         input=lines,
@@ -225,7 +199,7 @@ def similarity(
     )
     from embeddings_mcp.faces import tables
 
-    _print(dump_json(answer) if as_json else tables.similarity(answer, lines, others or lines))
+    write(dump_json(answer) if as_json else tables.similarity(answer, lines, others or lines))
 
 
 @app.command()
@@ -244,8 +218,8 @@ def search(
     as_json: JsonOption = False,
 ) -> None:
     """Rank passages by how well they answer a query."""
-    lines = _lines(texts)
-    answer = _ask(
+    lines = lines_of(texts)
+    answer = ask(
         SEARCH,
         _service_for(model, endpoint, device, cache),
         query=query,
@@ -257,7 +231,7 @@ def search(
     )
     from embeddings_mcp.faces import tables
 
-    _print(dump_json(answer) if as_json else tables.search(answer, lines))
+    write(dump_json(answer) if as_json else tables.search(answer, lines))
 
 
 @app.command()
@@ -272,10 +246,10 @@ def models(
     async def service() -> EmbeddingService:
         return build_service(_settings(models=model, endpoints=endpoint))
 
-    answer = _ask(LIST_MODELS, service)
+    answer = ask(LIST_MODELS, service)
     from embeddings_mcp.faces import tables
 
-    _print(dump_json(answer) if as_json else tables.models(answer))
+    write(dump_json(answer) if as_json else tables.models(answer))
 
 
 @app.command()
@@ -308,8 +282,8 @@ def verify(
             return await verify_embedders(one, other)
 
     verdict = anyio.run(compare)
-    _print(tables.comparisons(verdict))
-    _print(f"{verdict.words}\n".encode())
+    write(tables.comparisons(verdict))
+    write(f"{verdict.words}\n".encode())
     raise typer.Exit(0 if verdict.same else 1)
 
 
@@ -324,7 +298,7 @@ def manifest(
         raise InvalidSetting(f"--url must be an address such as {identity.LOCAL_URL}, not {url!r}")
     from embeddings_mcp.publish.documents import FORMATS
 
-    _print(FORMATS[document].text(url.rstrip("/")).rstrip("\n").encode())
+    write(FORMATS[document].text(url.rstrip("/")).rstrip("\n").encode())
 
 
 @app.command()
@@ -334,7 +308,7 @@ def demo(
     """Start the server over stdio as an MCP host would, and ask it a few things."""
     from embeddings_mcp.faces.demo import run_demo
 
-    anyio.run(run_demo, _lines(texts) if texts else None)
+    anyio.run(run_demo, lines_of(texts) if texts else None)
 
 
 @app.command()
@@ -371,7 +345,7 @@ def doctor(
         anyio.run(look, settings)
     healthy = all(finding.state != "problem" for finding in found)
     if as_json:
-        _print(dump_json({"healthy": healthy, "findings": [asdict(finding) for finding in found]}))
+        write(dump_json({"healthy": healthy, "findings": [asdict(finding) for finding in found]}))
     raise typer.Exit(0 if healthy else 1)
 
 
@@ -382,7 +356,7 @@ def key(name: Annotated[str, typer.Argument(help="Whose key it is to be.")]) -> 
 
     made, line = new_key(name)
     sys.stderr.write(f"embeddings-mcp: the key of {name}, shown only now: {made}\n")
-    _print(line.encode())
+    write(line.encode())
 
 
 @app.command("cache")
@@ -402,18 +376,18 @@ def keep_cache(
     place = Path(chosen).expanduser()
     if action == "clear":
         forgotten = upkeep.clear(place, model)
-        _print(dump_json({"forgotten": forgotten}) if as_json else f"{forgotten:,} vectors forgotten".encode())
+        write(dump_json({"forgotten": forgotten}) if as_json else f"{forgotten:,} vectors forgotten".encode())
         return
     from embeddings_mcp.faces import tables
 
     contents = upkeep.look_into(place)
-    _print(dump_json(contents) if as_json else tables.cache(contents))
+    write(dump_json(contents) if as_json else tables.cache(contents))
 
 
 @app.command()
 def version() -> None:
     """Print the version."""
-    _print(__version__.encode())
+    write(__version__.encode())
 
 
 def _settings(**flags: object) -> Settings:
@@ -459,68 +433,3 @@ def _refuse_itself(settings: Settings) -> None:
                 f"the endpoint {endpoint.url} would be this server itself: choose another --port, or another address "
                 "for the endpoint"
             )
-
-
-def _lines(texts: list[str]) -> list[str]:
-    """The texts, with the lines of stdin in the place of ``-``; empty lines are left out."""
-    return [line for text in texts for line in (_stdin_lines() if text == "-" else [text])]
-
-
-def _stdin_lines() -> list[str]:
-    """The lines of stdin, which is UTF-8 whatever the locale says.
-
-    Raises:
-        InvalidRequest: it is not.
-    """
-    try:
-        text = sys.stdin.buffer.read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(f"stdin must be UTF-8 text: {error.reason} at byte {error.start}") from None
-    # Not by splitlines, for which a line also ends at form feeds and at U+2028.
-    return [line for line in text.replace("\r\n", "\n").split("\n") if line]
-
-
-def _ask(operation: Operation, make: Callable[[], Awaitable[EmbeddingService]], **fields: object) -> Any:  # noqa: ANN401 - the operation's response
-    """Ask a service of our own, made for this one question.
-
-    Raises:
-        EmbeddingsError: whatever the service refuses or fails with.
-    """
-    if "model" in operation.request.model_fields:
-        fields["model"] = "default"
-    request = parse(operation.request, {name: value for name, value in fields.items() if value is not None})
-    count = sum(len(texts) for texts in fields.values() if isinstance(texts, list)) + ("query" in fields)
-
-    async def ask() -> Mapping[str, Any]:
-        async with contextlib.aclosing(await make()) as service, _progress(count) as on_progress:
-            return await operation.call(service, request, on_progress)
-
-    return anyio.run(ask)
-
-
-@contextlib.asynccontextmanager
-async def _progress(texts: int) -> AsyncIterator[OnProgress | None]:
-    """A progress bar on stderr, where somebody watches and there is something to wait for."""
-    if texts < _PROGRESS_FROM or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("embedding", total=texts)
-
-        async def on_progress(done: int) -> None:
-            progress.update(task, completed=done)
-
-        yield on_progress
-
-
-def _print(answer: object) -> None:
-    if isinstance(answer, bytes):
-        sys.stdout.buffer.write(answer + b"\n")
-        sys.stdout.flush()
-        return
-    from rich.console import Console
-
-    Console().print(answer)
