@@ -23,6 +23,12 @@ from embeddings_mcp.models import InputType, ModelCard, Truncate
 
 ROOT = Path(__file__).parents[1]
 
+ENVELOPE = {
+    "io.modelcontextprotocol/protocolVersion": "2026-07-28",
+    "io.modelcontextprotocol/clientCapabilities": {},
+}
+"""What a request of MCP says of its client, in ``_meta``; there is no handshake from this protocol version on."""
+
 START_SECONDS = 60
 """Longest that a server process may take to listen, on a machine that is busy."""
 

@@ -24,19 +24,13 @@ from mcp import Client, StdioServerParameters, stdio_client
 
 from embeddings_mcp.models import DEFAULT_MODEL
 from tests.e2e.waiting_server import WAIT
+from tests.support import ENVELOPE, ROOT, START_SECONDS
 
 pytestmark = pytest.mark.anyio
 
-ROOT = Path(__file__).parents[2]
 COMMAND = str(Path(sys.executable).with_name("embeddings-mcp"))
 SNAPSHOT = ROOT / "tests" / "faces" / "tools.json"
 ERAS = {"2025-11-25": "legacy", "2026-07-28": "auto"}
-START_SECONDS = 60
-
-ENVELOPE = {
-    "io.modelcontextprotocol/protocolVersion": "2026-07-28",
-    "io.modelcontextprotocol/clientCapabilities": {},
-}
 
 
 @pytest.fixture(scope="module")

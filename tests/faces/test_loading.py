@@ -17,9 +17,8 @@ from embeddings_mcp.errors import CheckpointInvalid, ModelUnavailable
 from embeddings_mcp.faces.loading import loaded
 from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Load
-from tests.e2e.test_mcp_clients import ENVELOPE
 from tests.local.golden import GOLDEN
-from tests.support import ROOT, START_SECONDS, HashEmbedder, running
+from tests.support import ENVELOPE, ROOT, START_SECONDS, HashEmbedder, running
 
 SERVE = [sys.executable, "-m", "embeddings_mcp", "serve"]
 LIST_TOOLS = {"jsonrpc": "2.0", "id": 1, "method": "tools/list", "params": {"_meta": ENVELOPE}}

@@ -146,7 +146,7 @@ class TokenVerifier:
                 if self._stale(name):  # and has not been asked for while we waited
                     await self._refresh()
         if name not in self._keys and self._failure is not None:
-            raise self._failure
+            raise self._failure.with_traceback(None)  # which would grow with each raise
         return self._keys.get(name)
 
     def _stale(self, name: str | None) -> bool:
