@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 
-LONGEST_SECONDS = 60.0
+LONGEST_SECONDS = 120.0
 """Beyond the time until there is room at all, after which at most a refused caller is asked back."""
 
 PROMISED = 0.75

@@ -60,7 +60,7 @@ class Linear(torch.nn.Module):
 
     def _apply_to(self, rows: torch.Tensor, then: str) -> torch.Tensor:
         if self.prepacked:
-            done: torch.Tensor = torch.ops.mkldnn._linear_pointwise(  # noqa: SLF001
+            done: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(  # noqa: SLF001
                 rows, self._weight, self._bias, then, [], "none"
             )
             return done
@@ -96,7 +96,7 @@ class Int8Linear(torch.nn.Module):
         largest = torch.maximum(flat.amax(1, keepdim=True), flat.amin(1, keepdim=True).neg_()).clamp_min_(_SMALLEST)
         # 0 is level 128; the half makes rounding of what the conversion would cut off.
         levels = torch.addcmul(self._zero_level, flat, 127 / largest).to(torch.uint8)
-        product = torch.ops.onednn.qlinear_pointwise(
+        product = torch.ops.onednn.qlinear_pointwise.default(
             levels, 1 / 127, 128, self._weight, self._scales, self._zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
         # In place, here and below: what is written anew costs more than what is computed.
