@@ -169,6 +169,7 @@ def test_those_who_find_no_place_are_asked_back_as_fast_as_others_have_ended(mon
         for _ in range(3):
             embedder.may_answer.set()
             assert ask(client).status_code == 200
+            assert client.get("/v1/health/live").status_code == 200  # and so the request before has really ended
             assert embedder.asked.acquire(timeout=SECONDS)
             embedder.may_answer.clear()
             now += 2
