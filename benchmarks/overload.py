@@ -33,6 +33,9 @@ _SETTINGS = {"EMBEDDINGS_MCP_MAX_QUEUED_TOKENS": "10000"}
 _BUSY = 8
 """Callers that keep the server busy."""
 
+_LEAST = 4
+"""Requests, at least, that come in at the slowest pace: ten times as many are more than the queue holds."""
+
 _SECONDS = 600
 """Longest that a pace may take until everybody has his answer."""
 
@@ -84,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with our_server(settings=_SETTINGS) as server:
         bodies = _bodies(server)
         capacity = _capacity(server, bodies, seconds)
+        seconds = max(seconds, _LEAST / capacity)
         rows = [
             _row(factor, capacity, asyncio.run(_come_in(server, bodies, factor * capacity, seconds)))
             for factor in (1, 2, 10)
