@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import jwt
+import orjson
 from mcp.server.auth.provider import AccessToken
 from mcp.server.auth.routes import build_resource_metadata_url, create_protected_resource_routes
 from pydantic import AnyHttpUrl, ConfigDict, TypeAdapter, ValidationError
@@ -48,9 +49,6 @@ _MOST_BYTES = 1 << 20
 _ADDRESS = TypeAdapter(AnyHttpUrl, config=ConfigDict(url_preserve_empty_path=True))
 """An address as it was written: issuers are compared letter by letter, and a slash more is another one."""
 
-_METADATA = ("oauth-authorization-server", "openid-configuration")
-"""Where an issuer describes itself, after ``/.well-known/`` (RFC 8414, OpenID Connect Discovery)."""
-
 
 class TokenVerifier:
     """Checks access tokens; it is one in the sense of `mcp.server.auth.provider.TokenVerifier`.
@@ -59,7 +57,6 @@ class TokenVerifier:
         issuer: the authorization server, as its tokens name it in ``iss``.
         resource: this server, as tokens name it in ``aud``: the address of its MCP route.
         scopes: what a token must allow.
-        http: asks the issuer; one of its own if None.
 
     Attributes:
         scopes: as given.
@@ -69,14 +66,12 @@ class TokenVerifier:
         InvalidSetting: an address cannot be right.
     """
 
-    def __init__(
-        self, issuer: str, resource: str, scopes: tuple[str, ...] = (), *, http: httpx.AsyncClient | None = None
-    ) -> None:
+    def __init__(self, issuer: str, resource: str, scopes: tuple[str, ...] = ()) -> None:
         self._issuer = issuer
         self._issuer_url = _checked(issuer, "EMBEDDINGS_MCP_OAUTH_ISSUER")
         self._resource = resource
         self._resource_url = _checked(resource, "EMBEDDINGS_MCP_OAUTH_RESOURCE")
-        self._http = http or httpx.AsyncClient(timeout=_TIMEOUT_SECONDS)
+        self._http = httpx.AsyncClient(timeout=_TIMEOUT_SECONDS)
         self._keys: Mapping[str | None, jwt.PyJWK] = {}
         self._asked = -PAUSE_SECONDS
         self._got = -FRESH_SECONDS
@@ -178,14 +173,10 @@ class TokenVerifier:
         """What the issuer says of itself."""
         address = urlsplit(str(self._issuer_url))
         host, path = f"{address.scheme}://{address.netloc}", address.path.rstrip("/")
-        # RFC 8414 puts the issuer's path behind, OpenID Connect before.
-        places = [f"{host}/.well-known/{_METADATA[0]}{path}", f"{host}{path}/.well-known/{_METADATA[1]}"]
-        for place in places[:-1]:
-            try:
-                return await self._get(place)
-            except IssuerUnavailable:
-                logger.debug("%s has no description", place)
-        return await self._get(places[-1])
+        try:
+            return await self._get(f"{host}/.well-known/oauth-authorization-server{path}")  # RFC 8414
+        except IssuerUnavailable:
+            return await self._get(f"{host}{path}/.well-known/openid-configuration")  # OpenID Connect Discovery
 
     async def _get(self, url: str) -> dict[str, Any]:
         """The JSON object at an address of the issuer; no redirect is followed."""
@@ -200,7 +191,7 @@ class TokenVerifier:
                     body += piece
                     if len(body) > _MOST_BYTES:
                         raise self._unavailable(f"{url} answers with more than {_MOST_BYTES:,} bytes")
-            value = httpx.Response(HTTPStatus.OK, content=bytes(body)).json()
+            value = orjson.loads(body)
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
             raise self._unavailable(f"{url[:200]} cannot be read: {type(error).__name__} {error}") from error
         if not isinstance(value, dict):
