@@ -21,18 +21,18 @@ class Turns:
     def __init__(self) -> None:
         self._promised = 0.0  # when, by the monotonic clock, the last of them is asked back
 
-    def wait(self, size: float, *, per_second: float, until_room: float) -> float:
+    def wait(self, size: float, *, ahead: float, per_second: float) -> float:
         """After how many whole seconds a caller finds room, behind those who were refused before.
 
         Args:
             size: how much room he wants.
+            ahead: how much has to be made until there is any for him.
             per_second: how much is made; 0 where nobody knows yet.
-            until_room: seconds until there is any.
         """
         if not per_second:
             return 1.0
         now = time.monotonic()
-        room = now + until_room
+        room = now + ahead / per_second
         turn = self._promised + size / (PROMISED * per_second) if self._promised >= now else room
         self._promised = min(max(room, turn), room + LONGEST_SECONDS)
         return float(max(1, math.ceil(self._promised - now)))

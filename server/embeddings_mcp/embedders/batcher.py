@@ -177,9 +177,11 @@ class Batcher(Generic[Kind, Result]):
         queued = self.queued_tokens
         # What is more than the queue holds is taken all the same when nothing else waits: it would never find room.
         if queued and queued + tokens > self._max_queued_tokens:
-            per_second = self._tokens_per_second * self._workers
-            excess = min(queued, queued + tokens - self._max_queued_tokens)
-            seconds = self._turns.wait(tokens, per_second=per_second, until_room=excess / max(per_second, 1.0))
+            seconds = self._turns.wait(
+                tokens,
+                ahead=min(queued, queued + tokens - self._max_queued_tokens),
+                per_second=self._tokens_per_second * self._workers,
+            )
             raise Overloaded(
                 f"{queued:,} tokens wait already, and of these {tokens:,} there is no room: try again in "
                 f"{seconds:.0f} s, or send fewer texts at once",

@@ -148,7 +148,7 @@ class Guard:
         if any(_number(value) > self._max_body_bytes for value in _values(scope, b"content-length")):
             raise self._too_large()
         if scope["method"] == "POST" and self._requests >= self._max_requests:
-            wait = self._turns.wait(1, per_second=self._ends_per_second(), until_room=0.0)
+            wait = self._turns.wait(1, ahead=0, per_second=self._ends_per_second())
             raise TooBusy(
                 f"{self._requests:,} requests are in work already: try again in {wait:.0f} s", retry_after=wait
             )
