@@ -104,9 +104,7 @@ class LocalEmbedder:
         on_rows: OnRows | None = None,
     ) -> Embeddings:
         """See `Embedder.embed`."""
-        encoder, batcher = await self._ready()
-        batcher.check_room(_least_tokens(texts, encoder.card))
-        tokens = await _tokenize(encoder, texts, input_type, truncate)
+        encoder, batcher, tokens = await self._tokenized(texts, input_type, truncate)
         vectors = np.empty((len(texts), encoder.dimensions), dtype=np.float32)
         counts = tokens.counts
 
@@ -128,9 +126,7 @@ class LocalEmbedder:
         on_progress: OnProgress | None = None,
     ) -> Representations:
         """See `MultiEmbedder.represent`."""
-        encoder, batcher = await self._ready()
-        batcher.check_room(_least_tokens(texts, encoder.card))
-        tokens = await _tokenize(encoder, texts, input_type, truncate)
+        _, batcher, tokens = await self._tokenized(texts, input_type, truncate)
         found: dict[int, tuple[FloatVector, SparseVector, FloatMatrix]] = {}
 
         def take(places: Sequence[int], made: Sequence[tuple[FloatVector, SparseVector, FloatMatrix]]) -> None:
@@ -155,6 +151,14 @@ class LocalEmbedder:
     def _check_open(self) -> None:
         if self._closed:
             raise ServerStopped(_STOPPED)
+
+    async def _tokenized(
+        self, texts: Sequence[str], input_type: InputType | None, truncate: Truncate
+    ) -> tuple[AnyEncoder, Batcher[_Kind, Any], Tokens]:
+        """The loaded model, the queue before it, and the texts as they go through it."""
+        encoder, batcher = await self._ready()
+        batcher.check_room(_least_tokens(texts, encoder.card))
+        return encoder, batcher, await _tokenize(encoder, texts, input_type, truncate)
 
     async def _ready(self) -> tuple[AnyEncoder, Batcher[_Kind, Any]]:
         """The loaded model, and the queue before it."""
