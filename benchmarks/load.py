@@ -34,7 +34,12 @@ class Load:
 
     def percentile(self, percent: float) -> float:
         """Seconds within which so many of a hundred requests were answered."""
-        return self.latencies[max(0, math.ceil(len(self.latencies) * percent / 100) - 1)]
+        return percentile(self.latencies, percent)
+
+
+def percentile(ascending: Sequence[float], percent: float) -> float:
+    """The value that so many of a hundred do not exceed."""
+    return ascending[max(0, math.ceil(len(ascending) * percent / 100) - 1)]
 
 
 async def post_all(url: str, bodies: Sequence[bytes], callers: int) -> Load:

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import orjson
 
-from benchmarks.load import post_all
+from benchmarks.load import percentile, post_all
 from benchmarks.machine import describe
 from benchmarks.servers import Server, our_server
 from benchmarks.table import number, show
@@ -185,14 +185,10 @@ def _row(factor: int, capacity: float, pace: _Pace) -> list[str]:
         f"{rate * _TEXTS:,.0f} texts/s",
         f"{rate / capacity:.0%}",
         f"{sum(len(tries) > 1 for tries in pace.tries):,} of {len(pace.tries):,}",
-        f"{_percentile(refusals, 50) * 1000:.1f} / {_percentile(refusals, 99) * 1000:.1f}" if refusals else "-",
+        f"{percentile(refusals, 50) * 1000:.1f} / {percentile(refusals, 99) * 1000:.1f}" if refusals else "-",
         f"after {min(back)} to {max(back)} s" if back else "-",
         f"{at_once:,} of {len(after):,}" if after else "-",
     ]
-
-
-def _percentile(ascending: Sequence[float], percent: float) -> float:
-    return ascending[min(len(ascending) - 1, int(len(ascending) * percent / 100))]
 
 
 if __name__ == "__main__":
