@@ -221,19 +221,28 @@ async def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
     async with anyio.create_task_group() as callers:
         callers.start_soon(submit, batcher, [row(8)] * 3)
         await steps.next_batch()
-        with pytest.raises(Overloaded, match="16 tokens wait already") as refused:
-            await submit(batcher, [row(8)])
-        assert refused.value.retry_after is not None
-        assert refused.value.retry_after >= 1
+        with pytest.raises(Overloaded, match="16 tokens wait already") as refused, batcher.expecting("newcomer", 8):
+            pass
+        assert refused.value.retry_after == 1
         steps.may_end.release(100)
 
 
-@pytest.mark.anyio
-async def test_a_request_larger_than_the_queue_is_taken_when_nothing_waits() -> None:
-    steps = Steps()
-    steps.may_end.release(100)
-    batcher = Batcher[str, object](steps, workers=1, budget=BUDGET, max_queued_tokens=20)
-    assert len(await submit(batcher, [row(8)] * 6)) == 6
+def test_what_is_expected_takes_room_too_until_it_is_there() -> None:
+    batcher = Batcher[str, object](Steps(), workers=1, budget=BUDGET, max_queued_tokens=20)
+    with (
+        batcher.expecting("first", 16),
+        pytest.raises(Overloaded, match="16 tokens wait already"),
+        batcher.expecting("second", 8),
+    ):
+        pass
+    with batcher.expecting("second", 8):
+        pass
+
+
+def test_a_request_larger_than_the_queue_is_taken_when_nothing_waits() -> None:
+    batcher = Batcher[str, object](Steps(), workers=1, budget=BUDGET, max_queued_tokens=20)
+    with batcher.expecting("large", 48):
+        pass
 
 
 @pytest.mark.anyio
@@ -289,12 +298,12 @@ async def test_those_who_are_refused_are_asked_back_one_after_the_other() -> Non
         callers.start_soon(submit, batcher, [row(8)] * 3)
         await clock.next_batch()
         await clock.next_batch()
-        for _ in range(3):
-            with pytest.raises(Overloaded) as refused:
-                await submit(batcher, [row(8)])
+        for caller in ("first", "second", "third"):
+            with pytest.raises(Overloaded) as refused, batcher.expecting(caller, 8):
+                pass
             waits.append(refused.value.retry_after)
         clock.may_end.release(100)
-    assert waits == [1, 4, 7], "each comes back after the 2 s of work that the one before him brings, and a third more"
+    assert waits == [2, 4, 7], "each comes back after the 2 s of work that the one before him brings, and a third more"
 
 
 @pytest.mark.anyio

@@ -178,7 +178,40 @@ def test_those_who_find_no_place_are_asked_back_as_fast_as_others_have_ended(mon
         waits = [ask(client).headers["retry-after"] for _ in range(3)]
         embedder.may_answer.set()
         assert first.result().status_code == 200
-    assert waits == ["1", "4", "8"], "two ended in 6 s, so that one does in 3 s; three quarters of that are promised"
+    assert waits == ["3", "6", "9"], "two ended in 6 s, so that one does in 3 s; three quarters of that are promised"
+
+
+def test_who_comes_back_in_his_time_finds_a_place_before_newcomers_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(guard, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(turns, "time", SimpleNamespace(monotonic=lambda: now))
+    embedder = HeldEmbedder()
+    with client_of(embedder, max_requests_in_work=2) as client, ThreadPoolExecutor(3) as others:
+        embedder.may_answer.set()
+        for _ in range(3):
+            assert ask(client).status_code == 200
+            assert client.get("/v1/health/live").status_code == 200  # and so the request before has really ended
+            assert embedder.asked.acquire(timeout=SECONDS)
+            now += 1
+        embedder.may_answer.clear()
+        in_work = [others.submit(ask, client) for _ in range(2)]
+        for _ in in_work:
+            assert embedder.asked.acquire(timeout=SECONDS)
+        refused = ask(client, "to come back")
+        assert refused.status_code == 503
+        now += int(refused.headers["retry-after"])
+        embedder.may_answer.set()
+        for request in in_work:
+            assert request.result().status_code == 200
+        embedder.may_answer.clear()
+        in_work = [others.submit(ask, client)]
+        assert embedder.asked.acquire(timeout=SECONDS)
+
+        assert ask(client, "a newcomer with another text").status_code == 503
+        in_work.append(others.submit(ask, client, "to come back"))
+        assert embedder.asked.acquire(timeout=SECONDS)
+        embedder.may_answer.set()
+        assert [request.result().status_code for request in in_work] == [200, 200]
 
 
 def test_bodies_in_work_have_so_many_bytes_together_and_their_end_makes_room() -> None:

@@ -10,12 +10,13 @@ longest, so that bulk gets on however many queries come.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import itertools
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -95,7 +96,6 @@ class Batcher(Generic[Kind, Result]):
     ) -> None:
         self._run = run
         self._budget = budget
-        self._max_queued_tokens = max_queued_tokens
         self._padded = padded
         self._jobs: list[_Job[Kind, Result]] = []  # in order of arrival
         self._served: Counter[str] = Counter()  # tokens of each caller who has a job here
@@ -106,7 +106,8 @@ class Batcher(Generic[Kind, Result]):
         self._executor = self._new_executor()
         self._least_served_first = itertools.cycle([True, True, True, False])
         self._tokens_per_second = 0.0  # of one worker
-        self._turns = Turns()
+        self._turns = Turns(max_queued_tokens)
+        self._expected_tokens = 0
         self._starting: asyncio.Handle | None = None
         self._closed = False
         self.queued_tokens = 0
@@ -123,16 +124,13 @@ class Batcher(Generic[Kind, Result]):
             on_progress: told how many are there.
 
         Raises:
-            Overloaded: too much waits already.
             ServerStopped: the queue is closed.
             Exception: whatever `run` raised.
         """
         if self._closed:
             raise ServerStopped("the server is shutting down")
         came = time.perf_counter()
-        tokens = sum(map(len, rows))
-        self.check_room(tokens)
-        self._queue(tokens)
+        self._queue(sum(map(len, rows)))
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
         job = _Job[Kind, Result](caller_name(), kind, rows, order)
         self._jobs.append(job)
@@ -168,25 +166,30 @@ class Batcher(Generic[Kind, Result]):
             self._fail(job, ServerStopped("the server is shutting down"))
         self._executor.shutdown(wait=False, cancel_futures=True)
 
-    def check_room(self, tokens: int) -> None:
-        """Refuse what there is no room for.
+    @contextlib.contextmanager
+    def expecting(self, who: Hashable, tokens: int) -> Iterator[None]:
+        """Hold room for texts that are on their way here; they are to be submitted right behind it.
+
+        Args:
+            who: whose they are, if they are refused and come again.
+            tokens: about how many they have.
 
         Raises:
             Overloaded: too much waits already.
         """
-        queued = self.queued_tokens
-        # What is more than the queue holds is taken all the same when nothing else waits: it would never find room.
-        if queued and queued + tokens > self._max_queued_tokens:
-            seconds = self._turns.wait(
-                tokens,
-                ahead=min(queued, queued + tokens - self._max_queued_tokens),
-                per_second=self._tokens_per_second * self._workers,
-            )
+        used = self.queued_tokens + self._expected_tokens
+        if seconds := self._turns.wait(who, tokens, used=used, per_second=self._tokens_per_second * self._workers):
             raise Overloaded(
-                f"{queued:,} tokens wait already, and of these {tokens:,} there is no room: try again in "
+                f"{used:,} tokens wait already, and of these {tokens:,} there is no room: try again in "
                 f"{seconds:.0f} s, or send fewer texts at once",
                 retry_after=seconds,
             )
+        self._turns.came_in(who)
+        self._expected_tokens += tokens
+        try:
+            yield
+        finally:
+            self._expected_tokens -= tokens
 
     def _start_batches(self) -> None:
         """Give every idle worker a batch, while anything waits."""

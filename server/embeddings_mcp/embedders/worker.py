@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import math
 import os
 import sys
 import threading
@@ -17,6 +18,7 @@ import anyio.to_thread
 import numpy as np
 
 from embeddings_mcp import telemetry
+from embeddings_mcp.caller import caller_name
 from embeddings_mcp.embedders.base import Embeddings, OnProgress, OnRows, Representations
 from embeddings_mcp.embedders.batcher import MAX_QUEUED_TOKENS, Batcher
 from embeddings_mcp.errors import ServerStopped
@@ -36,9 +38,8 @@ _CHARACTERS_ON_LOOP = 2048
 """Texts of more characters than these, all together, are tokenized beside the event loop: half a millisecond of work,
 and as long as it takes to hand it to a thread and back."""
 
-
-_CHARACTERS_OF_TOKEN = 8
-"""More than a token has on average in any language; in English there are four or five."""
+_TOKENS_OF_CHARACTER = 0.25
+"""Tokens for each character, until texts were seen: in English one has four or five characters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,7 @@ class LocalEmbedder:
         self._loaded = _Once(f"load {card.id}", load)
         self._identified = _Once(f"identify {card.id}", identify)
         self._batcher: Batcher[_Kind, Any] | None = None
+        self._tokens_of_character = _TOKENS_OF_CHARACTER
         self._closed = False
 
     async def identify(self) -> str:
@@ -157,8 +159,20 @@ class LocalEmbedder:
     ) -> tuple[AnyEncoder, Batcher[_Kind, Any], Tokens]:
         """The loaded model, the queue before it, and the texts as they go through it."""
         encoder, batcher = await self._ready()
-        batcher.check_room(_least_tokens(texts, encoder.card))
-        return encoder, batcher, await _tokenize(encoder, texts, input_type, truncate)
+        most = encoder.card.max_tokens or sys.maxsize
+        expected = sum(min(most, math.ceil(len(text) * self._tokens_of_character)) for text in texts)
+        # What finds no room is refused before it is tokenized; by its texts it is known when it comes again.
+        with batcher.expecting((caller_name(), hash(tuple(texts))), expected):
+            tokens = await _tokenize(encoder, texts, input_type, truncate)
+        self._note_tokens(texts, tokens.counts, most)
+        return encoder, batcher, tokens
+
+    def _note_tokens(self, texts: Sequence[str], counts: Sequence[int], most: int) -> None:
+        """Learn how many tokens the characters of such texts make, of those texts that were not cut off."""
+        whole = [(len(text), count) for text, count in zip(texts, counts, strict=True) if count < most]
+        if characters := sum(length for length, _ in whole):
+            seen = sum(count for _, count in whole) / characters
+            self._tokens_of_character += 0.1 * (seen - self._tokens_of_character)
 
     async def _ready(self) -> tuple[AnyEncoder, Batcher[_Kind, Any]]:
         """The loaded model, and the queue before it."""
@@ -196,12 +210,6 @@ def _batcher(encoder: AnyEncoder, max_queued_tokens: int, workers: int | None) -
         padded=not encoder.packed,
         prepare_worker=functools.partial(encoder.compute_on, max(1, cores // workers)),
     )
-
-
-def _least_tokens(texts: Sequence[str], card: ModelCard) -> int:
-    """About the fewest tokens that texts of people have, to refuse without tokenizing what will find no room."""
-    most = card.max_tokens or sys.maxsize
-    return sum(min(most, 1 + len(text) // _CHARACTERS_OF_TOKEN) for text in texts)
 
 
 async def _tokenize(

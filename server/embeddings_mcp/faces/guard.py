@@ -13,7 +13,7 @@ import math
 import re
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from http import HTTPStatus
 from urllib.parse import urlsplit
 
@@ -58,6 +58,9 @@ _SOON = 1.0
 _ENDS = 64
 """By so many requests that ended last it is told how fast they do."""
 
+_ALIKE = 256
+"""Requests refused that may be alike in all that is known of them before their bodies are read."""
+
 
 class Guard:
     """An ASGI application that lets through to another only the requests that may pass.
@@ -90,7 +93,7 @@ class Guard:
         self._max_requests = settings.max_requests_in_work
         self._max_bytes = settings.max_bytes_in_work
         self._requests = self._bytes = 0
-        self._turns = Turns()
+        self._turns = Turns(self._max_requests, alike=_ALIKE)
         self._ends: deque[float] = deque(maxlen=_ENDS)  # when, by the monotonic clock, requests ended
         self._names = _LOOPBACK_NAMES | {
             _name(host) or host.lower() for host in (settings.host, *settings.allowed_hosts)
@@ -120,6 +123,7 @@ class Guard:
                 stack.enter_context(bringing(SecretStr(keys[0])))
             # A GET of MCP is a stream of what the server has to say, for as long as the client stays.
             if scope["method"] == "POST":
+                self._turns.came_in(_who(scope, caller))
                 receive = stack.enter_context(self._in_work(receive))
             await self._app(scope, receive, send)
 
@@ -147,8 +151,7 @@ class Guard:
             raise InvalidRequest(problem)
         if any(_number(value) > self._max_body_bytes for value in _values(scope, b"content-length")):
             raise self._too_large()
-        if scope["method"] == "POST" and self._requests >= self._max_requests:
-            wait = self._turns.wait(1, ahead=0, per_second=self._ends_per_second())
+        if scope["method"] == "POST" and (wait := self._wait(scope, caller)):
             raise TooBusy(
                 f"{self._requests:,} requests are in work already: try again in {wait:.0f} s", retry_after=wait
             )
@@ -278,6 +281,10 @@ class Guard:
             telemetry.REQUESTS_IN_WORK.dec()
             self._bytes -= received
 
+    def _wait(self, scope: Scope, caller: AccessToken | None) -> float:
+        """Seconds after which a request finds a place among those in work; 0 if there is one."""
+        return self._turns.wait(_who(scope, caller), 1, used=self._requests, per_second=self._ends_per_second())
+
     def _note_end(self) -> None:
         if self._requests * 2 >= self._max_requests:
             self._ends.append(time.monotonic())
@@ -294,6 +301,16 @@ class Guard:
         return PayloadTooLarge(
             f"the request body is over the limit of {self._max_body_bytes:,} bytes: send fewer texts in one request"
         )
+
+
+def _who(scope: Scope, caller: AccessToken | None) -> Hashable:
+    """By what a request that was refused is known when it comes again, before its body is read."""
+    return (
+        caller and _called(caller),
+        (scope.get("client") or ("",))[0],
+        scope["path"],
+        *_values(scope, b"content-length"),
+    )
 
 
 def _called(caller: AccessToken) -> str:
