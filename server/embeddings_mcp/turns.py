@@ -14,7 +14,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from operator import attrgetter
 
-LONGEST_SECONDS = 120.0
+LONGEST_SECONDS = 300.0
 """Beyond the time in which all room is made anew, after which at most a refused caller is asked back; for whoever would
 have to wait longer no place is kept."""
 
@@ -102,6 +102,10 @@ class Turns:
             return _whole(places[-1].due - now)
         excess = used + self._promised_size + size - self._room
         return self._ask_back(who, size, now, excess / promised_per_second, promised_per_second)
+
+    def matters_who(self, size: float, *, used: float) -> bool:
+        """Whether it makes a difference who comes: there is too little room, or some is kept."""
+        return bool(self._places) or used + size > self._room
 
     def came_in(self, who: Hashable) -> None:
         """Note that a caller took room; no place is kept for him any longer."""

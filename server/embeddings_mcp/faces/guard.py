@@ -11,20 +11,15 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-import time
-from collections import deque
-from collections.abc import Hashable, Iterator
 from http import HTTPStatus
 from urllib.parse import urlsplit
 
-import anyio
 from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser
 from mcp.server.auth.provider import AccessToken
 from pydantic import SecretStr
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from embeddings_mcp import telemetry
 from embeddings_mcp.addresses import is_loopback, numeric_address
 from embeddings_mcp.caller import CALLER_KEY_HEADER, bringing, named
 from embeddings_mcp.errors import (
@@ -33,33 +28,19 @@ from embeddings_mcp.errors import (
     InsufficientScope,
     InvalidRequest,
     InvalidSetting,
-    PayloadTooLarge,
     RateLimited,
-    TooBusy,
 )
 from embeddings_mcp.faces.keys import Keyring
 from embeddings_mcp.faces.rate import Rate
 from embeddings_mcp.faces.rest import error_response, http_error_response
+from embeddings_mcp.faces.room import Room, values_of
 from embeddings_mcp.faces.tokens import TokenVerifier
 from embeddings_mcp.settings import Settings
-from embeddings_mcp.turns import Turns
 
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 _PATHS = {"health": frozenset({"/v1/health/live", "/v1/health/ready"}), "metrics": frozenset({"/v1/metrics"})}
 _CALLER_KEY = CALLER_KEY_HEADER.lower().encode()
 _AUTHORITY = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\s:/?#@\[\]]+))(?::[0-9]*)?", re.IGNORECASE)
-
-BODY_SECONDS = 60.0
-"""Longest that a request's body may take to arrive: who sends a byte now and then would keep others out for ever."""
-
-_SOON = 1.0
-"""Seconds after which it is worth asking again where the bodies are too much together: nobody knows when one ends."""
-
-_ENDS = 64
-"""By so many requests that ended last it is told how fast they do."""
-
-_ALIKE = 256
-"""Requests refused that may be alike in all that is known of them before their bodies are read."""
 
 
 class Guard:
@@ -90,15 +71,10 @@ class Guard:
             self._keyless_paths |= {urlsplit(tokens.metadata_url).path}
         self._origins = frozenset(settings.cors_origins)
         self._rate = None if settings.requests_per_minute is None else Rate(settings.requests_per_minute)
-        self._max_requests = settings.max_requests_in_work
-        self._max_bytes = settings.max_bytes_in_work
-        self._requests = self._bytes = 0
-        self._turns = Turns(self._max_requests, alike=_ALIKE)
-        self._ends: deque[float] = deque(maxlen=_ENDS)  # when, by the monotonic clock, requests ended
+        self._room = Room(settings)
         self._names = _LOOPBACK_NAMES | {
             _name(host) or host.lower() for host in (settings.host, *settings.allowed_hosts)
         }
-        self._max_body_bytes = settings.max_body_bytes
         self._takes_caller_keys = any(endpoint.caller_keys for endpoint in settings.endpoints)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -106,8 +82,12 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        posts = scope["method"] == "POST"
         try:
             caller = await self._admit(scope)
+            if posts:
+                receive = await self._room.find_place(scope, receive, None if caller is None else _called(caller))
+            self._check_pace(caller)
         except EmbeddingsError as error:
             await error_response(error)(scope, receive, send)
             return
@@ -119,12 +99,11 @@ class Guard:
                 # By this the MCP SDK sees to it that a session is its owner's only.
                 scope["user"] = AuthenticatedUser(caller)
                 stack.enter_context(named(_called(caller)))
-            if keys := _values(scope, _CALLER_KEY):
+            if keys := values_of(scope, _CALLER_KEY):
                 stack.enter_context(bringing(SecretStr(keys[0])))
             # A GET of MCP is a stream of what the server has to say, for as long as the client stays.
-            if scope["method"] == "POST":
-                self._turns.came_in(_who(scope, caller))
-                receive = stack.enter_context(self._in_work(receive))
+            if posts:
+                receive = stack.enter_context(self._room.in_work(receive))
             await self._app(scope, receive, send)
 
     async def _admit(self, scope: Scope) -> AccessToken | None:
@@ -135,7 +114,7 @@ class Guard:
             EmbeddingsError: it shows no key and no token, has a header that cannot be, is too large, too early, or one
                 too many.
         """
-        if _values(scope, b"content-length") and _values(scope, b"transfer-encoding"):
+        if values_of(scope, b"content-length") and values_of(scope, b"transfer-encoding"):
             # A proxy before us may have believed the other one of the two: what it took for a body would be a request
             # to us, which it never checked (RFC 9112, section 11.2).
             raise HTTPException(
@@ -147,32 +126,30 @@ class Guard:
         if scope["path"] in self._keyless_paths:
             return None
         caller = await self._caller(scope)
-        if (keys := _values(scope, _CALLER_KEY)) and (problem := self._problem_of(keys)):
+        if (keys := values_of(scope, _CALLER_KEY)) and (problem := self._problem_of(keys)):
             raise InvalidRequest(problem)
-        if any(_number(value) > self._max_body_bytes for value in _values(scope, b"content-length")):
-            raise self._too_large()
-        if scope["method"] == "POST" and (wait := self._wait(scope, caller)):
-            raise TooBusy(
-                f"{self._requests:,} requests are in work already: try again in {wait:.0f} s", retry_after=wait
-            )
+        self._room.check_length(scope)
+        return caller
+
+    def _check_pace(self, caller: AccessToken | None) -> None:
+        """Refuse what a caller sends beyond his number of requests in a minute."""
         if self._rate is not None and (wait := self._rate.wait("" if caller is None else _called(caller))):
             raise RateLimited(
                 "so many requests in a minute are more than this server takes from one caller: try again in "
                 f"{math.ceil(wait)} s, or send more texts in one request",
                 retry_after=wait,
             )
-        return caller
 
     def _check_address(self, scope: Scope) -> None:
         """Refuse what is addressed to another server, or sent by a foreign page."""
-        hosts = _values(scope, b"host")
+        hosts = values_of(scope, b"host")
         if len(hosts) != 1 or not self._is_ours(hosts[0], scope):
             raise HTTPException(
                 HTTPStatus.MISDIRECTED_REQUEST,
                 f"this server has no name {', '.join(hosts)[:100]!r}; names to add to its own are set as allowed hosts "
                 "(EMBEDDINGS_MCP_ALLOWED_HOSTS)",
             )
-        for origin in _values(scope, b"origin"):
+        for origin in values_of(scope, b"origin"):
             scheme, _, authority = origin.partition("://")
             ours = scheme in {"http", "https"} and self._is_ours(authority, scope)
             if not ours and origin.lower() not in self._origins:
@@ -199,7 +176,7 @@ class Guard:
         """Whose key or token the request shows; None where none is asked for."""
         if not self._keys.in_use and self._tokens is None:
             return None
-        values = _values(scope, b"authorization")
+        values = values_of(scope, b"authorization")
         scheme, _, shown = values[0].partition(" ") if len(values) == 1 else ("", "", "")
         shown = shown.strip() if scheme.lower() == "bearer" else ""
         if shown and (owner := self._keys.owner(shown.encode("latin-1"))) is not None:
@@ -237,101 +214,13 @@ class Guard:
             return f"the header {CALLER_KEY_HEADER} must hold one key, and nothing that no key has: copy it anew"
         return None
 
-    @contextlib.contextmanager
-    def _in_work(self, receive: Receive) -> Iterator[Receive]:
-        """Counts a request as in work, and gives its `receive`, which raises what is wrong with its body.
-
-        That is `PayloadTooLarge` in place of a byte too many, `TooBusy` where all bodies in work are too much together,
-        and an `HTTPException` where the body does not arrive in time.
-        """
-        received = 0
-        complete = False
-        deadline = anyio.current_time() + BODY_SECONDS
-
-        async def limited() -> Message:
-            nonlocal received, complete
-            if complete:
-                return await receive()
-            with anyio.CancelScope(deadline=deadline) as scope:
-                message = await receive()
-            if scope.cancelled_caught:
-                raise HTTPException(
-                    HTTPStatus.REQUEST_TIMEOUT, f"the request body did not arrive within {BODY_SECONDS:.0f} s"
-                )
-            complete = not message.get("more_body", False)
-            more = len(message.get("body", b""))
-            received += more
-            self._bytes += more
-            if received > self._max_body_bytes:
-                raise self._too_large()
-            if self._bytes > self._max_bytes:
-                raise TooBusy(
-                    f"the requests in work have {self._max_bytes:,} bytes already: try again in {_SOON:.0f} s",
-                    retry_after=_SOON,
-                )
-            return message
-
-        self._requests += 1
-        telemetry.REQUESTS_IN_WORK.inc()
-        try:
-            yield limited
-        finally:
-            self._note_end()
-            self._requests -= 1
-            telemetry.REQUESTS_IN_WORK.dec()
-            self._bytes -= received
-
-    def _wait(self, scope: Scope, caller: AccessToken | None) -> float:
-        """Seconds after which a request finds a place among those in work; 0 if there is one."""
-        return self._turns.wait(_who(scope, caller), 1, used=self._requests, per_second=self._ends_per_second())
-
-    def _note_end(self) -> None:
-        if self._requests * 2 >= self._max_requests:
-            self._ends.append(time.monotonic())
-        else:  # how fast requests end when few come says nothing of how fast they could
-            self._ends.clear()
-
-    def _ends_per_second(self) -> float:
-        """How fast requests end, and make room for others; 0 as long as that cannot be told."""
-        if len(self._ends) < 2:
-            return 0.0
-        return (len(self._ends) - 1) / max(time.monotonic() - self._ends[0], 1e-3)
-
-    def _too_large(self) -> PayloadTooLarge:
-        return PayloadTooLarge(
-            f"the request body is over the limit of {self._max_body_bytes:,} bytes: send fewer texts in one request"
-        )
-
-
-def _who(scope: Scope, caller: AccessToken | None) -> Hashable:
-    """By what a request that was refused is known when it comes again, before its body is read."""
-    return (
-        caller and _called(caller),
-        (scope.get("client") or ("",))[0],
-        scope["path"],
-        *_values(scope, b"content-length"),
-    )
-
 
 def _called(caller: AccessToken) -> str:
     """What tells the caller from others: the name of an API key, or whom a token speaks for."""
     return caller.subject or caller.client_id
 
 
-def _values(scope: Scope, name: bytes) -> list[str]:
-    """The header's values; latin-1 reads every byte, so no header can fail here."""
-    return [value.decode("latin-1") for key, value in scope["headers"] if key == name]
-
-
 def _name(authority: str) -> str | None:
     """The name in ``name:port``, ``name`` or ``[ipv6]:port``, in lower case; None where it is none of these."""
     match = _AUTHORITY.fullmatch(authority)
     return (match[1] or match[2]).lower() if match else None
-
-
-def _number(value: str) -> int:
-    """A Content-Length; one that is no number is the HTTP server's to refuse."""
-    try:
-        return int(value)
-    except ValueError:
-        return 0
