@@ -163,6 +163,18 @@ async def test_as_many_batches_run_at_once_as_there_are_workers() -> None:
 
 
 @pytest.mark.anyio
+async def test_a_worker_goes_on_with_what_waits_while_the_event_loop_is_busy() -> None:
+    steps = Steps()
+    batcher = Batcher[str, object](steps, workers=1, budget=BUDGET)
+    async with anyio.create_task_group() as callers:
+        callers.start_soon(submit, batcher, [row(8), row(7)])
+        assert await steps.next_batch() == ("a", [8])
+        steps.may_end.release()
+        assert steps.begun.get(timeout=SECONDS) == ("a", [7]), "waited for here, so that the loop can do nothing else"
+        steps.may_end.release()
+
+
+@pytest.mark.anyio
 @pytest.mark.parametrize(
     ("texts", "batches"),
     [([row(100)] * 12, [6, 3, 2, 1]), ([row(50)] * 4, [4])],

@@ -236,11 +236,12 @@ async def test_a_failure_that_nobody_waited_for_is_not_told_to_the_next() -> Non
 
 async def test_vectors_come_back_in_the_order_of_the_texts_with_progress_after_each_batch() -> None:
     loader = Loader()
-    loader.encoder.steps.release(100)
+    loader.encoder.steps.release()
     done: list[int] = []
 
     async def on_progress(count: int) -> None:
         done.append(count)
+        loader.encoder.steps.release()
 
     texts = ["abc", "a", "abcde", "ab", "abcd"]
     assert await embed(embedder_of(loader), texts, on_progress=on_progress) == [3, 1, 5, 2, 4]

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from embeddings_mcp.embedders.local import encoder as encoder_module
 from embeddings_mcp.embedders.local.encoder import Encoder, load_encoder
 from embeddings_mcp.errors import ModelUnavailable
 from embeddings_mcp.models import ModelCard
@@ -63,7 +62,7 @@ def test_each_text_gets_the_vector_that_it_has_alone_in_its_place(
     alone = [encoder.encode([text]) for text in texts]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(encoder_module._TOKENS_PER_BATCH, "cpu", budget)
+        patch.setattr(encoder, "tokens_per_batch", budget)
         together = encoder.encode(texts)
 
     assert together.vectors.shape == (len(texts), WIDTH)

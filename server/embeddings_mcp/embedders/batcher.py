@@ -2,9 +2,12 @@
 
 A request's texts wait here as rows of token ids. Whenever a worker is free, the next batch is made of its share of what
 waits then, up to the token budget: so a lone query goes at once, many at a time share a batch, and a large request
-fills batches of its own. Who has been served least comes first, first among callers and then among a caller's requests,
-so that a query overtakes bulk, in one request or in a thousand; every fourth batch begins with whoever has waited
-longest, so that bulk gets on however many queries come.
+fills batches of its own. A worker takes its next batch itself, since the event loop may be busy for as long as a small
+batch takes.
+
+Who has been served least comes first, first among callers and then among a caller's requests, so that a query overtakes
+bulk, in one request or in a thousand; every fourth batch begins with whoever has waited longest, so that bulk gets on
+however many queries come.
 """
 
 from __future__ import annotations
@@ -14,12 +17,13 @@ import contextlib
 import functools
 import itertools
 import math
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 from embeddings_mcp import telemetry
 from embeddings_mcp.caller import caller_name
@@ -68,6 +72,10 @@ class _Job(Generic[Kind, Result]):
     failure: Exception | None = None
 
 
+_Batch: TypeAlias = list[tuple[_Job[Kind, Result], int]]
+"""Whose texts, and which of them."""
+
+
 class Batcher(Generic[Kind, Result]):
     """The queue of one model, and its workers.
 
@@ -108,8 +116,9 @@ class Batcher(Generic[Kind, Result]):
         self._tokens_per_second = 0.0  # of one worker
         self._turns = Turns(max_queued_tokens)
         self._expected_tokens = 0
-        self._starting: asyncio.Handle | None = None
+        self._starting = False
         self._closed = False
+        self._lock = threading.Lock()  # of what waits, who was served, and who is idle
         self.queued_tokens = 0
 
     async def submit(
@@ -130,13 +139,15 @@ class Batcher(Generic[Kind, Result]):
         if self._closed:
             raise ServerStopped("the server is shutting down")
         came = time.perf_counter()
-        self._queue(sum(map(len, rows)))
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
         job = _Job[Kind, Result](caller_name(), kind, rows, order)
-        self._jobs.append(job)
+        with self._lock:
+            self._jobs.append(job)
+            self._queue(sum(map(len, rows)))
         # Requests that came in together are to share a batch: the loop goes through all of them first.
-        if self._starting is None:
-            self._starting = asyncio.get_running_loop().call_soon(self._start_batches)
+        if not self._starting:
+            self._starting = True
+            asyncio.get_running_loop().call_soon(self._start_workers)
         try:
             done = 0
             while done < len(rows):
@@ -150,14 +161,15 @@ class Batcher(Generic[Kind, Result]):
                 if on_progress is not None:
                     await on_progress(done)
         finally:
-            self._drop_waiting(job)
-            self._jobs.remove(job)
+            with self._lock:
+                self._drop_waiting(job)
+                self._jobs.remove(job)
+                if all(other.caller != job.caller for other in self._jobs):
+                    del self._served[job.caller]
             ended = time.perf_counter()
             telemetry.record("wait", (job.began or ended) - came)
             if job.began is not None:
                 telemetry.record("encode", ended - job.began)
-            if all(other.caller != job.caller for other in self._jobs):
-                del self._served[job.caller]
 
     def close(self) -> None:
         """Take no more; what waits fails, what runs ends by itself."""
@@ -191,34 +203,55 @@ class Batcher(Generic[Kind, Result]):
         finally:
             self._expected_tokens -= tokens
 
-    def _start_batches(self) -> None:
+    def _start_workers(self) -> None:
         """Give every idle worker a batch, while anything waits."""
-        self._starting = None
+        self._starting = False
         loop = asyncio.get_running_loop()
-        while self._idle and any(job.waiting for job in self._jobs):
-            batch = self._next_batch()
+        while not self._closed and (batch := self._take()):
+            try:
+                working = loop.run_in_executor(self._executor, self._work, loop, batch)
+            except RuntimeError as error:  # no thread could be started, or one ended before it could work
+                self._end_worker(batch, ModelUnavailable(f"there is no thread to run the model on: {error}"))
+            else:
+                working.add_done_callback(functools.partial(self._check_worked, batch))
+
+    def _take(self) -> _Batch[Kind, Result] | None:
+        """The next batch for a worker that is idle; None if there is none of either."""
+        with self._lock:
+            if not self._idle or not any(job.waiting for job in self._jobs):
+                return None
+            self._idle -= 1
+            return self._next_batch()
+
+    def _work(self, loop: asyncio.AbstractEventLoop, batch: _Batch[Kind, Result] | None) -> None:
+        """Run batch after batch, on a worker thread, until none waits."""
+        while batch:
             rows = [job.rows[index] for job, index in batch]
             began = time.perf_counter()
-            for job, _ in batch:
-                job.began = job.began or began
             try:
-                running = loop.run_in_executor(self._executor, self._run, batch[0][0].kind, rows)
-            except RuntimeError as error:  # no thread could be started, or one ended before it could work
-                self._fail_batch(batch, ModelUnavailable(f"there is no thread to run the model on: {error}"))
-                continue
-            self._idle -= 1
-            running.add_done_callback(functools.partial(self._finish, batch, began))
+                outcome: Sequence[Result] | BaseException = self._run(batch[0][0].kind, rows)
+            except BaseException as failure:  # noqa: BLE001 - raised again in those who asked
+                outcome = failure
+            finish = functools.partial(self._finish, batch, time.perf_counter() - began, outcome)
+            with self._lock:
+                self._idle += 1
+            batch = self._take()
+            try:
+                loop.call_soon_threadsafe(finish)
+            except RuntimeError:  # the loop has ended, and nobody waits any longer
+                return
 
-    def _next_batch(self) -> list[tuple[_Job[Kind, Result], int]]:
-        """What goes next, the longest rows first; taken out of the queue."""
+    def _next_batch(self) -> _Batch[Kind, Result]:
+        """What goes next, the longest rows first; taken out of the queue. The lock must be held."""
         waiting = [job for job in self._jobs if job.waiting]
         if next(self._least_served_first):
             waiting.sort(key=lambda job: (self._served[job.caller], job.served))
         kind = waiting[0].kind
         # A part of what is left each time (guided self-scheduling), so that all are done at about one time.
         budget = min(self._budget, max(_LEAST_SHARE, math.ceil(self.queued_tokens / self._workers)))
-        batch: list[tuple[_Job[Kind, Result], int]] = []
+        batch: _Batch[Kind, Result] = []
         spent = longest = 0
+        began = time.perf_counter()
         for job in waiting:
             while job.kind == kind and job.waiting:
                 length = len(job.rows[job.waiting[-1]])
@@ -227,46 +260,51 @@ class Batcher(Generic[Kind, Result]):
                 if batch and cost > budget:
                     break
                 batch.append((job, job.waiting.pop()))
+                job.began = job.began or began
                 job.served += length
                 self._served[job.caller] += length
                 spent += length
         self._queue(-spent)
         return sorted(batch, key=lambda entry: len(entry[0].rows[entry[1]]), reverse=True)
 
-    def _finish(
-        self, batch: Sequence[tuple[_Job[Kind, Result], int]], began: float, done: asyncio.Future[Sequence[Result]]
-    ) -> None:
-        """Hand out what a worker made, and give it the next batch."""
-        self._idle += 1
-        if done.cancelled():
+    def _finish(self, batch: _Batch[Kind, Result], seconds: float, outcome: Sequence[Result] | BaseException) -> None:
+        """Hand out what a worker made."""
+        if isinstance(outcome, BaseException):
+            self._fail_batch(batch, outcome)
             return
-        failure = done.exception()
-        if failure is None:
-            tokens = sum(len(job.rows[index]) for job, index in batch)
-            telemetry.BATCH_TEXTS.observe(len(batch))
-            telemetry.BATCH_TOKENS.observe(tokens)
-            rate = tokens / max(time.perf_counter() - began, 1e-6)
-            self._tokens_per_second += (rate - self._tokens_per_second) * (0.2 if self._tokens_per_second else 1)
-            for (job, index), result in zip(batch, done.result(), strict=True):
-                job.fresh.append((index, result))
-                job.changed.set()
-        else:
-            self._fail_batch(batch, failure)
-        if not self._closed:
-            self._start_batches()
+        tokens = sum(len(job.rows[index]) for job, index in batch)
+        telemetry.BATCH_TEXTS.observe(len(batch))
+        telemetry.BATCH_TOKENS.observe(tokens)
+        rate = tokens / max(seconds, 1e-6)
+        self._tokens_per_second += (rate - self._tokens_per_second) * (0.2 if self._tokens_per_second else 1)
+        for (job, index), result in zip(batch, outcome, strict=True):
+            job.fresh.append((index, result))
+            job.changed.set()
 
-    def _fail_batch(self, batch: Sequence[tuple[_Job[Kind, Result], int]], failure: BaseException) -> None:
-        """Fail those whose texts it held, and see to it that the next batch finds a worker."""
-        if isinstance(failure, BrokenExecutor) and not self._closed:
-            self._executor.shutdown(wait=False)
-            self._executor = self._new_executor()
+    def _check_worked(self, batch: _Batch[Kind, Result], working: asyncio.Future[None]) -> None:
+        """See to it that a thread that could not begin its work is replaced, and its batch answered."""
+        if not working.cancelled() and (failure := working.exception()) is not None:
+            if isinstance(failure, BrokenExecutor) and not self._closed:
+                self._executor.shutdown(wait=False)
+                self._executor = self._new_executor()
+            self._end_worker(batch, failure)
+            self._start_workers()
+
+    def _end_worker(self, batch: _Batch[Kind, Result], failure: BaseException) -> None:
+        with self._lock:
+            self._idle += 1
+        self._fail_batch(batch, failure)
+
+    def _fail_batch(self, batch: _Batch[Kind, Result], failure: BaseException) -> None:
+        """Fail those whose texts it held."""
         if not isinstance(failure, Exception) or isinstance(failure, BrokenExecutor):
             failure = ModelUnavailable(f"the thread that ran the model ended: {failure!r}")
         for job in {id(job): job for job, _ in batch}.values():
             self._fail(job, failure)
 
     def _fail(self, job: _Job[Kind, Result], failure: Exception) -> None:
-        self._drop_waiting(job)
+        with self._lock:
+            self._drop_waiting(job)
         job.failure = failure
         job.changed.set()
 

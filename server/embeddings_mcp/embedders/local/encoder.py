@@ -35,8 +35,6 @@ _logger = logging.getLogger(__name__)
 Row = Sequence[int]
 """Token ids of a text."""
 
-_TOKENS_PER_BATCH = {"cpu": 2048, "mps": 8192, "cuda": 32768}
-
 _LARGE = 768
 """Length of the vectors from which on a model counts as large, as that of BERT-base."""
 
@@ -100,6 +98,7 @@ class Encoder:
     Attributes:
         card: what it takes and gives.
         dimensions: length of its vectors.
+        tokens_per_batch: tokens that go through it at once.
     """
 
     def __init__(
@@ -107,6 +106,7 @@ class Encoder:
         *,
         card: ModelCard,
         checkpoint: Checkpoint,
+        tokens_per_batch: int,
         tokenizer: Tokenizer,
         backbone: Transformer,
         latent_attention: torch.nn.Module | None,
@@ -115,6 +115,7 @@ class Encoder:
     ) -> None:
         self.card = card
         self.dimensions = checkpoint.dimensions
+        self.tokens_per_batch = tokens_per_batch
         self._checkpoint = checkpoint
         self._tokenizer = tokenizer
         self._backbone = backbone
@@ -202,11 +203,6 @@ class Encoder:
     def packed(self) -> bool:
         """Whether a batch costs its tokens; else each of its texts costs as many as the longest."""
         return self._backbone.packed
-
-    @property
-    def tokens_per_batch(self) -> int:
-        """Tokens that go through the model at once: its device is busy then, and its caches or memory suffice."""
-        return _TOKENS_PER_BATCH.get(self._backbone.device.type, _TOKENS_PER_BATCH["cpu"])
 
     def workers(self, cores: int) -> int:
         """On how many threads batches are best run, of which each computes on its share of the cores.
@@ -316,6 +312,7 @@ def _load(checkpoint: Checkpoint, card: ModelCard, placement: Placement) -> Enco
     return Encoder(
         card=card,
         checkpoint=checkpoint,
+        tokens_per_batch=placement.tokens_per_batch,
         tokenizer=tokenizer,
         backbone=_load_backbone(checkpoint, placement),
         latent_attention=latent_attention,

@@ -12,6 +12,12 @@ from embeddings_mcp.embedders.local.linear import can_prepack
 from embeddings_mcp.errors import ModelUnavailable
 from embeddings_mcp.models import Precision
 
+_TOKENS_PER_BATCH = {"cpu": 2048, "mps": 8192, "cuda": 32768}
+
+_TOKENS_PER_INT8_BATCH = 1024
+"""In int8 the products take a quarter of the time, and reading and writing between them counts: for more tokens than
+these the C library asks the system for each tensor anew, which costs a quarter of it all."""
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:
@@ -26,6 +32,13 @@ class Placement:
     device: torch.device
     dtype: torch.dtype
     quantized: bool = False
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """Tokens that go through a model at once: its device is busy then, and its caches or memory suffice."""
+        if self.quantized:
+            return _TOKENS_PER_INT8_BATCH
+        return _TOKENS_PER_BATCH.get(self.device.type, _TOKENS_PER_BATCH["cpu"])
 
 
 def choose_placement(device: str, precision: Precision) -> Placement:
