@@ -50,7 +50,7 @@ class Linear(torch.nn.Module):
         return self._apply_to(rows, "gelu")
 
     def plus(self, rows: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """The same, then `residual` added, of the shape of the result."""
+        """The same, then `residual` added, of the shape of the result; `rows` may be overwritten."""
         if self.prepacked:
             summed: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(  # noqa: SLF001
                 rows, residual, self._weight, self._bias, "add"
@@ -91,24 +91,28 @@ class Int8Linear(torch.nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """From ``[..., in]`` to ``[..., out]``."""
-        flat = rows.flatten(0, -2)
-        largest = torch.maximum(flat.amax(1, keepdim=True), flat.amin(1, keepdim=True).neg_()).clamp_min_(_SMALLEST)
-        # From -127 to 127, then moved by 128: PyTorch converts to int8 many times as fast as to uint8.
-        levels = torch.mul(flat, 127 / largest).round_().to(torch.int8).view(torch.uint8).bitwise_xor_(128)
-        product = torch.ops.onednn.qlinear_pointwise.default(
-            levels, 1 / 127, 128, self._weight, self._scales, self._zeros, None, 1.0, 0, torch.float32, "none", [], ""
-        )
-        # In place, here and below: what is written anew costs more than what is computed.
-        return torch.addcmul(self._bias, product, largest, out=product).view(*rows.shape[:-1], -1)
+        return self._product(rows, overwritten=False)
 
     def gelu(self, rows: torch.Tensor) -> torch.Tensor:
         """The same, then GELU in its exact form (with erf)."""
-        result: torch.Tensor = torch.ops.aten.gelu_(self.forward(rows))
+        result: torch.Tensor = torch.ops.aten.gelu_(self._product(rows, overwritten=False))
         return result
 
     def plus(self, rows: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """The same, then `residual` added, of the shape of the result."""
-        return self.forward(rows).add_(residual)
+        """The same, then `residual` added, of the shape of the result; `rows` is overwritten."""
+        return self._product(rows, overwritten=True).add_(residual)
+
+    def _product(self, rows: torch.Tensor, *, overwritten: bool) -> torch.Tensor:
+        flat = rows.flatten(0, -2)
+        largest = torch.maximum(flat.amax(1, keepdim=True), flat.amin(1, keepdim=True).neg_()).clamp_min_(_SMALLEST)
+        # In place, here and below: what is written anew costs more than what is computed.
+        scaled = torch.mul(flat, 127 / largest, out=flat if overwritten else None)
+        # From -127 to 127, then moved by 128: PyTorch converts to int8 many times as fast as to uint8.
+        levels = scaled.round_().to(torch.int8).view(torch.uint8).bitwise_xor_(128)
+        product = torch.ops.onednn.qlinear_pointwise.default(
+            levels, 1 / 127, 128, self._weight, self._scales, self._zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return torch.addcmul(self._bias, product, largest, out=product).view(*rows.shape[:-1], -1)
 
 
 def prepack(module: torch.nn.Module, *, quantized: bool = False) -> None:
