@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import platform
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -100,11 +103,29 @@ async def test_a_request_is_answered_though_its_batch_was_too_large() -> None:
 
 def test_free_memory_is_given_back_after_every_so_many_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     trimmed: list[int] = []
-    monkeypatch.setattr(memory, "_malloc_trim", lambda: trimmed.append)
+    monkeypatch.setattr(memory, "_of_glibc", {"malloc_trim": trimmed.append}.get)
     give_back = Returning()
     for _ in range(3 * memory.BATCHES):
         give_back()
     assert trimmed == [0, 0, 0]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_what_a_large_tensor_leaves_is_kept_for_the_next() -> None:
+    program = """
+import resource, torch
+from embeddings_mcp.embedders.local.memory import keep_freed
+keep_freed()
+def pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(4 * 1024 * 1024)  # 16 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(pages(), [pages() for _ in range(10)][-1])
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    first, last = map(int, run.stdout.split())
+    assert first > 1000
+    assert last < 100
 
 
 def test_giving_back_goes_with_any_c_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,3 +133,4 @@ def test_giving_back_goes_with_any_c_library(monkeypatch: pytest.MonkeyPatch) ->
     Returning()()
     monkeypatch.setattr("sys.platform", "darwin")
     Returning()()
+    memory.keep_freed()

@@ -22,6 +22,7 @@ from embeddings_mcp.embedders.local.checkpoint import Checkpoint, Dense, LayerNo
 from embeddings_mcp.embedders.local.latent_attention import LATENT_ATTENTION, LatentAttention
 from embeddings_mcp.embedders.local.linear import prepack
 from embeddings_mcp.embedders.local.m3 import M3Heads
+from embeddings_mcp.embedders.local.memory import keep_freed
 from embeddings_mcp.embedders.local.placement import Placement, choose_placement
 from embeddings_mcp.embedders.local.pooling import pool
 from embeddings_mcp.embedders.local.tokenizer import Tokenizer
@@ -266,6 +267,8 @@ def load_encoder(
     if card.non_commercial:
         _logger.warning("%s may not be used commercially: its licence is %s", card.id, card.licence)
     placement = choose_placement(device, precision)
+    if placement.device.type == "cpu":
+        keep_freed()
     with _checkpoint_errors(folder, placement.device):
         encoder = _load(checkpoint, card, placement)
         _try(encoder)
