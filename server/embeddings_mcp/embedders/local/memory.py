@@ -14,7 +14,7 @@ import torch
 from embeddings_mcp.errors import ModelUnavailable
 
 _KEPT = {-1: 128 << 20, -3: 32 << 20}
-"""Bytes for ``M_TRIM_THRESHOLD`` and ``M_MMAP_THRESHOLD`` of malloc.h; a tensor beyond the latter is not of the heap."""
+"""Bytes, for ``M_TRIM_THRESHOLD`` and ``M_MMAP_THRESHOLD`` of malloc.h: for what is larger, nothing changes."""
 
 _Row = TypeVar("_Row")
 _Result = TypeVar("_Result")
