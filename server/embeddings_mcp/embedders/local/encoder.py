@@ -267,7 +267,7 @@ def load_encoder(
     if card.non_commercial:
         _logger.warning("%s may not be used commercially: its licence is %s", card.id, card.licence)
     placement = choose_placement(device, precision)
-    if placement.device.type == "cpu":
+    if placement.quantized:
         keep_freed()
     with _checkpoint_errors(folder, placement.device):
         encoder = _load(checkpoint, card, placement)
