@@ -160,6 +160,14 @@ def test_only_so_many_requests_are_in_work_and_their_end_makes_room() -> None:
         assert ask(client).status_code == 200
 
 
+def have_one_answered(client: httpx.Client, embedder: HeldEmbedder) -> None:
+    embedder.may_answer.set()
+    assert ask(client).status_code == 200
+    assert client.get("/v1/health/live").status_code == 200  # and so the request before has really ended
+    assert embedder.asked.acquire(timeout=SECONDS)
+    embedder.may_answer.clear()
+
+
 def test_those_who_find_no_place_are_asked_back_as_fast_as_others_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr(room, "time", SimpleNamespace(monotonic=lambda: now))
@@ -167,11 +175,7 @@ def test_those_who_find_no_place_are_asked_back_as_fast_as_others_have_ended(mon
     embedder = HeldEmbedder()
     with client_of(embedder, max_requests_in_work=1) as client, ThreadPoolExecutor(1) as others:
         for _ in range(3):
-            embedder.may_answer.set()
-            assert ask(client).status_code == 200
-            assert client.get("/v1/health/live").status_code == 200  # and so the request before has really ended
-            assert embedder.asked.acquire(timeout=SECONDS)
-            embedder.may_answer.clear()
+            have_one_answered(client, embedder)
             now += 2
         first = others.submit(ask, client)
         assert embedder.asked.acquire(timeout=SECONDS)
@@ -187,13 +191,9 @@ def test_who_comes_back_in_his_time_finds_a_place_before_newcomers_do(monkeypatc
     monkeypatch.setattr(turns, "time", SimpleNamespace(monotonic=lambda: now))
     embedder = HeldEmbedder()
     with client_of(embedder, max_requests_in_work=2) as client, ThreadPoolExecutor(3) as others:
-        embedder.may_answer.set()
         for _ in range(3):
-            assert ask(client).status_code == 200
-            assert client.get("/v1/health/live").status_code == 200  # and so the request before has really ended
-            assert embedder.asked.acquire(timeout=SECONDS)
+            have_one_answered(client, embedder)
             now += 1
-        embedder.may_answer.clear()
         in_work = [others.submit(ask, client) for _ in range(2)]
         for _ in in_work:
             assert embedder.asked.acquire(timeout=SECONDS)
