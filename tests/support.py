@@ -143,3 +143,13 @@ def running(*command: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
         finally:
             deadline.cancel()
             process.kill()
+
+
+class Clock:
+    """In the place of the module `time`: the time, which passes when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now

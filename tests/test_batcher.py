@@ -251,10 +251,14 @@ def test_what_is_expected_takes_room_too_until_it_is_there() -> None:
         pass
 
 
-def test_a_request_larger_than_the_queue_is_taken_when_nothing_waits() -> None:
-    batcher = Batcher[str, object](Steps(), workers=1, budget=BUDGET, max_queued_tokens=20)
+@pytest.mark.anyio
+async def test_a_request_larger_than_the_queue_is_taken_when_nothing_waits() -> None:
+    steps = Steps()
+    steps.may_end.release(100)
+    batcher = Batcher[str, object](steps, workers=1, budget=BUDGET, max_queued_tokens=20)
     with batcher.expecting("large", 48):
         pass
+    assert len(await submit(batcher, [row(8)] * 6)) == 6
 
 
 @pytest.mark.anyio

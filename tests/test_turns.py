@@ -12,18 +12,7 @@ from hypothesis import strategies as st
 
 from embeddings_mcp import turns
 from embeddings_mcp.turns import Turns
-
-START = 1000.0
-
-
-class Clock:
-    """The time, which passes when a test says so."""
-
-    def __init__(self) -> None:
-        self.now = START
-
-    def monotonic(self) -> float:
-        return self.now
+from tests.support import Clock
 
 
 @pytest.fixture
@@ -68,6 +57,13 @@ def test_who_is_due_is_let_in_also_where_a_little_more_came_in_than_there_is_roo
     assert asked.wait("a", 8, used=18, per_second=4) == 1, "too much is too much; but nobody else is before him"
     clock.now += 1
     assert asked.wait("a", 8, used=17, per_second=4) == 0
+
+
+def test_who_is_refused_later_waits_no_longer_than_from_then_on(clock: Clock) -> None:
+    asked = Turns(20)
+    refused(asked)
+    clock.now += 100
+    assert asked.wait("another", 8, used=20, per_second=4) == 3
 
 
 def test_who_comes_before_he_is_due_keeps_his_turn(clock: Clock) -> None:
@@ -129,8 +125,8 @@ def test_whoever_keeps_to_his_time_finds_room_and_the_room_is_used(
     choose = random.Random(seed)
     clock = Clock()
     numbers = itertools.count()
-    coming = [(START, next(numbers), choose.uniform(300, 900), False)]
-    while coming[-1][0] < START + seconds:
+    coming = [(clock.now, next(numbers), choose.uniform(300, 900), False)]
+    while coming[-1][0] < clock.now + seconds:
         last, _, size, _ = coming[-1]
         coming.append((last + size / (pace * per_second), next(numbers), choose.uniform(300, 900), False))
     used = 0.0

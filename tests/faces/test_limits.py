@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -27,7 +26,7 @@ from embeddings_mcp.limits import Limits
 from embeddings_mcp.models import InputType, Truncate
 from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
-from tests.support import HashEmbedder, serving
+from tests.support import Clock, HashEmbedder, serving
 
 SECONDS = 10
 """Longest that anything here may take."""
@@ -160,6 +159,15 @@ def test_only_so_many_requests_are_in_work_and_their_end_makes_room() -> None:
         assert ask(client).status_code == 200
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The time of those who wait for a place."""
+    clock = Clock()
+    monkeypatch.setattr(room, "time", clock)
+    monkeypatch.setattr(turns, "time", clock)
+    return clock
+
+
 def have_one_answered(client: httpx.Client, embedder: HeldEmbedder) -> None:
     embedder.may_answer.set()
     assert ask(client).status_code == 200
@@ -168,15 +176,12 @@ def have_one_answered(client: httpx.Client, embedder: HeldEmbedder) -> None:
     embedder.may_answer.clear()
 
 
-def test_those_who_find_no_place_are_asked_back_as_fast_as_others_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 1000.0
-    monkeypatch.setattr(room, "time", SimpleNamespace(monotonic=lambda: now))
-    monkeypatch.setattr(turns, "time", SimpleNamespace(monotonic=lambda: now))
+def test_those_who_find_no_place_are_asked_back_as_fast_as_others_have_ended(clock: Clock) -> None:
     embedder = HeldEmbedder()
     with client_of(embedder, max_requests_in_work=1) as client, ThreadPoolExecutor(1) as others:
         for _ in range(3):
             have_one_answered(client, embedder)
-            now += 2
+            clock.now += 2
         first = others.submit(ask, client)
         assert embedder.asked.acquire(timeout=SECONDS)
         waits = [ask(client).headers["retry-after"] for _ in range(3)]
@@ -185,21 +190,18 @@ def test_those_who_find_no_place_are_asked_back_as_fast_as_others_have_ended(mon
     assert waits == ["2", "4", "6"], "as fast as others have ended"
 
 
-def test_who_comes_back_in_his_time_finds_a_place_before_newcomers_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 1000.0
-    monkeypatch.setattr(room, "time", SimpleNamespace(monotonic=lambda: now))
-    monkeypatch.setattr(turns, "time", SimpleNamespace(monotonic=lambda: now))
+def test_who_comes_back_in_his_time_finds_a_place_before_newcomers_do(clock: Clock) -> None:
     embedder = HeldEmbedder()
     with client_of(embedder, max_requests_in_work=2) as client, ThreadPoolExecutor(3) as others:
         for _ in range(3):
             have_one_answered(client, embedder)
-            now += 1
+            clock.now += 1
         in_work = [others.submit(ask, client) for _ in range(2)]
         for _ in in_work:
             assert embedder.asked.acquire(timeout=SECONDS)
         refused = ask(client, "to come back")
         assert refused.status_code == 503
-        now += int(refused.headers["retry-after"])
+        clock.now += int(refused.headers["retry-after"])
         embedder.may_answer.set()
         for request in in_work:
             assert request.result().status_code == 200
