@@ -1,12 +1,14 @@
 """Large models in bfloat16 on a GPU, beside sentence-transformers: ``python -m benchmarks.gpu``.
 
 It needs numpy, torch, transformers, tokenizers and safetensors, since machines with a GPU often have little else. Where
-sentence-transformers is missing, what it does is done in its place: batches of neighbours in length, padded.
+sentence-transformers is missing, what it does is done in its place: batches of neighbours in length, padded. Where the
+server's packages are missing, its queue is left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import statistics
 import sys
 import tempfile
@@ -22,7 +24,7 @@ from tests.local.golden import MODELS, Case, Family, FamilyName, family
 from tokenizers import Tokenizer as FastTokenizer
 
 from benchmarks.machine import describe
-from benchmarks.shapes import BERT_LARGE, LLAMA_1B, TINY_BERT, TINY_LLAMA, Shape, write
+from benchmarks.shapes import BERT_LARGE, BERT_SMALL, LLAMA_1B, TINY_BERT, TINY_LLAMA, Shape, write
 from benchmarks.table import number, ratio, show
 from benchmarks.workloads import texts
 from embeddings_mcp.embedders.local.encoder import Encoder, load_encoder
@@ -38,6 +40,9 @@ _AIMS = {LLAMA_1B.name: "aim: at least 3.00x, and at least 45 % of the peak", BE
 _PRECISIONS: tuple[Literal["float32"], Literal["bfloat16"]] = ("float32", "bfloat16")
 
 _ROUNDS = 3
+
+_QUERIES = 20
+"""Queries that are asked alone, in each round."""
 
 _PRODUCTS = 8
 """Products between two looks at the clock."""
@@ -71,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     setting = (
         _Setting(device, ["bge-m3", "llama-nemotron-embed"], [TINY_BERT, TINY_LLAMA], count=40, square=256)
         if options.tiny
-        else _Setting(device, list(MODELS), [LLAMA_1B, BERT_LARGE], count=4096, square=8192)
+        else _Setting(device, list(MODELS), [LLAMA_1B, BERT_LARGE, BERT_SMALL], count=4096, square=8192)
     )
     gpu = torch.cuda.get_device_name() if device == "cuda" else "no GPU"
     print(f"## On a GPU\n\n{gpu}; {describe()}")
@@ -153,6 +158,7 @@ def _of_one_call(cases: Sequence[Case]) -> list[list[Case]]:
 def _show_shape(shape: Shape, setting: _Setting) -> None:
     longer = setting.device == "cuda"
     wanted = texts("to512" if longer else "mixed", setting.count)
+    queries = texts("query", _QUERIES)
     peak = _matrix_peak(setting)
     with tempfile.TemporaryDirectory() as parent:
         folder = write(shape, Path(parent) / "model", torch.bfloat16)
@@ -160,12 +166,15 @@ def _show_shape(shape: Shape, setting: _Setting) -> None:
         tokens = encoder.tokenize(wanted, input_type=None, truncate="END")
         flops = sum(map(shape.flops, tokens.counts))
         embedders: dict[str, Embed] = {"ours": lambda batch: encoder.encode(batch, truncate="END").vectors}
+        embedders |= _served(folder, setting.device)
         embedders |= _peers(folder, shape, setting.device)
         taken: dict[str, list[float]] = {name: [] for name in embedders}
+        alone: dict[str, list[float]] = {name: [] for name in embedders}
         made = {name: embed(wanted) for name, embed in embedders.items()}  # to warm up, too
         for _ in range(_ROUNDS):
             for name, embed in embedders.items():
                 taken[name].append(_seconds(lambda embed=embed: embed(wanted)))  # type: ignore[misc]
+                alone[name] += [_seconds(lambda embed=embed, query=query: embed([query])) for query in queries]  # type: ignore[misc]
         tokenizing = _seconds(lambda: encoder.tokenize(wanted, input_type=None, truncate="END"))
     rows = []
     for name, seconds in taken.items():
@@ -179,10 +188,19 @@ def _show_shape(shape: Shape, setting: _Setting) -> None:
                 number(tokens.count / middle),
                 f"{flops / middle / peak:.1%}",
                 "" if name == "ours" else ratio(faster),
+                number(statistics.median(alone[name]) * 1000),
                 f"{nearest:.4f}",
             ]
         )
-    header = ["", "texts/s", "tokens/s", "of the matrix peak", "ours is faster by", "least cosine to ours"]
+    header = [
+        "",
+        "texts/s",
+        "tokens/s",
+        "of the matrix peak",
+        "ours is faster by",
+        "one query alone, ms",
+        "least cosine to ours",
+    ]
     show(
         f"{shape.name}, bfloat16, random weights: {len(wanted):,} texts of mixed length",
         header,
@@ -192,6 +210,25 @@ def _show_shape(shape: Shape, setting: _Setting) -> None:
         f"measured peak of bfloat16 products: {peak / 1e12:.3g} TFLOP/s",
         *([_AIMS[shape.name]] if shape.name in _AIMS else []),
     )
+
+
+def _served(folder: Path, device: str) -> dict[str, Embed]:
+    """Our embedder as the server runs it, with the queue before the encoder; none where its packages are missing."""
+    try:
+        from embeddings_mcp.assemble import build_service
+        from embeddings_mcp.settings import Settings
+    except ImportError:
+        return {}
+    loop = asyncio.new_event_loop()
+    settings = Settings(models=(f"random={folder}",), device=device, precision="bfloat16", cache="off")
+    embedder = build_service(settings).catalogue.default
+    assert embedder is not None, "the default model is served"
+    loop.run_until_complete(embedder.check())
+
+    def embed(batch: Sequence[str]) -> FloatMatrix:
+        return loop.run_until_complete(embedder.embed(batch, input_type=None, truncate="END")).vectors
+
+    return {"ours, served": embed}
 
 
 def _peers(folder: Path, shape: Shape, device: str) -> dict[str, Embed]:

@@ -97,6 +97,7 @@ MINILM = Shape(
         "num_attention_heads": 12,
     },
 )
+BERT_SMALL = bert("BERT of 6 layers (all-MiniLM-L6-v2)", width=384, layers=6, heads=12)
 BERT_LARGE = bert("BERT-large (E5-large, nv-embedqa-e5-v5)", width=1024, layers=24, heads=16)
 LLAMA_1B = llama("Llama 1B (llama-nemotron-embed-1b)", width=2048, inner=8192, layers=16, heads=32, key_heads=8)
 
