@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PEERS := .venv-peers
 MODEL_FOLDER := from embeddings_mcp.embedders.local.locate import find_bundled; from embeddings_mcp.models import DEFAULT_MODEL; print(find_bundled(DEFAULT_MODEL))
 
-.PHONY: run test lint types unit test-all soak fuzz bench-peers mcpb published format lock clean help
+.PHONY: run test lint types unit test-all test-gpu soak fuzz bench-peers mcpb published format lock clean help
 
 help: ## Say what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ unit: $(STAMP)
 
 test-all: lint types $(STAMP) ## The same, and what the makers of the protocol check with (from npm)
 	$(BIN)/pytest
+
+test-gpu: $(STAMP) ## What needs an NVIDIA GPU
+	$(BIN)/pytest -m gpu
 
 soak: $(STAMP) ## Five minutes under fire: mixed, broken and hostile callers, kill -9; prints what it saw
 	$(BIN)/python -m tests.soak --minutes 5

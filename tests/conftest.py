@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 
 from embeddings_mcp.settings import Settings
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs from all tests but those for them, so that the others are the same on every machine."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -101,8 +101,12 @@ def _case(fields: dict[str, Any]) -> Case:
 
 @functools.cache
 def encoder(name: FamilyName, max_tokens: int | None = None) -> Encoder:
-    """The family's checkpoint, loaded as its users load it; with its reference's limit where none is given."""
+    """The family's checkpoint, in float32 wherever it runs; with its reference's limit where none is given."""
     golden = family(name)
     return load_encoder(
-        golden.model, golden.folder, known=find_card(golden.model), max_tokens=max_tokens or golden.max_tokens
+        golden.model,
+        golden.folder,
+        known=find_card(golden.model),
+        precision="float32",
+        max_tokens=max_tokens or golden.max_tokens,
     )

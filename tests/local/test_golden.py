@@ -106,6 +106,7 @@ def url() -> Iterator[str]:
     models = [argument for name in MODELS for argument in ("--model", f"{MODELS[name]}={family(name).folder}")]
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("EMBEDDINGS_MCP_CARDS", json.dumps([card]))
+        environment.setenv("EMBEDDINGS_MCP_PRECISION", "float32")
         with running(COMMAND, "serve", "--transport", "http", "--port", "0", *models) as (_process, url):
             yield url
 

@@ -1,0 +1,160 @@
+"""On a GPU: the reference's vectors, recorded passes, the packed kernels, many callers, and too little memory.
+
+``make test-gpu`` runs these where PyTorch finds a CUDA device; all other tests do not see it.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import anyio
+import numpy as np
+import pytest
+import torch
+
+from embeddings_mcp.assemble import build_service
+from embeddings_mcp.embedders.local.attention import _attend_by_runs, attend
+from embeddings_mcp.embedders.local.encoder import Encoder, load_encoder
+from embeddings_mcp.embedders.local.graphs import Graphed
+from embeddings_mcp.embedders.local.memory import halving
+from embeddings_mcp.embedders.local.packing import Packing
+from embeddings_mcp.models import Precision, find_card
+from embeddings_mcp.settings import Settings
+from tests.local.golden import Case, FamilyName, encoder, family
+from tests.local.test_golden import BATCHES, CASES, calls, cut, embed
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available(),
+        reason="PyTorch finds no CUDA device; where there is one, `make test-gpu` runs it",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "batch"), [*CASES, *BATCHES])
+def test_the_vectors_are_those_of_the_reference(name: FamilyName, batch: Case | tuple[Case, ...]) -> None:
+    for cases in calls((batch,) if isinstance(batch, Case) else batch):
+        embedded = embed(encoder(name, min(case.max_length for case in cases)), cases)
+        for vectors, case in zip(embedded.vectors[:, None], cases, strict=True):
+            np.testing.assert_allclose(cut(vectors, case)[0], case.vector, rtol=0, atol=family(name).tolerance)
+
+
+NAMES: tuple[FamilyName, ...] = ("bge-m3", "e5", "llama-nemotron-embed", "nemotron-3-embed")
+WORDS = ["water", "bridge", "the", "of", "a", "committee", "opinion", "letter", "garden", "mountain"]
+
+
+@functools.cache
+def on_cuda(name: FamilyName, precision: Precision, *, recorded: bool) -> Encoder:
+    golden = family(name)
+    known = find_card(golden.model)
+    loaded = load_encoder(
+        golden.model, golden.folder, known=known, device="cuda", precision=precision, cuda_graphs=recorded
+    )
+    assert isinstance(loaded._backbone, Graphed) == recorded
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    generator = np.random.default_rng(0)
+    return [" ".join(generator.choice(WORDS, size=size)) for size in (1, 2, 3, 5, 8, 13, 21, 34, 55, 1, 1, 40, 40, 9)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 2e-6), ("bfloat16", 2e-2)])
+def test_replayed_passes_make_the_vectors_of_usual_ones(
+    name: FamilyName, precision: Precision, tolerance: float, texts: list[str]
+) -> None:
+    recorded, usual = (on_cuda(name, precision, recorded=recorded) for recorded in (True, False))
+    backbone = recorded._backbone
+    assert isinstance(backbone, Graphed)
+    assert all(backbone.recording_for([length]) for length in (1, 20, 60)), "to launch it takes longer than to run it"
+
+    expected = usual.encode(texts, truncate="END").vectors
+    together = recorded.encode(texts, truncate="END").vectors
+    alone = np.concatenate([recorded.encode([text], truncate="END").vectors for text in texts])
+
+    assert np.abs(together - expected).max() < tolerance
+    assert np.abs(alone - expected).max() < tolerance
+
+
+def test_threads_that_replay_at_the_same_time_get_what_is_theirs(texts: list[str]) -> None:
+    model = on_cuda("e5", "float32", recorded=True)
+    expected = [model.encode([text], truncate="END").vectors for text in texts]
+    start = threading.Barrier(len(texts))
+
+    def ask(index: int) -> float:
+        start.wait(timeout=60)
+        made = [model.encode([texts[index]], truncate="END").vectors for _ in range(50)]
+        return max(float(np.abs(vectors - expected[index]).max()) for vectors in made)
+
+    with ThreadPoolExecutor(len(texts)) as pool:
+        assert max(pool.map(ask, range(len(texts)), timeout=120)) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=["", "grouped"])
+@pytest.mark.parametrize("width", [4, 8, 10, 32, 64, 80, 128, 256])
+@pytest.mark.parametrize("lengths", [(300, 17, 17, 513, 1), (30, 17, 17, 64, 1)], ids=["long", "short"])
+def test_the_kernels_of_this_gpu_attend_as_the_runs_do(
+    dtype: torch.dtype, heads: tuple[int, int], width: int, lengths: tuple[int, ...]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    ends = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    tensors = [torch.randn(sum(lengths), count, width, generator=generator) for count in (heads[0], heads[1], heads[1])]
+    here = Packing(lengths, max(lengths), ends)
+    there = Packing(lengths, max(lengths), ends.cuda())
+    placed = [tensor.to("cuda", dtype) for tensor in tensors]
+    for causal in (False, True):
+        for reach in (None, 0, 50):
+            query, key, value = (tensor.double() for tensor in tensors)
+            expected = _attend_by_runs(query, key, value, here, None, causal=causal, reach=reach)
+            made = attend(placed[0], placed[1], placed[2], there, causal=causal, reach=reach).double().cpu()
+            assert (made - expected).norm() / expected.norm() < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.fixture
+def little_memory() -> Iterator[None]:
+    """So little of the GPU's memory that a large batch does not fit."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (64 << 20)) / total)
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_a_batch_too_large_for_the_gpu_is_made_by_halves() -> None:
+    model = on_cuda("e5", "float32", recorded=True)
+    tokens = model.tokenize(["water bridge " * 20] * 20_000, input_type=None, truncate="END")
+    with pytest.raises(torch.OutOfMemoryError):
+        model.forward(tokens.rows, tokens.skip)
+    vectors = np.stack(halving(lambda rows: list(model.forward(rows, tokens.skip)), tokens.rows))
+    assert np.abs(vectors - vectors[0]).max() < 2e-6
+
+
+@pytest.mark.anyio
+async def test_callers_of_a_server_on_the_gpu_get_the_vectors_of_their_texts(texts: list[str]) -> None:
+    golden = family("bge-m3")
+    settings = Settings(models=(f"mine={golden.folder}",), device="cuda", precision="float32", cache="off")
+    embedder = build_service(settings).catalogue.default
+    assert embedder is not None
+    expected = on_cuda("bge-m3", "float32", recorded=False).encode(texts, truncate="END").vectors
+    found: list[float] = []
+
+    async def ask(offset: int) -> None:
+        order = [(offset + place) % len(texts) for place in range(len(texts))]
+        made = await embedder.embed([texts[index] for index in order], input_type=None, truncate="END")
+        found.append(float(np.abs(made.vectors - expected[order]).max()))
+
+    with anyio.fail_after(120):
+        async with anyio.create_task_group() as callers:
+            for offset in range(32):
+                callers.start_soon(ask, offset)
+    await embedder.aclose()
+    assert len(found) == 32
+    assert max(found) < 2e-6
