@@ -16,6 +16,7 @@ import pytest
 
 from embeddings_mcp import assemble
 from embeddings_mcp.assemble import build_service
+from embeddings_mcp.embedders.local import fingerprint
 from embeddings_mcp.embedders.local.encoder import Encoder
 from embeddings_mcp.embedders.local.files import ModelFiles
 from embeddings_mcp.embedders.local.fingerprint import file_digest, number_format
@@ -107,14 +108,20 @@ def test_another_number_format_is_another_model(folder: Path) -> None:
     [
         ("auto", "cpu", "float32"),
         ("auto", "mps", "float32"),
+        ("auto", "auto", "bfloat16"),
         ("auto", "cuda", "bfloat16"),
         ("auto", "cuda:1", "bfloat16"),
         ("float32", "cuda", "float32"),
         ("int8", "auto", "int8"),
     ],
 )
-def test_auto_means_bfloat16_on_cuda_and_float32_elsewhere(precision: Precision, device: str, meant: str) -> None:
+def test_auto_means_bfloat16_on_a_gpu_that_computes_in_it_and_float32_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, precision: Precision, device: str, meant: str
+) -> None:
+    monkeypatch.setattr(fingerprint, "_cuda_has_bfloat16", lambda: True)
     assert number_format(precision, device) == meant
+    monkeypatch.setattr(fingerprint, "_cuda_has_bfloat16", lambda: False)
+    assert number_format(precision, device) == ("float32" if precision == "auto" else precision)
 
 
 def test_in_one_process_a_file_that_was_touched_is_another_without_being_read(folder: Path) -> None:

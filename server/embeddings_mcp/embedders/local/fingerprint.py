@@ -64,7 +64,7 @@ def file_digest(path: Path) -> str:
 
 
 def number_format(precision: Precision, device: str) -> Precision:
-    """What ``auto`` means: bfloat16 on CUDA, float32 elsewhere.
+    """What ``auto`` means: bfloat16 on CUDA, where it computes in it (from Ampere on), and float32 elsewhere.
 
     Args:
         precision: ``auto``, or a format, which stays what it is.
@@ -72,16 +72,17 @@ def number_format(precision: Precision, device: str) -> Precision:
     """
     if precision != "auto":
         return precision
-    if device == "auto" and _may_have_cuda():
-        import torch
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return "bfloat16" if device.startswith("cuda") else "float32"
+    on_cuda = device == "auto" or device.startswith("cuda")
+    return "bfloat16" if on_cuda and _cuda_has_bfloat16() else "float32"
 
 
-def _may_have_cuda() -> bool:
-    """Whether torch has to be asked, which takes seconds to import."""
+def _cuda_has_bfloat16() -> bool:
+    """Whether there is a GPU for PyTorch here, and bfloat16 is among what it computes in."""
     try:
-        return sys.platform != "darwin" and not metadata.version("torch").endswith("+cpu")
+        if sys.platform == "darwin" or metadata.version("torch").endswith("+cpu"):
+            return False  # known without importing torch, which takes seconds
     except metadata.PackageNotFoundError:
         return False
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
