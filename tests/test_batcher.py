@@ -182,7 +182,7 @@ async def test_a_worker_goes_on_with_what_waits_while_the_event_loop_is_busy() -
 )
 async def test_workers_share_what_waits(texts: list[list[int]], batches: list[int]) -> None:
     steps = Steps()
-    batcher = Batcher[str, object](steps, workers=2, budget=2048)
+    batcher = Batcher[str, object](steps, workers=2, budget=2048, least_share=256)
     async with anyio.create_task_group() as callers:
         callers.start_soon(submit, batcher, texts)
         for size in batches:

@@ -40,6 +40,7 @@ class SteppedEncoder:
     dimensions: int = 1
     packed: bool = True
     tokens_per_batch: int = 6
+    least_tokens_per_batch: int = 1
     begun: queue.SimpleQueue[list[int]] = field(default_factory=queue.SimpleQueue)
     steps: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
 

@@ -191,6 +191,7 @@ def _local(spec: str, settings: Settings, cache: Cache | None = None) -> LocalEm
         repository=card.repository,
         device=settings.device,
         precision=settings.precision,
+        cuda_graphs=settings.cuda_graphs,
         digest=file_state if cache is None or cache.disk is None else _noted_digest(cache.disk),
     )
     return LocalEmbedder(

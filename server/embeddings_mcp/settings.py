@@ -137,6 +137,13 @@ class Settings(BaseSettings):
             "set, one for each core where the model is small and runs on the CPU, else one, and two for each GPU.",
         ),
     ] = None
+    cuda_graphs: Annotated[
+        bool,
+        Field(
+            description="Record the passes of small batches through a local model on CUDA and replay them: queries are "
+            "answered several times as fast, for some hundred MiB of the GPU's memory."
+        ),
+    ] = True
     load: Annotated[
         Load,
         Field(

@@ -1,77 +1,186 @@
-"""What is asked of PyTorch's packed attention on CUDA, held to its documented meaning by a stand-in on the CPU."""
+"""What is asked of PyTorch's packed kernels on CUDA, held to their documented meaning by stand-ins on the CPU."""
 
 from __future__ import annotations
 
-import inspect
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch.nn.attention.varlen import varlen_attn
 
 from embeddings_mcp.embedders.local import attention
-from embeddings_mcp.embedders.local.attention import Packing, attend
+from embeddings_mcp.embedders.local.attention import attend
+from embeddings_mcp.embedders.local.packing import Packing
 
 LENGTHS = (7, 7, 3, 1)
+PACKING = Packing(LENGTHS, max(LENGTHS), torch.tensor([0, *np.cumsum(LENGTHS)], dtype=torch.int32))
 
 
-def documented_varlen_attn(
+def attended(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    cu_seq_q: torch.Tensor,
-    cu_seq_k: torch.Tensor,
-    max_q: int,
-    max_k: int,
+    starts: torch.Tensor,
     *,
-    scale: float | None = None,
-    window_size: tuple[int, int] = (-1, -1),
-    enable_gqa: bool = False,
+    scale: float | None,
+    back: int,
+    ahead: int,
 ) -> torch.Tensor:
-    """What its documentation says: -1 is no limit, (W, 0) sees W tokens back and none ahead."""
-    assert cu_seq_q.dtype == torch.int32
-    assert max_q == max_k == int((cu_seq_q[1:] - cu_seq_q[:-1]).max())
-    assert enable_gqa == (query.shape[1] != key.shape[1])
+    """Attention token by token; each sees so many tokens back and ahead, or all of them where that is negative."""
     shared = query.shape[1] // key.shape[1]
     key, value = (tensor.repeat_interleave(shared, dim=1) for tensor in (key, value))
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     out = torch.empty_like(query)
-    for start, end in zip(cu_seq_q[:-1].tolist(), cu_seq_k[1:].tolist(), strict=True):
+    for start, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
         for token in range(start, end):
-            first = start if window_size[0] < 0 else max(start, token - window_size[0])
-            last = end if window_size[1] < 0 else min(end, token + window_size[1] + 1)
+            first = start if back < 0 else max(start, token - back)
+            last = end if ahead < 0 else min(end, token + ahead + 1)
             scores = torch.einsum("hd,khd->hk", query[token], key[first:last]) * factor
             out[token] = torch.einsum("hk,khd->hd", scores.softmax(-1), value[first:last])
     return out
 
 
+def documented_flash(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cum_seq_q: torch.Tensor,
+    cum_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    dropout_p: float,
+    is_causal: bool,
+    return_debug_mask: bool,
+    scale: float | None,
+    window_size_left: int,
+    window_size_right: int,
+) -> tuple[torch.Tensor]:
+    """-1 is no limit; causal is the same as nothing ahead."""
+    assert (dropout_p, return_debug_mask) == (0.0, False)
+    assert cum_seq_q.dtype == torch.int32
+    assert cum_seq_q is cum_seq_k
+    assert max_q == max_k == max(LENGTHS)
+    ahead = 0 if is_causal else window_size_right
+    return (attended(query, key, value, cum_seq_q, scale=scale, back=window_size_left, ahead=ahead),)
+
+
+def documented_efficient(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: None,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    dropout_p: float,
+    custom_mask_type: int,
+    scale: float | None,
+) -> tuple[torch.Tensor]:
+    """A batch of one row, as many heads of keys as of queries; mask type 1 is causal, 0 is none."""
+    assert (bias, dropout_p) == (None, 0.0)
+    assert cu_seqlens_q.dtype == torch.int32
+    assert cu_seqlens_q is cu_seqlens_k
+    assert max_seqlen_q == max_seqlen_k == max(LENGTHS)
+    assert query.shape == key.shape == value.shape
+    ahead = {0: -1, 1: 0}[custom_mask_type]
+    return (attended(query[0], key[0], value[0], cu_seqlens_q, scale=scale, back=-1, ahead=ahead)[None],)
+
+
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("reach", [None, 0, 2, 50])
+@pytest.mark.parametrize(
+    ("kernel", "reach"), [("flash", None), ("flash", 0), ("flash", 2), ("flash", 50), ("efficient", None)]
+)
 @pytest.mark.parametrize("key_heads", [4, 2])
 @pytest.mark.parametrize("scaling", [None, 0.5])
-def test_the_kernel_and_the_runs_attend_alike(
-    monkeypatch: pytest.MonkeyPatch, causal: bool, reach: int | None, key_heads: int, scaling: float | None
+def test_the_kernels_and_the_runs_attend_alike(
+    monkeypatch: pytest.MonkeyPatch, kernel: str, causal: bool, reach: int | None, key_heads: int, scaling: float | None
 ) -> None:
     generator = torch.Generator().manual_seed(0)
-    tokens = sum(LENGTHS)
-    query, key, value = (torch.randn(tokens, heads, 8, generator=generator) for heads in (4, key_heads, key_heads))
-    packing = Packing.of(LENGTHS, torch.device("cpu"))
+    query, key, value = (
+        torch.randn(sum(LENGTHS), heads, 8, generator=generator) for heads in (4, key_heads, key_heads)
+    )
     options: dict[str, Any] = {"causal": causal, "reach": reach, "scaling": scaling}
-    by_runs = attend(query, key, value, packing, **options)
-    monkeypatch.setattr(attention, "_kernel_for", lambda _query: documented_varlen_attn)
-    by_kernel = attend(query, key, value, packing, **options)
+    by_runs = attend(query, key, value, PACKING, **options)
+    monkeypatch.setattr(attention, "_kernel_for", lambda *_: kernel)
+    monkeypatch.setattr(attention, "_flash", documented_flash)
+    monkeypatch.setattr(attention, "_efficient", documented_efficient)
+    by_kernel = attend(query, key, value, PACKING, **options)
 
     assert (by_runs - by_kernel).abs().max() < 1e-5
 
 
-def test_the_kernel_takes_what_it_is_given() -> None:
-    ours = inspect.signature(documented_varlen_attn).parameters
-    theirs = inspect.signature(varlen_attn).parameters
+@pytest.mark.parametrize(
+    ("kernel", "documented"),
+    [("_flash", documented_flash), ("_efficient", documented_efficient)],
+    ids=["flash", "efficient"],
+)
+def test_the_kernels_take_what_they_are_given(kernel: str, documented: Any) -> None:
+    theirs = [argument.name for argument in getattr(attention, kernel).default._schema.arguments]
+    ours = documented.__code__
+    positional = ours.co_varnames[: ours.co_argcount]
+    by_name = ours.co_varnames[ours.co_argcount : ours.co_argcount + ours.co_kwonlyargcount]
 
-    assert ours.keys() <= theirs.keys()
-    positional = [name for name, parameter in theirs.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
-    assert positional == list(ours)[: len(positional)]
+    assert tuple(theirs[: len(positional)]) == positional
+    assert set(by_name) <= set(theirs)
 
 
-def test_on_the_cpu_no_kernel_is_looked_for() -> None:
-    assert attention._kernel_for(torch.empty(1, dtype=torch.bfloat16)) is None
+def test_on_the_cpu_texts_attend_by_runs() -> None:
+    tensor = torch.empty(1, 1, 16, dtype=torch.bfloat16)
+    assert attention._kernel_for(tensor, tensor, 1, None) == "runs"
+
+
+@dataclass
+class OnCuda:
+    """As much of a tensor on a GPU as is looked at."""
+
+    dtype: torch.dtype
+    width: int = 64
+    heads: int = 4
+    device: str = "cuda"
+    is_cuda: bool = True
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return 7, self.heads, self.width
+
+    def element_size(self) -> int:
+        return self.dtype.itemsize
+
+
+BFLOAT16, FLOAT16, FLOAT32 = (OnCuda(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("capability", "query", "key", "longest", "reach", "kernel"),
+    [
+        ((9, 0), BFLOAT16, BFLOAT16, 65, None, "flash"),
+        ((9, 0), BFLOAT16, BFLOAT16, 64, None, "efficient"),
+        ((9, 0), BFLOAT16, OnCuda(torch.bfloat16, heads=2), 64, None, "flash"),
+        ((9, 0), BFLOAT16, BFLOAT16, 64, 5, "flash"),
+        ((8, 0), FLOAT16, FLOAT16, 512, 5, "flash"),
+        ((9, 0), FLOAT32, FLOAT32, 512, None, "efficient"),
+        ((9, 0), FLOAT32, FLOAT32, 512, 5, "runs"),
+        ((7, 5), FLOAT16, FLOAT16, 512, None, "efficient"),
+        ((7, 5), FLOAT16, FLOAT16, 512, 5, "runs"),
+        ((7, 5), BFLOAT16, BFLOAT16, 512, None, "runs"),
+        ((9, 0), OnCuda(torch.bfloat16, 12), OnCuda(torch.bfloat16, 12), 512, None, "runs"),
+        ((9, 0), OnCuda(torch.float32, 12), OnCuda(torch.float32, 12), 512, None, "efficient"),
+        ((9, 0), OnCuda(torch.float32, 10), OnCuda(torch.float32, 10), 512, None, "runs"),
+        ((9, 0), OnCuda(torch.bfloat16, 264), OnCuda(torch.bfloat16, 264), 512, None, "runs"),
+    ],
+)
+def test_a_kernel_is_called_only_for_what_it_takes(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    query: Any,
+    key: Any,
+    longest: int,
+    reach: int | None,
+    kernel: str,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    assert attention._kernel_for(query, key, longest, reach) == kernel

@@ -41,9 +41,6 @@ OnResults = Callable[[Sequence[int], Sequence[Result]], None]
 MAX_QUEUED_TOKENS = 1_000_000
 """Tokens that may wait for one model, if nobody says otherwise: minutes of work on a small CPU, seconds on a GPU."""
 
-_LEAST_SHARE = 256
-"""Tokens that one worker takes alone though others are free: all weights are read for a batch, however few its rows."""
-
 
 @dataclass(eq=False)
 class _Job(Generic[Kind, Result]):
@@ -84,6 +81,7 @@ class Batcher(Generic[Kind, Result]):
             equal length side by side.
         workers: how many batches run at the same time.
         budget: tokens of one batch.
+        least_share: tokens that one worker takes alone though others are free.
         max_queued_tokens: tokens that may wait.
         padded: whether a row costs as many tokens as the longest of its batch.
         prepare_worker: called once on each worker thread.
@@ -98,12 +96,14 @@ class Batcher(Generic[Kind, Result]):
         *,
         workers: int,
         budget: int,
+        least_share: int = 1,
         max_queued_tokens: int = MAX_QUEUED_TOKENS,
         padded: bool = False,
         prepare_worker: Callable[[], None] | None = None,
     ) -> None:
         self._run = run
         self._budget = budget
+        self._least_share = least_share
         self._padded = padded
         self._jobs: list[_Job[Kind, Result]] = []  # in order of arrival
         self._served: Counter[str] = Counter()  # tokens of each caller who has a job here
@@ -248,7 +248,7 @@ class Batcher(Generic[Kind, Result]):
             waiting.sort(key=lambda job: (self._served[job.caller], job.served))
         kind = waiting[0].kind
         # A part of what is left each time (guided self-scheduling), so that all are done at about one time.
-        budget = min(self._budget, max(_LEAST_SHARE, math.ceil(self.queued_tokens / self._workers)))
+        budget = min(self._budget, max(self._least_share, math.ceil(self.queued_tokens / self._workers)))
         batch: _Batch[Kind, Result] = []
         spent = longest = 0
         began = time.perf_counter()

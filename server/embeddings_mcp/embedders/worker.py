@@ -206,6 +206,7 @@ def _batcher(encoder: AnyEncoder, max_queued_tokens: int, workers: int | None) -
         run,
         workers=workers,
         budget=encoder.tokens_per_batch,
+        least_share=encoder.least_tokens_per_batch,
         max_queued_tokens=max_queued_tokens,
         padded=not encoder.packed,
         prepare_worker=functools.partial(encoder.compute_on, max(1, cores // workers)),

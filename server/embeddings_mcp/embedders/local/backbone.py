@@ -8,15 +8,17 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 import transformers
 from transformers import CONFIG_MAPPING, AttentionInterface, AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from embeddings_mcp.embedders.local.attention import NAME, Packing, PackingUnsupported, packed_attention
+from embeddings_mcp.embedders.local.attention import NAME, packed_attention
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint
 from embeddings_mcp.embedders.local.latent_attention import LATENT_ATTENTION
 from embeddings_mcp.embedders.local.linear import prepack
+from embeddings_mcp.embedders.local.packing import PackedRow, Packing, PackingUnsupported, pack
 from embeddings_mcp.embedders.local.placement import Placement, numbers_on
 from embeddings_mcp.embedders.local.weights import check_tensors, find_weights, read_tensors
 from embeddings_mcp.errors import CheckpointInvalid
@@ -81,29 +83,33 @@ class Backbone:
         Returns:
             ``[tokens, d]``, and where each text lies in it.
         """
-        packing = Packing.of([len(row) for row in rows], self.device)
+        row = pack(rows, self.device)
         match self.way:
             case "packed":
-                return self._packed(rows, packing), packing
+                return self.forward(row), row.packing
             case "padded":
-                return self._padded(rows), packing
+                return self._padded(rows), row.packing
             case "apart":
                 runs = [list(run) for _, run in itertools.groupby(rows, key=len)]
-                return torch.cat([self._padded(run) for run in runs]), packing
+                return torch.cat([self._padded(run) for run in runs]), row.packing
 
-    def _packed(self, rows: Sequence[Sequence[int]], packing: Packing) -> torch.Tensor:
-        ids = numbers_on(self.device, [list(itertools.chain.from_iterable(rows))])
-        numbers = torch.arange(self._offset, self._offset + max(packing.lengths), device=self.device)
-        positions = torch.cat([numbers[:length] for length in packing.lengths])[None]
-        output = self._model(input_ids=ids, position_ids=positions, packing=packing, **self._options)
+    def forward(self, row: PackedRow) -> torch.Tensor:
+        """From a packed row to its token vectors, ``[tokens, d]``; for a model whose way is packed."""
+        output = self._model(
+            input_ids=row.ids[None],
+            position_ids=row.positions[None] + self._offset,
+            packing=row.packing,
+            **self._options,
+        )
         hidden: torch.Tensor = output.last_hidden_state[0]
         return hidden
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-        longest = max(len(row) for row in rows)
-        padding = self._model.config.pad_token_id or 0
-        ids = numbers_on(self.device, [[*row, *[padding] * (longest - len(row))] for row in rows])
-        mask = numbers_on(self.device, [[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+        lengths = np.array([len(row) for row in rows])
+        present = np.arange(lengths.max()) < lengths[:, None]
+        padded = np.full(present.shape, self._model.config.pad_token_id or 0)
+        padded[present] = list(itertools.chain.from_iterable(rows))
+        ids, mask = numbers_on(self.device, padded), numbers_on(self.device, present.astype(np.int64))
         output = self._model(input_ids=ids, attention_mask=mask, **self._options)
         hidden: torch.Tensor = output.last_hidden_state[mask.bool()]
         return hidden
@@ -125,7 +131,7 @@ class Backbone:
                 own = config._attn_implementation  # noqa: SLF001 - there is a public setter, but no getter
                 self._model.set_attn_implementation(NAME)
                 try:
-                    if _same(alone, self._packed(rows, Packing.of([len(row) for row in rows], self.device))):
+                    if _same(alone, self.forward(pack(rows, self.device))):
                         return "packed"
                 except (PackingUnsupported, TypeError, RuntimeError) as error:
                     _logger.debug("packing failed: %s", error)
@@ -190,5 +196,27 @@ def load_backbone(checkpoint: Checkpoint, placement: Placement) -> Backbone:
     model.pooler = None  # where there is one, its output is not used
     backbone = Backbone(model.eval().to(placement.device), position_offset=checkpoint.position_offset)
     if model_type in PROVEN:  # others may look into their linear layers
+        _fuse_norms(model)
         prepack(model, quantized=placement.quantized)
     return backbone
+
+
+class _RmsNorm(torch.nn.Module):
+    """The RMS norm of the Llama family in one step, which takes transformers seven: a sixth of a pass on a GPU."""
+
+    def __init__(self, weight: torch.Tensor, epsilon: float) -> None:
+        super().__init__()
+        self._weight = weight
+        self._epsilon = epsilon
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """From ``[..., d]`` to ``[..., d]``."""
+        return torch.nn.functional.rms_norm(rows, self._weight.shape, self._weight, self._epsilon)
+
+
+def _fuse_norms(model: torch.nn.Module) -> None:
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            epsilon = getattr(child, "variance_epsilon", None)  # as all families of `PROVEN` call it
+            if type(child).__name__.endswith("RMSNorm") and isinstance(epsilon, float):
+                setattr(parent, name, _RmsNorm(child.get_parameter("weight").detach(), epsilon))

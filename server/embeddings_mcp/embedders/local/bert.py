@@ -6,7 +6,6 @@ the residuals are added within the products. And transformers, which takes secon
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +13,12 @@ from typing import Any
 import torch
 from torch.nn.functional import embedding, layer_norm
 
-from embeddings_mcp.embedders.local.attention import Packing, attend
+from embeddings_mcp.embedders.local.attention import attend
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint
 from embeddings_mcp.embedders.local.jsonfile import JsonObject
 from embeddings_mcp.embedders.local.linear import Int8Linear, Linear
-from embeddings_mcp.embedders.local.placement import Placement, numbers_on
+from embeddings_mcp.embedders.local.packing import PackedRow, Packing, pack
+from embeddings_mcp.embedders.local.placement import Placement
 from embeddings_mcp.embedders.local.weights import check_tensors, read_tensors
 
 MODEL_TYPES = frozenset({"bert", "roberta", "xlm-roberta", "camembert"})
@@ -91,11 +91,10 @@ class Bert:
     ) -> None:
         epsilon = float(config.get("layer_norm_eps", 1e-12))
         self._heads = int(config["num_attention_heads"])
-        self._offset = position_offset
         self._words = tensors["embeddings.word_embeddings.weight"]
         # Every token is of type 0 here, so that what its type adds can be added to every position once.
         types = tensors["embeddings.token_type_embeddings.weight"]
-        self._positions = tensors["embeddings.position_embeddings.weight"] + types[0]
+        self._positions = tensors["embeddings.position_embeddings.weight"][position_offset:] + types[0]
         self._norm = _norm(tensors, "embeddings.LayerNorm", epsilon)
         self._layers = [
             _layer(tensors, _LAYER.format(number), epsilon, Int8Linear if quantized else Linear)
@@ -106,13 +105,15 @@ class Bert:
 
     def hidden_states(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, Packing]:
         """See `backbone.Backbone.hidden_states`."""
-        packing = Packing.of([len(row) for row in rows], self.device)
-        ids = numbers_on(self.device, list(itertools.chain.from_iterable(rows)))
-        places = torch.cat([self._positions[self._offset : self._offset + length] for length in packing.lengths])
-        hidden = self._norm(embedding(ids, self._words) + places)
+        row = pack(rows, self.device)
+        return self.forward(row), row.packing
+
+    def forward(self, row: PackedRow) -> torch.Tensor:
+        """From a packed row to its token vectors, ``[tokens, d]``."""
+        hidden = self._norm(embedding(row.ids, self._words) + embedding(row.positions, self._positions))
         for layer in self._layers:
-            hidden = layer(hidden, self._heads, packing)
-        return hidden, packing
+            hidden = layer(hidden, self._heads, row.packing)
+        return hidden
 
 
 def is_bert(config: Mapping[str, Any]) -> bool:

@@ -10,22 +10,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 
 from embeddings_mcp.embedders.base import Embeddings
-from embeddings_mcp.embedders.local.attention import Packing
 from embeddings_mcp.embedders.local.bert import is_bert, load_bert
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint, Dense, LayerNorm, Stage, read_checkpoint
+from embeddings_mcp.embedders.local.graphs import record
 from embeddings_mcp.embedders.local.latent_attention import LATENT_ATTENTION, LatentAttention
 from embeddings_mcp.embedders.local.linear import prepack
 from embeddings_mcp.embedders.local.m3 import M3Heads
 from embeddings_mcp.embedders.local.memory import keep_freed
+from embeddings_mcp.embedders.local.packing import Packing
 from embeddings_mcp.embedders.local.placement import Placement, choose_placement
 from embeddings_mcp.embedders.local.pooling import pool
 from embeddings_mcp.embedders.local.tokenizer import Tokenizer
+from embeddings_mcp.embedders.local.transformer import Transformer
 from embeddings_mcp.embedders.local.weights import load_weights
 from embeddings_mcp.errors import CheckpointInvalid, InputUnusable, ModelUnavailable
 from embeddings_mcp.models import InputType, ModelCard, Precision, Truncate
@@ -38,36 +39,6 @@ Row = Sequence[int]
 
 _LARGE = 768
 """Length of the vectors from which on a model counts as large, as that of BERT-base."""
-
-
-class Transformer(Protocol):
-    """A loaded transformer."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where its weights are."""
-        ...
-
-    @property
-    def packed(self) -> bool:
-        """Whether texts go through it without padding."""
-        ...
-
-    @property
-    def vocabulary(self) -> int:
-        """Tokens that it has vectors for."""
-        ...
-
-    def hidden_states(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, Packing]:
-        """The token vectors of the texts, one text behind the other.
-
-        Args:
-            rows: token ids of each text, none of them empty; neighbours of equal length are attended to together.
-
-        Returns:
-            ``[tokens, d]``, and where each text lies in it.
-        """
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +71,7 @@ class Encoder:
         card: what it takes and gives.
         dimensions: length of its vectors.
         tokens_per_batch: tokens that go through it at once.
+        least_tokens_per_batch: tokens that are not worth sharing out among several who could compute.
     """
 
     def __init__(
@@ -108,6 +80,7 @@ class Encoder:
         card: ModelCard,
         checkpoint: Checkpoint,
         tokens_per_batch: int,
+        least_tokens_per_batch: int,
         tokenizer: Tokenizer,
         backbone: Transformer,
         latent_attention: torch.nn.Module | None,
@@ -117,6 +90,7 @@ class Encoder:
         self.card = card
         self.dimensions = checkpoint.dimensions
         self.tokens_per_batch = tokens_per_batch
+        self.least_tokens_per_batch = least_tokens_per_batch
         self._checkpoint = checkpoint
         self._tokenizer = tokenizer
         self._backbone = backbone
@@ -245,6 +219,7 @@ def load_encoder(
     device: str = "auto",
     precision: Precision = "auto",
     max_tokens: int | None = None,
+    cuda_graphs: bool = True,
 ) -> Encoder:
     """Load a checkpoint.
 
@@ -255,6 +230,7 @@ def load_encoder(
         device: ``auto`` (cuda, then mps, then cpu), or a torch device such as ``cuda:1``.
         precision: number format of the weights.
         max_tokens: a lower limit than the checkpoint's own.
+        cuda_graphs: whether passes over few tokens are recorded, on CUDA (see `graphs`).
 
     Raises:
         CheckpointInvalid: something in the folder is missing, damaged or not supported.
@@ -270,7 +246,7 @@ def load_encoder(
     if placement.quantized:
         keep_freed()
     with _checkpoint_errors(folder, placement.device):
-        encoder = _load(checkpoint, card, placement)
+        encoder = _load(checkpoint, card, placement, cuda_graphs=cuda_graphs)
         _try(encoder)
     return encoder
 
@@ -293,7 +269,7 @@ def _checkpoint_errors(folder: Path, device: torch.device) -> Iterator[None]:
         raise CheckpointInvalid(f"{folder}: the model cannot be run: {error}") from error
 
 
-def _load(checkpoint: Checkpoint, card: ModelCard, placement: Placement) -> Encoder:
+def _load(checkpoint: Checkpoint, card: ModelCard, placement: Placement, *, cuda_graphs: bool) -> Encoder:
     recipe, backbone, device = checkpoint.recipe, checkpoint.pipeline.backbone, placement.device
     tokenizer = Tokenizer.from_folder(
         backbone,
@@ -312,12 +288,16 @@ def _load(checkpoint: Checkpoint, card: ModelCard, placement: Placement) -> Enco
     if "sparse" in card.modes:
         weightless = tokenizer.ids_of("<s>", "</s>", "<pad>", "<unk>")
         heads = M3Heads(checkpoint.folder, hidden_size=checkpoint.dimensions, weightless=weightless, device=device)
+    transformer = _load_backbone(checkpoint, placement)
+    if cuda_graphs and device.type == "cuda" and transformer.packed:
+        transformer = record(transformer, most_tokens=placement.tokens_per_batch, longest=checkpoint.max_tokens)
     return Encoder(
         card=card,
         checkpoint=checkpoint,
         tokens_per_batch=placement.tokens_per_batch,
+        least_tokens_per_batch=placement.least_tokens_per_batch,
         tokenizer=tokenizer,
-        backbone=_load_backbone(checkpoint, placement),
+        backbone=transformer,
         latent_attention=latent_attention,
         heads=heads,
         stages=[_load_stage(stage, device) for stage in checkpoint.pipeline.stages],

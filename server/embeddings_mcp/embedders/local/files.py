@@ -29,6 +29,7 @@ class ModelFiles:
         repository: where on the hub they are; None where they are not there.
         device: as for `load_encoder`; or several, separated by commas, that are to share the work.
         precision: as for `load_encoder`.
+        cuda_graphs: as for `load_encoder`.
         digest: tells one file from another, as for `fingerprint`.
     """
 
@@ -41,6 +42,7 @@ class ModelFiles:
         repository: str | None,
         device: str,
         precision: Precision,
+        cuda_graphs: bool = True,
         digest: Callable[[Path], str] = file_state,
     ) -> None:
         self._name = name
@@ -49,6 +51,7 @@ class ModelFiles:
         self._repository = repository
         self._devices = [name.strip() for name in device.split(",")]
         self._precision = precision
+        self._cuda_graphs = cuda_graphs
         self._digest = digest
         self._looking = threading.Lock()
         self._seen: tuple[Checkpoint, str] | None = None
@@ -87,7 +90,14 @@ class ModelFiles:
         # All in the numbers of the first, or a text's vector would depend on which of them happened to be free.
         precision = number_format(self._precision, self._devices[0])
         encoders = [
-            load_encoder(self._name, checkpoint.folder, known=self._known, device=device, precision=precision)
+            load_encoder(
+                self._name,
+                checkpoint.folder,
+                known=self._known,
+                device=device,
+                precision=precision,
+                cuda_graphs=self._cuda_graphs,
+            )
             for device in self._devices
         ]
         self._check_unchanged(checkpoint, state)

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from embeddings_mcp.embedders.local.attention import Packing
 from embeddings_mcp.embedders.local.checkpoint import M3_FILES
+from embeddings_mcp.embedders.local.packing import Packing
 from embeddings_mcp.embedders.local.weights import load_weights
 from embeddings_mcp.vectors import FloatMatrix, SparseVector
 

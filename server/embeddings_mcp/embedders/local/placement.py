@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from embeddings_mcp.embedders.local.fingerprint import number_format
 from embeddings_mcp.embedders.local.linear import can_prepack
 from embeddings_mcp.errors import ModelUnavailable
 from embeddings_mcp.models import Precision
 
-_TOKENS_PER_BATCH = {"cpu": 2048, "mps": 8192, "cuda": 32768}
+_TOKENS_PER_BATCH = {"cpu": 2048, "mps": 8192, "cuda": 16384}
+
+_LEAST_TOKENS_PER_BATCH = {"cpu": 256, "mps": 8192, "cuda": 4096}
 
 _TOKENS_PER_INT8_BATCH = 1024
 """In int8 the products take a quarter of the time, and reading and writing between them counts: for more tokens than
@@ -40,6 +43,11 @@ class Placement:
             return _TOKENS_PER_INT8_BATCH
         return _TOKENS_PER_BATCH.get(self.device.type, _TOKENS_PER_BATCH["cpu"])
 
+    @property
+    def least_tokens_per_batch(self) -> int:
+        """Tokens that are not worth sharing out: the weights are read, and kernels launched, however few there are."""
+        return _LEAST_TOKENS_PER_BATCH.get(self.device.type, _LEAST_TOKENS_PER_BATCH["cpu"])
+
 
 def choose_placement(device: str, precision: Precision) -> Placement:
     """What the settings mean on this machine.
@@ -62,11 +70,10 @@ def choose_placement(device: str, precision: Precision) -> Placement:
     return Placement(where, torch.float32, quantized=True)
 
 
-def numbers_on(device: torch.device, numbers: Sequence[int] | Sequence[Sequence[int]]) -> torch.Tensor:
+def numbers_on(device: torch.device, numbers: NDArray[np.int64]) -> torch.Tensor:
     """Integers as a tensor on the device; to a GPU they travel from pinned memory, and nobody waits for them."""
-    if device.type != "cuda":
-        return torch.tensor(numbers, device=device)
-    return torch.tensor(numbers, pin_memory=True).to(device, non_blocking=True)
+    tensor = torch.from_numpy(numbers)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _device(name: str) -> torch.device:

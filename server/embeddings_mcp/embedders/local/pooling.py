@@ -9,8 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from embeddings_mcp.embedders.local.attention import Packing
-from embeddings_mcp.embedders.local.placement import numbers_on
+from embeddings_mcp.embedders.local.packing import Packing
 from embeddings_mcp.embedders.local.recipes import PoolingMode
 
 
@@ -28,7 +27,7 @@ def pool(hidden: torch.Tensor, packing: Packing, modes: Sequence[PoolingMode], s
         float32 ``[n, d * len(modes)]``.
     """
     hidden = hidden.float()
-    lengths = numbers_on(hidden.device, packing.lengths)
+    lengths = packing.cumulative.diff().long()
     if skip:
         hidden, lengths = _without_first(hidden, packing, skip), lengths - skip
     pooled = [_MODES[mode](hidden, lengths, skip) for mode in modes]
@@ -45,7 +44,7 @@ def _without_first(hidden: torch.Tensor, packing: Packing, skip: int) -> torch.T
 def _sum(hidden: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     if hidden.is_cuda:
         # index_add_ adds there in whatever order its threads come; this is repeatable.
-        return torch.segment_reduce(hidden, "sum", lengths=lengths, axis=0)
+        return torch.segment_reduce(hidden, "sum", lengths=lengths, axis=0, unsafe=True)
     sums = hidden.new_zeros(len(lengths), hidden.shape[1])
     return sums.index_add_(0, torch.arange(len(lengths)).repeat_interleave(lengths), hidden)
 
@@ -59,7 +58,7 @@ def _last(hidden: torch.Tensor, lengths: torch.Tensor, _skipped: int) -> torch.T
 
 
 def _max(hidden: torch.Tensor, lengths: torch.Tensor, _skipped: int) -> torch.Tensor:
-    return torch.segment_reduce(hidden, "max", lengths=lengths, axis=0)
+    return torch.segment_reduce(hidden, "max", lengths=lengths, axis=0, unsafe=True)
 
 
 def _mean(hidden: torch.Tensor, lengths: torch.Tensor, _skipped: int) -> torch.Tensor:

@@ -22,6 +22,7 @@ class Replicas:
         dimensions: see `Encoder`.
         packed: see `Encoder`.
         tokens_per_batch: see `Encoder`; the least of theirs.
+        least_tokens_per_batch: see `Encoder`; likewise.
     """
 
     def __init__(self, encoders: Sequence[Encoder]) -> None:
@@ -30,6 +31,7 @@ class Replicas:
         self.dimensions = first.dimensions
         self.packed = first.packed
         self.tokens_per_batch = min(encoder.tokens_per_batch for encoder in encoders)
+        self.least_tokens_per_batch = min(encoder.least_tokens_per_batch for encoder in encoders)
         self._encoders = encoders
         self._turns = itertools.cycle(encoders)
         self._of_thread = threading.local()

@@ -1,0 +1,93 @@
+"""Texts as one row of tokens, one behind the other: what a transformer reads in place of a padded batch."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from embeddings_mcp.embedders.local.placement import numbers_on
+
+
+class PackingUnsupported(Exception):
+    """A model asks its attention for something that it cannot have over a packed row."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where each text lies in a packed row.
+
+    Attributes:
+        lengths: tokens of each text, in the row's order; empty where they are known to the device only.
+        longest: tokens of the longest text, or more.
+        cumulative: int32 ``[n + 1]`` on the model's device, first token of each text and, last, the row's length.
+    """
+
+    lengths: tuple[int, ...]
+    longest: int
+    cumulative: torch.Tensor
+
+    @functools.cached_property
+    def runs(self) -> tuple[tuple[int, int, int], ...]:
+        """``(first token, texts, tokens of each)`` of every run of neighbours of equal length.
+
+        Raises:
+            PackingUnsupported: the lengths are not known here.
+        """
+        if not self.lengths:
+            raise PackingUnsupported("the texts' lengths are known to the device only")
+        runs, start = [], 0
+        for length, same in itertools.groupby(self.lengths):
+            count = len(list(same))
+            runs.append((start, count, length))
+            start += count * length
+        return tuple(runs)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRow:
+    """Several texts as a transformer reads them.
+
+    Attributes:
+        ids: token ids, int64 ``[tokens]`` on the model's device.
+        positions: of each token in its text, counted from 0, likewise.
+        packing: where each text lies.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    packing: Packing
+
+
+def pack(rows: Sequence[Sequence[int]], device: torch.device) -> PackedRow:
+    """One row of the token ids of some texts, none of them empty."""
+    lengths = [len(row) for row in rows]
+    tokens, longest = sum(lengths), max(lengths)
+    numbers = numbers_on(device, lay_out(rows, lengths))
+    packing = Packing(tuple(lengths), longest, numbers[2 * tokens :].int())
+    return PackedRow(numbers[:tokens], numbers[tokens : 2 * tokens], packing)
+
+
+def lay_out(rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> NDArray[np.int64]:
+    """All that a device has to be told of a packed row, in one piece, since one copy takes as long as three.
+
+    Args:
+        rows: token ids of the texts.
+        lengths: tokens of each of them; what is longer than that is filled up with zeros, at the end.
+
+    Returns:
+        int64 ``[tokens + tokens + n + 1]``: the ids, their positions, and the first token of each text and the end.
+    """
+    ends = np.cumsum(lengths, dtype=np.int64)
+    tokens = int(ends[-1])
+    numbers = np.zeros(2 * tokens + len(ends) + 1, dtype=np.int64)
+    count = sum(map(len, rows))
+    numbers[:count] = np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int64, count=count)
+    numbers[tokens : 2 * tokens] = np.arange(tokens) - np.repeat(ends - lengths, lengths)
+    numbers[2 * tokens + 1 :] = ends
+    return numbers

@@ -1,0 +1,44 @@
+"""What the transformers of all families have in common once they are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from embeddings_mcp.embedders.local.packing import PackedRow, Packing
+
+
+class Transformer(Protocol):
+    """A loaded transformer."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        ...
+
+    @property
+    def packed(self) -> bool:
+        """Whether texts go through it without padding."""
+        ...
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that it has vectors for."""
+        ...
+
+    def hidden_states(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, Packing]:
+        """The token vectors of the texts, one text behind the other.
+
+        Args:
+            rows: token ids of each text, none of them empty; neighbours of equal length are attended to together.
+
+        Returns:
+            ``[tokens, d]``, and where each text lies in it.
+        """
+        ...
+
+    def forward(self, row: PackedRow) -> torch.Tensor:
+        """From a packed row to its token vectors, ``[tokens, d]``; of a transformer that is packed."""
+        ...
