@@ -18,7 +18,7 @@ import anyio.to_thread
 import numpy as np
 import pytest
 
-from embeddings_mcp.embedders.local.encoder import Tokens
+from embeddings_mcp.embedders.local.inputs import Tokens
 from embeddings_mcp.embedders.worker import LocalEmbedder
 from embeddings_mcp.errors import CheckpointInvalid, InputTooLong, ServerStopped
 from embeddings_mcp.models import InputType, ModelCard, Truncate

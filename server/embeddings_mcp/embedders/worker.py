@@ -27,7 +27,7 @@ from embeddings_mcp.models import InputType, ModelCard, Truncate
 from embeddings_mcp.vectors import FloatMatrix, FloatVector, SparseVector
 
 if TYPE_CHECKING:
-    from embeddings_mcp.embedders.local.encoder import Row, Tokens
+    from embeddings_mcp.embedders.local.inputs import Row, Tokens
     from embeddings_mcp.embedders.local.replicas import AnyEncoder
 
 _Made = TypeVar("_Made")

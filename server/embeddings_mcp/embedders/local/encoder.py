@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from embeddings_mcp.embedders.base import Embeddings
 from embeddings_mcp.embedders.local.bert import is_bert, load_bert
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint, Dense, LayerNorm, Stage, read_checkpoint
 from embeddings_mcp.embedders.local.graphs import record
+from embeddings_mcp.embedders.local.inputs import InputTokenizer, Row, Tokens
 from embeddings_mcp.embedders.local.latent_attention import LATENT_ATTENTION, LatentAttention
 from embeddings_mcp.embedders.local.linear import prepack
 from embeddings_mcp.embedders.local.m3 import M3Heads
@@ -25,43 +26,16 @@ from embeddings_mcp.embedders.local.memory import keep_freed
 from embeddings_mcp.embedders.local.packing import Packing
 from embeddings_mcp.embedders.local.placement import Placement, choose_placement
 from embeddings_mcp.embedders.local.pooling import pool
-from embeddings_mcp.embedders.local.tokenizer import Tokenizer
 from embeddings_mcp.embedders.local.transformer import Transformer
 from embeddings_mcp.embedders.local.weights import load_weights
-from embeddings_mcp.errors import CheckpointInvalid, InputUnusable, ModelUnavailable
+from embeddings_mcp.errors import CheckpointInvalid, ModelUnavailable
 from embeddings_mcp.models import InputType, ModelCard, Precision, Truncate
 from embeddings_mcp.vectors import FloatMatrix, SparseVector
 
 _logger = logging.getLogger(__name__)
 
-Row = Sequence[int]
-"""Token ids of a text."""
-
 _LARGE = 768
 """Length of the vectors from which on a model counts as large, as that of BERT-base."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """Tokenized texts.
-
-    Attributes:
-        rows: token ids of each text.
-        skip: how many tokens at each start belong to a prompt that is not pooled.
-    """
-
-    rows: list[list[int]]
-    skip: int
-
-    @property
-    def counts(self) -> list[int]:
-        """Tokens of each text."""
-        return [len(row) for row in self.rows]
-
-    @property
-    def count(self) -> int:
-        """Tokens of all the texts."""
-        return sum(self.counts)
 
 
 class Encoder:
@@ -81,7 +55,7 @@ class Encoder:
         checkpoint: Checkpoint,
         tokens_per_batch: int,
         least_tokens_per_batch: int,
-        tokenizer: Tokenizer,
+        inputs: InputTokenizer,
         backbone: Transformer,
         latent_attention: torch.nn.Module | None,
         heads: M3Heads | None,
@@ -92,7 +66,7 @@ class Encoder:
         self.tokens_per_batch = tokens_per_batch
         self.least_tokens_per_batch = least_tokens_per_batch
         self._checkpoint = checkpoint
-        self._tokenizer = tokenizer
+        self._inputs = inputs
         self._backbone = backbone
         self._latent_attention = latent_attention
         self._heads = heads
@@ -113,33 +87,8 @@ class Encoder:
         return Embeddings(vectors, tokens.counts)
 
     def tokenize(self, texts: Sequence[str], *, input_type: InputType | None, truncate: Truncate) -> Tokens:
-        """The first step: token ids, with the prompt of this input type.
-
-        Raises:
-            InputTooLong: a text is too long and `truncate` is NONE.
-            InputUnusable: nothing of a text is left to pool.
-            CheckpointInvalid: the tokenizer gives a token that the model does not know.
-        """
-        prompt = self.card.prompt(input_type)
-        rows = self._tokenizer.encode(texts, prompt=prompt, truncate=truncate)
-        skip = self._unpooled(prompt)
-        for index, row in enumerate(rows):
-            if len(row) <= skip:
-                raise InputUnusable(f"has no tokens of its own behind the prompt of {skip} tokens", index=index)
-            if max(row) >= self._backbone.vocabulary:  # on a GPU, to look it up would be the end of the process
-                raise CheckpointInvalid(
-                    f"{self._checkpoint.folder}: the tokenizer makes token {max(row)} of text {index}, and the model "
-                    f"has only {self._backbone.vocabulary}: they do not belong together"
-                )
-        return Tokens(rows, skip)
-
-    def _unpooled(self, prompt: str) -> int:
-        """How many tokens at a text's start are not pooled."""
-        recipe = self._checkpoint.recipe
-        pooled = 0 if recipe is None else recipe.pooled_of_prompt
-        if not prompt or (self._checkpoint.pipeline.pool_prompt and not pooled):
-            return 0
-        return self._tokenizer.prompt_length(prompt) - (pooled or 0)
+        """The first step: see `InputTokenizer.tokenize`."""
+        return self._inputs.tokenize(texts, input_type=input_type, truncate=truncate)
 
     def _batches(self, rows: Sequence[Row]) -> list[list[int]]:
         """Which texts go through the model together: neighbours in length, within the token budget."""
@@ -271,12 +220,10 @@ def _checkpoint_errors(folder: Path, device: torch.device) -> Iterator[None]:
 
 def _load(checkpoint: Checkpoint, card: ModelCard, placement: Placement, *, cuda_graphs: bool) -> Encoder:
     recipe, backbone, device = checkpoint.recipe, checkpoint.pipeline.backbone, placement.device
-    tokenizer = Tokenizer.from_folder(
-        backbone,
-        max_tokens=card.max_tokens or checkpoint.max_tokens,
-        lowercase=checkpoint.lowercase,
-        suffix=recipe.suffix(checkpoint.config) if recipe else "",
-    )
+    transformer = _load_backbone(checkpoint, placement)
+    inputs = InputTokenizer(checkpoint, card, vocabulary=transformer.vocabulary)
+    if cuda_graphs and device.type == "cuda" and transformer.packed:
+        transformer = record(transformer, most_tokens=placement.tokens_per_batch, longest=checkpoint.max_tokens)
     latent_attention = None
     if recipe and recipe.latent_attention:
         with torch.device("meta"):  # it has as many parameters as some whole models
@@ -286,17 +233,14 @@ def _load(checkpoint: Checkpoint, card: ModelCard, placement: Placement, *, cuda
         prepack(latent_attention, quantized=placement.quantized)
     heads = None
     if "sparse" in card.modes:
-        weightless = tokenizer.ids_of("<s>", "</s>", "<pad>", "<unk>")
+        weightless = inputs.ids_of("<s>", "</s>", "<pad>", "<unk>")
         heads = M3Heads(checkpoint.folder, hidden_size=checkpoint.dimensions, weightless=weightless, device=device)
-    transformer = _load_backbone(checkpoint, placement)
-    if cuda_graphs and device.type == "cuda" and transformer.packed:
-        transformer = record(transformer, most_tokens=placement.tokens_per_batch, longest=checkpoint.max_tokens)
     return Encoder(
         card=card,
         checkpoint=checkpoint,
         tokens_per_batch=placement.tokens_per_batch,
         least_tokens_per_batch=placement.least_tokens_per_batch,
-        tokenizer=tokenizer,
+        inputs=inputs,
         backbone=transformer,
         latent_attention=latent_attention,
         heads=heads,

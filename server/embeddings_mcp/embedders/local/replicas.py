@@ -6,7 +6,8 @@ import itertools
 import threading
 from collections.abc import Sequence
 
-from embeddings_mcp.embedders.local.encoder import Encoder, Row, Tokens
+from embeddings_mcp.embedders.local.encoder import Encoder
+from embeddings_mcp.embedders.local.inputs import Row, Tokens
 from embeddings_mcp.models import InputType, Truncate
 from embeddings_mcp.vectors import FloatMatrix, SparseVector
 
