@@ -39,8 +39,11 @@ class SteppedEncoder:
     card: ModelCard = EXACT
     dimensions: int = 1
     packed: bool = True
+    vocabulary: int = 1
     tokens_per_batch: int = 6
     least_tokens_per_batch: int = 1
+    alive: bool = True
+    closed: int = 0
     begun: queue.SimpleQueue[list[int]] = field(default_factory=queue.SimpleQueue)
     steps: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
 
@@ -55,6 +58,9 @@ class SteppedEncoder:
 
     def compute_on(self, cores: int) -> None:
         """On one core, of which this needs none."""
+
+    def close(self) -> None:
+        self.closed += 1
 
     def forward(self, rows: Sequence[Sequence[int]], skip: int) -> Any:
         lengths = [len(row) for row in rows]
@@ -232,6 +238,27 @@ async def test_a_failure_that_nobody_waited_for_is_not_told_to_the_next() -> Non
     assert await embed(embedder, ["abc"]) == [3]
 
 
+async def test_a_model_that_has_ended_is_loaded_anew_for_the_next_who_asks() -> None:
+    loader = Loader()
+    first = loader.encoder
+    first.steps.release(100)
+    embedder = embedder_of(loader)
+    assert await embed(embedder, ["abc"]) == [3]
+
+    first.alive = False
+    loader.encoder = SteppedEncoder(steps=threading.Semaphore(100))
+    answers: list[list[float]] = []
+
+    async def ask(text: str) -> None:
+        answers.append(await embed(embedder, [text]))
+
+    async with anyio.create_task_group() as callers:
+        for text in ("a", "ab", "abc"):
+            callers.start_soon(ask, text)
+    assert sorted(answers) == [[1], [2], [3]]
+    assert (loader.calls, first.closed, loader.encoder.closed) == (2, 1, 0)
+
+
 # --- Batches ---------------------------------------------------------------------------------------------------------
 
 
@@ -349,6 +376,7 @@ async def test_closing_ends_those_who_wait_for_the_model() -> None:
     await anyio.to_thread.run_sync(loader.threads[0].join, SECONDS)
     await anyio.lowlevel.checkpoint()
     assert not complaints
+    assert loader.encoder.closed == 1
 
 
 async def test_closing_ends_a_request_after_the_batch_that_is_computed() -> None:
@@ -374,6 +402,7 @@ async def test_a_closed_embedder_takes_no_more_work() -> None:
     embedder = embedder_of(loader)
     await embed(embedder, ["a"])
     await embedder.aclose()
+    assert loader.encoder.closed == 1
     for ask in (embedder.check(), embed(embedder, ["a"])):
         with pytest.raises(ServerStopped, match="shutting down"):
             await ask

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
 from collections.abc import Callable
@@ -15,9 +16,11 @@ from pydantic import SecretStr
 from embeddings_mcp.catalogue import ModelSource, meaning
 from embeddings_mcp.embedders.base import Embedder
 from embeddings_mcp.embedders.cache import Cache, DiskStore, MemoryStore, cached
-from embeddings_mcp.embedders.local.checkpoint import read_checkpoint
+from embeddings_mcp.embedders.local.checkpoint import Checkpoint, read_checkpoint
 from embeddings_mcp.embedders.local.files import ModelFiles
 from embeddings_mcp.embedders.local.fingerprint import file_digest, file_state
+from embeddings_mcp.embedders.local.loaded import LoadedModel
+from embeddings_mcp.embedders.local.loading import Loading
 from embeddings_mcp.embedders.local.locate import find_bundled
 from embeddings_mcp.embedders.worker import LocalEmbedder
 from embeddings_mcp.errors import InvalidRequest, InvalidSetting, UnknownModel
@@ -192,6 +195,7 @@ def _local(spec: str, settings: Settings, cache: Cache | None = None) -> LocalEm
         device=settings.device,
         precision=settings.precision,
         cuda_graphs=settings.cuda_graphs,
+        process=functools.partial(_apart, workers=settings.workers) if settings.model_process else None,
         digest=file_state if cache is None or cache.disk is None else _noted_digest(cache.disk),
     )
     return LocalEmbedder(
@@ -201,6 +205,13 @@ def _local(spec: str, settings: Settings, cache: Cache | None = None) -> LocalEm
         max_queued_tokens=settings.max_queued_tokens,
         workers=settings.workers,
     )
+
+
+def _apart(loading: Loading, checkpoint: Checkpoint, *, workers: int | None) -> LoadedModel:
+    """The model in a process of its own."""
+    from embeddings_mcp.embedders.local.model_process import ModelProcess  # with a tokenizer, which is slow to import
+
+    return ModelProcess(loading, checkpoint, workers=workers)
 
 
 def _open_cache(settings: Settings) -> Cache | None:

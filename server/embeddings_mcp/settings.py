@@ -6,6 +6,7 @@ A flag wins over the environment. Secrets are `SecretStr`, so that no log and no
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -137,6 +138,13 @@ class Settings(BaseSettings):
             "set, one for each core where the model is small and runs on the CPU, else one, and two for each GPU.",
         ),
     ] = None
+    model_process: Annotated[
+        bool | None,
+        Field(
+            description="Run each local model in a process of its own, so that the server answers others while it "
+            "computes, and outlives it. If not set, it does where it serves HTTP (and never on Windows)."
+        ),
+    ] = None
     cuda_graphs: Annotated[
         bool,
         Field(
@@ -243,6 +251,13 @@ class Settings(BaseSettings):
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(value.split()) if isinstance(value, str) else value
+
+    @field_validator("model_process")
+    @classmethod
+    def _check_process(cls, wanted: bool | None) -> bool | None:  # noqa: FBT001 - as pydantic calls it
+        if wanted and os.name != "posix":
+            raise PydanticCustomError("model_process", "is not possible on Windows: leave it out")
+        return wanted
 
     @field_validator("cors_origins")
     @classmethod

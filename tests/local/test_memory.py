@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from embeddings_mcp.embedders.local import memory
+from embeddings_mcp.embedders.local.in_process import InThisProcess
 from embeddings_mcp.embedders.local.memory import Returning, halving, out_of_memory
 from embeddings_mcp.embedders.worker import LocalEmbedder
 from embeddings_mcp.errors import ModelUnavailable
@@ -42,7 +43,7 @@ def with_room_for(rows_at_once: int, error: Exception, tried: list[int]) -> Call
 @pytest.mark.parametrize("error", ERRORS, ids=["cuda", "cpu", "windows", "numpy"])
 def test_a_batch_too_large_for_the_memory_is_made_by_halves_in_order(error: Exception) -> None:
     tried: list[int] = []
-    assert halving(with_room_for(2, error, tried), range(7)) == [0, 10, 20, 30, 40, 50, 60]
+    assert halving(with_room_for(2, error, tried), range(7)) == [[0], [10, 20], [30, 40], [50, 60]]
     assert tried == [7, 3, 1, 2, 4, 2, 2]
 
 
@@ -74,7 +75,7 @@ def test_what_filled_the_memory_is_gone_before_the_halves_are_tried() -> None:
 
     gc.disable()  # only what nothing refers to any more is gone
     try:
-        assert halving(make, [1, 2, 3]) == [1, 2, 3]
+        assert halving(make, [1, 2, 3]) == [[1], [2], [3]]
     finally:
         gc.enable()
 
@@ -93,8 +94,8 @@ async def test_a_request_is_answered_though_its_batch_was_too_large() -> None:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return np.array([[len(row)] for row in rows], np.float32)
 
-    encoder = Small(card=EXACT)
-    embedder = LocalEmbedder(ROUGH, cast("Callable[[], Any]", lambda: encoder), lambda: ("rough", EXACT))
+    model = InThisProcess(cast("Any", Small(card=EXACT)))
+    embedder = LocalEmbedder(ROUGH, lambda: model, lambda: ("rough", EXACT))
     with anyio.fail_after(10):
         made = await embedder.embed(["x", "xx", "xxx"], input_type=None, truncate="NONE")
     assert made.vectors[:, 0].tolist() == [1, 2, 3]

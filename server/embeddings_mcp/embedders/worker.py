@@ -1,4 +1,4 @@
-"""The local encoder behind the embedder protocol: loaded on first use, and never run on the event loop."""
+"""A local model behind the embedder protocol: loaded on first use, and never run on the event loop."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import functools
 import math
-import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from embeddings_mcp import telemetry
 from embeddings_mcp.caller import caller_name
 from embeddings_mcp.embedders.base import Embeddings, OnProgress, OnRows, Representations
 from embeddings_mcp.embedders.batcher import MAX_QUEUED_TOKENS, Batcher
+from embeddings_mcp.embedders.cores import usable_cores
 from embeddings_mcp.errors import ServerStopped
 from embeddings_mcp.garbage import nothing_collected
 from embeddings_mcp.models import InputType, ModelCard, Truncate
@@ -28,7 +28,7 @@ from embeddings_mcp.vectors import FloatMatrix, FloatVector, SparseVector
 
 if TYPE_CHECKING:
     from embeddings_mcp.embedders.local.inputs import Row, Tokens
-    from embeddings_mcp.embedders.local.replicas import AnyEncoder
+    from embeddings_mcp.embedders.local.loaded import LoadedModel
 
 _Made = TypeVar("_Made")
 
@@ -75,7 +75,7 @@ class LocalEmbedder:
     def __init__(
         self,
         card: ModelCard,
-        load: Callable[[], AnyEncoder],
+        load: Callable[[], LoadedModel],
         identify: Callable[[], tuple[str, ModelCard]],
         *,
         max_queued_tokens: int = MAX_QUEUED_TOKENS,
@@ -84,7 +84,7 @@ class LocalEmbedder:
         self.card = card
         self._workers = workers
         self._max_queued_tokens = max_queued_tokens
-        self._loaded = _Once(f"load {card.id}", load)
+        self._loaded = _Once(f"load {card.id}", load, drop=lambda model: model.close())
         self._identified = _Once(f"identify {card.id}", identify)
         self._batcher: Batcher[_Kind, Any] | None = None
         self._tokens_of_character = _TOKENS_OF_CHARACTER
@@ -106,8 +106,8 @@ class LocalEmbedder:
         on_rows: OnRows | None = None,
     ) -> Embeddings:
         """See `Embedder.embed`."""
-        encoder, batcher, tokens = await self._tokenized(texts, input_type, truncate)
-        vectors = np.empty((len(texts), encoder.dimensions), dtype=np.float32)
+        model, batcher, tokens = await self._tokenized(texts, input_type, truncate)
+        vectors = np.empty((len(texts), model.dimensions), dtype=np.float32)
         counts = tokens.counts
 
         def take(places: Sequence[int], made: Sequence[FloatVector]) -> None:
@@ -156,16 +156,16 @@ class LocalEmbedder:
 
     async def _tokenized(
         self, texts: Sequence[str], input_type: InputType | None, truncate: Truncate
-    ) -> tuple[AnyEncoder, Batcher[_Kind, Any], Tokens]:
+    ) -> tuple[LoadedModel, Batcher[_Kind, Any], Tokens]:
         """The loaded model, the queue before it, and the texts as they go through it."""
-        encoder, batcher = await self._ready()
-        most = encoder.card.max_tokens or sys.maxsize
+        model, batcher = await self._ready()
+        most = model.card.max_tokens or sys.maxsize
         expected = sum(min(most, math.ceil(len(text) * self._tokens_of_character)) for text in texts)
         # What finds no room is refused before it is tokenized; by its texts it is known when it comes again.
         with batcher.expecting((caller_name(), hash(tuple(texts))), expected):
-            tokens = await _tokenize(encoder, texts, input_type, truncate)
+            tokens = await _tokenize(model, texts, input_type, truncate)
         self._note_tokens(texts, tokens.counts, most)
-        return encoder, batcher, tokens
+        return model, batcher, tokens
 
     def _note_tokens(self, texts: Sequence[str], counts: Sequence[int], most: int) -> None:
         """Learn how many tokens the characters of such texts make, of those texts that were not cut off."""
@@ -174,52 +174,47 @@ class LocalEmbedder:
             seen = sum(count for _, count in whole) / characters
             self._tokens_of_character += 0.1 * (seen - self._tokens_of_character)
 
-    async def _ready(self) -> tuple[AnyEncoder, Batcher[_Kind, Any]]:
+    async def _ready(self) -> tuple[LoadedModel, Batcher[_Kind, Any]]:
         """The loaded model, and the queue before it."""
         self._check_open()
-        encoder = await self._loaded.get()
-        self.card = encoder.card
+        model = await self._loaded.get()
+        if not model.alive:
+            if self._loaded.forget(model):
+                self._batcher = None  # what it still has fails, as the model does
+            model = await self._loaded.get()
+        self.card = model.card
         if self._batcher is None:
-            self._batcher = _batcher(encoder, self._max_queued_tokens, self._workers)
-        return encoder, self._batcher
+            self._batcher = _batcher(model, self._max_queued_tokens, self._workers)
+        return model, self._batcher
 
 
-def _batcher(encoder: AnyEncoder, max_queued_tokens: int, workers: int | None) -> Batcher[_Kind, Any]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = workers or encoder.workers(cores)
-
-    from embeddings_mcp.embedders.local.memory import Returning, halving  # an encoder is there, and torch with it
-
-    give_back = Returning()
+def _batcher(model: LoadedModel, max_queued_tokens: int, workers: int | None) -> Batcher[_Kind, Any]:
+    cores = usable_cores()
+    workers = workers or model.workers(cores)
 
     def run(kind: _Kind, rows: Sequence[Row]) -> Sequence[Any]:
-        def make(rows: Sequence[Row]) -> Sequence[Any]:
-            if not kind.every:
-                return list(encoder.forward(rows, kind.skip))
-            return list(zip(*encoder.forward_all(rows, kind.skip), strict=True))
-
-        made = halving(make, rows)
-        give_back()
-        return made
+        if not kind.every:
+            return list(model.forward(rows, kind.skip))
+        return list(zip(*model.forward_all(rows, kind.skip), strict=True))
 
     return Batcher(
         run,
         workers=workers,
-        budget=encoder.tokens_per_batch,
-        least_share=encoder.least_tokens_per_batch,
+        budget=model.tokens_per_batch,
+        least_share=model.least_tokens_per_batch,
         max_queued_tokens=max_queued_tokens,
-        padded=not encoder.packed,
-        prepare_worker=functools.partial(encoder.compute_on, max(1, cores // workers)),
+        padded=not model.packed,
+        prepare_worker=functools.partial(model.compute_on, max(1, cores // workers)),
     )
 
 
 async def _tokenize(
-    encoder: AnyEncoder, texts: Sequence[str], input_type: InputType | None, truncate: Truncate
+    model: LoadedModel, texts: Sequence[str], input_type: InputType | None, truncate: Truncate
 ) -> Tokens:
     with telemetry.stage("tokenise"):
         if sum(map(len, texts)) <= _CHARACTERS_ON_LOOP:
-            return encoder.tokenize(texts, input_type=input_type, truncate=truncate)
-        return await anyio.to_thread.run_sync(lambda: encoder.tokenize(texts, input_type=input_type, truncate=truncate))
+            return model.tokenize(texts, input_type=input_type, truncate=truncate)
+        return await anyio.to_thread.run_sync(lambda: model.tokenize(texts, input_type=input_type, truncate=truncate))
 
 
 class _Once(Generic[_Made]):
@@ -227,11 +222,19 @@ class _Once(Generic[_Made]):
 
     It is made on a daemon thread, since neither a download nor a disk that hangs may hold up the server's end. Who is
     cancelled while waiting does not disturb the others.
+
+    Args:
+        name: of the thread.
+        make: makes it.
+        drop: called with what was made once it is no longer wanted.
     """
 
-    def __init__(self, name: str, make: Callable[[], _Made]) -> None:
+    def __init__(
+        self, name: str, make: Callable[[], _Made], *, drop: Callable[[_Made], object] = lambda _made: None
+    ) -> None:
         self._name = name
         self._make = make
+        self._drop = drop
         self._made: asyncio.Future[_Made] | None = None
 
     async def get(self) -> _Made:
@@ -242,19 +245,33 @@ class _Once(Generic[_Made]):
 
     def close(self) -> None:
         """Let it go; those who still wait for it are refused."""
-        if self._made is not None and not self._made.done():
-            self._made.set_exception(ServerStopped(_STOPPED))
-        self._made = None
+        made, self._made = self._made, None
+        if made is None:
+            return
+        if not made.done():
+            made.set_exception(ServerStopped(_STOPPED))
+        elif made.exception() is None:
+            self._drop(made.result())
+
+    def forget(self, made: _Made) -> bool:
+        """Have it made anew for the next who asks, if this is what there is; says whether it was."""
+        held = self._made
+        if held is None or not held.done() or held.exception() is not None or held.result() is not made:
+            return False
+        self.close()
+        return True
 
     def _start(self) -> asyncio.Future[_Made]:
         loop = asyncio.get_running_loop()
         made: asyncio.Future[_Made] = loop.create_future()
         made.add_done_callback(self._forget_failure)
 
-        def report(outcome: Callable[[Any], None], value: object) -> None:
+        def report(outcome: Callable[[Any], None], value: Any) -> None:  # noqa: ANN401 - what was made, or an error
             def settle() -> None:
-                if not made.done():  # as it is once this was closed
+                if not made.done():
                     outcome(value)
+                elif not isinstance(value, Exception):  # this was closed meanwhile
+                    self._drop(value)
 
             with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
                 loop.call_soon_threadsafe(settle)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
@@ -117,6 +118,8 @@ def serve(
     logs.configure(settings)
     if transport == "http":
         _refuse_itself(settings)
+        if settings.model_process is None and os.name == "posix":
+            settings = settings.model_copy(update={"model_process": True})
     # Imported late, since the other commands need none of it.
     with nothing_collected():
         from embeddings_mcp.faces.mcp import build_mcp_server

@@ -128,6 +128,11 @@ class Encoder:
         """Whether a batch costs its tokens; else each of its texts costs as many as the longest."""
         return self._backbone.packed
 
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the model has vectors for."""
+        return self._backbone.vocabulary
+
     def workers(self, cores: int) -> int:
         """On how many threads batches are best run, of which each computes on its share of the cores.
 

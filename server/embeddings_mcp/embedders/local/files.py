@@ -5,16 +5,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TypeAlias
 
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint, read_checkpoint
 from embeddings_mcp.embedders.local.fingerprint import file_state, fingerprint, number_format
+from embeddings_mcp.embedders.local.loaded import LoadedModel
+from embeddings_mcp.embedders.local.loading import Loading
 from embeddings_mcp.embedders.local.locate import locate
 from embeddings_mcp.errors import CheckpointInvalid, MissingDependency
 from embeddings_mcp.models import ModelCard, Precision
 
-if TYPE_CHECKING:
-    from embeddings_mcp.embedders.local.replicas import AnyEncoder
+_Apart: TypeAlias = Callable[[Loading, Checkpoint], LoadedModel]
 
 
 class ModelFiles:
@@ -30,6 +31,7 @@ class ModelFiles:
         device: as for `load_encoder`; or several, separated by commas, that are to share the work.
         precision: as for `load_encoder`.
         cuda_graphs: as for `load_encoder`.
+        process: loads it into a process of its own; None where it is to compute in this one.
         digest: tells one file from another, as for `fingerprint`.
     """
 
@@ -43,15 +45,17 @@ class ModelFiles:
         device: str,
         precision: Precision,
         cuda_graphs: bool = True,
+        process: _Apart | None = None,
         digest: Callable[[Path], str] = file_state,
     ) -> None:
         self._name = name
         self._known = known
         self._folder = folder
         self._repository = repository
-        self._devices = [name.strip() for name in device.split(",")]
+        self._devices = tuple(name.strip() for name in device.split(","))
         self._precision = precision
         self._cuda_graphs = cuda_graphs
+        self._process = process
         self._digest = digest
         self._looking = threading.Lock()
         self._seen: tuple[Checkpoint, str] | None = None
@@ -73,7 +77,7 @@ class ModelFiles:
         self._check_unchanged(checkpoint, state)
         return identity, checkpoint.card(self._name, self._known)
 
-    def load(self) -> AnyEncoder:
+    def load(self) -> LoadedModel:
         """The model, ready to be used.
 
         Raises:
@@ -81,27 +85,22 @@ class ModelFiles:
             ModelUnavailable: as in `identify`, or there is no such device here.
             CheckpointInvalid: as in `identify`.
         """
-        try:
-            from embeddings_mcp.embedders.local.encoder import load_encoder
-            from embeddings_mcp.embedders.local.replicas import Replicas
-        except ImportError as error:
-            raise self._missing(error) from error
         checkpoint, state = self._look()
-        # All in the numbers of the first, or a text's vector would depend on which of them happened to be free.
-        precision = number_format(self._precision, self._devices[0])
-        encoders = [
-            load_encoder(
-                self._name,
-                checkpoint.folder,
+        try:
+            loading = Loading(
+                name=self._name,
+                folder=checkpoint.folder,
                 known=self._known,
-                device=device,
-                precision=precision,
+                devices=self._devices,
+                # All in the numbers of the first, or a text's vector would depend on which of them was free.
+                precision=number_format(self._precision, self._devices[0]),
                 cuda_graphs=self._cuda_graphs,
             )
-            for device in self._devices
-        ]
+            model = loading.load() if self._process is None else self._process(loading, checkpoint)
+        except ImportError as error:
+            raise self._missing(error) from error
         self._check_unchanged(checkpoint, state)
-        return encoders[0] if len(encoders) == 1 else Replicas(encoders)
+        return model
 
     def _missing(self, error: ImportError) -> MissingDependency:
         return MissingDependency(

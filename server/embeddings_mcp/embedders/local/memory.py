@@ -25,15 +25,15 @@ BATCHES = 8
 _logger = logging.getLogger(__name__)
 
 
-def halving(make: Callable[[Sequence[_Row]], Sequence[_Result]], rows: Sequence[_Row]) -> list[_Result]:
-    """What `make` makes of all rows, by halves where all at once are too many for the memory.
+def halving(make: Callable[[Sequence[_Row]], _Result], rows: Sequence[_Row]) -> list[_Result]:
+    """What `make` makes of all rows: in one piece or, where these are too many for the memory, in several.
 
     Raises:
         ModelUnavailable: a row alone is.
         Exception: whatever else `make` raises.
     """
     try:
-        return list(make(rows))
+        return [make(rows)]
     except Exception as error:
         if not out_of_memory(error):
             raise

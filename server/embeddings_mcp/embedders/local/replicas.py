@@ -22,6 +22,7 @@ class Replicas:
         card: see `Encoder`.
         dimensions: see `Encoder`.
         packed: see `Encoder`.
+        vocabulary: see `Encoder`.
         tokens_per_batch: see `Encoder`; the least of theirs.
         least_tokens_per_batch: see `Encoder`; likewise.
     """
@@ -31,6 +32,7 @@ class Replicas:
         self.card = first.card
         self.dimensions = first.dimensions
         self.packed = first.packed
+        self.vocabulary = first.vocabulary
         self.tokens_per_batch = min(encoder.tokens_per_batch for encoder in encoders)
         self.least_tokens_per_batch = min(encoder.least_tokens_per_batch for encoder in encoders)
         self._encoders = encoders

@@ -1,0 +1,58 @@
+"""How a model is to be loaded, as one piece that another process can be given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from embeddings_mcp.models import ModelCard, Precision
+
+if TYPE_CHECKING:
+    from embeddings_mcp.embedders.local.in_process import InThisProcess
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """How a model is to be loaded; see `load_encoder`.
+
+    Attributes:
+        name: what it is called.
+        folder: its checkpoint.
+        known: the card of that name, where there is one.
+        devices: where it computes; several share the work.
+        precision: in which numbers.
+        cuda_graphs: whether passes over few tokens are recorded on CUDA.
+    """
+
+    name: str
+    folder: Path
+    known: ModelCard | None
+    devices: tuple[str, ...]
+    precision: Precision
+    cuda_graphs: bool
+
+    def load(self) -> InThisProcess:
+        """Load it into this process.
+
+        Raises:
+            ImportError: a package that it needs is not installed.
+            CheckpointInvalid: something in the folder is missing, damaged or not supported.
+            ModelUnavailable: this machine has no such device.
+        """
+        from embeddings_mcp.embedders.local.encoder import load_encoder
+        from embeddings_mcp.embedders.local.in_process import InThisProcess
+        from embeddings_mcp.embedders.local.replicas import Replicas
+
+        encoders = [
+            load_encoder(
+                self.name,
+                self.folder,
+                known=self.known,
+                device=device,
+                precision=self.precision,
+                cuda_graphs=self.cuda_graphs,
+            )
+            for device in self.devices
+        ]
+        return InThisProcess(encoders[0] if len(encoders) == 1 else Replicas(encoders))

@@ -1,0 +1,93 @@
+"""The other end of `model_process`: loads a model, and computes what it is sent until the server ends."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
+
+from embeddings_mcp.embedders.local.model_process import Failed, Order, Ready
+from embeddings_mcp.garbage import nothing_collected
+
+if TYPE_CHECKING:
+    from embeddings_mcp.embedders.local.in_process import InThisProcess
+
+
+def main() -> None:
+    """Do what the order says that comes by stdin."""
+    # Whoever stops the server may stop this as well; the server still has requests to answer, and ends this itself.
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.SIG_IGN)
+    order: Order = pickle.load(sys.stdin.buffer)  # noqa: S301 - from the process that started this one
+    server = threading.Thread(target=_end_with_the_server, name="server")
+    server.start()
+    logging.basicConfig(level=logging.INFO, handlers=[_ToServer(Connection(order.log, readable=False))], force=True)
+    connections = [Connection(file) for file in order.connections]
+    try:
+        with nothing_collected():
+            model = order.loading.load()
+    except Exception as error:  # noqa: BLE001 - it is raised in the server, which then ends this process
+        connections[0].send(Failed.by(error))
+    else:
+        _compute_all(model, connections, order)
+    server.join()
+
+
+def _compute_all(model: InThisProcess, connections: Sequence[Connection], order: Order) -> None:
+    """Compute what comes by the connections, on a thread for each batch that is to run at the same time."""
+    workers = order.workers or min(model.workers(order.cores), len(connections))
+    for connection in connections[:workers]:
+        cores = max(1, order.cores // workers)
+        threading.Thread(target=_compute, args=(model, connection, cores), name="encode", daemon=True).start()
+    ready = Ready(
+        card=model.card,
+        dimensions=model.dimensions,
+        packed=model.packed,
+        tokens_per_batch=model.tokens_per_batch,
+        least_tokens_per_batch=model.least_tokens_per_batch,
+        vocabulary=model.vocabulary,
+        workers=workers,
+    )
+    connections[0].send(ready)
+
+
+def _compute(model: InThisProcess, connection: Connection, cores: int) -> None:
+    """Make of every batch that comes what is to be made of it."""
+    model.compute_on(cores)
+    methods = {"forward": model.forward, "forward_all": model.forward_all}
+    while True:
+        try:
+            method, rows, skip = connection.recv()
+        except (EOFError, OSError):  # the server has ended
+            return
+        try:
+            answer: object = methods[method](rows, skip)
+        except Exception as error:
+            logging.getLogger(__name__).exception("a batch failed")
+            answer = Failed.by(error)
+        connection.send(answer)
+
+
+def _end_with_the_server() -> None:
+    """Nothing more comes by stdin, and its end comes with that of the server, however it ends."""
+    os.read(sys.stdin.fileno(), 1)
+    os._exit(0)
+
+
+class _ToServer(logging.Handler):
+    """Sends log records to the server, which has been told how to write them, and which of them."""
+
+    def __init__(self, log: Connection) -> None:
+        super().__init__()
+        self._log = log
+        self.setFormatter(logging.Formatter("%(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Send one; a traceback follows its message."""
+        self._log.send((record.name, record.levelno, self.format(record)))

@@ -1,0 +1,198 @@
+"""A model in a process of its own: the same vectors, and a server that outlives it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx
+import numpy as np
+import pytest
+
+from embeddings_mcp.assemble import build_service
+from embeddings_mcp.embedders.local.model_process import ModelProcess
+from embeddings_mcp.embedders.worker import LocalEmbedder
+from embeddings_mcp.errors import CheckpointInvalid, EmbeddingsError, ModelUnavailable
+from embeddings_mcp.settings import Settings
+from tests.local.golden import MODELS, FamilyName, family
+from tests.support import running
+
+pytestmark = [
+    pytest.mark.anyio,
+    pytest.mark.skipif(os.name != "posix", reason="models have processes of their own on POSIX systems only"),
+]
+
+COMMAND = str(Path(sys.executable).with_name("embeddings-mcp"))
+SECONDS = 60
+TEXTS = ["water under the bridge", "a committee", "the opinion of a committee on bridges " * 3]
+
+
+@asynccontextmanager
+async def served(name: FamilyName, **settings: Any) -> AsyncIterator[LocalEmbedder]:
+    """A family's model as the server would have it."""
+    spec = f"{MODELS[name]}={family(name).folder}"
+    embedder: Any = build_service(
+        Settings(models=(spec,), cache="off", precision="float32", **settings)
+    ).catalogue.default
+    try:
+        with anyio.fail_after(SECONDS):
+            yield embedder
+    finally:
+        await embedder.aclose()
+
+
+def process_of(embedder: LocalEmbedder) -> subprocess.Popen[bytes]:
+    assert embedder._loaded._made is not None
+    model = embedder._loaded._made.result()
+    assert isinstance(model, ModelProcess)
+    return model._process
+
+
+def child_of(process: int) -> int:
+    """The only child of a process, whichever of its threads has started it."""
+    found = [path.read_text().split() for path in Path(f"/proc/{process}/task").glob("*/children")]
+    ((child,),) = [children for children in found if children]
+    return int(child)
+
+
+def wait_until_gone(process: int) -> None:
+    """Wait for the end of a process that is not a child of this one."""
+    ends = time.monotonic() + SECONDS
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        while " Z " not in Path(f"/proc/{process}/stat").read_text():
+            assert time.monotonic() < ends, f"process {process} goes on"
+            time.sleep(0.01)  # there is no event: its end is its parent's to know, and that one is dead
+
+
+@pytest.mark.parametrize("name", ["e5", "llama-nemotron-embed"])
+async def test_the_vectors_are_those_that_this_process_makes(name: FamilyName) -> None:
+    async with served(name, model_process=True) as there, served(name) as here:
+        made, expected = [await embedder.embed(TEXTS, input_type="query", truncate="END") for embedder in (there, here)]
+    assert np.array_equal(made.vectors, expected.vectors)
+    assert made.tokens == expected.tokens
+    assert there.card == here.card
+
+
+async def test_all_that_a_model_makes_comes_from_there() -> None:
+    async with served("bge-m3", model_process=True) as there, served("bge-m3") as here:
+        made, expected = [
+            await embedder.represent(TEXTS, input_type=None, truncate="END") for embedder in (there, here)
+        ]
+    assert np.array_equal(made.vectors, expected.vectors)
+    for ours, theirs in zip(made.sparse, expected.sparse, strict=True):
+        assert np.array_equal(ours.ids, theirs.ids)
+        assert np.array_equal(ours.weights, theirs.weights)
+    assert all(np.array_equal(*pair) for pair in zip(made.colbert, expected.colbert, strict=True))
+
+
+async def test_many_callers_get_what_is_theirs() -> None:
+    async with served("e5", model_process=True, workers=3) as there, served("e5") as here:
+        expected = (await here.embed(TEXTS, input_type="query", truncate="END")).vectors
+        found: list[float] = []
+
+        async def ask(first: int) -> None:
+            order = [(first + place) % len(TEXTS) for place in range(len(TEXTS))]
+            made = await there.embed([TEXTS[index] for index in order], input_type="query", truncate="END")
+            found.append(float(np.abs(made.vectors - expected[order]).max()))
+
+        async with anyio.create_task_group() as callers:
+            for first in range(30):
+                callers.start_soon(ask, first)
+    assert len(found) == 30
+    assert max(found) < 1e-6
+
+
+async def test_when_it_is_killed_those_who_wait_are_told_and_the_next_have_it_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with served("e5", model_process=True, workers=1) as embedder:
+        before = await embedder.embed(TEXTS, input_type="query", truncate="END")
+        process = process_of(embedder)
+        os.kill(process.pid, signal.SIGSTOP)  # what is asked for now is surely not made before the end
+        told: list[str] = []
+
+        async def ask() -> None:
+            with pytest.raises(ModelUnavailable) as refused:
+                await embedder.embed(TEXTS, input_type="query", truncate="END")
+            told.append(refused.value.message)
+
+        async with anyio.create_task_group() as callers:
+            for _ in range(3):
+                callers.start_soon(ask)
+            await anyio.wait_all_tasks_blocked()
+            os.kill(process.pid, signal.SIGKILL)
+        after = await embedder.embed(TEXTS, input_type="query", truncate="END")
+
+        runs = f"the process that runs {MODELS['e5']}"
+        assert len(told) == 3
+        assert set(told) == {f"{runs} was ended by SIGKILL while this was computed; the next request starts it again"}
+        assert process_of(embedder).pid != process.pid
+        assert np.array_equal(before.vectors, after.vectors)
+    assert [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR] == [
+        f"The process that runs {MODELS['e5']} was ended by SIGKILL."
+    ]
+
+
+async def test_what_stops_the_server_does_not_stop_it_before_its_answers() -> None:
+    async with served("e5", model_process=True) as embedder:
+        await embedder.check()
+        process = process_of(embedder)
+        for stop in (signal.SIGINT, signal.SIGTERM):
+            os.kill(process.pid, stop)
+        await embedder.embed(TEXTS, input_type="query", truncate="END")
+        assert process.poll() is None
+    assert process.poll() == -signal.SIGKILL
+
+
+async def test_what_is_wrong_with_a_checkpoint_is_told_in_the_same_words(tmp_path: Path) -> None:
+    folder = family("e5").folder
+    for path in folder.rglob("*"):
+        if path.is_file() and path.suffix != ".safetensors":
+            (tmp_path / path.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path.relative_to(folder)).write_bytes(path.read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    told: list[EmbeddingsError] = []
+    for apart in (True, False):
+        settings = Settings(models=(f"mine={tmp_path}",), model_process=apart, cache="off")
+        embedder: Any = build_service(settings).catalogue.default
+        with pytest.raises(CheckpointInvalid) as refused, anyio.fail_after(SECONDS):
+            await embedder.check()
+        told.append(refused.value)
+    assert told[0].message == told[1].message
+
+
+async def test_its_log_is_the_server_s(caplog: pytest.LogCaptureFixture) -> None:
+    async with served("nv-embed-v2", model_process=True) as embedder:
+        await embedder.check()
+        await embedder.embed(TEXTS, input_type="passage", truncate="END")
+    assert "nvidia/nv-embed-v2 may not be used commercially: its licence is CC-BY-NC-4.0" in caplog.messages
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what a process has loaded is read from /proc")
+def test_a_server_has_no_torch_in_its_own_process_and_takes_the_model_s_with_it() -> None:
+    model = f"mine={family('e5').folder}"
+    body = {"input": "water", "model": "mine", "input_type": "query"}
+    with running(COMMAND, "serve", "--transport", "http", "--port", "0", "--model", model) as (server, url):
+        httpx.post(f"{url}/v1/embeddings", json=body, timeout=SECONDS).raise_for_status()
+        child = child_of(server.pid)
+        assert "libtorch" not in Path(f"/proc/{server.pid}/maps").read_text()
+        assert "libtorch" in Path(f"/proc/{child}/maps").read_text()
+        server.kill()
+        wait_until_gone(child)
+
+
+def test_on_windows_it_cannot_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "name", "nt")
+    with pytest.raises(ValueError, match="is not possible on Windows: leave it out"):
+        Settings(model_process=True)
+    assert Settings(model_process=False).model_process is False
