@@ -99,8 +99,8 @@ def _show_share(rounds: int, requests: int, at_once: int) -> None:
     """Of the server's processor time, what is not tokenizing or encoding."""
     with tempfile.TemporaryDirectory() as folder:
         account = Path(folder) / "account"
-        # Tokens are made on the thread that is counted, not on others.
-        settings = {"TOKENIZERS_PARALLELISM": "false"}
+        # Tokens are made on the thread that is counted, not on others, and all in one process.
+        settings = {"TOKENIZERS_PARALLELISM": "false", "EMBEDDINGS_MCP_MODEL_PROCESS": "false"}
         command = ("-m", "benchmarks.accounting", str(account))
         rows = []
         with our_server(command=command, settings=settings) as server:

@@ -18,6 +18,7 @@ import anyio
 import httpx
 import numpy as np
 import pytest
+from benchmarks.process import family as family_of
 
 from embeddings_mcp.assemble import build_service
 from embeddings_mcp.embedders.local.model_process import ModelProcess
@@ -58,11 +59,10 @@ def process_of(embedder: LocalEmbedder) -> subprocess.Popen[bytes]:
     return model._process
 
 
-def child_of(process: int) -> int:
-    """The only child of a process, whichever of its threads has started it."""
-    found = [path.read_text().split() for path in Path(f"/proc/{process}/task").glob("*/children")]
-    ((child,),) = [children for children in found if children]
-    return int(child)
+def environment_of(process: int) -> set[str]:
+    """The names of the environment variables that a process began with."""
+    given = Path(f"/proc/{process}/environ").read_bytes()
+    return {variable.partition(b"=")[0].decode() for variable in given.split(b"\0")}
 
 
 def wait_until_gone(process: int) -> None:
@@ -178,13 +178,25 @@ async def test_its_log_is_the_server_s(caplog: pytest.LogCaptureFixture) -> None
     assert "nvidia/nv-embed-v2 may not be used commercially: its licence is CC-BY-NC-4.0" in caplog.messages
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="what a process was given is read from /proc")
+async def test_it_is_given_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["EMBEDDINGS_MCP_OAUTH_ISSUER", "NVIDIA_API_KEY", "HF_TOKEN", "MY_SECRET", "DB_PASSWORD", "secret_keys"]
+    for name in [*names, "TOKENIZERS_PARALLELISM", "KEYBOARD"]:
+        monkeypatch.setenv(name, "true")
+    async with served("e5", model_process=True) as embedder:
+        await embedder.check()
+        given = environment_of(process_of(embedder).pid)
+    assert not given & set(names)
+    assert given >= {"TOKENIZERS_PARALLELISM", "KEYBOARD", "PATH"}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="what a process has loaded is read from /proc")
 def test_a_server_has_no_torch_in_its_own_process_and_takes_the_model_s_with_it() -> None:
     model = f"mine={family('e5').folder}"
     body = {"input": "water", "model": "mine", "input_type": "query"}
     with running(COMMAND, "serve", "--transport", "http", "--port", "0", "--model", model) as (server, url):
         httpx.post(f"{url}/v1/embeddings", json=body, timeout=SECONDS).raise_for_status()
-        child = child_of(server.pid)
+        _, child = family_of(server.pid)
         assert "libtorch" not in Path(f"/proc/{server.pid}/maps").read_text()
         assert "libtorch" in Path(f"/proc/{child}/maps").read_text()
         server.kill()

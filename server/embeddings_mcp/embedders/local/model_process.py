@@ -16,6 +16,7 @@ import logging
 import os
 import pickle
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -37,6 +38,9 @@ from embeddings_mcp.vectors import FloatMatrix, SparseVector
 _logger = logging.getLogger(__name__)
 
 _PROGRAM = "from embeddings_mcp.embedders.local.process_main import main; main()"
+
+_SECRET = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL)S?($|_)", re.IGNORECASE)
+"""What names of environment variables hold that are nobody else's business."""
 
 _SECONDS = 5
 """Longest that the system may take to end a process that it was told to kill."""
@@ -235,10 +239,20 @@ def _start(order: Order) -> subprocess.Popen[bytes]:
         pass_fds=[*order.connections, order.log],
         # A Ctrl-C in the terminal is the server's: it has requests to end first.
         start_new_session=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        env=_environment(),
     )
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError):  # it has ended already: whoever waits for its answer will hear of it
         process.stdin.write(pickle.dumps(order))
         process.stdin.flush()
     return process
+
+
+def _environment() -> dict[str, str]:
+    """This process's, without what a model has no use for, and without keys, since it reads files of strangers."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("EMBEDDINGS_MCP_") and not _SECRET.search(name)
+    }
+    return {**kept, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
