@@ -6,8 +6,9 @@ texts -> Tokenizer -> rows of token ids -> Backbone -> token vectors -> pool -> 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,6 +72,8 @@ class Encoder:
         self._latent_attention = latent_attention
         self._heads = heads
         self._stages = stages
+        on_a_gpu = backbone.device.type == "cuda"
+        self._launching: AbstractContextManager[object] = threading.Lock() if on_a_gpu else nullcontext()
 
     def encode(
         self, texts: Sequence[str], *, input_type: InputType | None = None, truncate: Truncate = "NONE"
@@ -82,8 +85,11 @@ class Encoder:
         """
         tokens = self.tokenize(texts, input_type=input_type, truncate=truncate)
         vectors = np.empty((len(texts), self.dimensions), dtype=np.float32)
-        for batch in self._batches(tokens.rows):
-            vectors[batch] = self.forward([tokens.rows[index] for index in batch], tokens.skip)
+        batches = self._batches(tokens.rows)
+        # All are launched before any is waited for, so that a GPU never waits for the next.
+        made = [self._launch([tokens.rows[index] for index in batch], tokens.skip) for batch in batches]
+        for batch, some in zip(batches, made, strict=True):
+            vectors[batch] = some.cpu().numpy()
         return Embeddings(vectors, tokens.counts)
 
     def tokenize(self, texts: Sequence[str], *, input_type: InputType | None, truncate: Truncate) -> Tokens:
@@ -105,10 +111,20 @@ class Encoder:
             spent += cost
         return batches
 
-    @torch.inference_mode()
     def forward(self, rows: Sequence[Row], skip: int) -> FloatMatrix:
         """The vectors, float32 ``[n, d]``, of one batch of tokenized texts; see `Tokens`."""
-        return self._dense(*self._hidden_states(rows), skip=skip)
+        result: FloatMatrix = self._launch(rows, skip).cpu().numpy()
+        return result
+
+    @torch.inference_mode()
+    def _launch(self, rows: Sequence[Row], skip: int) -> torch.Tensor:
+        """The same, on the model's device; a GPU may still be computing it.
+
+        One batch is launched after the other: threads that did so at the same time would take turns at every kernel, be
+        done at the same time, and have the GPU wait for both.
+        """
+        with self._launching:
+            return self._dense(*self._hidden_states(rows), skip=skip)
 
     @torch.inference_mode()
     def forward_all(self, rows: Sequence[Row], skip: int) -> tuple[FloatMatrix, list[SparseVector], list[FloatMatrix]]:
@@ -121,7 +137,8 @@ class Encoder:
             raise ModelUnavailable(f"{self.card.id} makes one dense vector of a text, and nothing else")
         hidden, packing = self._hidden_states(rows)
         sparse, colbert = self._heads.sparse(hidden, rows), self._heads.colbert(hidden, packing)
-        return self._dense(hidden, packing, skip=skip), sparse, colbert
+        dense: FloatMatrix = self._dense(hidden, packing, skip=skip).cpu().numpy()
+        return dense, sparse, colbert
 
     @property
     def packed(self) -> bool:
@@ -157,12 +174,11 @@ class Encoder:
         hidden, packing = self._backbone.hidden_states(rows)
         return (hidden if self._latent_attention is None else self._latent_attention(hidden)), packing
 
-    def _dense(self, hidden: torch.Tensor, packing: Packing, *, skip: int) -> FloatMatrix:
+    def _dense(self, hidden: torch.Tensor, packing: Packing, *, skip: int) -> torch.Tensor:
         vectors = pool(hidden, packing, self._checkpoint.pipeline.pooling, skip=skip)
         for stage in self._stages:
             vectors = stage(vectors)
-        result: FloatMatrix = vectors.cpu().numpy()
-        return result
+        return vectors
 
 
 def load_encoder(
