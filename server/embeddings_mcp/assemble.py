@@ -19,9 +19,9 @@ from embeddings_mcp.embedders.cache import Cache, DiskStore, MemoryStore, cached
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint, read_checkpoint
 from embeddings_mcp.embedders.local.files import ModelFiles
 from embeddings_mcp.embedders.local.fingerprint import file_digest, file_state
-from embeddings_mcp.embedders.local.loaded import LoadedModel
-from embeddings_mcp.embedders.local.loading import Loading
 from embeddings_mcp.embedders.local.locate import find_bundled
+from embeddings_mcp.embedders.local.running.loaded import LoadedModel
+from embeddings_mcp.embedders.local.running.loading import Loading
 from embeddings_mcp.embedders.worker import LocalEmbedder
 from embeddings_mcp.errors import InvalidRequest, InvalidSetting, UnknownModel
 from embeddings_mcp.models import CARDS, ModelCard, find_card
@@ -209,7 +209,9 @@ def _local(spec: str, settings: Settings, cache: Cache | None = None) -> LocalEm
 
 def _apart(loading: Loading, checkpoint: Checkpoint, *, workers: int | None) -> LoadedModel:
     """The model in a process of its own."""
-    from embeddings_mcp.embedders.local.model_process import ModelProcess  # with a tokenizer, which is slow to import
+    from embeddings_mcp.embedders.local.running.model_process import (
+        ModelProcess,  # with a tokenizer, which is slow to import
+    )
 
     return ModelProcess(loading, checkpoint, workers=workers)
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from embeddings_mcp.embedders.local import memory
-from embeddings_mcp.embedders.local.in_process import InThisProcess
 from embeddings_mcp.embedders.local.memory import Returning, halving, out_of_memory
+from embeddings_mcp.embedders.local.running.in_process import InThisProcess
 from embeddings_mcp.embedders.worker import LocalEmbedder
 from embeddings_mcp.errors import ModelUnavailable
 from tests.test_worker import EXACT, ROUGH, SteppedEncoder

@@ -21,7 +21,7 @@ import pytest
 from benchmarks.process import family as family_of
 
 from embeddings_mcp.assemble import build_service
-from embeddings_mcp.embedders.local.model_process import ModelProcess
+from embeddings_mcp.embedders.local.running.model_process import ModelProcess
 from embeddings_mcp.embedders.worker import LocalEmbedder
 from embeddings_mcp.errors import CheckpointInvalid, EmbeddingsError, ModelUnavailable
 from embeddings_mcp.settings import Settings

@@ -28,7 +28,7 @@ from embeddings_mcp.vectors import FloatMatrix, FloatVector, SparseVector
 
 if TYPE_CHECKING:
     from embeddings_mcp.embedders.local.inputs import Row, Tokens
-    from embeddings_mcp.embedders.local.loaded import LoadedModel
+    from embeddings_mcp.embedders.local.running.loaded import LoadedModel
 
 _Made = TypeVar("_Made")
 

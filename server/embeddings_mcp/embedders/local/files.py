@@ -9,9 +9,9 @@ from typing import TypeAlias
 
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint, read_checkpoint
 from embeddings_mcp.embedders.local.fingerprint import file_state, fingerprint, number_format
-from embeddings_mcp.embedders.local.loaded import LoadedModel
-from embeddings_mcp.embedders.local.loading import Loading
 from embeddings_mcp.embedders.local.locate import locate
+from embeddings_mcp.embedders.local.running.loaded import LoadedModel
+from embeddings_mcp.embedders.local.running.loading import Loading
 from embeddings_mcp.errors import CheckpointInvalid, MissingDependency
 from embeddings_mcp.models import ModelCard, Precision
 

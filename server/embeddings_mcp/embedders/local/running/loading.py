@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from embeddings_mcp.models import ModelCard, Precision
 
 if TYPE_CHECKING:
-    from embeddings_mcp.embedders.local.in_process import InThisProcess
+    from embeddings_mcp.embedders.local.running.in_process import InThisProcess
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +41,8 @@ class Loading:
             ModelUnavailable: this machine has no such device.
         """
         from embeddings_mcp.embedders.local.encoder import load_encoder
-        from embeddings_mcp.embedders.local.in_process import InThisProcess
         from embeddings_mcp.embedders.local.replicas import Replicas
+        from embeddings_mcp.embedders.local.running.in_process import InThisProcess
 
         encoders = [
             load_encoder(

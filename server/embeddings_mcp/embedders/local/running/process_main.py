@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
-from embeddings_mcp.embedders.local.model_process import Failed, Order, Ready
+from embeddings_mcp.embedders.local.running.model_process import Failed, Order, Ready
 from embeddings_mcp.garbage import nothing_collected
 
 if TYPE_CHECKING:
-    from embeddings_mcp.embedders.local.in_process import InThisProcess
+    from embeddings_mcp.embedders.local.running.in_process import InThisProcess
 
 
 def main() -> None:
