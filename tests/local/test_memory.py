@@ -89,6 +89,8 @@ def test_pytorch_is_recognised_when_it_says_so() -> None:
 @pytest.mark.anyio
 async def test_a_request_is_answered_though_its_batch_was_too_large() -> None:
     class Small(SteppedEncoder):
+        device = torch.device("cpu")
+
         def forward(self, rows: Sequence[Sequence[int]], skip: int) -> Any:
             if len(rows) > 1:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -102,13 +104,17 @@ async def test_a_request_is_answered_though_its_batch_was_too_large() -> None:
     await embedder.aclose()
 
 
-def test_free_memory_is_given_back_after_every_so_many_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_memory_is_given_back_after_every_so_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     trimmed: list[int] = []
     monkeypatch.setattr(memory, "_of_glibc", {"malloc_trim": trimmed.append}.get)
     give_back = Returning()
-    for _ in range(3 * memory.BATCHES):
-        give_back()
+    for _ in range(3 * memory.TOKENS // 1024):
+        give_back(1024)
     assert trimmed == [0, 0, 0]
+    give_back(memory.TOKENS - 1)
+    assert trimmed == [0, 0, 0]
+    give_back(1)
+    assert trimmed == [0, 0, 0, 0]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
@@ -130,8 +136,7 @@ print(pages(), [pages() for _ in range(10)][-1])
 
 
 def test_giving_back_goes_with_any_c_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "BATCHES", 1)
-    Returning()()
+    Returning()(memory.TOKENS)
     monkeypatch.setattr("sys.platform", "darwin")
-    Returning()()
+    Returning()(memory.TOKENS)
     memory.keep_freed()

@@ -141,6 +141,11 @@ class Encoder:
         return dense, sparse, colbert
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._backbone.device
+
+    @property
     def packed(self) -> bool:
         """Whether a batch costs its tokens; else each of its texts costs as many as the longest."""
         return self._backbone.packed
@@ -157,7 +162,7 @@ class Encoder:
         after every product, for long when another process takes one of their cores. A large one wants all of them. On a
         GPU one batch is made ready while another runs.
         """
-        match self._backbone.device.type:
+        match self.device.type:
             case "cpu":
                 return cores if self.dimensions < _LARGE else 1
             case "cuda":

@@ -20,6 +20,7 @@ class Replicas:
 
     Attributes:
         card: see `Encoder`.
+        device: the first's; see `Encoder`.
         dimensions: see `Encoder`.
         packed: see `Encoder`.
         vocabulary: see `Encoder`.
@@ -30,6 +31,7 @@ class Replicas:
     def __init__(self, encoders: Sequence[Encoder]) -> None:
         first = encoders[0]
         self.card = first.card
+        self.device = first.device
         self.dimensions = first.dimensions
         self.packed = first.packed
         self.vocabulary = first.vocabulary

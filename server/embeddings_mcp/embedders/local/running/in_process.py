@@ -36,19 +36,23 @@ class InThisProcess:
         self.compute_on = encoder.compute_on
         self.tokenize = encoder.tokenize
         self._encoder = encoder
-        self._give_back = Returning()
+        self._give_back = Returning() if encoder.device.type == "cpu" else None
 
     def forward(self, rows: Sequence[Row], skip: int) -> FloatMatrix:
         """See `LoadedModel.forward`."""
         parts = halving(lambda some: self._encoder.forward(some, skip), rows)
-        self._give_back()
+        self._computed(rows)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def forward_all(self, rows: Sequence[Row], skip: int) -> tuple[FloatMatrix, list[SparseVector], list[FloatMatrix]]:
         """See `LoadedModel.forward_all`."""
         dense, sparse, colbert = zip(*halving(lambda some: self._encoder.forward_all(some, skip), rows), strict=True)
-        self._give_back()
+        self._computed(rows)
         return np.concatenate(dense), [*itertools.chain(*sparse)], [*itertools.chain(*colbert)]
 
     def close(self) -> None:
         """See `LoadedModel.close`: nothing is to be done here."""
+
+    def _computed(self, rows: Sequence[Row]) -> None:
+        if self._give_back is not None:
+            self._give_back(sum(map(len, rows)))
