@@ -18,8 +18,8 @@ _KEPT = {-1: 128 << 20, -3: 32 << 20}
 _Row = TypeVar("_Row")
 _Result = TypeVar("_Result")
 
-TOKENS = 6 * 1024
-"""After so many tokens what is free is given back: three full batches in float32."""
+TOKENS = 2 * 1024
+"""After so many tokens what is free is given back: a full batch in float32."""
 
 _logger = logging.getLogger(__name__)
 
