@@ -19,6 +19,7 @@ from embeddings_mcp.embedders.batcher import Batcher
 from embeddings_mcp.errors import ModelUnavailable, Overloaded, ServerStopped
 
 SECONDS = 10
+STOPPED = ServerStopped("the server is shutting down")
 """Longest that anything here may take."""
 
 BUDGET = 8
@@ -100,7 +101,7 @@ def test_every_caller_gets_the_results_of_his_own_rows_in_their_order(
             for caller, (kind, rows) in enumerate(requests):
                 callers.start_soon(ask, caller, kind, rows)
         assert batcher.queued_tokens == 0
-        batcher.close()
+        batcher.close(STOPPED)
 
     anyio.run(ask_all)
     assert answers == {caller: [(kind, row) for row in rows] for caller, (kind, rows) in enumerate(requests)}
@@ -273,7 +274,7 @@ async def test_closing_fails_what_waits_and_takes_no_more() -> None:
     async with anyio.create_task_group() as callers:
         callers.start_soon(ask)
         await steps.next_batch()
-        batcher.close()
+        batcher.close(STOPPED)
         steps.may_end.release(100)
     assert steps.begun.empty()
     with pytest.raises(ServerStopped):

@@ -14,6 +14,9 @@ def nothing_collected() -> Iterator[None]:
     For blocks that import and load. One inside another, or on another thread at the same time, does no harm: the first
     that ends has garbage collected again.
     """
+    if gc.isenabled() and gc.get_freeze_count():
+        # After the first time there may be garbage, a model that ended for one, which would stay for good as well.
+        gc.collect()
     gc.disable()
     try:
         yield

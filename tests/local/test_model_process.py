@@ -8,7 +8,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,6 +23,7 @@ import pytest
 from benchmarks.process import family as family_of
 
 from embeddings_mcp.assemble import build_service
+from embeddings_mcp.embedders.local.running import model_process
 from embeddings_mcp.embedders.local.running.model_process import ModelProcess
 from embeddings_mcp.embedders.worker import LocalEmbedder
 from embeddings_mcp.errors import CheckpointInvalid, EmbeddingsError, ModelUnavailable
@@ -52,11 +55,20 @@ async def served(name: FamilyName, **settings: Any) -> AsyncIterator[LocalEmbedd
         await embedder.aclose()
 
 
-def process_of(embedder: LocalEmbedder) -> subprocess.Popen[bytes]:
+def model_of(embedder: LocalEmbedder) -> ModelProcess:
     assert embedder._loaded._made is not None
     model = embedder._loaded._made.result()
     assert isinstance(model, ModelProcess)
-    return model._process
+    return model
+
+
+def process_of(embedder: LocalEmbedder) -> subprocess.Popen[bytes]:
+    return model_of(embedder)._process
+
+
+def open_files() -> int:
+    """How many files this process has open."""
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 def environment_of(process: int) -> set[str]:
@@ -141,6 +153,77 @@ async def test_when_it_is_killed_those_who_wait_are_told_and_the_next_have_it_ag
     assert [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR] == [
         f"The process that runs {MODELS['e5']} was ended by SIGKILL."
     ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="open files are read from /proc")
+async def test_however_often_it_is_killed_nothing_of_it_stays() -> None:
+    async with served("e5", model_process=True, workers=2) as embedder:
+        seen: list[tuple[int, int]] = []
+        models: list[weakref.ref[ModelProcess]] = []
+        for _ in range(4):
+            await embedder.embed(TEXTS, input_type="query", truncate="END")
+            seen.append((threading.active_count(), open_files()))
+            process = process_of(embedder)
+            models.append(weakref.ref(model_of(embedder)))
+            os.kill(process.pid, signal.SIGSTOP)  # what is asked for now is surely not made before the end
+
+            async def ask() -> None:
+                with pytest.raises(ModelUnavailable):
+                    await embedder.embed(TEXTS, input_type="query", truncate="END")
+
+            async with anyio.create_task_group() as callers:
+                for _ in range(3):
+                    callers.start_soon(ask)
+                await anyio.wait_all_tasks_blocked()
+                os.kill(process.pid, signal.SIGKILL)
+            await anyio.to_thread.run_sync(process.wait)
+        await embedder.embed(TEXTS, input_type="query", truncate="END")
+    assert max(seen[1:]) <= seen[1]
+    assert models[0]() is None
+    assert models[1]() is None
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("loading.Loading.load = fail", "ended with exit code 1 while this was computed"),
+        ("process_main._compute_all = fail", "ended with exit code 1 while this was computed"),
+        ("in_process.InThisProcess.forward = fail", "ended with exit code 1 while this was computed"),
+        ("in_process.InThisProcess.forward = lambda *_: threading.Lock()", "cannot pickle '_thread.lock' object"),
+    ],
+    ids=["loading", "starting", "computing", "answering"],
+)
+async def test_whatever_fails_there_nobody_waits_for_an_answer_for_ever(
+    fault: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faulty = (
+        "import threading\n"
+        "from embeddings_mcp.embedders.local.running import in_process, loading, process_main\n"
+        "def fail(*_): raise SystemExit('a fault')\n"
+        f"{fault}\n"
+        "process_main.main()\n"
+    )
+    monkeypatch.setattr(model_process, "_PROGRAM", faulty)
+    async with served("e5", model_process=True) as embedder:
+        for _ in range(2):
+            with pytest.raises((ModelUnavailable, RuntimeError), match=told):
+                await embedder.embed(TEXTS, input_type="query", truncate="END")
+
+
+async def test_a_faulty_call_of_a_package_s_log_does_no_harm_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    faulty = (
+        "import logging\n"
+        "from embeddings_mcp.embedders.local.running import loading, process_main\n"
+        "load = loading.Loading.load\n"
+        "def loud(self):\n"
+        "    logging.getLogger('transformers').warning('%d files', 'three')\n"
+        "    return load(self)\n"
+        "loading.Loading.load = loud\n"
+        "process_main.main()\n"
+    )
+    monkeypatch.setattr(model_process, "_PROGRAM", faulty)
+    async with served("e5", model_process=True) as embedder:
+        await embedder.embed(TEXTS, input_type="query", truncate="END")
 
 
 async def test_what_stops_the_server_does_not_stop_it_before_its_answers() -> None:

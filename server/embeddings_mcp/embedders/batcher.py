@@ -28,7 +28,7 @@ from typing import Generic, TypeAlias, TypeVar
 from embeddings_mcp import telemetry
 from embeddings_mcp.caller import caller_name
 from embeddings_mcp.embedders.base import OnProgress
-from embeddings_mcp.errors import ModelUnavailable, Overloaded, ServerStopped
+from embeddings_mcp.errors import EmbeddingsError, ModelUnavailable, Overloaded
 from embeddings_mcp.turns import Turns
 
 Row = Sequence[int]
@@ -117,7 +117,7 @@ class Batcher(Generic[Kind, Result]):
         self._turns = Turns(max_queued_tokens)
         self._expected_tokens = 0
         self._starting = False
-        self._closed = False
+        self._closed: EmbeddingsError | None = None  # what is told to who comes since
         self._lock = threading.Lock()  # of what waits, who was served, and who is idle
         self.queued_tokens = 0
 
@@ -133,11 +133,11 @@ class Batcher(Generic[Kind, Result]):
             on_progress: told how many are there.
 
         Raises:
-            ServerStopped: the queue is closed.
+            EmbeddingsError: the queue is closed.
             Exception: whatever `run` raised.
         """
-        if self._closed:
-            raise ServerStopped("the server is shutting down")
+        if self._closed is not None:
+            raise self._closed
         came = time.perf_counter()
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
         job = _Job[Kind, Result](caller_name(), kind, rows, order)
@@ -171,11 +171,11 @@ class Batcher(Generic[Kind, Result]):
             if job.began is not None:
                 telemetry.record("encode", ended - job.began)
 
-    def close(self) -> None:
-        """Take no more; what waits fails, what runs ends by itself."""
-        self._closed = True
+    def close(self, reason: EmbeddingsError) -> None:
+        """Take no more; what waits fails for this `reason`, what runs ends by itself, and the workers with it."""
+        self._closed = reason
         for job in self._jobs:
-            self._fail(job, ServerStopped("the server is shutting down"))
+            self._fail(job, reason)
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     @contextlib.contextmanager
@@ -207,7 +207,7 @@ class Batcher(Generic[Kind, Result]):
         """Give every idle worker a batch, while anything waits."""
         self._starting = False
         loop = asyncio.get_running_loop()
-        while not self._closed and (batch := self._take()):
+        while self._closed is None and (batch := self._take()):
             try:
                 working = loop.run_in_executor(self._executor, self._work, loop, batch)
             except RuntimeError as error:  # no thread could be started, or one ended before it could work
@@ -284,7 +284,7 @@ class Batcher(Generic[Kind, Result]):
     def _check_worked(self, batch: _Batch[Kind, Result], working: asyncio.Future[None]) -> None:
         """See to it that a thread that could not begin its work is replaced, and its batch answered."""
         if not working.cancelled() and (failure := working.exception()) is not None:
-            if isinstance(failure, BrokenExecutor) and not self._closed:
+            if isinstance(failure, BrokenExecutor) and self._closed is None:
                 self._executor.shutdown(wait=False)
                 self._executor = self._new_executor()
             self._end_worker(batch, failure)

@@ -21,7 +21,7 @@ from embeddings_mcp.caller import caller_name
 from embeddings_mcp.embedders.base import Embeddings, OnProgress, OnRows, Representations
 from embeddings_mcp.embedders.batcher import MAX_QUEUED_TOKENS, Batcher
 from embeddings_mcp.embedders.cores import usable_cores
-from embeddings_mcp.errors import ServerStopped
+from embeddings_mcp.errors import ModelUnavailable, ServerStopped
 from embeddings_mcp.garbage import nothing_collected
 from embeddings_mcp.models import InputType, ModelCard, Truncate
 from embeddings_mcp.vectors import FloatMatrix, FloatVector, SparseVector
@@ -146,7 +146,7 @@ class LocalEmbedder:
         """Take no more work, and let the model go; a batch that is running ends by itself."""
         self._closed = True
         if self._batcher is not None:
-            self._batcher.close()
+            self._batcher.close(ServerStopped(_STOPPED))
         self._loaded.close()
         self._identified.close()
 
@@ -179,8 +179,9 @@ class LocalEmbedder:
         self._check_open()
         model = await self._loaded.get()
         if not model.alive:
-            if self._loaded.forget(model):
-                self._batcher = None  # what it still has fails, as the model does
+            if self._loaded.forget(model) and self._batcher is not None:
+                self._batcher.close(ModelUnavailable(f"{self.card.id} has ended; the next request starts it again"))
+                self._batcher = None
             model = await self._loaded.get()
         self.card = model.card
         if self._batcher is None:

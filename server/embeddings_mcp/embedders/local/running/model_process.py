@@ -128,6 +128,7 @@ class ModelProcess:
         order = Order(loading, [end.fileno() for end in theirs], their_log.fileno(), workers, cores)
         self._name = loading.name
         self._closed = False
+        self._free: queue.SimpleQueue[Connection] = queue.SimpleQueue()
         self._process = _start(order)
         for end in (*theirs, their_log):
             end.close()
@@ -143,7 +144,6 @@ class ModelProcess:
         self.packed = ready.packed
         self.tokens_per_batch = ready.tokens_per_batch
         self.least_tokens_per_batch = ready.least_tokens_per_batch
-        self._free: queue.SimpleQueue[Connection] = queue.SimpleQueue()
         for connection in ours[: ready.workers]:
             self._free.put(connection)
         self._workers = ready.workers
@@ -177,6 +177,15 @@ class ModelProcess:
         self._process.wait(_SECONDS)
         if self._process.stdin is not None:
             self._process.stdin.close()
+        self._close_free()
+
+    def _close_free(self) -> None:
+        """Close the connections that nobody uses; who asks by one of them is told of the end."""
+        for _ in range(self._free.qsize()):
+            with contextlib.suppress(queue.Empty):  # somebody was faster, and comes here after that
+                connection = self._free.get_nowait()
+                connection.close()
+                self._free.put(connection)
 
     def _ask(self, method: str, rows: Sequence[Row], skip: int) -> Any:  # noqa: ANN401 - what the method makes
         connection = self._free.get()
@@ -186,6 +195,8 @@ class ModelProcess:
             return self._answer(connection)
         finally:
             self._free.put(connection)
+            if self._closed:
+                self._close_free()
 
     def _answer(self, connection: Connection) -> Any:  # noqa: ANN401 - whatever was asked for
         """What the process answers next on a connection; raises what was raised there."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ from embeddings_mcp.garbage import nothing_collected
 
 if TYPE_CHECKING:
     from embeddings_mcp.embedders.local.running.in_process import InThisProcess
+
+_logger = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -28,14 +31,15 @@ def main() -> None:
     server = threading.Thread(target=_end_with_the_server, name="server")
     server.start()
     logging.basicConfig(level=logging.INFO, handlers=[_ToServer(Connection(order.log, readable=False))], force=True)
-    connections = [Connection(file) for file in order.connections]
-    try:
-        with nothing_collected():
-            model = order.loading.load()
-    except Exception as error:  # noqa: BLE001 - it is raised in the server, which then ends this process
-        connections[0].send(Failed.by(error))
-    else:
-        _compute_all(model, connections, order)
+    with _whole():
+        connections = [Connection(file) for file in order.connections]
+        try:
+            with nothing_collected():
+                model = order.loading.load()
+        except Exception as error:  # noqa: BLE001 - it is raised in the server, which then ends this process
+            connections[0].send(Failed.by(error))
+        else:
+            _compute_all(model, connections, order)
     server.join()
 
 
@@ -59,19 +63,31 @@ def _compute_all(model: InThisProcess, connections: Sequence[Connection], order:
 
 def _compute(model: InThisProcess, connection: Connection, cores: int) -> None:
     """Make of every batch that comes what is to be made of it."""
-    model.compute_on(cores)
-    methods = {"forward": model.forward, "forward_all": model.forward_all}
-    while True:
+    with _whole():
+        model.compute_on(cores)
+        methods = {"forward": model.forward, "forward_all": model.forward_all}
+        while True:
+            try:
+                method, rows, skip = connection.recv()
+            except (EOFError, OSError):  # the server has ended
+                return
+            try:
+                connection.send(methods[method](rows, skip))
+            except Exception as error:  # of making it, or of pickling it, which is done before any of it is sent
+                _logger.exception("a batch failed")
+                connection.send(Failed.by(error))
+
+
+@contextlib.contextmanager
+def _whole() -> Iterator[None]:
+    """End the process with the thread that ends by an error: of the one who waits for it the server would not hear."""
+    try:
+        yield
+    except BaseException:  # noqa: BLE001 - the process ends
         try:
-            method, rows, skip = connection.recv()
-        except (EOFError, OSError):  # the server has ended
-            return
-        try:
-            answer: object = methods[method](rows, skip)
-        except Exception as error:
-            logging.getLogger(__name__).exception("a batch failed")
-            answer = Failed.by(error)
-        connection.send(answer)
+            _logger.exception("the process that runs the model cannot go on")
+        finally:
+            os._exit(1)
 
 
 def _end_with_the_server() -> None:
@@ -90,4 +106,7 @@ class _ToServer(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Send one; a traceback follows its message."""
-        self._log.send((record.name, record.levelno, self.format(record)))
+        try:
+            self._log.send((record.name, record.levelno, self.format(record)))
+        except Exception:  # noqa: BLE001 - of a faulty call of a package's, say: as all handlers of logging do
+            self.handleError(record)
