@@ -27,12 +27,14 @@
         `-- UpstreamTimeout       its endpoint did not answer in time
 
 Messages are written for whoever has to act on them, a model included: what was wrong, what is accepted, what to do
-next. They never hold a key or a caller's whole text. This module imports nothing, so that every layer can use it.
+next. They never hold a key or a caller's whole text. This module imports nothing of ours, so that every layer can use
+it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from http import HTTPStatus
 
 
 class EmbeddingsError(Exception):
@@ -242,9 +244,27 @@ WIRE_FORMS: dict[type[EmbeddingsError], WireForm] = {
     UpstreamFailed: WireForm(502, "server_error", "upstream_failed"),
     UpstreamUnavailable: WireForm(503, "server_error", "upstream_unavailable"),
     UpstreamTimeout: WireForm(504, "server_error", "upstream_timeout"),
-    EmbeddingsError: WireForm(500, "server_error", "internal_error"),
+    EmbeddingsError: WireForm(500, "server_error", "internal_server_error"),
 }
 """The one table; an error that is not in it looks like its nearest ancestor that is."""
+
+HTTP_ERRORS = {
+    400: "The request has both a Content-Length and a Transfer-Encoding.",
+    403: "A browser sent it from a page that may not use this server.",
+    404: "Nothing is served at this address.",
+    405: "The address does not take this method; the header `Allow` says which it does.",
+    408: "The request's body did not arrive in time.",
+    415: "The body is not JSON, or not said to be.",
+    421: "The request is addressed to another server.",
+    500: "An error inside the server; its log says more.",
+}
+"""The errors of HTTP itself, by status, with their meanings; their codes are the status's own names."""
+
+
+def http_form(status: int) -> WireForm:
+    """The wire form of an error of HTTP itself, as with the code ``not_found``."""
+    kind = "invalid_request_error" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
+    return WireForm(status, kind, HTTPStatus(status).name.lower())
 
 
 def wire_form(error: EmbeddingsError) -> WireForm:

@@ -205,7 +205,7 @@ class Settings(BaseSettings):
     without_key: Annotated[
         tuple[Literal["health", "metrics"], ...],
         NoDecode,
-        Field(description="What is answered without a key all the same: `health`, `metrics`, both or neither."),
+        Field(description="What is answered without a key all the same: `health`, `metrics`, both, or `none`."),
     ] = ("health",)
     tls_certificate: Annotated[
         Path | None, Field(description="Certificate chain, PEM: with it the server speaks https only.")
@@ -251,6 +251,11 @@ class Settings(BaseSettings):
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(value.split()) if isinstance(value, str) else value
+
+    @field_validator("without_key", mode="before")  # of several, pydantic calls the last first
+    @classmethod
+    def _read_none(cls, value: object) -> object:
+        return () if value == "none" else value
 
     @field_validator("model_process")
     @classmethod

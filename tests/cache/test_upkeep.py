@@ -74,6 +74,11 @@ def test_clear_forgets_one_model_or_all(cache: Cache, folder: Path) -> None:
     assert vectors_by_model(cache("info", "--cache", folder, "--json")) == {}
 
 
+def test_clear_knows_a_model_by_its_other_names(cache: Cache, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMBEDDINGS_MCP_CARDS", '[{"id": "test/hash", "aliases": ["hash"]}]')
+    assert cache("clear", "--cache", folder, "--model", "HASH") == "2 vectors forgotten\n"
+
+
 def test_what_a_server_uses_can_be_looked_into_and_cleared(cache: Cache, tmp_path: Path) -> None:
     source = TextByText()
     embedder = on_disk(source, DiskStore(tmp_path, MB))

@@ -194,6 +194,8 @@ def test_settings_of_access_come_from_the_environment(monkeypatch: pytest.Monkey
     monkeypatch.setenv("EMBEDDINGS_MCP_API_KEYS", "a=secret-of-a")
     chosen = Settings()
     assert chosen.without_key == ("health", "metrics")
+    monkeypatch.setenv("EMBEDDINGS_MCP_WITHOUT_KEY", "none")
+    assert Settings().without_key == ()
     assert chosen.cors_origins == ("https://app.example", "http://localhost:3000")
     assert "secret-of-a" not in repr(chosen)
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
-from embeddings_mcp.errors import WIRE_FORMS
+from embeddings_mcp.errors import HTTP_ERRORS, WIRE_FORMS, EmbeddingsError, http_form
 from embeddings_mcp.faces import rest
 from embeddings_mcp.operations import ROUTES
 from embeddings_mcp.publish.openapi import openapi_document
@@ -80,7 +80,13 @@ def test_every_status_that_an_error_can_have_is_described(document: dict[str, An
 
     assert {str(form.status) for form in WIRE_FORMS.values()} <= set(responses)
     assert {"400", "401", "404", "413", "429", "503"} <= set(responses)
+    assert {str(status) for status in HTTP_ERRORS} <= set(responses)
+    for status, meaning in HTTP_ERRORS.items():
+        described = document["components"]["responses"][str(status)]["description"]
+        assert f"`{http_form(status).code}`: {meaning}" in described
     for error, form in WIRE_FORMS.items():
+        if error is EmbeddingsError:  # looks like HTTP's 500
+            continue
         assert (
             f"`{form.code}`: {(error.__doc__ or '').splitlines()[0]}"
             in (document["components"]["responses"][str(form.status)]["description"])

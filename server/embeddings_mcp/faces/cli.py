@@ -44,7 +44,7 @@ from embeddings_mcp.faces.options import (
 from embeddings_mcp.faces.terminal import ask, lines_of, write
 from embeddings_mcp.garbage import nothing_collected
 from embeddings_mcp.limits import Limits
-from embeddings_mcp.models import Precision
+from embeddings_mcp.models import CARDS, Precision, find_card
 from embeddings_mcp.operations import CREATE_EMBEDDING, LIST_MODELS, SEARCH, SIMILARITY
 from embeddings_mcp.publish import identity
 from embeddings_mcp.schema import EncodingFormat
@@ -371,14 +371,16 @@ def keep_cache(
     as_json: JsonOption = False,
 ) -> None:
     """Look into the folder of the cache, or clear it; servers that use it may go on."""
-    chosen = _settings(cache=cache).cache
+    settings = _settings(cache=cache)
+    chosen = settings.cache
     if chosen in {"memory", "off"}:
         raise InvalidSetting("the cache has no folder: give it with --cache DIR, or in EMBEDDINGS_MCP_CACHE")
     from embeddings_mcp.embedders.cache import upkeep
 
     place = Path(chosen).expanduser()
     if action == "clear":
-        forgotten = upkeep.clear(place, model)
+        card = None if model is None else find_card(model, (*settings.cards, *CARDS))
+        forgotten = upkeep.clear(place, model if card is None else card.id)
         write(dump_json({"forgotten": forgotten}) if as_json else f"{forgotten:,} vectors forgotten".encode())
         return
     from embeddings_mcp.faces import tables

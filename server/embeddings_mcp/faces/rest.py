@@ -28,7 +28,7 @@ from starlette.routing import Route
 from starlette.types import ExceptionHandler, Receive
 
 from embeddings_mcp import telemetry
-from embeddings_mcp.errors import AuthenticationFailed, EmbeddingsError, InvalidRequest, wire_form
+from embeddings_mcp.errors import AuthenticationFailed, EmbeddingsError, InvalidRequest, http_form, wire_form
 from embeddings_mcp.limits import DEFAULT_LIMITS, Limits
 from embeddings_mcp.operations import ROUTES, Operation
 from embeddings_mcp.schema import ErrorResponse, HealthResponse, ModelEntry, ModelList, ModelObject
@@ -214,9 +214,9 @@ def error_response(error: EmbeddingsError) -> Response:
 
 def http_error_response(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
     """An error of HTTP itself (no such route, wrong method) in the same envelope."""
-    kind = "invalid_request_error" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
-    code = HTTPStatus(status).name.lower()
-    response = _json(ErrorResponse(error={"message": message, "type": kind, "param": None, "code": code}), status)
+    form = http_form(status)
+    error: ErrorResponse = {"error": {"message": message, "type": form.type, "param": None, "code": form.code}}
+    response = _json(error, status)
     response.headers.update(headers or {})
     return response
 

@@ -18,6 +18,9 @@ from embeddings_mcp.service import EmbeddingService
 _PROGRESS_FROM = 64
 """Texts from which on a progress bar is worth its lines."""
 
+_WIDEST = 1000
+"""Characters of a line that nobody reads on a terminal."""
+
 
 def lines_of(texts: list[str]) -> list[str]:
     """The texts, with the lines of stdin in the place of ``-``; empty lines are left out."""
@@ -82,4 +85,5 @@ def write(answer: object) -> None:
         return
     from rich.console import Console
 
-    Console().print(answer)
+    # A file or a pipe has no edge at which a table's columns would have to be cut.
+    Console(width=None if sys.stdout.isatty() else _WIDEST).print(answer)

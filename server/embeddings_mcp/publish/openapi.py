@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from http import HTTPStatus
 from typing import Any
 
 from embeddings_mcp import __version__
-from embeddings_mcp.errors import WIRE_FORMS
+from embeddings_mcp.errors import HTTP_ERRORS, WIRE_FORMS, EmbeddingsError, http_form
 from embeddings_mcp.models import DEFAULT_MODEL
 from embeddings_mcp.operations import (
     CREATE_COLBERT_EMBEDDING,
@@ -188,8 +187,8 @@ def _json(wire_type: type, example: dict[str, Any] | None = None) -> dict[str, A
 
 
 def _statuses() -> list[int]:
-    """Every status that an error can have, 415 included, which is HTTP's own."""
-    return sorted({form.status for form in WIRE_FORMS.values()} | {415})
+    """Every status that an error of a POST can have, HTTP's own included."""
+    return sorted({form.status for form in WIRE_FORMS.values()} | set(HTTP_ERRORS))
 
 
 def _errors(*statuses: int) -> dict[str, Any]:
@@ -197,14 +196,16 @@ def _errors(*statuses: int) -> dict[str, Any]:
 
 
 def _error(status: int) -> dict[str, Any]:
-    """What a status means: the errors of the table that have it, in the words of their classes."""
+    """What a status means: the errors that have it, ours in the words of their classes."""
     meanings = [
         f"`{form.code}`: {(inspect.getdoc(error) or '').splitlines()[0]}"
         for error, form in WIRE_FORMS.items()
-        if form.status == status
+        if form.status == status and error is not EmbeddingsError
     ]
+    if status in HTTP_ERRORS:
+        meanings.append(f"`{http_form(status).code}`: {HTTP_ERRORS[status]}")
     response: dict[str, Any] = {
-        "description": "\n\n".join(meanings) or HTTPStatus(status).phrase,
+        "description": "\n\n".join(meanings),
         "content": _json(ErrorResponse),
     }
     if status in _HEADERS:

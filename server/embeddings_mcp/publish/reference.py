@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from embeddings_mcp.errors import WIRE_FORMS, EmbeddingsError
+from embeddings_mcp.errors import HTTP_ERRORS, WIRE_FORMS, http_form
 from embeddings_mcp.faces.cli import serve
 from embeddings_mcp.models import CARDS, DEFAULT_MODEL, ModelCard
 from embeddings_mcp.publish.install import environment_variable, is_secret
@@ -26,7 +26,7 @@ For programs there is the same as [OpenAPI 3.1](openapi.json) and [JSON Schema](
 
 Requests and answers are JSON. A field that is not listed is refused, and so is `null`: leave out what is not needed. A
 server with an API key, or with an issuer of access tokens, wants one of them in the header `Authorization: Bearer ...`,
-on every route but the health ones.
+on every route but the health ones (`EMBEDDINGS_MCP_WITHOUT_KEY` says which).
 
 Besides these routes a server has `/mcp` for MCP clients, and says what it is: `/openapi.json`, `/manifest` (the
 [capability](capabilities.md), or with `?format=` any other description), `/apis.json`, `/mcp/server-card`, and its
@@ -53,15 +53,16 @@ Every answer that is not a success has this form. `message` says what was wrong,
 _ERRORS = """\
 # Errors of the REST API
 
-Over MCP the same messages come as results with `isError`. Only 429, 503 and 504 are worth a second try, and
-`Retry-After` says when, if anybody knows.
+Over MCP the same messages come as results with `isError`. Worth a second try are 408, 429, 504, and of 503 all but
+`missing_dependency` and `checkpoint_invalid`; `Retry-After` says when, if anybody knows.
 """
 
 _CONFIGURATION = """\
 # Configuration
 
-Every setting is an environment variable, and most are a flag of `embeddings-mcp serve` too; the flag wins. What cannot
-be is refused when the server starts, in one line that says what is accepted.
+Every setting is an environment variable, and those that are changed most are a flag of `embeddings-mcp serve` too,
+which wins. A variable that is set to nothing counts as not set. What cannot be is refused when the server starts, in
+one line that says what is accepted.
 """
 
 _ENDPOINTS = """\
@@ -152,17 +153,14 @@ def _example(title: str, value: object) -> str:
 
 
 def _errors() -> str:
+    ours = [(form, (inspect.getdoc(error) or "").partition("\n")[0]) for error, form in WIRE_FORMS.items()]
+    http = [(http_form(status), meaning) for status, meaning in HTTP_ERRORS.items()]
+    # An error of ours without a class of its own looks like HTTP's 500, whose words are the better ones.
+    meanings = {(form.status, form.code, form.type): meaning for form, meaning in (*ours, *http)}
     rows = [
-        (str(form.status), f"`{form.code}`", f"`{form.type}`", _meaning(error))
-        for error, form in sorted(WIRE_FORMS.items(), key=lambda item: (item[1].status, item[1].code))
+        (str(status), f"`{code}`", f"`{kind}`", meanings[status, code, kind]) for status, code, kind in sorted(meanings)
     ]
     return _table(("Status", "Code", "Type", "Meaning"), rows)
-
-
-def _meaning(error: type[EmbeddingsError]) -> str:
-    if error is EmbeddingsError:
-        return "An error inside the server; its log says more."
-    return (inspect.getdoc(error) or "").partition("\n")[0]
 
 
 def errors() -> str:
