@@ -45,17 +45,27 @@ class Steps:
 
 
 async def submit(
-    batcher: Batcher[str, object], rows: Sequence[Sequence[int]], kind: str = "a", caller: str = ""
+    batcher: Batcher[str, object],
+    rows: Sequence[Sequence[int]],
+    kind: str = "a",
+    caller: str = "",
+    *,
+    at_once: int = 100,
 ) -> list[object]:
-    """The results in the rows' order."""
+    """The results in the rows' order, which are brought so many at once."""
     results: dict[int, object] = {}
+    pieces = [rows[start : start + at_once] for start in range(0, len(rows), at_once)]
+
+    async def bring() -> Sequence[Sequence[int]]:
+        await anyio.lowlevel.checkpoint()
+        return pieces.pop(0) if pieces else ()
 
     def take(places: Sequence[int], made: Sequence[object]) -> None:
         assert not results.keys() & set(places), "a result was given twice"
         results.update(zip(places, made, strict=True))
 
     with anyio.fail_after(SECONDS), named(caller):
-        await batcher.submit(kind, rows, take)
+        await batcher.submit(kind, pieces.pop(0), take, more=bring)
     return [results[index] for index in range(len(rows))]
 
 
@@ -77,9 +87,10 @@ def row(length: int) -> list[int]:
     ),
     workers=st.integers(1, 3),
     padded=st.booleans(),
+    at_once=st.integers(1, 12),
 )
 def test_every_caller_gets_the_results_of_his_own_rows_in_their_order(
-    requests: list[tuple[str, list[list[int]]]], workers: int, padded: bool
+    requests: list[tuple[str, list[list[int]]]], workers: int, padded: bool, at_once: int
 ) -> None:
     sizes: list[int] = []
 
@@ -95,7 +106,7 @@ def test_every_caller_gets_the_results_of_his_own_rows_in_their_order(
         batcher = Batcher[str, object](run, workers=workers, budget=BUDGET, padded=padded)
 
         async def ask(caller: int, kind: str, rows: list[list[int]]) -> None:
-            answers[caller] = await submit(batcher, rows, kind)
+            answers[caller] = await submit(batcher, rows, kind, at_once=at_once)
 
         async with anyio.create_task_group() as callers:
             for caller, (kind, rows) in enumerate(requests):
@@ -248,7 +259,11 @@ def test_what_is_expected_takes_room_too_until_it_is_there() -> None:
         batcher.expecting("second", 8),
     ):
         pass
-    with batcher.expecting("second", 8):
+    with batcher.expecting("first", 16) as come:
+        come(10)
+        with batcher.expecting("second", 8):
+            pass
+    with batcher.expecting("second", 20):
         pass
 
 

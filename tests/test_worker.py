@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -34,7 +34,10 @@ EXACT = ModelCard(id="test/rough", dimensions=1, max_tokens=8)
 
 @dataclass
 class SteppedEncoder:
-    """Six tokens a batch; each batch waits until the test lets it end. The vector of a text is its length."""
+    """Six tokens a batch; each batch waits until the test lets it end. The vector of a text is its length.
+
+    Texts are tokenized a hundred at a time; the first of a request at once, the others when the test says so.
+    """
 
     card: ModelCard = EXACT
     dimensions: int = 1
@@ -46,12 +49,16 @@ class SteppedEncoder:
     closed: int = 0
     begun: queue.SimpleQueue[list[int]] = field(default_factory=queue.SimpleQueue)
     steps: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    may_tokenize: threading.Event = field(default_factory=threading.Event)
 
-    def tokenize(self, texts: Sequence[str], *, input_type: InputType | None, truncate: Truncate) -> Tokens:
+    def tokenize(self, texts: Sequence[str], *, input_type: InputType | None, truncate: Truncate) -> Iterator[Tokens]:
         lengths = [len(text) for text in texts]
-        if truncate == "NONE" and max(lengths) > 8:
-            raise InputTooLong(index=int(np.argmax(lengths)), tokens=max(lengths), allowed=8)
-        return Tokens([[0] * length for length in lengths], skip=0)
+        for start in range(0, len(texts), 100):
+            assert not start or self.may_tokenize.wait(SECONDS), "the test did not let the tokenizing go on"
+            piece = lengths[start : start + 100]
+            if truncate == "NONE" and max(piece) > 8:
+                raise InputTooLong(index=start + int(np.argmax(piece)), tokens=max(piece), allowed=8)
+            yield Tokens([[0] * length for length in piece], skip=0)
 
     def workers(self, cores: int) -> int:
         return 1
@@ -282,6 +289,38 @@ async def test_a_text_that_is_too_long_is_told_before_anything_is_computed() -> 
         await embed(embedder_of(loader), ["a", "x" * 9])
     assert (caught.value.index, caught.value.tokens, caught.value.allowed) == (1, 9, 8)
     assert loader.encoder.begun.empty()
+
+
+MANY = ["x" * (1 + index % 8) for index in range(600)]
+"""Enough to be tokenized beside the event loop."""
+
+
+async def test_the_first_texts_are_computed_while_the_others_are_tokenized() -> None:
+    loader = Loader()
+    encoder, answers = loader.encoder, []
+
+    async def ask() -> None:
+        answers.extend(await embed(embedder_of(loader), MANY))
+
+    async with anyio.create_task_group() as callers:
+        callers.start_soon(ask)
+        assert await encoder.next_batch() == [8]
+        assert not encoder.may_tokenize.is_set()
+        encoder.may_tokenize.set()
+        encoder.steps.release(len(MANY))
+    assert answers == [len(text) for text in MANY]
+
+
+async def test_a_text_among_the_others_that_is_too_long_takes_those_that_wait_out_of_the_queue() -> None:
+    loader = Loader()
+    loader.encoder.may_tokenize.set()
+    embedder = embedder_of(loader)
+    with pytest.raises(InputTooLong) as caught:
+        await embed(embedder, [*MANY, "x" * 9])
+    assert caught.value.index == len(MANY)
+    assert waiting(embedder) == 0
+    loader.encoder.steps.release(2)
+    assert await embed(embedder, ["ab"]) == [2]
 
 
 async def test_a_short_request_waits_for_one_batch_of_a_long_one_not_for_all() -> None:

@@ -82,6 +82,16 @@ def test_replayed_passes_make_the_vectors_of_usual_ones(
     assert np.abs(alone - expected).max() < tolerance
 
 
+def test_texts_launched_while_others_are_tokenized_get_vectors_of_their_own(texts: list[str]) -> None:
+    model = on_cuda("e5", "float32", recorded=True)
+    alone = np.concatenate([model.encode([text], truncate="END").vectors for text in texts])
+    places = np.random.default_rng(1).integers(len(texts), size=5000)  # some 100,000 tokens, of which 16,384 are a batch
+
+    together = model.encode([texts[place] for place in places], truncate="END").vectors
+
+    assert np.abs(together - alone[places]).max() < 5e-6
+
+
 def test_threads_that_replay_at_the_same_time_get_what_is_theirs(texts: list[str]) -> None:
     model = on_cuda("e5", "float32", recorded=True)
     expected = [model.encode([text], truncate="END").vectors for text in texts]
@@ -130,10 +140,11 @@ def little_memory() -> Iterator[None]:
 @pytest.mark.usefixtures("little_memory")
 def test_a_batch_too_large_for_the_gpu_is_made_by_halves() -> None:
     model = on_cuda("e5", "float32", recorded=True)
-    tokens = model.tokenize(["water bridge " * 20] * 20_000, input_type=None, truncate="END")
+    (tokens,) = model.tokenize(["water bridge " * 20], input_type=None, truncate="END")
+    rows = tokens.rows * 20_000
     with pytest.raises(torch.OutOfMemoryError):
-        model.forward(tokens.rows, tokens.skip)
-    vectors = np.stack(halving(lambda rows: list(model.forward(rows, tokens.skip)), tokens.rows))
+        model.forward(rows, tokens.skip)
+    vectors = np.stack(halving(lambda some: list(model.forward(some, tokens.skip)), rows))
     assert np.abs(vectors - vectors[0]).max() < 2e-6
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from embeddings_mcp.embedders.local.encoder import Encoder, load_encoder
-from embeddings_mcp.errors import ModelUnavailable
+from embeddings_mcp.errors import InputTooLong, ModelUnavailable
 from embeddings_mcp.models import ModelCard
 from tests.local.checkpoints import WIDTH
 from tests.local.golden import FamilyName, family
@@ -76,6 +76,14 @@ def test_a_model_goes_the_cheapest_way_that_keeps_its_vectors(
     encoders: dict[str, Encoder], model_type: str, way: str
 ) -> None:
     assert encoders[model_type].packed == (way == "packed")
+
+
+def test_a_text_that_is_too_long_is_named_by_its_place_among_hundreds(encoders: dict[str, Encoder]) -> None:
+    texts = [*["Water."] * 580, "water " * 100, "Water."]
+    with pytest.raises(InputTooLong) as refused:
+        encoders["bert"].encode(texts)
+    assert refused.value.index == 580
+    assert len(encoders["bert"].encode(texts, truncate="END").vectors) == len(texts)
 
 
 def test_a_limit_may_be_lowered_but_not_raised() -> None:

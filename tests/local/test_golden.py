@@ -50,7 +50,7 @@ def cut(vectors: FloatMatrix, case: Case) -> FloatMatrix:
 def test_a_text_becomes_the_tokens_and_the_vector_of_the_reference(name: FamilyName, case: Case) -> None:
     model = encoder(name, case.max_length)
 
-    tokens = model.tokenize([case.text], input_type=case.input_type, truncate=case.truncate)
+    (tokens,) = model.tokenize([case.text], input_type=case.input_type, truncate=case.truncate)
     embedded = embed(model, (case,))
 
     assert tokens.rows == [case.ids]

@@ -20,7 +20,7 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Generic, TypeAlias, TypeVar
@@ -42,6 +42,10 @@ MAX_QUEUED_TOKENS = 1_000_000
 """Tokens that may wait for one model, if nobody says otherwise: minutes of work on a small CPU, seconds on a GPU."""
 
 
+async def _no_more() -> Sequence[Row]:
+    return ()
+
+
 @dataclass(eq=False)
 class _Job(Generic[Kind, Result]):
     """The texts of one request.
@@ -60,8 +64,8 @@ class _Job(Generic[Kind, Result]):
 
     caller: str
     kind: Kind
-    rows: Sequence[Row]
-    waiting: list[int]
+    rows: list[Row] = field(default_factory=list)
+    waiting: list[int] = field(default_factory=list)
     fresh: list[tuple[int, Result]] = field(default_factory=list)
     served: int = 0
     began: float | None = None
@@ -122,7 +126,13 @@ class Batcher(Generic[Kind, Result]):
         self.queued_tokens = 0
 
     async def submit(
-        self, kind: Kind, rows: Sequence[Row], on_results: OnResults[Result], on_progress: OnProgress | None = None
+        self,
+        kind: Kind,
+        rows: Sequence[Row],
+        on_results: OnResults[Result],
+        on_progress: OnProgress | None = None,
+        *,
+        more: Callable[[], Awaitable[Sequence[Row]]] = _no_more,
     ) -> None:
         """Have the results of `rows` made. Cancelling the call takes out of the queue what has not begun.
 
@@ -131,34 +141,36 @@ class Batcher(Generic[Kind, Result]):
             rows: token ids of the texts.
             on_results: given every result once, as soon as it is there.
             on_progress: told how many are there.
+            more: brings further rows of the same request, which come while others are run; none after the last.
 
         Raises:
             EmbeddingsError: the queue is closed.
-            Exception: whatever `run` raised.
+            Exception: whatever `run`, or `more`, raised.
         """
         if self._closed is not None:
             raise self._closed
         came = time.perf_counter()
-        order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-        job = _Job[Kind, Result](caller_name(), kind, rows, order)
+        job = _Job[Kind, Result](caller_name(), kind)
         with self._lock:
             self._jobs.append(job)
-            self._queue(sum(map(len, rows)))
-        # Requests that came in together are to share a batch: the loop goes through all of them first.
-        if not self._starting:
-            self._starting = True
-            asyncio.get_running_loop().call_soon(self._start_workers)
         try:
             done = 0
-            while done < len(rows):
-                await job.changed.wait()
+            self._add(job, rows)
+            while True:
+                if others := await more():
+                    self._add(job, others)
+                elif done < len(job.rows):
+                    await job.changed.wait()
+                else:
+                    break
                 job.changed.clear()
                 fresh, job.fresh = job.fresh, []
-                on_results([index for index, _ in fresh], [result for _, result in fresh])
+                if fresh:
+                    on_results([index for index, _ in fresh], [result for _, result in fresh])
                 if job.failure is not None:
                     raise job.failure
                 done += len(fresh)
-                if on_progress is not None:
+                if fresh and on_progress is not None:
                     await on_progress(done)
         finally:
             with self._lock:
@@ -179,12 +191,15 @@ class Batcher(Generic[Kind, Result]):
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     @contextlib.contextmanager
-    def expecting(self, who: Hashable, tokens: int) -> Iterator[None]:
-        """Hold room for texts that are on their way here; they are to be submitted right behind it.
+    def expecting(self, who: Hashable, tokens: int) -> Iterator[Callable[[int], None]]:
+        """Hold room for texts that are on their way here.
 
         Args:
             who: whose they are, if they are refused and come again.
             tokens: about how many they have.
+
+        Returns:
+            What is to be told, right before texts are submitted, for how many of these tokens they stand.
 
         Raises:
             Overloaded: too much waits already.
@@ -198,10 +213,29 @@ class Batcher(Generic[Kind, Result]):
             )
         self._turns.came_in(who)
         self._expected_tokens += tokens
+        coming = tokens
+
+        def come(some: int) -> None:
+            nonlocal coming
+            coming -= some
+            self._expected_tokens -= some
+
         try:
-            yield
+            yield come
         finally:
-            self._expected_tokens -= tokens
+            come(coming)
+
+    def _add(self, job: _Job[Kind, Result], rows: Sequence[Row]) -> None:
+        """Put rows in the queue."""
+        with self._lock:
+            job.waiting += range(len(job.rows), len(job.rows) + len(rows))
+            job.rows += rows
+            job.waiting.sort(key=lambda index: len(job.rows[index]))
+            self._queue(sum(map(len, rows)))
+        # Requests that came in together are to share a batch: the loop goes through all of them first.
+        if not self._starting:
+            self._starting = True
+            asyncio.get_running_loop().call_soon(self._start_workers)
 
     def _start_workers(self) -> None:
         """Give every idle worker a batch, while anything waits."""

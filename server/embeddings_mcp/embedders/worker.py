@@ -9,7 +9,7 @@ import math
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import anyio
@@ -19,7 +19,7 @@ import numpy as np
 from embeddings_mcp import telemetry
 from embeddings_mcp.caller import caller_name
 from embeddings_mcp.embedders.base import Embeddings, OnProgress, OnRows, Representations
-from embeddings_mcp.embedders.batcher import MAX_QUEUED_TOKENS, Batcher
+from embeddings_mcp.embedders.batcher import MAX_QUEUED_TOKENS, Batcher, OnResults
 from embeddings_mcp.embedders.cores import usable_cores
 from embeddings_mcp.errors import ModelUnavailable, ServerStopped
 from embeddings_mcp.garbage import nothing_collected
@@ -53,6 +53,23 @@ class _Kind:
 
     skip: int
     every: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What one call asks for.
+
+    Attributes:
+        texts: that are to be embedded.
+        input_type: what they are.
+        truncate: what is done with those that are too long.
+        counts: tokens of each text, as far as they have been tokenized.
+    """
+
+    texts: Sequence[str]
+    input_type: InputType | None
+    truncate: Truncate
+    counts: list[int] = field(default_factory=list)
 
 
 class LocalEmbedder:
@@ -106,18 +123,18 @@ class LocalEmbedder:
         on_rows: OnRows | None = None,
     ) -> Embeddings:
         """See `Embedder.embed`."""
-        model, batcher, tokens = await self._tokenized(texts, input_type, truncate)
+        model, batcher = await self._ready()
         vectors = np.empty((len(texts), model.dimensions), dtype=np.float32)
-        counts = tokens.counts
 
         def take(places: Sequence[int], made: Sequence[FloatVector]) -> None:
-            rows = np.stack(made) if made else vectors[:0]
+            rows = np.stack(made)
             vectors[places] = rows
             if on_rows is not None:
-                on_rows(places, Embeddings(rows, [counts[place] for place in places]))
+                on_rows(places, Embeddings(rows, [request.counts[place] for place in places]))
 
-        await batcher.submit(_Kind(skip=tokens.skip, every=False), tokens.rows, take, on_progress)
-        return Embeddings(vectors, counts)
+        request = _Request(texts, input_type, truncate)
+        await self._compute(request, model, batcher, take, on_progress, every=False)
+        return Embeddings(vectors, request.counts)
 
     async def represent(
         self,
@@ -128,15 +145,16 @@ class LocalEmbedder:
         on_progress: OnProgress | None = None,
     ) -> Representations:
         """See `MultiEmbedder.represent`."""
-        _, batcher, tokens = await self._tokenized(texts, input_type, truncate)
+        model, batcher = await self._ready()
         found: dict[int, tuple[FloatVector, SparseVector, FloatMatrix]] = {}
 
         def take(places: Sequence[int], made: Sequence[tuple[FloatVector, SparseVector, FloatMatrix]]) -> None:
             found.update(zip(places, made, strict=True))
 
-        await batcher.submit(_Kind(skip=tokens.skip, every=True), tokens.rows, take, on_progress)
+        request = _Request(texts, input_type, truncate)
+        await self._compute(request, model, batcher, take, on_progress, every=True)
         vectors, sparse, colbert = zip(*(found[index] for index in range(len(texts))), strict=True)
-        return Representations(np.stack(vectors), sparse=sparse, colbert=colbert, prompt_tokens=tokens.count)
+        return Representations(np.stack(vectors), sparse=sparse, colbert=colbert, prompt_tokens=sum(request.counts))
 
     async def check(self) -> None:
         """See `Embedder.check`: loads the model if it is not loaded yet."""
@@ -154,18 +172,39 @@ class LocalEmbedder:
         if self._closed:
             raise ServerStopped(_STOPPED)
 
-    async def _tokenized(
-        self, texts: Sequence[str], input_type: InputType | None, truncate: Truncate
-    ) -> tuple[LoadedModel, Batcher[_Kind, Any], Tokens]:
-        """The loaded model, the queue before it, and the texts as they go through it."""
-        model, batcher = await self._ready()
+    async def _compute(
+        self,
+        request: _Request,
+        model: LoadedModel,
+        batcher: Batcher[_Kind, Any],
+        take: OnResults[Any],
+        on_progress: OnProgress | None,
+        *,
+        every: bool,
+    ) -> None:
+        """Have something made of a request's texts, the first of them while the others are still tokenized."""
+        texts, counts = request.texts, request.counts
         most = model.card.max_tokens or sys.maxsize
-        expected = sum(min(most, math.ceil(len(text) * self._tokens_of_character)) for text in texts)
+        expected = [min(most, math.ceil(len(text) * self._tokens_of_character)) for text in texts]
         # What finds no room is refused before it is tokenized; by its texts it is known when it comes again.
-        with batcher.expecting((caller_name(), hash(tuple(texts))), expected):
-            tokens = await _tokenize(model, texts, input_type, truncate)
-        self._note_tokens(texts, tokens.counts, most)
-        return model, batcher, tokens
+        with batcher.expecting((caller_name(), hash(tuple(texts))), sum(expected)) as come:
+            pieces = model.tokenize(texts, input_type=request.input_type, truncate=request.truncate)
+            beside = sum(map(len, texts)) > _CHARACTERS_ON_LOOP
+
+            async def read() -> Tokens:
+                with telemetry.stage("tokenise"):
+                    tokens = await anyio.to_thread.run_sync(next, pieces) if beside else next(pieces)
+                piece = slice(len(counts), len(counts) + len(tokens.rows))
+                self._note_tokens(texts[piece], tokens.counts, most)
+                counts.extend(tokens.counts)
+                come(sum(expected[piece]))
+                return tokens
+
+            async def more() -> Sequence[Row]:
+                return (await read()).rows if len(counts) < len(texts) else ()
+
+            first = await read()
+            await batcher.submit(_Kind(first.skip, every), first.rows, take, on_progress, more=more)
 
     def _note_tokens(self, texts: Sequence[str], counts: Sequence[int], most: int) -> None:
         """Learn how many tokens the characters of such texts make, of those texts that were not cut off."""
@@ -207,15 +246,6 @@ def _batcher(model: LoadedModel, max_queued_tokens: int, workers: int | None) ->
         padded=not model.packed,
         prepare_worker=functools.partial(model.compute_on, max(1, cores // workers)),
     )
-
-
-async def _tokenize(
-    model: LoadedModel, texts: Sequence[str], input_type: InputType | None, truncate: Truncate
-) -> Tokens:
-    with telemetry.stage("tokenise"):
-        if sum(map(len, texts)) <= _CHARACTERS_ON_LOOP:
-            return model.tokenize(texts, input_type=input_type, truncate=truncate)
-        return await anyio.to_thread.run_sync(lambda: model.tokenize(texts, input_type=input_type, truncate=truncate))
 
 
 class _Once(Generic[_Made]):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -83,22 +83,41 @@ class Encoder:
         Raises:
             InputTooLong: a text is too long and `truncate` is NONE.
         """
-        tokens = self.tokenize(texts, input_type=input_type, truncate=truncate)
-        vectors = np.empty((len(texts), self.dimensions), dtype=np.float32)
-        batches = self._batches(tokens.rows)
-        # All are launched before any is waited for, so that a GPU never waits for the next.
-        made = [self._launch([tokens.rows[index] for index in batch], tokens.skip) for batch in batches]
-        for batch, some in zip(batches, made, strict=True):
-            vectors[batch] = some.cpu().numpy()
-        return Embeddings(vectors, tokens.counts)
+        rows: list[Row] = []
+        waiting: list[int] = []  # those of them that are not launched
+        made: list[tuple[list[int], torch.Tensor]] = []
 
-    def tokenize(self, texts: Sequence[str], *, input_type: InputType | None, truncate: Truncate) -> Tokens:
+        def launch(batches: Iterable[list[int]]) -> None:
+            made.extend((batch, self._launch([rows[index] for index in batch], tokens.skip)) for batch in batches)
+
+        for tokens in self.tokenize(texts, input_type=input_type, truncate=truncate):
+            waiting += range(len(rows), len(rows) + len(tokens.rows))
+            rows += tokens.rows
+            if self._computes_meanwhile:
+                *full, waiting = self._batches(rows, waiting)
+                launch(full)
+        # All are launched before any is waited for, so that a GPU never waits for the next.
+        launch(self._batches(rows, waiting))
+        vectors = np.empty((len(texts), self.dimensions), dtype=np.float32)
+        for batch, some in made:
+            vectors[batch] = some.cpu().numpy()
+        return Embeddings(vectors, [len(row) for row in rows])
+
+    def tokenize(self, texts: Sequence[str], *, input_type: InputType | None, truncate: Truncate) -> Iterator[Tokens]:
         """The first step: see `InputTokenizer.tokenize`."""
         return self._inputs.tokenize(texts, input_type=input_type, truncate=truncate)
 
-    def _batches(self, rows: Sequence[Row]) -> list[list[int]]:
-        """Which texts go through the model together: neighbours in length, within the token budget."""
-        order = sorted(range(len(rows)), key=lambda index: len(rows[index]), reverse=True)
+    @property
+    def _computes_meanwhile(self) -> bool:
+        """Whether full batches are best launched while more texts are tokenized.
+
+        A CPU would only compute them earlier, and padding costs least in batches that are made of all texts.
+        """
+        return self.packed and self.device.type != "cpu"
+
+    def _batches(self, rows: Sequence[Row], which: Iterable[int]) -> list[list[int]]:
+        """Which of some rows go through the model together: neighbours in length, within the token budget."""
+        order = sorted(which, key=lambda index: len(rows[index]), reverse=True)
         batches: list[list[int]] = []
         spent = self.tokens_per_batch
         for index in order:

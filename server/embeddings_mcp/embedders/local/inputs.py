@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint
@@ -13,10 +13,14 @@ from embeddings_mcp.models import InputType, ModelCard, Truncate
 Row = Sequence[int]
 """Token ids of a text."""
 
+_AT_ONCE = 256
+"""Texts that are tokenized together: enough for all cores, little memory for what is made of a token besides its id,
+which is some hundred bytes, and not long to wait for where the model could compute meanwhile."""
+
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Tokenized texts.
+    """Some texts, tokenized.
 
     Attributes:
         rows: token ids of each text.
@@ -30,11 +34,6 @@ class Tokens:
     def counts(self) -> list[int]:
         """Tokens of each text."""
         return [len(row) for row in self.rows]
-
-    @property
-    def count(self) -> int:
-        """Tokens of all the texts."""
-        return sum(self.counts)
 
 
 class InputTokenizer:
@@ -61,8 +60,11 @@ class InputTokenizer:
             suffix=recipe.suffix(checkpoint.config) if recipe else "",
         )
 
-    def tokenize(self, texts: Sequence[str], *, input_type: InputType | None, truncate: Truncate) -> Tokens:
-        """Token ids, with the prompt of this input type.
+    def tokenize(self, texts: Sequence[str], *, input_type: InputType | None, truncate: Truncate) -> Iterator[Tokens]:
+        """Token ids, with the prompt of this input type: of some texts after the other, in their order.
+
+        The first are there long before the last, so that the model can compute meanwhile. Whoever takes the next is
+        told what is wrong with it:
 
         Raises:
             InputTooLong: a text is too long and `truncate` is NONE.
@@ -70,21 +72,34 @@ class InputTokenizer:
             CheckpointInvalid: the tokenizer gives a token that the model does not know.
         """
         prompt = self._card.prompt(input_type)
-        rows = self._tokenizer.encode(texts, prompt=prompt, truncate=truncate)
         skip = self._unpooled(prompt)
+        for start in range(0, len(texts), _AT_ONCE):
+            try:
+                rows = self._tokenizer.encode(texts[start : start + _AT_ONCE], prompt=prompt, truncate=truncate)
+                self._check(rows, skip)
+            except InputUnusable as error:
+                raise error.about(start + error.index) from None
+            yield Tokens(rows, skip)
+
+    def ids_of(self, *tokens: str) -> Collection[int]:
+        """The ids of these tokens, of those that there are."""
+        return self._tokenizer.ids_of(*tokens)
+
+    def _check(self, rows: Sequence[Row], skip: int) -> None:
+        """See to it that the model can read these rows.
+
+        Raises:
+            InputUnusable: one is nothing but a prompt that is not pooled.
+            CheckpointInvalid: one has a token that the model does not know.
+        """
         for index, row in enumerate(rows):
             if len(row) <= skip:
                 raise InputUnusable(f"has no tokens of its own behind the prompt of {skip} tokens", index=index)
             if max(row) >= self._vocabulary:  # on a GPU, to look it up would be the end of the process
                 raise CheckpointInvalid(
-                    f"{self._checkpoint.folder}: the tokenizer makes token {max(row)} of text {index}, and the model "
-                    f"has only {self._vocabulary}: they do not belong together"
+                    f"{self._checkpoint.folder}: the tokenizer makes token {max(row)} of a text, and the model has "
+                    f"only {self._vocabulary}: they do not belong together"
                 )
-        return Tokens(rows, skip)
-
-    def ids_of(self, *tokens: str) -> Collection[int]:
-        """The ids of these tokens, of those that there are."""
-        return self._tokenizer.ids_of(*tokens)
 
     def _unpooled(self, prompt: str) -> int:
         """How many tokens at a text's start are not pooled."""

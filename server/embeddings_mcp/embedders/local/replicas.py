@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from embeddings_mcp.embedders.local.encoder import Encoder
 from embeddings_mcp.embedders.local.inputs import Row, Tokens
@@ -41,7 +41,7 @@ class Replicas:
         self._turns = itertools.cycle(encoders)
         self._of_thread = threading.local()
 
-    def tokenize(self, texts: Sequence[str], *, input_type: InputType | None, truncate: Truncate) -> Tokens:
+    def tokenize(self, texts: Sequence[str], *, input_type: InputType | None, truncate: Truncate) -> Iterator[Tokens]:
         """See `Encoder.tokenize`."""
         return self._encoders[0].tokenize(texts, input_type=input_type, truncate=truncate)
 

@@ -31,10 +31,6 @@ _SHORT = 2048
 """Characters up to which a single text is tokenized without letting go of the interpreter lock: that takes less than to
 get it back from threads that compute."""
 
-_AT_ONCE = 256
-"""Texts that are tokenized together: enough for all cores, and little memory for what is made of a token besides its
-id, which is some hundred bytes."""
-
 
 class Tokenizer:
     """A model's tokenizer.
@@ -112,8 +108,7 @@ class Tokenizer:
         excerpts = [prompt + (text[-reach:] if truncate == "START" else text[:reach]) for text in texts]
         if len(excerpts) == 1 and len(excerpts[0]) <= _SHORT:
             return [self._tokenizer.encode(excerpts[0]).ids]
-        parts = [excerpts[start : start + _AT_ONCE] for start in range(0, len(excerpts), _AT_ONCE)]
-        return [encoding.ids for part in parts for encoding in self._tokenizer.encode_batch_fast(part)]
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(excerpts)]
 
     def _settled(self, ids: list[int], text: str, reach: int, prompt: str, truncate: Truncate) -> bool:
         """Whether the tokens to be kept are those that the whole text has, and not an accident of where it was cut.

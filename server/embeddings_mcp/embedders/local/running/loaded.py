@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from embeddings_mcp.models import InputType, ModelCard, Truncate
@@ -42,7 +42,7 @@ class LoadedModel(Protocol):
         """Let what the calling thread computes from now on use so many cores."""
         ...
 
-    def tokenize(self, texts: Sequence[str], *, input_type: InputType | None, truncate: Truncate) -> Tokens:
+    def tokenize(self, texts: Sequence[str], *, input_type: InputType | None, truncate: Truncate) -> Iterator[Tokens]:
         """See `InputTokenizer.tokenize`."""
         ...
 
