@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,12 +15,15 @@ import anyio
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import gelu, layer_norm, linear
 
 from embeddings_mcp.assemble import build_service
 from embeddings_mcp.embedders.local.attention import _attend_by_runs, attend
 from embeddings_mcp.embedders.local.encoder import Encoder, load_encoder
 from embeddings_mcp.embedders.local.graphs import Graphed
+from embeddings_mcp.embedders.local.linear import Linear
 from embeddings_mcp.embedders.local.memory import halving
+from embeddings_mcp.embedders.local.norm import Norm, _fuses
 from embeddings_mcp.embedders.local.packing import Packing
 from embeddings_mcp.models import Precision, find_card
 from embeddings_mcp.settings import Settings
@@ -85,7 +89,9 @@ def test_replayed_passes_make_the_vectors_of_usual_ones(
 def test_texts_launched_while_others_are_tokenized_get_vectors_of_their_own(texts: list[str]) -> None:
     model = on_cuda("e5", "float32", recorded=True)
     alone = np.concatenate([model.encode([text], truncate="END").vectors for text in texts])
-    places = np.random.default_rng(1).integers(len(texts), size=5000)  # some 100,000 tokens, of which 16,384 are a batch
+    places = np.random.default_rng(1).integers(
+        len(texts), size=5000
+    )  # some 100,000 tokens, of which 16,384 are a batch
 
     together = model.encode([texts[place] for place in places], truncate="END").vectors
 
@@ -125,6 +131,51 @@ def test_the_kernels_of_this_gpu_attend_as_the_runs_do(
             expected = _attend_by_runs(query, key, value, here, None, causal=causal, reach=reach)
             made = attend(placed[0], placed[1], placed[2], there, causal=causal, reach=reach).double().cpu()
             assert (made - expected).norm() / expected.norm() < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [10, 384, 1000, 1024])
+def test_a_norm_of_a_sum_in_one_kernel_is_no_farther_from_the_exact_one_than_in_two(
+    dtype: torch.dtype, width: int
+) -> None:
+    pytest.importorskip("triton", reason="Triton, which brings the kernel, is not installed")
+    generator = torch.Generator().manual_seed(0)
+    rows, others = (torch.randn(300, width, generator=generator).to("cuda", dtype) for _ in range(2))
+    weight, bias = (torch.randn(width, generator=generator).to("cuda", dtype) for _ in range(2))
+    norm, eye = Norm(weight, bias, 1e-5), torch.eye(width, device="cuda", dtype=dtype)
+    exact = layer_norm((rows.double() + others.double()), (width,), weight.double(), bias.double(), 1e-5)
+
+    fused = norm.after(Linear(eye, None), rows, others)
+
+    assert norm._fused, "the kernel could not be had"
+    error = (fused.double() - exact).norm()
+    assert error <= (norm(rows + others).double() - exact).norm() * 1.1
+    assert error / exact.norm() < {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}[dtype]
+
+
+def test_where_there_is_no_compiler_norms_are_computed_as_usual(
+    monkeypatch: pytest.MonkeyPatch, texts: list[str]
+) -> None:
+    expected = on_cuda("e5", "float32", recorded=True).encode(texts, truncate="END").vectors
+    _fuses.cache_clear()
+    monkeypatch.setitem(sys.modules, "embeddings_mcp.embedders.local.fused_norm", None)
+    made = on_cuda.__wrapped__("e5", "float32", recorded=True).encode(texts, truncate="END").vectors
+    _fuses.cache_clear()
+    assert np.abs(made - expected).max() < 5e-6
+
+
+def test_gelu_within_a_product_in_bfloat16_is_no_farther_from_the_exact_one_than_after_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(500, 384, generator=generator).to("cuda", torch.bfloat16)
+    weight = (torch.randn(1536, 384, generator=generator) / 8).to("cuda", torch.bfloat16)
+    bias = torch.randn(1536, generator=generator).to("cuda", torch.bfloat16)
+    exact = gelu(linear(rows.double(), weight.double(), bias.double()))
+    assert exact.abs().max() > 5, "so that it is seen on both sides of where GELU bends"
+
+    within = Linear(weight, bias).gelu(rows).double()
+
+    after = gelu(linear(rows, weight, bias)).double()
+    assert (within - exact).norm() < (after - exact).norm()
 
 
 @pytest.fixture

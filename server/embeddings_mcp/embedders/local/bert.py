@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import embedding, layer_norm
+from torch.nn.functional import embedding
 
 from embeddings_mcp.embedders.local.attention import attend
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint
 from embeddings_mcp.embedders.local.jsonfile import JsonObject
 from embeddings_mcp.embedders.local.linear import Int8Linear, Linear
+from embeddings_mcp.embedders.local.norm import Norm
 from embeddings_mcp.embedders.local.packing import PackedRow, Packing, pack
 from embeddings_mcp.embedders.local.placement import Placement
 from embeddings_mcp.embedders.local.weights import check_tensors, read_tensors
@@ -39,35 +40,23 @@ _INTERMEDIATE, _LAST, _LAST_NORM = "intermediate.dense", "output.dense", "output
 
 
 @dataclass(frozen=True, slots=True)
-class _Norm:
-    """A layer norm over the last dimension."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor
-    epsilon: float
-
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        return layer_norm(rows, self.weight.shape, self.weight, self.bias, self.epsilon)
-
-
-@dataclass(frozen=True, slots=True)
 class _Layer:
     """One layer of the encoder."""
 
     projections: Linear | Int8Linear
     attention_output: Linear | Int8Linear
-    attention_norm: _Norm
+    attention_norm: Norm
     intermediate: Linear | Int8Linear
     output: Linear | Int8Linear
-    output_norm: _Norm
+    output_norm: Norm
 
     def __call__(self, rows: torch.Tensor, heads: int, packing: Packing) -> torch.Tensor:
         """From ``[tokens, d]`` to ``[tokens, d]``."""
         tokens, width = rows.shape
         query, key, value = self.projections(rows).view(tokens, 3, heads, width // heads).unbind(1)
         attended = attend(query, key, value, packing).view(tokens, width)
-        rows = self.attention_norm(self.attention_output.plus(attended, rows))
-        return self.output_norm(self.output.plus(self.intermediate.gelu(rows), rows))
+        rows = self.attention_norm.after(self.attention_output, attended, rows)
+        return self.output_norm.after(self.output, self.intermediate.gelu(rows), rows)
 
 
 class Bert:
@@ -191,5 +180,5 @@ def _layer(tensors: Mapping[str, torch.Tensor], name: str, epsilon: float, make:
     )
 
 
-def _norm(tensors: Mapping[str, torch.Tensor], name: str, epsilon: float) -> _Norm:
-    return _Norm(tensors[f"{name}.weight"], tensors[f"{name}.bias"], epsilon)
+def _norm(tensors: Mapping[str, torch.Tensor], name: str, epsilon: float) -> Norm:
+    return Norm(tensors[f"{name}.weight"], tensors[f"{name}.bias"], epsilon)
