@@ -20,7 +20,7 @@ import pytest
 from embeddings_mcp import __version__
 from embeddings_mcp.assemble import build_service
 from embeddings_mcp.embedders.local.locate import find_bundled
-from embeddings_mcp.faces import cli
+from embeddings_mcp.faces import cli, terminal
 from embeddings_mcp.faces.http import create_app
 from embeddings_mcp.faces.mcp import build_mcp_server
 from embeddings_mcp.models import DEFAULT_MODEL
@@ -172,7 +172,7 @@ def test_models_are_listed_without_a_look_at_their_weights(run: Run, folder: Pat
 
 
 def test_the_version_is_printed(run: Run) -> None:
-    assert run("version") == Outcome(0, f"{__version__}\n", "")
+    assert run("version") == run("--version") == Outcome(0, f"{__version__}\n", "")
 
 
 # --- Texts and models ------------------------------------------------------------------------------------------------
@@ -203,6 +203,23 @@ def test_a_model_of_the_settings_is_asked_by_its_name(run: Run, folder: Path, mo
         ([], DEFAULT_MODEL),
     ):
         assert run("embed", CAT, "--json", *flags).json["model"] == model
+
+
+def test_a_model_computes_in_the_numbers_that_are_asked_for(run: Run) -> None:
+    exact = run("embed", CAT, "--json").json["data"][0]["embedding"]
+    rounded = run("embed", CAT, "--json", "--precision", "bfloat16").json["data"][0]["embedding"]
+    assert 1e-5 < np.abs(np.subtract(exact, rounded)).max() < 2e-2
+
+
+def test_on_a_narrow_terminal_nothing_of_a_model_is_cut_off(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "_WIDEST", 60)
+    shown = run("models").out
+    first = "".join(line[2:].split("  ")[0] for line in shown.splitlines() if line.startswith("  "))
+    assert f"{DEFAULT_MODEL}(default)" in first
+
+
+def test_a_cache_that_is_not_there_yet_is_said(run: Run, tmp_path: Path) -> None:
+    assert run("cache", "info", "--cache", str(tmp_path)).out.endswith(": nothing is remembered there yet\n")
 
 
 def test_long_work_shows_its_progress_on_stderr(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,6 +275,12 @@ def test_a_wrong_setting_is_named_as_it_was_given(
     said = run("models").lesson
     assert said.startswith(lesson)
     assert "sk-not-to-be-seen" not in said
+
+
+def test_a_server_says_which_variables_mean_nothing_to_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMBEDDINGS_MCP_DEVCE", "cpu")
+    said = run("serve", "--default-model", "gone").err.splitlines()
+    assert said[0].endswith("EMBEDDINGS_MCP_DEVCE is set, and is no setting: is EMBEDDINGS_MCP_DEVICE meant?")
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,16 @@ async def test_an_installation_that_works_is_found_to_work() -> None:
     assert found[f"default model {DEFAULT_MODEL}"].says.startswith("gave a vector of 384 numbers")
 
 
+async def test_a_misspelt_variable_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMBEDDINGS_MCP_PRECISON", "int8")
+    async with stand_in() as standing:
+        noted = (await findings(at(standing.url)))["settings"]
+    assert (noted.state, noted.says) == (
+        "note",
+        "EMBEDDINGS_MCP_PRECISON is set, and is no setting: is EMBEDDINGS_MCP_PRECISION meant?",
+    )
+
+
 async def test_missing_packages_are_a_problem_only_where_a_model_is_to_run_here(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

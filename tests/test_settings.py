@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from embeddings_mcp.models import DEFAULT_MODEL
 from embeddings_mcp.settings import Settings
+from embeddings_mcp.variables import misspelt
 
 SECRET = "sk-not-to-be-seen"
 
@@ -62,6 +63,29 @@ def test_an_empty_variable_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> Non
     for name in ("MODELS", "DEFAULT_MODEL", "CARDS", "API_KEY", "PORT"):
         monkeypatch.setenv(f"EMBEDDINGS_MCP_{name}", "")
     assert Settings() == Settings.model_construct()
+
+
+def test_where_kubernetes_says_that_a_service_is_is_no_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMBEDDINGS_MCP_PORT", "tcp://10.96.0.17:80")
+    assert Settings().port == 8000
+
+
+def test_a_misspelt_variable_is_told_from_settings_keys_and_those_of_kubernetes() -> None:
+    settings = Settings(endpoints='[{"url": "http://localhost:9", "api_key_env": "EMBEDDINGS_MCP_MY_KEY"}]')  # type: ignore[arg-type]
+    known = [f"EMBEDDINGS_MCP_{name.upper()}" for name in Settings.model_fields]
+    of_kubernetes = ["SERVICE_HOST", "SERVICE_PORT_HTTP", "PORT", "PORT_80_TCP", "PORT_80_TCP_ADDR"]
+    environment = [
+        *known,
+        "embeddings_mcp_device",
+        "EMBEDDINGS_MCP_MY_KEY",
+        "PATH",
+        *(f"EMBEDDINGS_MCP_{name}" for name in of_kubernetes),
+    ]
+    assert list(misspelt(environment, settings)) == []
+    assert list(misspelt([*environment, "EMBEDDINGS_MCP_XYZ", "EMBEDDINGS_MCP_APIKEY"], settings)) == [
+        "EMBEDDINGS_MCP_APIKEY is set, and is no setting: is EMBEDDINGS_MCP_API_KEY meant?",
+        "EMBEDDINGS_MCP_XYZ is set, and is no setting",
+    ]
 
 
 @pytest.mark.parametrize(

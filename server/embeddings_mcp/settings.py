@@ -18,6 +18,9 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from embeddings_mcp.models import DEFAULT_MODEL, ModelCard, Precision
 
+PREFIX = "EMBEDDINGS_MCP_"
+"""Begins the name of every environment variable that is a setting."""
+
 Load = Literal["background", "eager", "lazy"]
 
 
@@ -75,7 +78,7 @@ class Settings(BaseSettings):
     """What the server can be told; every field is an environment variable in capitals after ``EMBEDDINGS_MCP_``."""
 
     model_config = SettingsConfigDict(
-        env_prefix="EMBEDDINGS_MCP_",
+        env_prefix=PREFIX,
         env_ignore_empty=True,  # VARIABLE= in a container's configuration means that nobody has set it
         frozen=True,
         extra="forbid",
@@ -256,6 +259,12 @@ class Settings(BaseSettings):
     @classmethod
     def _read_none(cls, value: object) -> object:
         return () if value == "none" else value
+
+    @field_validator("port", mode="before")
+    @classmethod
+    def _check_port(cls, value: object) -> object:
+        """Beside a service called ``embeddings-mcp``, Kubernetes says in this variable where that is."""
+        return cls.model_fields["port"].default if str(value).startswith(("tcp://", "udp://", "sctp://")) else value
 
     @field_validator("model_process")
     @classmethod

@@ -50,11 +50,13 @@ from embeddings_mcp.publish import identity
 from embeddings_mcp.schema import EncodingFormat
 from embeddings_mcp.serialization import dump_json
 from embeddings_mcp.service import EmbeddingService
-from embeddings_mcp.settings import Load, Settings
+from embeddings_mcp.settings import PREFIX, Load, Settings
+from embeddings_mcp.variables import misspelt
 from embeddings_mcp.vectors import Metric
 
+_logger = logging.getLogger(__name__)
+
 app = typer.Typer(
-    help="Text embeddings for agents: an MCP server with an OpenAI-compatible REST API, and the same from a terminal.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -116,6 +118,8 @@ def serve(
             sys.stderr.write(f"embeddings-mcp: {note}\n")
         settings = read.added_to(settings)
     logs.configure(settings)
+    for word in misspelt(os.environ, settings):
+        _logger.warning(word)
     if transport == "http":
         _refuse_itself(settings)
         if settings.model_process is None and os.name == "posix":
@@ -147,6 +151,7 @@ def embed(
     dimensions: DimensionsOption = None,
     encoding_format: Annotated[EncodingFormat, typer.Option(help="How --json writes a vector.")] = "float",
     device: DeviceOption = None,
+    precision: PrecisionOption = None,
     cache: CacheOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -154,7 +159,7 @@ def embed(
     lines = lines_of(texts)
     answer = ask(
         CREATE_EMBEDDING,
-        _service_for(model, endpoint, device, cache),
+        _service_for(model, endpoint, device, precision, cache),
         input=lines,
         input_type=input_type,
         truncate=truncate,
@@ -182,6 +187,7 @@ def similarity(
     truncate: TruncateOption = "NONE",
     dimensions: DimensionsOption = None,
     device: DeviceOption = None,
+    precision: PrecisionOption = None,
     cache: CacheOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -190,7 +196,7 @@ def similarity(
     others = lines_of(other) if other else None
     answer = ask(
         SIMILARITY,
-        _service_for(model, endpoint, device, cache),
+        _service_for(model, endpoint, device, precision, cache),
         input=lines,
         other=others,
         metric=metric,
@@ -217,6 +223,7 @@ def search(
     truncate: TruncateOption = "NONE",
     dimensions: DimensionsOption = None,
     device: DeviceOption = None,
+    precision: PrecisionOption = None,
     cache: CacheOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -224,7 +231,7 @@ def search(
     lines = lines_of(texts)
     answer = ask(
         SEARCH,
-        _service_for(model, endpoint, device, cache),
+        _service_for(model, endpoint, device, precision, cache),
         query=query,
         input=lines,
         top_k=top_k,
@@ -277,7 +284,7 @@ def verify(
     async def compare() -> Verdict:
         async with contextlib.AsyncExitStack() as stack:
             service = await stack.enter_async_context(
-                contextlib.aclosing(await _service_for(model, endpoint, device, precision=precision)())
+                contextlib.aclosing(await _service_for(model, endpoint, device, precision)())
             )
             one, _ = await service.catalogue.find("default")
             other = await open_embedder(against, against_model or one.card.id, _settings(device=device))
@@ -321,6 +328,7 @@ def doctor(
     endpoint: EndpointOption = None,
     default_model: DefaultModelOption = None,
     device: DeviceOption = None,
+    precision: PrecisionOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Try all that a server with these settings would use; for each problem, say the next step, and exit with 1."""
@@ -341,7 +349,9 @@ def doctor(
             take(finding)
 
     try:
-        settings = _settings(models=model, endpoints=endpoint, default_model=default_model, device=device)
+        settings = _settings(
+            models=model, endpoints=endpoint, default_model=default_model, device=device, precision=precision
+        )
     except InvalidSetting as error:
         take(problem("settings", error))
     else:
@@ -395,6 +405,22 @@ def version() -> None:
     write(__version__.encode())
 
 
+def _print_version(wanted: bool) -> None:  # noqa: FBT001 - as typer calls it
+    if wanted:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def before_any_command(
+    *,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Text embeddings for agents: an MCP server with an OpenAI-compatible REST API, and the same from a terminal."""
+
+
 def _settings(**flags: object) -> Settings:
     """The settings, with the flags that were given over the environment.
 
@@ -408,7 +434,7 @@ def _settings(**flags: object) -> Settings:
         first = error.errors(include_url=False, include_input=False)[0]
         name, *place = map(str, first["loc"])
         flag = {"models": "--model", "endpoints": "--endpoint"}.get(name, f"--{name.replace('_', '-')}")
-        source = flag if name in given else f"EMBEDDINGS_MCP_{name.upper()}"
+        source = flag if name in given else PREFIX + name.upper()
         raise InvalidSetting(f"the setting {' '.join([source, *place])}: {first['msg']}") from None
 
 
@@ -416,8 +442,8 @@ def _service_for(
     model: str | None,
     endpoints: list[str] | None,
     device: str | None,
+    precision: Precision | None,
     cache: str | None = None,
-    precision: Precision | None = None,
 ) -> Callable[[], Awaitable[EmbeddingService]]:
     """How to make a service to ask one model: that of ``--model``, or else the default model."""
     settings = _settings(endpoints=endpoints, device=device, cache=cache, precision=precision)

@@ -44,6 +44,7 @@ from embeddings_mcp.errors import (
 )
 from embeddings_mcp.models import DEFAULT_MODEL, find_card
 from embeddings_mcp.settings import Settings
+from embeddings_mcp.variables import misspelt
 
 State = Literal["fine", "note", "problem"]
 
@@ -82,6 +83,8 @@ class Finding:
 async def examine(settings: Settings) -> AsyncIterator[Finding]:
     """Everything, in the order in which one thing needs another; each finding as soon as it is made."""
     yield Finding("installation", "fine", _installation())
+    for word in misspelt(os.environ, settings):
+        yield Finding("settings", "note", word)
     try:
         service = build_service(settings.model_copy(update={"cache": "off"}))
     except EmbeddingsError as error:

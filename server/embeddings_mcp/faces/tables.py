@@ -60,7 +60,9 @@ def search(answer: SearchResponse, passages: Sequence[str]) -> RenderableType:
 
 def models(answer: ModelsResponse) -> Table:
     """A row for each model."""
-    table = _table("model", "length", "also", "most tokens", "input_type", "from", "licence")
+    table = _table("model", "length", "also", "tokens", "input_type", "from", "licence")
+    for column in table.columns:  # on a terminal too narrow for all of it, names go on below
+        column.no_wrap, column.overflow = False, "fold"
     for entry in answer["models"]:
         table.add_row(
             f"{entry['id']} (default)" if entry["default"] else entry["id"],
@@ -91,6 +93,8 @@ def finding(found: Finding) -> Text:
 
 def cache(contents: Contents) -> RenderableType:
     """A row for each model that a cache holds vectors of."""
+    if not contents.bytes:
+        return Text(f"{contents.path}: nothing is remembered there yet")
     table = _table("model", "from", "vectors", "MiB", "last used")
     for holding in contents.holdings:
         used = datetime.fromtimestamp(holding.last_used).astimezone().date().isoformat()

@@ -81,9 +81,12 @@ def _device(name: str) -> torch.device:
         try:
             return torch.empty(0, device=name).device
         except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+            reason = str(error).partition("\n")[0]
+            if reason.startswith("Expected one of"):  # dozens of kinds follow, few of which anybody has
+                reason = "it is none that PyTorch knows, such as cpu, cuda:0 or mps"
             raise ModelUnavailable(
-                f"the device {name!r} cannot be used here ({str(error).partition(chr(10))[0]}): set another one "
-                "(--device, or EMBEDDINGS_MCP_DEVICE), or auto"
+                f"the device {name!r} cannot be used here ({reason}): set another one (--device, or "
+                "EMBEDDINGS_MCP_DEVICE), or auto"
             ) from error
     if torch.cuda.is_available():
         return torch.device("cuda")
