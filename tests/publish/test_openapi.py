@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,15 @@ import pytest
 import yaml
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
+from embeddings_mcp.assemble import build_service
 from embeddings_mcp.errors import HTTP_ERRORS, WIRE_FORMS, EmbeddingsError, http_form
 from embeddings_mcp.faces import rest
+from embeddings_mcp.models import DEFAULT_MODEL
 from embeddings_mcp.operations import ROUTES
 from embeddings_mcp.publish.openapi import openapi_document
-from embeddings_mcp.serialization import parse
+from embeddings_mcp.serialization import dump_json, parse
 from embeddings_mcp.service import EmbeddingService
+from embeddings_mcp.settings import Settings
 from tests.support import HashEmbedder
 
 PUBLISHED = yaml.safe_load((Path(__file__).parents[1] / "data" / "nim-embeddings-openapi.yaml").read_text("utf-8"))
@@ -91,6 +96,24 @@ def test_every_status_that_an_error_can_have_is_described(document: dict[str, An
             f"`{form.code}`: {(error.__doc__ or '').splitlines()[0]}"
             in (document["components"]["responses"][str(form.status)]["description"])
         )
+
+
+@pytest.mark.anyio
+async def test_the_default_model_answers_the_examples_as_they_say(document: dict[str, Any]) -> None:
+    answered = []
+    async with aclosing(build_service(Settings())) as service:
+        for operation in ROUTES:
+            described = document["paths"][operation.path]["post"]
+            asked = described["requestBody"]["content"]["application/json"]["example"]
+            expected = described["responses"]["200"]["content"]["application/json"]["example"]
+            if expected["model"] != DEFAULT_MODEL:
+                continue
+            answer = json.loads(dump_json(await operation.call(service, parse(operation.request, asked), None)))
+            for item in answer.get("data", []):
+                item["embedding"] = [round(number, 4) for number in item["embedding"][:3]]
+            assert answer == expected
+            answered.append(operation.name)
+    assert answered == ["create_embedding", "similarity", "search"]
 
 
 @pytest.mark.parametrize("operation", [o for o in ROUTES if o.path is not None], ids=lambda o: o.name)

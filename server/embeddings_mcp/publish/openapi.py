@@ -27,7 +27,10 @@ from embeddings_mcp.schema import (
     TypedEmbeddingRequest,
 )
 
-_USAGE = {"prompt_tokens": 18, "total_tokens": 18}
+
+def _usage(tokens: int) -> dict[str, int]:
+    return {"prompt_tokens": tokens, "total_tokens": tokens}
+
 
 _EXAMPLES: dict[Operation, tuple[dict[str, Any], dict[str, Any]]] = {
     CREATE_TYPED_EMBEDDING: (
@@ -35,11 +38,11 @@ _EXAMPLES: dict[Operation, tuple[dict[str, Any], dict[str, Any]]] = {
         {
             "object": "list",
             "data": [
-                {"object": "embedding", "index": 0, "embedding": [0.0631, -0.0224, 0.0413]},
-                {"object": "embedding", "index": 1, "embedding": [0.0587, -0.0169, 0.0502]},
+                {"object": "embedding", "index": 0, "embedding": [0.0930, 0.0135, -0.0247]},
+                {"object": "embedding", "index": 1, "embedding": [0.1031, -0.0103, -0.0347]},
             ],
             "model": DEFAULT_MODEL,
-            "usage": _USAGE,
+            "usage": _usage(13),
         },
     ),
     CREATE_SPARSE_EMBEDDING: (
@@ -48,7 +51,7 @@ _EXAMPLES: dict[Operation, tuple[dict[str, Any], dict[str, Any]]] = {
             "object": "list",
             "data": [{"object": "sparse_embedding", "index": 0, "token_ids": [7515, 105], "weights": [0.2731, 0.0412]}],
             "model": "baai/bge-m3",
-            "usage": _USAGE,
+            "usage": _usage(7),
         },
     ),
     CREATE_COLBERT_EMBEDDING: (
@@ -64,19 +67,19 @@ _EXAMPLES: dict[Operation, tuple[dict[str, Any], dict[str, Any]]] = {
                 }
             ],
             "model": "baai/bge-m3",
-            "usage": _USAGE,
+            "usage": _usage(7),
         },
     ),
     SIMILARITY: (
         {"model": "default", "input": "The cat sleeps.", "other": ["A cat is asleep.", "Shares fell."]},
-        {"model": DEFAULT_MODEL, "metric": "cosine", "scores": [[0.9215, 0.0312]], "usage": _USAGE},
+        {"model": DEFAULT_MODEL, "metric": "cosine", "scores": [[0.9319, -0.0131]], "usage": _usage(18)},
     ),
     SEARCH: (
         {"query": "How do I reset my password?", "input": ["Opening hours", "Forgotten your login?"], "top_k": 1},
-        {"model": DEFAULT_MODEL, "results": [{"index": 1, "score": 0.5127}], "usage": _USAGE},
+        {"model": DEFAULT_MODEL, "results": [{"index": 1, "score": 0.5959}], "usage": _usage(20)},
     ),
 }
-"""A request and an answer to it; the vectors are shortened."""
+"""A request and an answer to it, of which the first numbers of each vector are shown, and of BGE-M3's its form only."""
 
 _WHEN = ("Retry-After", "Seconds after which it is worth trying again, where the server knows.", "integer")
 _HOW = (

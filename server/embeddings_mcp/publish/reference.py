@@ -9,9 +9,12 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
+from embeddings_mcp.caller import CALLER_KEY_HEADER
 from embeddings_mcp.errors import HTTP_ERRORS, WIRE_FORMS, http_form
 from embeddings_mcp.faces.cli import serve
+from embeddings_mcp.faces.observed import REQUEST_ID
 from embeddings_mcp.models import CARDS, DEFAULT_MODEL, ModelCard
+from embeddings_mcp.operations import CREATE_EMBEDDING
 from embeddings_mcp.publish.install import environment_variable, is_secret
 from embeddings_mcp.publish.openapi import openapi_document
 from embeddings_mcp.settings import EndpointSettings, Settings
@@ -28,10 +31,35 @@ Requests and answers are JSON. A field that is not listed is refused, and so is 
 server with an API key, or with an issuer of access tokens, wants one of them in the header `Authorization: Bearer ...`,
 on every route but the health ones (`EMBEDDINGS_MCP_WITHOUT_KEY` says which).
 
-Besides these routes a server has `/mcp` for MCP clients, and says what it is: `/openapi.json`, `/manifest` (the
-[capability](capabilities.md), or with `?format=` any other description), `/apis.json`, `/mcp/server-card`, and its
-Agent Skill at `/skills`, `/skills/embeddings`, `/skills/embeddings/download`, `/skills/embeddings/contents`,
-`/skills/embeddings/contents/SKILL.md` and `/.well-known/agent-skills/index.json`.
+Besides these routes a server has `/mcp` for MCP clients and `/v1/metrics` for [Prometheus](operations.md), and says what
+it is: `/openapi.json`, `/manifest` (the [capability](capabilities.md), or with `?format=` any other description),
+`/apis.json`, `/mcp/server-card`, and its Agent Skill at `/skills`, `/skills/embeddings`, `/skills/embeddings/download`,
+`/skills/embeddings/contents`, `/skills/embeddings/contents/SKILL.md` and `/.well-known/agent-skills/index.json`.
+"""
+
+_HEADERS = [
+    ("`Authorization`", "requests", "`Bearer` and a key or an access token, where the server wants one."),
+    (
+        f"`{CALLER_KEY_HEADER}`",
+        "requests",
+        "A key of the caller's own to an endpoint, where the server lets callers bring them (`caller_keys`).",
+    ),
+    (f"`{REQUEST_ID}`", "both", "An id of the caller's choice, or one of the server's; its log has it too."),
+    (
+        "`Server-Timing`",
+        "answers",
+        "Milliseconds that each stage took: tokenising, waiting, encoding, writing the answer.",
+    ),
+    ("`Retry-After`", "429, 503", "Seconds after which there will be room for this caller."),
+]
+
+_TYPES = """\
+### What `embedding_type` makes of a vector
+
+With `m` the largest magnitude of the vector: `int8` is `round(127 v / m)`, and `uint8` the same plus 128 (subtract that
+before comparing). `ubinary` has a bit for each component, 1 where it is above 0, the first in the highest bit of the
+first byte, the last byte filled up with 0; `binary` is the same bytes minus 128. A vector depends on no other of the
+request, and its length is lost, which changes no cosine. With `encoding_format` `base64` these bytes are encoded.
 """
 
 _ENVELOPE = """\
@@ -99,7 +127,10 @@ def api() -> str:
             if method == "parameters":
                 continue
             parts += _route(f"{method.upper()} {path}", route, schemas)
-    return _page(*parts, "## Errors\n", _ENVELOPE, _errors())
+            if path == CREATE_EMBEDDING.path:
+                parts.append(_TYPES)
+    headers = _table(("Header", "Of", "Meaning"), _HEADERS)
+    return _page(*parts, "## Headers\n", headers, "## Errors\n", _ENVELOPE, _errors())
 
 
 def _route(title: str, route: Mapping[str, Any], schemas: Mapping[str, Any]) -> Iterable[str]:
