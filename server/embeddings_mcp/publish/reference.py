@@ -31,8 +31,8 @@ Requests and answers are JSON. A field that is not listed is refused, and so is 
 server with an API key, or with an issuer of access tokens, wants one of them in the header `Authorization: Bearer ...`,
 on every route but the health ones (`EMBEDDINGS_MCP_WITHOUT_KEY` says which).
 
-Besides these routes a server has `/mcp` for MCP clients and `/v1/metrics` for [Prometheus](operations.md), and says what
-it is: `/openapi.json`, `/manifest` (the [capability](capabilities.md), or with `?format=` any other description),
+Besides these routes a server has `/mcp` for MCP clients and `/v1/metrics` for [Prometheus](operations.md). It says what
+it is at `/openapi.json`, `/manifest` (the [capability](capabilities.md), or with `?format=` any other description),
 `/apis.json`, `/mcp/server-card`, and its Agent Skill at `/skills`, `/skills/embeddings`, `/skills/embeddings/download`,
 `/skills/embeddings/contents`, `/skills/embeddings/contents/SKILL.md` and `/.well-known/agent-skills/index.json`.
 """
