@@ -113,6 +113,18 @@ def test_the_kernels_and_the_runs_attend_alike(
     assert (by_runs - by_kernel).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("reach", [0, 1, 63, 64, 65, 128, 300, 420])
+@pytest.mark.parametrize("length", [2, 64, 65, 129, 421])
+def test_a_token_sees_its_window_and_nothing_else(length: int, reach: int, causal: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2 * length + 1, 2, 8, generator=generator) for _ in range(3))
+    packing = Packing((length, length, 1), length, torch.tensor([0, length, 2 * length, 2 * length + 1]))
+    made = attend(query, key, value, packing, causal=causal, reach=reach)
+    expected = attended(query, key, value, packing.cumulative, scale=None, back=reach, ahead=0 if causal else reach)
+    assert (made - expected).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize(
     ("kernel", "documented"),
     [("_flash", documented_flash), ("_efficient", documented_efficient)],

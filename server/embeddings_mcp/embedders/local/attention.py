@@ -8,6 +8,8 @@ window) reaches the function by the keywords that transformers' flash-attention 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -29,6 +31,9 @@ _ALIGNMENT = 16
 
 _AMPERE = (8, 0)
 """Compute capability of the oldest GPUs that flash attention runs on, and that compute in bfloat16."""
+
+_WINDOW_STEP = 64
+"""Tokens that look through their windows together, at least: fewer are more calls than they save."""
 
 SHORT = 64
 """Tokens up to which the memory-efficient kernel is the faster one: it works on blocks of 64 tokens, flash attention on
@@ -217,29 +222,40 @@ def _attend_by_runs(
 ) -> torch.Tensor:
     """One dense attention for each run of texts of equal length; every tensor ``[tokens, heads, d]``."""
     out = query.new_empty(query.shape)
-    grouped = key.shape[1] != query.shape[1]
+    attention = functools.partial(
+        scaled_dot_product_attention, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
+    )
     for start, count, length in packing.runs:
-        window = None if reach is None or reach >= length - 1 else _band(length, reach, causal=causal, like=query)
         # Each [texts, heads, tokens of each, d], a view.
-        texts = [
+        queries, keys, values, made = (
             tensor[start : start + count * length].view(count, length, -1, tensor.shape[-1]).transpose(1, 2)
             for tensor in (query, key, value, out)
-        ]
-        attended = scaled_dot_product_attention(
-            texts[0],
-            texts[1],
-            texts[2],
-            attn_mask=window,
-            is_causal=causal and window is None,
-            scale=scaling,
-            enable_gqa=grouped,
         )
-        texts[3].copy_(attended)
+        if reach is None or reach >= length - 1:
+            made.copy_(attention(queries, keys, values, is_causal=causal))
+            continue
+        for here, seen in _windows(length, reach, causal=causal):
+            window = _band(here, seen, reach, causal=causal, device=query.device)
+            made[:, :, here].copy_(
+                attention(queries[:, :, here], keys[:, :, seen], values[:, :, seen], attn_mask=window)
+            )
     return out
 
 
-def _band(length: int, reach: int, *, causal: bool, like: torch.Tensor) -> torch.Tensor:
-    """Which token sees which, bool ``[length, length]``: those at most `reach` away, behind only when causal."""
-    positions = torch.arange(length, device=like.device)
-    distance = positions[:, None] - positions[None, :]
+def _windows(length: int, reach: int, *, causal: bool) -> Iterator[tuple[slice, slice]]:
+    """The tokens of a text, some after the other, each time with all that any of them sees.
+
+    What lies beyond costs nothing then: of 8,192 tokens that see 64 to either side, a fortieth of the scores is left,
+    which take a CPU an eighteenth of the time.
+    """
+    step = max(_WINDOW_STEP, reach // 4)
+    for first in range(0, length, step):
+        end = min(first + step, length)
+        yield slice(first, end), slice(max(0, first - reach), end if causal else min(length, end + reach))
+
+
+def _band(here: slice, seen: slice, reach: int, *, causal: bool, device: torch.device) -> torch.Tensor:
+    """Which token sees which, bool ``[here, seen]``: those at most `reach` away, behind only when causal."""
+    rows, columns = (torch.arange(tokens.start, tokens.stop, device=device) for tokens in (here, seen))
+    distance = rows[:, None] - columns[None, :]
     return (distance <= reach) & (distance >= (0 if causal else -reach))
