@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +24,9 @@ POSITIONS = 128
 LONGEST = 60
 WINDOW = 8
 
+SECONDS = 60
+"""Longest that anything here may take."""
+
 ENCODER: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 24,
@@ -35,6 +40,13 @@ ENCODER: dict[str, Any] = {
 }
 DECODER = ENCODER | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 FAIRSEQ = ENCODER | {"pad_token_id": 1, "bos_token_id": 0}
+
+
+def longrope(head: int) -> dict[str, Any]:
+    """Other angles for all tokens of a text that has more than 16, in heads of this width."""
+    factors = {"short_factor": [1.0] * (head // 2), "long_factor": [1.0 + place for place in range(head // 2)]}
+    scaling = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 8.0, **factors}
+    return {"rope_parameters": {**scaling, "original_max_position_embeddings": 16}}
 
 
 @dataclass(frozen=True)
@@ -125,6 +137,8 @@ NOT_PACKED = {
 
 ONE_LENGTH_AT_A_TIME = {
     "fnet: mixes all tokens of a row, padding too": Kind("fnet", ENCODER),
+    "llama, other angles for long texts": Kind("llama", DECODER | longrope(8)),
+    "phi3, other angles for long texts": Kind("phi3", DECODER | {"head_dim": 6} | longrope(6)),
     "convbert: looks at the padding beside a text": Kind("convbert", ENCODER | {"embedding_size": 24}),
 }
 
@@ -230,3 +244,20 @@ def test_a_type_whose_vectors_would_change_is_not_packed_and_keeps_them(kind: Ki
 
     assert not backbone.packed
     torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-5)
+
+
+def test_texts_of_several_threads_do_not_change_each_other_s_angles() -> None:
+    model = build(ONE_LENGTH_AT_A_TIME["llama, other angles for long texts"], seed=0)
+    backbone = Backbone(model)
+    rows = {length: [[7 + place % 31 for place in range(length)]] * 20 for length in (9, LONGEST)}
+    expected = {length: alone(model, some) for length, some in rows.items()}
+    start = threading.Barrier(2)
+
+    def differ(length: int) -> float:
+        start.wait(timeout=SECONDS)
+        with torch.inference_mode():
+            made = [backbone.hidden_states(rows[length])[0] for _ in range(200)]
+        return max(float((hidden - expected[length]).abs().max()) for hidden in made)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert max(pool.map(differ, rows, timeout=SECONDS)) < 1e-5

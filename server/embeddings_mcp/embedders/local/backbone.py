@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 import logging
 import re
+import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import numpy as np
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, AttentionInterface, AutoConfig, AutoModel, PreTrainedModel
+from transformers import CONFIG_MAPPING, AttentionInterface, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from embeddings_mcp.embedders.local.attention import NAME, packed_attention
@@ -57,7 +59,10 @@ class Backbone:
         self._options = {"return_dict": True}
         if hasattr(model.config, "use_cache"):
             self._options["use_cache"] = False
-        self.way = self._find_way()
+        # transformers keeps in one place the angles for texts of the length that is run.
+        longrope = _turns_by_length(model.config)
+        self._turn: AbstractContextManager[object] = threading.Lock() if longrope else nullcontext()
+        self.way: Way = "apart" if longrope else self._find_way()
 
     @property
     def packed(self) -> bool:
@@ -84,14 +89,18 @@ class Backbone:
             ``[tokens, d]``, and where each text lies in it.
         """
         row = pack(rows, self.device)
+        with self._turn:
+            return self._hidden_states(rows, row), row.packing
+
+    def _hidden_states(self, rows: Sequence[Sequence[int]], row: PackedRow) -> torch.Tensor:
         match self.way:
             case "packed":
-                return self.forward(row), row.packing
+                return self.forward(row)
             case "padded":
-                return self._padded(rows), row.packing
+                return self._padded(rows)
             case "apart":
                 runs = [list(run) for _, run in itertools.groupby(rows, key=len)]
-                return torch.cat([self._padded(run) for run in runs]), row.packing
+                return torch.cat([self._padded(run) for run in runs])
 
     def forward(self, row: PackedRow) -> torch.Tensor:
         """From a packed row to its token vectors, ``[tokens, d]``; for a model whose way is packed."""
@@ -139,6 +148,13 @@ class Backbone:
             way: Way = "padded" if _same(alone, self._padded(rows)) else "apart"
         _logger.info("%s cannot be packed: its texts are %s", config.model_type, way)
         return way
+
+
+def _turns_by_length(config: PreTrainedConfig) -> bool:
+    """Whether by how much a token's vector is turned depends on its text's length, and so on its neighbours'."""
+    rotary = getattr(config, "rope_parameters", None) or {}
+    kinds = [rotary, *rotary.values()]  # one of them, or one for each type of layer
+    return any(isinstance(kind, dict) and kind.get("rope_type") == "longrope" for kind in kinds)
 
 
 def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
