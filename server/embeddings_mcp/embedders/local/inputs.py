@@ -76,29 +76,29 @@ class InputTokenizer:
         for start in range(0, len(texts), _AT_ONCE):
             try:
                 rows = self._tokenizer.encode(texts[start : start + _AT_ONCE], prompt=prompt, truncate=truncate)
-                self._check(rows, skip)
             except InputUnusable as error:
                 raise error.about(start + error.index) from None
+            self._check(rows, skip, start)
             yield Tokens(rows, skip)
 
     def ids_of(self, *tokens: str) -> Collection[int]:
         """The ids of these tokens, of those that there are."""
         return self._tokenizer.ids_of(*tokens)
 
-    def _check(self, rows: Sequence[Row], skip: int) -> None:
-        """See to it that the model can read these rows.
+    def _check(self, rows: Sequence[Row], skip: int, start: int) -> None:
+        """See to it that the model can read these rows, of the texts from `start` on.
 
         Raises:
             InputUnusable: one is nothing but a prompt that is not pooled.
             CheckpointInvalid: one has a token that the model does not know.
         """
-        for index, row in enumerate(rows):
+        for index, row in enumerate(rows, start):
             if len(row) <= skip:
                 raise InputUnusable(f"has no tokens of its own behind the prompt of {skip} tokens", index=index)
             if max(row) >= self._vocabulary:  # on a GPU, to look it up would be the end of the process
                 raise CheckpointInvalid(
-                    f"{self._checkpoint.folder}: the tokenizer makes token {max(row)} of a text, and the model has "
-                    f"only {self._vocabulary}: they do not belong together"
+                    f"{self._checkpoint.folder}: the tokenizer makes token {max(row)} of text {index}, and the model "
+                    f"has only {self._vocabulary}: they do not belong together"
                 )
 
     def _unpooled(self, prompt: str) -> int:
