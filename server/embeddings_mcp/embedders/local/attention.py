@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from embeddings_mcp.embedders.local.linear import AMPERE
 from embeddings_mcp.embedders.local.packing import Packing, PackingUnsupported
 
 NAME = "embeddings_mcp_packed"
@@ -28,9 +29,6 @@ _WIDEST = 256
 
 _ALIGNMENT = 16
 """Bytes of which a head's vectors have to be a multiple, for the same kernels."""
-
-_AMPERE = (8, 0)
-"""Compute capability of the oldest GPUs that flash attention runs on, and that compute in bfloat16."""
 
 _WINDOW_STEP = 64
 """Tokens that look through their windows together, at least: fewer are more calls than they save."""
@@ -138,7 +136,7 @@ def _kernel_for(query: torch.Tensor, key: torch.Tensor, longest: int, reach: int
     width = query.shape[-1]
     if not query.is_cuda or width > _WIDEST or width * query.element_size() % _ALIGNMENT:
         return "runs"
-    recent = torch.cuda.get_device_capability(query.device) >= _AMPERE
+    recent = torch.cuda.get_device_capability(query.device) >= AMPERE
     if query.dtype == torch.bfloat16 and not recent:
         return "runs"
     short = longest <= SHORT and key.shape[1] == query.shape[1]

@@ -23,6 +23,9 @@ os.environ.setdefault("LRU_CACHE_CAPACITY", "128")  # the same of ideep, which l
 _SMALLEST = 1e-12
 """Floor under the largest magnitude of a row or column of zeros."""
 
+AMPERE = (8, 0)
+"""Compute capability of the oldest GPUs that compute in bfloat16, and that flash attention runs on."""
+
 _ROWS = 2048
 """For how many rows the weights are laid out; fewer or more are computed as well."""
 
@@ -40,6 +43,7 @@ class Linear(torch.nn.Module):
         self.prepacked = can_prepack(weight.device) and weight.dtype == torch.float32
         self._bias = bias
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS) if self.prepacked else weight  # noqa: SLF001
+        self._gelu_within = bias is not None and weight.dtype == torch.bfloat16 and _has_gelu(weight.device)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """From ``[..., in]`` to ``[..., out]``."""
@@ -51,7 +55,7 @@ class Linear(torch.nn.Module):
         """The same, from ``[tokens, in]``, then GELU in its exact form (with erf), as far as the numbers tell."""
         if self.prepacked and _fuses():
             return self._product(rows, "gelu")
-        if self._bias is not None and rows.is_cuda and rows.dtype == torch.bfloat16:
+        if self._bias is not None and self._gelu_within:
             # cuBLAS has GELU's form with tanh only; but it computes that of sums which are not rounded yet, and comes
             # out no farther from what is exact.
             made: torch.Tensor = torch._addmm_activation(self._bias, rows, self._weight.t(), use_gelu=True)  # noqa: SLF001
@@ -153,6 +157,11 @@ def _fuses() -> bool:
     gains nothing.
     """
     return bool(torch.cpu.get_capabilities().get("avx512_f"))
+
+
+def _has_gelu(device: torch.device) -> bool:
+    """Whether products on this device can have GELU within them: by cuBLAS, on GPUs that compute in bfloat16."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= AMPERE
 
 
 @functools.cache
