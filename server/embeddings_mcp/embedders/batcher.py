@@ -173,6 +173,7 @@ class Batcher(Generic[Kind, Result]):
                 if fresh and on_progress is not None:
                     await on_progress(done)
         finally:
+            job.failure = None  # whose traceback holds the job: a circle that would hold the model, too
             with self._lock:
                 self._drop_waiting(job)
                 self._jobs.remove(job)
@@ -274,6 +275,8 @@ class Batcher(Generic[Kind, Result]):
                 loop.call_soon_threadsafe(finish)
             except RuntimeError:  # the loop has ended, and nobody waits any longer
                 return
+            finally:
+                del outcome, finish  # a failure's traceback holds this call, and would be held by it
 
     def _next_batch(self) -> _Batch[Kind, Result]:
         """What goes next, the longest rows first; taken out of the queue. The lock must be held."""
@@ -338,6 +341,8 @@ class Batcher(Generic[Kind, Result]):
 
     def _fail(self, job: _Job[Kind, Result], failure: Exception) -> None:
         with self._lock:
+            if job not in self._jobs:  # another of its batches has failed it already
+                return
             self._drop_waiting(job)
         job.failure = failure
         job.changed.set()
