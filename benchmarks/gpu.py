@@ -173,6 +173,7 @@ def _show_shape(shape: Shape, setting: _Setting) -> None:
         made = {name: embed(wanted) for name, embed in embedders.items()}  # to warm up, too
         for _ in range(_ROUNDS):
             for name, embed in embedders.items():
+                # mypy infers no types for what a lambda binds by its defaults.
                 taken[name].append(_seconds(lambda embed=embed: embed(wanted)))  # type: ignore[misc]
                 alone[name] += [_seconds(lambda embed=embed, query=query: embed([query])) for query in queries]  # type: ignore[misc]
         tokenizing = _seconds(lambda: _tokens(encoder, wanted))
@@ -251,7 +252,7 @@ def _peers(folder: Path, shape: Shape, device: str) -> dict[str, Embed]:
         ).float().cpu().numpy()  # fmt: skip
         return vectors
 
-    return {
+    return {  # as above, mypy infers no types for a lambda's defaults
         f"sentence-transformers, batches of {size}": lambda batch, size=size: embed(batch, size)  # type: ignore[misc]
         for size in (32, 128)
     }

@@ -262,7 +262,7 @@ class Settings(BaseSettings):
 
     @field_validator("port", mode="before")
     @classmethod
-    def _check_port(cls, value: object) -> object:
+    def _read_port(cls, value: object) -> object:
         """Beside a service called ``embeddings-mcp``, Kubernetes says in this variable where that is."""
         return cls.model_fields["port"].default if str(value).startswith(("tcp://", "udp://", "sctp://")) else value
 

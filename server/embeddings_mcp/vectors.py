@@ -46,9 +46,9 @@ def shorten(vectors: FloatMatrix, dimensions: int) -> FloatMatrix:
 
 
 def quantize(vectors: FloatMatrix, embedding_type: EmbeddingType) -> npt.NDArray[np.generic]:
-    """Write each row in fewer bits; a row depends on no other, so that rows of different requests can be compared.
+    """Write each vector in fewer bits; none depends on another, so that those of different requests can be compared.
 
-    Calibration, with m the largest magnitude of the row:
+    Calibration, with m the largest magnitude of the vector:
 
     - ``int8``: ``round(127 v / m)``, -127 to 127;
     - ``uint8``: the same plus 128, 1 to 255: subtract 128 before comparing;
@@ -56,7 +56,7 @@ def quantize(vectors: FloatMatrix, embedding_type: EmbeddingType) -> npt.NDArray
       byte filled up with 0;
     - ``binary``: the same bytes minus 128, as signed numbers.
 
-    The scale of a row is lost, which changes no cosine. NVIDIA does not say how the NIM calibrates; bits are packed as
+    The scale of a vector is lost, which changes no cosine. NVIDIA does not say how the NIM calibrates; bits are packed as
     in sentence-transformers' ``quantize_embeddings``.
 
     Returns:

@@ -89,9 +89,8 @@ def test_replayed_passes_make_the_vectors_of_usual_ones(
 def test_texts_launched_while_others_are_tokenized_get_vectors_of_their_own(texts: list[str]) -> None:
     model = on_cuda("e5", "float32", recorded=True)
     alone = np.concatenate([model.encode([text], truncate="END").vectors for text in texts])
-    places = np.random.default_rng(1).integers(
-        len(texts), size=5000
-    )  # some 100,000 tokens, of which 16,384 are a batch
+    # Some 100,000 tokens, of which 16,384 are a batch.
+    places = np.random.default_rng(1).integers(len(texts), size=5000)
 
     together = model.encode([texts[place] for place in places], truncate="END").vectors
 

@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 from embeddings_mcp import __version__
 from embeddings_mcp.operations import OPERATIONS
 from embeddings_mcp.publish import identity
-from embeddings_mcp.settings import Settings
+from embeddings_mcp.settings import PREFIX, Settings
 
 _OFFERED = ("models", "default_model", "endpoints", "nvidia_api_key", "device", "precision", "cache")
 """Settings that whoever installs a server for one host may want; the others are for servers over HTTP."""
@@ -62,7 +62,7 @@ def registry_entry() -> dict[str, Any]:
 def environment_variable(name: str) -> str:
     """The variable that a setting is read from."""
     alias = Settings.model_fields[name].validation_alias
-    return alias if isinstance(alias, str) else f"EMBEDDINGS_MCP_{name.upper()}"
+    return alias if isinstance(alias, str) else PREFIX + name.upper()
 
 
 def is_secret(field: FieldInfo) -> bool:

@@ -18,6 +18,7 @@ from embeddings_mcp.operations import CREATE_EMBEDDING
 from embeddings_mcp.publish.install import environment_variable, is_secret
 from embeddings_mcp.publish.openapi import openapi_document
 from embeddings_mcp.settings import EndpointSettings, Settings
+from embeddings_mcp.vectors import quantize
 
 _MADE = "<!-- Made from the code by `make published`; edit the code, not this page. -->\n"
 
@@ -52,15 +53,6 @@ _HEADERS = [
     ),
     ("`Retry-After`", "429, 503", "Seconds after which there will be room for this caller."),
 ]
-
-_TYPES = """\
-### What `embedding_type` makes of a vector
-
-With `m` the largest magnitude of the vector: `int8` is `round(127 v / m)`, and `uint8` the same plus 128 (subtract that
-before comparing). `ubinary` has a bit for each component, 1 where it is above 0, the first in the highest bit of the
-first byte, the last byte filled up with 0; `binary` is the same bytes minus 128. A vector depends on no other of the
-request, and its length is lost, which changes no cosine. With `encoding_format` `base64` these bytes are encoded.
-"""
 
 _ENVELOPE = """\
 Every answer that is not a success has this form. `message` says what was wrong, what is accepted, and what to do,
@@ -128,7 +120,7 @@ def api() -> str:
                 continue
             parts += _route(f"{method.upper()} {path}", route, schemas)
             if path == CREATE_EMBEDDING.path:
-                parts.append(_TYPES)
+                parts += _types()
     headers = _table(("Header", "Of", "Meaning"), _HEADERS)
     return _page(*parts, "## Headers\n", headers, "## Errors\n", _ENVELOPE, _errors())
 
@@ -146,6 +138,13 @@ def _route(title: str, route: Mapping[str, Any], schemas: Mapping[str, Any]) -> 
     else:
         yield f"Answers with `{_name(answer)}`:\n"
         yield _fields(schemas[_name(answer)])
+
+
+def _types() -> Iterable[str]:
+    """What the numbers of a vector become, in the words of the function that does it."""
+    said, _, _ = (inspect.getdoc(quantize) or "").partition("\n\nReturns:")
+    yield "### What `embedding_type` makes of a vector\n"
+    yield f"{said.replace('``', '`')}\n"
 
 
 def _name(content: Mapping[str, Any]) -> str:

@@ -171,7 +171,7 @@ def load_backbone(checkpoint: Checkpoint, placement: Placement) -> Backbone:
             or of another shape than its config says.
     """
     folder = checkpoint.pipeline.backbone
-    # What it would report is said below, as an error.
+    # What it would report is said below, as an error. The functions have no annotations.
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     description = dict(checkpoint.backbone_config)

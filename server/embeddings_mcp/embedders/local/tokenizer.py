@@ -26,7 +26,6 @@ _COUNTED = 1 << 20
 """A text of up to so many characters is counted to its end before it is refused, and cut as if all of it had been
 tokenized. In a longer one without any boundary, a run of one letter, an excerpt may begin with half a token."""
 
-
 _SHORT = 2048
 """Characters up to which a single text is tokenized without letting go of the interpreter lock: that takes less than to
 get it back from threads that compute."""
