@@ -56,8 +56,8 @@ def quantize(vectors: FloatMatrix, embedding_type: EmbeddingType) -> npt.NDArray
       byte filled up with 0;
     - ``binary``: the same bytes minus 128, as signed numbers.
 
-    The scale of a vector is lost, which changes no cosine. NVIDIA does not say how the NIM calibrates; bits are packed as
-    in sentence-transformers' ``quantize_embeddings``.
+    The scale of a vector is lost, which changes no cosine. NVIDIA does not say how the NIM calibrates; bits are packed
+    as in sentence-transformers' ``quantize_embeddings``.
 
     Returns:
         ``[n, d]`` float32, int8 or uint8, or ``[n, ceil(d / 8)]`` int8 or uint8.
