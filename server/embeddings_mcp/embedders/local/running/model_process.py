@@ -128,11 +128,13 @@ class ModelProcess:
         order = Order(loading, [end.fileno() for end in theirs], their_log.fileno(), workers, cores)
         self._name = loading.name
         self._closed = False
+        self._ended_by_itself = True
         self._free: queue.SimpleQueue[Connection] = queue.SimpleQueue()
         self._process = _start(order)
         for end in (*theirs, their_log):
             end.close()
-        threading.Thread(target=self._listen, args=(log,), name=f"log of {self._name}", daemon=True).start()
+        self._log = threading.Thread(target=self._listen, args=(log,), name=f"log of {self._name}", daemon=True)
+        self._log.start()
         try:
             ready: Ready = self._answer(ours[0])
             self.tokenize = InputTokenizer(checkpoint, ready.card, vocabulary=ready.vocabulary).tokenize
@@ -171,10 +173,13 @@ class ModelProcess:
         return made
 
     def close(self) -> None:
-        """End the process, whatever it is doing."""
-        self._closed = True
+        """End the process, whatever it is doing; all that it said is logged then."""
+        if not self._closed:
+            self._closed = True
+            self._ended_by_itself = not self.alive
         self._process.kill()
         self._process.wait(_SECONDS)
+        self._log.join(_SECONDS)
         if self._process.stdin is not None:
             self._process.stdin.close()
         self._close_free()
@@ -233,12 +238,12 @@ class ModelProcess:
         return f"was ended by {signal.Signals(-code).name}"
 
     def _listen(self, log: Connection) -> None:
-        """Log what is logged there, and the end if nobody here brought it about."""
+        """Log what is logged there, and its end if that was not brought about by `close`."""
         with contextlib.suppress(EOFError, OSError):
             while True:
                 name, level, message = log.recv()
                 logging.getLogger(name).log(level, "%s", message)
-        if not self._closed:
+        if self._ended_by_itself:
             _logger.error("The process that runs %s %s.", self._name, self._end())
 
 
