@@ -23,7 +23,7 @@ from embeddings_mcp.embedders.local.encoder import Encoder, load_encoder
 from embeddings_mcp.embedders.local.graphs import Graphed
 from embeddings_mcp.embedders.local.linear import Linear
 from embeddings_mcp.embedders.local.memory import halving
-from embeddings_mcp.embedders.local.norm import Norm, _fuses
+from embeddings_mcp.embedders.local.norm import Norm, _kernel
 from embeddings_mcp.embedders.local.packing import Packing
 from embeddings_mcp.models import Precision, find_card
 from embeddings_mcp.settings import Settings
@@ -146,7 +146,7 @@ def test_a_norm_of_a_sum_in_one_kernel_is_no_farther_from_the_exact_one_than_in_
 
     fused = norm.after(Linear(eye, None), rows, others)
 
-    assert norm._fused, "the kernel could not be had"
+    assert norm._add_norm is not None, "the kernel could not be had"
     error = (fused.double() - exact).norm()
     assert error <= (norm(rows + others).double() - exact).norm() * 1.1
     assert error / exact.norm() < {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}[dtype]
@@ -156,10 +156,10 @@ def test_where_there_is_no_compiler_norms_are_computed_as_usual(
     monkeypatch: pytest.MonkeyPatch, texts: list[str]
 ) -> None:
     expected = on_cuda("e5", "float32", recorded=True).encode(texts, truncate="END").vectors
-    _fuses.cache_clear()
+    _kernel.cache_clear()
     monkeypatch.setitem(sys.modules, "embeddings_mcp.embedders.local.fused_norm", None)
     made = on_cuda.__wrapped__("e5", "float32", recorded=True).encode(texts, truncate="END").vectors
-    _fuses.cache_clear()
+    _kernel.cache_clear()
     assert np.abs(made - expected).max() < 5e-6
 
 

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from embeddings_mcp.embedders.local.linear import AMPERE
 from embeddings_mcp.embedders.local.packing import Packing, PackingUnsupported
+from embeddings_mcp.embedders.local.processors import is_ampere
 
 NAME = "embeddings_mcp_packed"
 """The name under which transformers finds the function."""
@@ -136,7 +136,7 @@ def _kernel_for(query: torch.Tensor, key: torch.Tensor, longest: int, reach: int
     width = query.shape[-1]
     if not query.is_cuda or width > _WIDEST or width * query.element_size() % _ALIGNMENT:
         return "runs"
-    recent = torch.cuda.get_device_capability(query.device) >= AMPERE
+    recent = is_ampere(query.device)
     if query.dtype == torch.bfloat16 and not recent:
         return "runs"
     short = longest <= SHORT and key.shape[1] == query.shape[1]

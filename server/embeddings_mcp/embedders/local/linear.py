@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import functools
 import os
-import platform
 
 import torch
+
+from embeddings_mcp.embedders.local.processors import has_avx512, has_cublas, has_onednn, has_vnni, is_ampere
 
 # oneDNN keeps what it has compiled for every number of rows that it has met, 1,024 of them if nobody says otherwise:
 # for a server whose batches all differ, hundreds of megabytes. Of fewer, lone queries, which are short and few in kind,
@@ -22,9 +23,6 @@ os.environ.setdefault("LRU_CACHE_CAPACITY", "128")  # the same of ideep, which l
 
 _SMALLEST = 1e-12
 """Floor under the largest magnitude of a row or column of zeros."""
-
-AMPERE = (8, 0)
-"""Compute capability of the oldest GPUs that compute in bfloat16, and that flash attention runs on."""
 
 _ROWS = 2048
 """For how many rows the weights are laid out; fewer or more are computed as well."""
@@ -40,7 +38,7 @@ class Linear(torch.nn.Module):
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
-        self.prepacked = can_prepack(weight.device) and weight.dtype == torch.float32
+        self.prepacked = has_onednn(weight.device) and weight.dtype == torch.float32
         self._bias = bias
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS) if self.prepacked else weight  # noqa: SLF001
         self._gelu_within = bias is not None and weight.dtype == torch.bfloat16 and _has_gelu(weight.device)
@@ -81,7 +79,7 @@ class Linear(torch.nn.Module):
 
 
 class Int8Linear(torch.nn.Module):
-    """The same, near enough, with weights and inputs in 8 bits: for CPUs with `can_prepack` only.
+    """The same, near enough, with weights and inputs in 8 bits: for CPUs that oneDNN computes on only.
 
     A weight is rounded to 127ths (or 63ths, see `_weight_levels`) of the largest of its output, an input to 127ths of
     the largest of its token. So a token is rounded alike whatever its neighbours, unlike with one scale for a batch.
@@ -134,19 +132,10 @@ def prepack(module: torch.nn.Module, *, quantized: bool = False) -> None:
         for name, child in list(parent.named_children()):
             if not isinstance(child, torch.nn.Linear) or child.weight.dtype != torch.float32:
                 continue
-            if can_prepack(child.weight.device):
+            if has_onednn(child.weight.device):
                 parameters = dict(child.named_parameters())
                 bias = parameters.get("bias")
                 setattr(parent, name, layer(child.weight.detach(), None if bias is None else bias.detach()))
-
-
-def can_prepack(device: torch.device) -> bool:
-    """Whether oneDNN computes on this device."""
-    return bool(
-        device.type == "cpu"
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        and platform.machine().lower() in {"x86_64", "amd64"}
-    )
 
 
 @functools.cache
@@ -156,19 +145,18 @@ def _fuses() -> bool:
     With AVX2 alone its GELU takes four times as long (8 ms for 1,024 rows of 1,536, and PyTorch's 2), and its adding
     gains nothing.
     """
-    return bool(torch.cpu.get_capabilities().get("avx512_f"))
+    return has_avx512()
 
 
 def _has_gelu(device: torch.device) -> bool:
     """Whether products on this device can have GELU within them: by cuBLAS, on GPUs that compute in bfloat16."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= AMPERE
+    return has_cublas(device) and is_ampere(device)
 
 
 @functools.cache
 def _weight_levels() -> int:
     """How many levels a weight has to either side of 0.
 
-    Without the VNNI instructions two products are added up in 16 bits, which 255 * 127 twice would overflow.
+    Without VNNI two products are added up in 16 bits, which 255 * 127 twice would overflow.
     """
-    capabilities = torch.cpu.get_capabilities()
-    return 127 if capabilities.get("avx512_vnni") or capabilities.get("avx_vnni") else 63
+    return 127 if has_vnni() else 63

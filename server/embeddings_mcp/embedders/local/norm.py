@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 
 import torch
 from torch.nn.functional import layer_norm
 
 from embeddings_mcp.embedders.local.linear import Int8Linear, Linear
+
+_AddNorm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+"""See `fused_norm.add_norm`."""
 
 _logger = logging.getLogger(__name__)
 
@@ -31,7 +35,7 @@ class Norm:
         self._weight = weight
         self._bias = bias
         self._epsilon = epsilon
-        self._fused = weight.is_cuda and _fuses(weight.device, weight.dtype, len(weight))
+        self._add_norm = _kernel(weight.device, weight.dtype, len(weight)) if weight.is_cuda else None
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """From ``[tokens, d]`` to ``[tokens, d]``."""
@@ -39,16 +43,14 @@ class Norm:
 
     def after(self, linear: Linear | Int8Linear, rows: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """The norm of what `linear` makes of `rows`, which may be overwritten, with `residual` added."""
-        if not self._fused:
+        if self._add_norm is None:
             return self(linear.plus(rows, residual))
-        from embeddings_mcp.embedders.local.fused_norm import add_norm  # needs Triton
-
-        return add_norm(linear(rows), residual, self._weight, self._bias, self._epsilon)
+        return self._add_norm(linear(rows), residual, self._weight, self._bias, self._epsilon)
 
 
 @functools.cache
-def _fuses(device: torch.device, dtype: torch.dtype, width: int) -> bool:
-    """Whether the kernel for both can be had on this CUDA device, and makes what the two make.
+def _kernel(device: torch.device, dtype: torch.dtype, width: int) -> _AddNorm | None:
+    """The kernel for both, where it can be had on this CUDA device, and makes what the two make.
 
     Triton, which compiles it when it is first used, comes with PyTorch on some systems only, and needs a C compiler.
     """
@@ -60,5 +62,5 @@ def _fuses(device: torch.device, dtype: torch.dtype, width: int) -> bool:
         torch.testing.assert_close(made, layer_norm(rows + rows, (width,), rows[0], rows[1], 1e-12))
     except Exception as error:  # noqa: BLE001 - it is only faster with it, and a compiler fails in many ways
         _logger.info("on %s residuals are added before the norm, not within it: %s", device, error)
-        return False
-    return True
+        return None
+    return add_norm

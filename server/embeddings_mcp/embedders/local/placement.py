@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from embeddings_mcp.embedders.local.fingerprint import number_format
-from embeddings_mcp.embedders.local.linear import can_prepack
+from embeddings_mcp.embedders.local.processors import has_onednn
 from embeddings_mcp.errors import ModelUnavailable
 from embeddings_mcp.models import Precision
 
@@ -63,7 +63,7 @@ def choose_placement(device: str, precision: Precision) -> Placement:
     number = number_format(precision, where.type)
     if number != "int8":
         return Placement(where, getattr(torch, number))
-    if not can_prepack(where):
+    if not has_onednn(where):
         raise ModelUnavailable(
             f"int8 is for x86 CPUs, and not for {where}: set another precision (EMBEDDINGS_MCP_PRECISION)"
         )
