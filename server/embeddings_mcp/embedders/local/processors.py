@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 
 import torch
@@ -19,6 +20,12 @@ def has_onednn(device: torch.device) -> bool:
     )
 
 
+def has_mkl() -> bool:
+    """Whether PyTorch's own products on the CPU are MKL's."""
+    return bool(torch.backends.mkl.is_available())  # type: ignore[no-untyped-call]
+
+
+@functools.cache
 def has_avx512() -> bool:
     """Whether the CPU has AVX-512."""
     return bool(torch.cpu.get_capabilities().get("avx512_f"))
