@@ -14,6 +14,7 @@ import anyio
 import anyio.to_thread
 import pytest
 from pydantic import SecretStr
+from starlette.responses import JSONResponse, Response
 
 from embeddings_mcp import __version__
 from embeddings_mcp.embedders.cache.database import FILE
@@ -22,6 +23,7 @@ from embeddings_mcp.faces import doctor
 from embeddings_mcp.faces.doctor import Finding, examine
 from embeddings_mcp.models import DEFAULT_MODEL, ModelCard
 from embeddings_mcp.settings import EndpointSettings, Settings
+from tests.faces.issuer import RESOURCE, issuing
 from tests.nim.standin import ASYMMETRIC, SYMMETRIC, answering, held, stand_in
 from tests.support import ROOT, START_SECONDS
 
@@ -29,6 +31,7 @@ pytestmark = pytest.mark.anyio
 
 COMMAND = str(Path(sys.executable).with_name("embeddings-mcp"))
 KEY = "nvapi-not-to-be-seen"
+SECRET = {"kty": "oct", "k": "c2VjcmV0", "kid": "shared"}
 
 
 async def findings(settings: Settings) -> dict[str, Finding]:
@@ -159,6 +162,53 @@ async def test_a_server_that_would_not_start_is_a_problem() -> None:
     found = await findings(Settings(default_model="gone"))
     assert list(found) == ["installation", "settings"]
     assert "the default model 'gone' is not among the models served" in found["settings"].says
+
+
+# --- The issuer of access tokens -------------------------------------------------------------------------------------
+
+
+def trusting(url: str, issuer: str) -> Settings:
+    """Settings of a server for other machines, whose callers show tokens of this issuer."""
+    chosen = {"host": "0.0.0.0", "oauth_issuer": issuer, "oauth_resource": RESOURCE}
+    return at(url).model_copy(update=chosen)
+
+
+async def test_an_issuer_of_tokens_is_asked_for_its_keys() -> None:
+    with issuing() as issuer:
+        async with stand_in() as standing:
+            found = await findings(trusting(standing.url, issuer.url))
+            both = trusting(standing.url, issuer.url).model_copy(update={"api_key": SecretStr(KEY)})
+            assert (await findings(both))["HTTP callers"].says.endswith("with a key or an access token")
+        assert found["HTTP callers"].says == "reach 0.0.0.0 port 8000 with an access token"
+        trusted = found[f"issuer {issuer.url}"]
+    assert trusted.state == "fine"
+    assert trusted.says.endswith("and publishes 3 keys")
+
+
+@pytest.mark.parametrize(
+    ("answer", "says", "advice"),
+    [
+        (Response(status_code=500), "answers 500", "see that the issuer runs"),
+        (JSONResponse({"keys": [SECRET]}), "none of its keys is for one of RS256, ", "see that the issuer runs"),
+    ],
+)
+async def test_an_issuer_whose_keys_cannot_be_had_is_a_problem(answer: Response, says: str, advice: str) -> None:
+    with issuing() as issuer:
+        issuer.answer = answer
+        async with stand_in() as standing:
+            trusted = (await findings(trusting(standing.url, issuer.url)))[f"issuer {issuer.url}"]
+    assert trusted.state == "problem"
+    assert says in trusted.says
+    assert trusted.advice.startswith(advice)
+
+
+async def test_an_issuer_by_another_name_than_its_own_is_a_problem() -> None:
+    with issuing() as issuer:
+        async with stand_in() as standing:
+            trusted = (await findings(trusting(standing.url, f"{issuer.url}/")))[f"issuer {issuer.url}/"]
+    assert trusted.state == "problem"
+    assert f"and the issuer there calls itself {issuer.url!r}" in trusted.says
+    assert trusted.advice.startswith("correct the setting")
 
 
 # --- Endpoints -------------------------------------------------------------------------------------------------------

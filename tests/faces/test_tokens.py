@@ -12,14 +12,10 @@ import httpx2
 import jwt
 import pytest
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
+from cryptography.hazmat.primitives.asymmetric import rsa
 from mcp import Client
 from mcp.client.streamable_http import streamable_http_client
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, RedirectResponse, Response
-from starlette.routing import Route
+from starlette.responses import JSONResponse, Response
 
 from embeddings_mcp.errors import InvalidSetting, IssuerUnavailable
 from embeddings_mcp.faces import tokens
@@ -28,78 +24,11 @@ from embeddings_mcp.faces.mcp import build_mcp_server
 from embeddings_mcp.faces.tokens import TokenVerifier
 from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
+from tests.faces.issuer import PRIVATE, RESOURCE, Issuer, issuing
 from tests.support import HashEmbedder, serving
 
-RESOURCE = "https://embeddings.example/mcp"
 METADATA = "https://embeddings.example/.well-known/oauth-protected-resource/mcp"
-
-PRIVATE: dict[str, Any] = {
-    "rsa": rsa.generate_private_key(65537, 2048),
-    "ec": ec.generate_private_key(ec.SECP256R1()),
-    "ed": ed25519.Ed25519PrivateKey.generate(),
-}
-ALGORITHMS = {"rsa": "RS256", "ec": "ES256", "ed": "EdDSA"}
 STRANGER = rsa.generate_private_key(65537, 2048)
-
-
-class Issuer:
-    """An authorization server, as far as resource servers see it.
-
-    Attributes:
-        url: where it is; ends with its path.
-        published: names of the keys that it publishes.
-        asked: how often it was asked for them.
-        answer: what it answers in place of its keys.
-    """
-
-    def __init__(self, path: str = "", description: str = "oauth-authorization-server") -> None:
-        self.url = ""
-        self.published = ["rsa", "ec", "ed"]
-        self.asked = 0
-        self.answer: Response | None = None
-        self.jwks_uri = "/keys"
-        before = f"/.well-known/{description}{path}"
-        behind = f"{path}/.well-known/{description}"
-        self.app = Starlette(
-            routes=[
-                Route(before if description.startswith("oauth") else behind, self._describe),
-                Route("/keys", self._keys),
-                Route("/moved", lambda _request: RedirectResponse("/keys")),
-            ]
-        )
-
-    async def _describe(self, request: Request) -> Response:
-        return JSONResponse({"issuer": self.url, "jwks_uri": f"{str(request.base_url).rstrip('/')}{self.jwks_uri}"})
-
-    async def _keys(self, _request: Request) -> Response:
-        self.asked += 1
-        return self.answer or JSONResponse({"keys": [_public(name) for name in self.published]})
-
-    def token(self, key: str = "rsa", *, kid: str | None = "", **changes: Any) -> str:
-        """A good token, with these claims changed; None leaves one out, also the name of the key."""
-        claims = {
-            "iss": self.url,
-            "aud": RESOURCE,
-            "sub": "alice",
-            "client_id": "agent",
-            "scope": "embed read",
-            "exp": int(time.time()) + 600,
-        } | changes
-        said = {name: value for name, value in claims.items() if value is not None}
-        return jwt.encode(said, PRIVATE[key], ALGORITHMS[key], headers=None if kid is None else {"kid": kid or key})
-
-
-def _public(name: str) -> dict[str, Any]:
-    kinds: dict[str, Any] = {"rsa": RSAAlgorithm, "ec": ECAlgorithm, "ed": OKPAlgorithm}
-    return {**kinds[name].to_jwk(PRIVATE[name].public_key(), as_dict=True), "kid": name, "use": "sig"}
-
-
-@contextmanager
-def issuing(path: str = "", description: str = "oauth-authorization-server") -> Iterator[Issuer]:
-    issuer = Issuer(path, description)
-    with serving(issuer.app) as url:
-        issuer.url = f"{url}{path}"
-        yield issuer
 
 
 @pytest.fixture

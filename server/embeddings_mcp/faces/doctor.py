@@ -1,7 +1,8 @@
 """What keeps this installation from answering, found by trying it; and for each problem the next step.
 
 What is tried is what the settings say that a server would use: the packages, the device, the weights, the cache, the
-keys, every endpoint, and a real embedding with each default model. Nothing comes out of the cache here.
+keys, the issuer of tokens, every endpoint, and a real embedding with each default model. Nothing comes out of the cache
+here.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import anyio
 import anyio.to_thread
@@ -33,6 +34,7 @@ from embeddings_mcp.errors import (
     CheckpointInvalid,
     EmbeddingsError,
     InvalidSetting,
+    IssuerUnavailable,
     MissingDependency,
     ModelRetired,
     ModelUnavailable,
@@ -45,6 +47,9 @@ from embeddings_mcp.errors import (
 from embeddings_mcp.models import DEFAULT_MODEL, find_card
 from embeddings_mcp.settings import Settings
 from embeddings_mcp.variables import misspelt
+
+if TYPE_CHECKING:
+    from embeddings_mcp.faces.tokens import TokenVerifier
 
 State = Literal["fine", "note", "problem"]
 
@@ -97,7 +102,8 @@ async def examine(settings: Settings) -> AsyncIterator[Finding]:
             yield await _beside_loop(_device, settings)
         yield await _beside_loop(_bundled_weights)
         yield await _beside_loop(_cache, settings)
-        yield _access(settings)
+        async for finding in _access(settings):
+            yield finding
         if settings.nvidia_api_key is None:
             yield Finding("hosted API", "note", "NVIDIA_API_KEY is not set, so none of its models are served")
         default: Finding | None = None
@@ -206,19 +212,36 @@ def _cache_file(path: Path, max_bytes: int) -> Finding:
     return Finding("cache", "fine", f"{path}, {vectors:,} vectors, {path.stat().st_size >> 20} MiB")
 
 
-def _access(settings: Settings) -> Finding:
-    """Who could use the HTTP server."""
+async def _access(settings: Settings) -> AsyncIterator[Finding]:
+    """Who could use the HTTP server; and whether the issuer of their tokens, where there is one, says its keys."""
     from starlette.applications import Starlette
 
     from embeddings_mcp.faces.guard import Guard
     from embeddings_mcp.faces.keys import Keyring
+    from embeddings_mcp.faces.tokens import TokenVerifier
 
     try:
-        Guard(Starlette(), settings)
-        key = "with a key" if Keyring(settings).in_use else "without a key"
+        tokens = TokenVerifier.of(settings)
+        Guard(Starlette(), settings, tokens)
+        key = "a key" if Keyring(settings).in_use else ""
     except EmbeddingsError as error:
-        return problem("HTTP callers", error)
-    return Finding("HTTP callers", "fine", f"reach {settings.host} port {settings.port} {key}")
+        yield problem("HTTP callers", error)
+        return
+    shown = " or ".join(filter(None, [key, "an access token" if tokens else ""]))
+    says = f"reach {settings.host} port {settings.port} {f'with {shown}' if shown else 'without a key'}"
+    yield Finding("HTTP callers", "fine", says)
+    if tokens is not None:
+        async with contextlib.aclosing(tokens):
+            yield await _issuer(f"issuer {settings.oauth_issuer}", tokens)
+
+
+async def _issuer(subject: str, tokens: TokenVerifier) -> Finding:
+    began = time.perf_counter()
+    try:
+        keys = await tokens.check()
+    except EmbeddingsError as error:
+        return problem(subject, error)
+    return Finding(subject, "fine", f"answers in {_since(began)} and publishes {keys} key{'s' if keys > 1 else ''}")
 
 
 # --- Endpoints and models --------------------------------------------------------------------------------------------
@@ -284,6 +307,7 @@ async def _embedding(subject: str, embedder: Embedder, seconds: float) -> Findin
 
 _STEPS: dict[type[EmbeddingsError], str] = {
     InvalidSetting: "correct the setting; `embeddings-mcp serve --help` says what each takes",
+    IssuerUnavailable: "see that the issuer runs and can be reached, or correct its address",
     MissingDependency: "install what is missing",
     CheckpointInvalid: "fetch or install the model's files anew",
     ModelRetired: "serve the model here, or choose another one (--default-model)",

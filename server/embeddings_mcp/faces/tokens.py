@@ -130,6 +130,24 @@ class TokenVerifier:
             return None
         return _access(token, claims, self._resource)
 
+    async def check(self) -> int:
+        """Ask the issuer now; how many keys it publishes that tokens are checked against.
+
+        Raises:
+            IssuerUnavailable: it does not say, or none of its keys is of use.
+            InvalidSetting: it has another name than the setting, and so no token of it would open anything.
+        """
+        described = await self._description()
+        if (name := described.get("issuer")) != self._issuer:
+            raise InvalidSetting(
+                f"EMBEDDINGS_MCP_OAUTH_ISSUER is {self._issuer!r}, and the issuer there calls itself {name!r}, as its "
+                "tokens will"
+            )
+        keys = set((await self._keys_of(described)).values())
+        if not keys:
+            raise self._unavailable(f"none of its keys is for one of {', '.join(ALGORITHMS)}")
+        return len(keys)
+
     async def aclose(self) -> None:
         """Close the connections to the issuer."""
         await self._http.aclose()
@@ -153,14 +171,13 @@ class TokenVerifier:
         """Ask for the keys; those known stay where that fails."""
         self._asked = time.monotonic()
         try:
-            self._keys, self._got, self._failure = await self._ask(), self._asked, None
+            self._keys, self._got, self._failure = await self._keys_of(await self._description()), self._asked, None
         except IssuerUnavailable as error:
             logger.warning("%s", error.message)
             self._failure = error
 
-    async def _ask(self) -> Mapping[str | None, jwt.PyJWK]:
+    async def _keys_of(self, described: Mapping[str, Any]) -> Mapping[str | None, jwt.PyJWK]:
         """The issuer's keys by their names; its only one by None too."""
-        described = await self._description()
         published = await self._get(str(described.get("jwks_uri", "")))
         try:
             keys = [key for key in jwt.PyJWKSet.from_dict(published).keys if key.algorithm_name in ALGORITHMS]
