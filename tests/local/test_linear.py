@@ -18,15 +18,14 @@ def _processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.usefixtures("_processor")
 @pytest.mark.parametrize("tokens", [1, 10, 300])
-@pytest.mark.parametrize("width", [48, 12_000])
 @pytest.mark.parametrize("biased", [True, False])
-def test_a_layer_and_what_follows_it_are_pytorch_s(tokens: int, width: int, biased: bool) -> None:
+def test_a_layer_and_what_follows_it_are_pytorch_s(tokens: int, biased: bool) -> None:
     random = torch.Generator().manual_seed(1)
 
     def numbers(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=random)
 
-    rows, weight, residual = numbers(tokens, width), numbers(96, width) / width**0.5, numbers(tokens, 96)
+    rows, weight, residual = numbers(tokens, 48), numbers(96, 48) / 7, numbers(tokens, 96)
     bias = numbers(96) if biased else None
     expected = functional.linear(rows, weight, bias)
     before = residual.clone()

@@ -5,9 +5,9 @@ every call and does not use all that processors of other makers have. oneDNN, wh
 once, and does what follows the product (GELU, or adding the residual) on the way. Its operators are those that
 torch.compile uses.
 
-With AVX2 alone MKL is the faster one for many rows, by 5 to 15 %, and oneDNN for few, by a fifth to a third: layers
-that are not large keep their weights in both layouts there. Nor does oneDNN gain anything there by what follows the
-product: its GELU takes four times as long as PyTorch's (8 ms for 1,024 rows of 1,536, and not 2).
+With AVX2 alone oneDNN's GELU takes four times as long as PyTorch's after it (8 ms for 1,024 rows of 1,536, and not 2),
+and its adding gains nothing. MKL would multiply many rows up to 15 % faster there, but not in a whole model beside
+neighbours who use the same cache, and few rows take it a third longer.
 """
 
 from __future__ import annotations
@@ -17,14 +17,7 @@ import os
 
 import torch
 
-from embeddings_mcp.embedders.local.processors import (
-    has_avx512,
-    has_cublas,
-    has_mkl,
-    has_onednn,
-    has_vnni,
-    is_ampere,
-)
+from embeddings_mcp.embedders.local.processors import has_avx512, has_cublas, has_onednn, has_vnni, is_ampere
 
 # oneDNN keeps what it has compiled for every number of rows that it has met, 1,024 of them if nobody says otherwise:
 # for a server whose batches all differ, hundreds of megabytes. Of fewer, lone queries, which are short and few in kind,
@@ -38,12 +31,6 @@ _SMALLEST = 1e-12
 _ROWS = 2048
 """For how many rows the weights are laid out; fewer or more are computed as well."""
 
-_FEW = 64
-"""Rows up to which oneDNN is the faster one with AVX2 alone."""
-
-_LARGE = 4 << 20
-"""Bytes of weights above which they are not kept twice: those of all-MiniLM-L6-v2 are below, those of BERT-base not."""
-
 
 class Linear(torch.nn.Module):
     """``x W' + b``, and what may follow it.
@@ -55,25 +42,23 @@ class Linear(torch.nn.Module):
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
-        onednn = has_onednn(weight.device) and weight.dtype == torch.float32
-        self._fuses = onednn and has_avx512()
-        plain = not onednn or (not self._fuses and weight.nbytes <= _LARGE and has_mkl())
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS) if onednn else None  # noqa: SLF001
-        self._weight = weight if plain else None
+        self._prepacked = has_onednn(weight.device) and weight.dtype == torch.float32
+        self._fuses = self._prepacked and has_avx512()
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS) if self._prepacked else weight  # noqa: SLF001
         self._bias = bias
         self._gelu_within = bias is not None and weight.dtype == torch.bfloat16 and _has_gelu(weight.device)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """From ``[..., in]`` to ``[..., out]``."""
-        if self._weight is None or (self._packed is not None and rows.numel() <= _FEW * rows.shape[-1]):
-            return self._product(rows, "none")
-        return torch.nn.functional.linear(rows, self._weight, self._bias)
+        if not self._prepacked:
+            return torch.nn.functional.linear(rows, self._weight, self._bias)
+        return self._product(rows, "none")
 
     def gelu(self, rows: torch.Tensor) -> torch.Tensor:
         """The same, from ``[tokens, in]``, then GELU in its exact form (with erf), as far as the numbers tell."""
         if self._fuses:
             return self._product(rows, "gelu")
-        if self._gelu_within and self._bias is not None and self._weight is not None:
+        if self._gelu_within and self._bias is not None:
             # cuBLAS has GELU's form with tanh only; but it computes that of sums which are not rounded yet, and comes
             # out no farther from what is exact.
             made: torch.Tensor = torch._addmm_activation(self._bias, rows, self._weight.t(), use_gelu=True)  # noqa: SLF001
@@ -85,7 +70,7 @@ class Linear(torch.nn.Module):
         """The same, then `residual` added, of the shape of the result; `rows` may be overwritten."""
         if self._fuses:
             summed: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(  # noqa: SLF001
-                rows, residual, self._packed, self._bias, "add"
+                rows, residual, self._weight, self._bias, "add"
             )
             return summed
         product: torch.Tensor = self(rows)
@@ -93,7 +78,7 @@ class Linear(torch.nn.Module):
 
     def _product(self, rows: torch.Tensor, then: str) -> torch.Tensor:
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(  # noqa: SLF001
-            rows, self._packed, self._bias, then, [], "none"
+            rows, self._weight, self._bias, then, [], "none"
         )
         return product
 

@@ -20,11 +20,6 @@ def has_onednn(device: torch.device) -> bool:
     )
 
 
-def has_mkl() -> bool:
-    """Whether PyTorch's own products on the CPU are MKL's."""
-    return bool(torch.backends.mkl.is_available())  # type: ignore[no-untyped-call]
-
-
 @functools.cache
 def has_avx512() -> bool:
     """Whether the CPU has AVX-512."""
