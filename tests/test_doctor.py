@@ -186,20 +186,20 @@ async def test_an_issuer_of_tokens_is_asked_for_its_keys() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "says", "advice"),
+    ("answer", "says"),
     [
-        (Response(status_code=500), "answers 500", "see that the issuer runs"),
-        (JSONResponse({"keys": [SECRET]}), "none of its keys is for one of RS256, ", "see that the issuer runs"),
+        (Response(status_code=500), "answers 500"),
+        (JSONResponse({"keys": [SECRET]}), "none of its keys is for one of RS256, "),
     ],
 )
-async def test_an_issuer_whose_keys_cannot_be_had_is_a_problem(answer: Response, says: str, advice: str) -> None:
+async def test_an_issuer_whose_keys_cannot_be_had_is_a_problem(answer: Response, says: str) -> None:
     with issuing() as issuer:
         issuer.answer = answer
         async with stand_in() as standing:
             trusted = (await findings(trusting(standing.url, issuer.url)))[f"issuer {issuer.url}"]
     assert trusted.state == "problem"
     assert says in trusted.says
-    assert trusted.advice.startswith(advice)
+    assert trusted.advice.startswith("see that the issuer runs")
 
 
 async def test_an_issuer_by_another_name_than_its_own_is_a_problem() -> None:

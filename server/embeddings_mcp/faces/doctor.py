@@ -223,13 +223,13 @@ async def _access(settings: Settings) -> AsyncIterator[Finding]:
     try:
         tokens = TokenVerifier.of(settings)
         Guard(Starlette(), settings, tokens)
-        key = "a key" if Keyring(settings).in_use else ""
+        openers = {"a key": Keyring(settings).in_use, "an access token": tokens is not None}
     except EmbeddingsError as error:
         yield problem("HTTP callers", error)
         return
-    shown = " or ".join(filter(None, [key, "an access token" if tokens else ""]))
-    says = f"reach {settings.host} port {settings.port} {f'with {shown}' if shown else 'without a key'}"
-    yield Finding("HTTP callers", "fine", says)
+    needed = " or ".join(opener for opener, used in openers.items() if used)
+    shown = f"with {needed}" if needed else "without a key"
+    yield Finding("HTTP callers", "fine", f"reach {settings.host} port {settings.port} {shown}")
     if tokens is not None:
         async with contextlib.aclosing(tokens):
             yield await _issuer(f"issuer {settings.oauth_issuer}", tokens)

@@ -12,7 +12,6 @@ neighbours who use the same cache, and few rows take it a third longer.
 
 from __future__ import annotations
 
-import functools
 import os
 
 import torch
@@ -148,7 +147,6 @@ def _has_gelu(device: torch.device) -> bool:
     return has_cublas(device) and is_ampere(device)
 
 
-@functools.cache
 def _weight_levels() -> int:
     """How many levels a weight has to either side of 0.
 

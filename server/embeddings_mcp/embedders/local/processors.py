@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import platform
 
 import torch
@@ -20,7 +19,6 @@ def has_onednn(device: torch.device) -> bool:
     )
 
 
-@functools.cache
 def has_avx512() -> bool:
     """Whether the CPU has AVX-512."""
     return bool(torch.cpu.get_capabilities().get("avx512_f"))

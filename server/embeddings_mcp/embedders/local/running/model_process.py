@@ -128,7 +128,7 @@ class ModelProcess:
         order = Order(loading, [end.fileno() for end in theirs], their_log.fileno(), workers, cores)
         self._name = loading.name
         self._closed = False
-        self._ended_by_itself = True
+        self._killed = False  # by `close`; what had ended before it did so by itself
         self._free: queue.SimpleQueue[Connection] = queue.SimpleQueue()
         self._process = _start(order)
         for end in (*theirs, their_log):
@@ -174,9 +174,8 @@ class ModelProcess:
 
     def close(self) -> None:
         """End the process, whatever it is doing; all that it said is logged then."""
-        if not self._closed:
-            self._closed = True
-            self._ended_by_itself = not self.alive
+        self._closed = True
+        self._killed |= self.alive
         self._process.kill()
         self._process.wait(_SECONDS)
         self._log.join(_SECONDS)
@@ -238,12 +237,12 @@ class ModelProcess:
         return f"was ended by {signal.Signals(-code).name}"
 
     def _listen(self, log: Connection) -> None:
-        """Log what is logged there, and its end if that was not brought about by `close`."""
+        """Log what is logged there, and its end if `close` did not bring that about."""
         with contextlib.suppress(EOFError, OSError):
             while True:
                 name, level, message = log.recv()
                 logging.getLogger(name).log(level, "%s", message)
-        if self._ended_by_itself:
+        if not self._killed:
             _logger.error("The process that runs %s %s.", self._name, self._end())
 
 
