@@ -1,7 +1,8 @@
 """Texts to token ids, with the prompt before them and cut to the model's length, straight from ``tokenizer.json``.
 
 The file is read by the tokenizers library itself: it is what the model was trained with, while transformers' classes
-rebuild parts of it for some families and then give other ids.
+rebuild parts of it for some families and then give other ids. One thing that they have always rebuilt, in training too,
+is how BERT's text is normalized.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import normalizers
 
+from embeddings_mcp.embedders.local.jsonfile import JsonObject, read_object
 from embeddings_mcp.errors import CheckpointInvalid, InputTooLong, InputUnusable, InvalidRequest
 from embeddings_mcp.models import Truncate
 
@@ -29,6 +31,10 @@ tokenized. In a longer one without any boundary, a run of one letter, an excerpt
 _SHORT = 2048
 """Characters up to which a single text is tokenized without letting go of the interpreter lock: that takes less than to
 get it back from threads that compute."""
+
+
+_BERT = frozenset({"BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MPNetTokenizer"})
+"""Classes of transformers for which ``tokenizer_config.json`` goes before ``tokenizer.json`` in how to normalize."""
 
 
 class Tokenizer:
@@ -62,8 +68,10 @@ class Tokenizer:
             CheckpointInvalid: there is none, or it cannot be read.
         """
         path = folder / "tokenizer.json"
+        config = read_object(folder / "tokenizer_config.json", optional=True)
         try:
             tokenizer = FastTokenizer.from_file(str(path)) if path.is_file() else _convert(folder)
+            _normalize_as_said(tokenizer, config)
             return cls(tokenizer, max_tokens=max_tokens, lowercase=lowercase, suffix=suffix)
         except BaseException as error:  # readers raise whatever comes, and a panic of tokenizers is no Exception
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
@@ -153,6 +161,19 @@ class Tokenizer:
         alone = self._tokenizer.encode(prompt, add_special_tokens=False).ids if prompt else []
         pairs = zip(alone, ids[self._before :], strict=False)
         return next((count for count, (ours, theirs) in enumerate(pairs) if ours != theirs), len(alone))
+
+
+def _normalize_as_said(tokenizer: FastTokenizer, config: JsonObject) -> None:
+    """See to it that BERT's texts are normalized as its config says, or where that is silent, as transformers does."""
+    kind = config.get("tokenizer_class", "").removesuffix("Fast")
+    own = tokenizer.normalizer
+    if kind in _BERT and isinstance(own, normalizers.BertNormalizer):
+        tokenizer.normalizer = normalizers.BertNormalizer(
+            clean_text=own.clean_text,
+            handle_chinese_chars=config.get("tokenize_chinese_chars", default=True),
+            strip_accents=config.fields.get("strip_accents"),
+            lowercase=config.get("do_lower_case", default=True),
+        )
 
 
 def _convert(folder: Path) -> FastTokenizer:
