@@ -228,6 +228,33 @@ DESCRIPTIONS: dict[str, tuple[Damage, str]] = {
     "a pooling that nobody knows": (field("1_Pooling/config.json", pooling_mode="median"), r"`pooling_mode` must be"),
     "poolings that nobody knows": (field("1_Pooling/config.json", pooling_mode=["mean", 3]), r"`pooling_mode` must"),
     "a pooling that is a number": (field("1_Pooling/config.json", pooling_mode=3), r"`pooling_mode` must be"),
+    "another config than that of the file": (
+        field("sentence_bert_config.json", config_kwargs={"num_hidden_layers": 1}),
+        r"sentence_bert_config\.json: `config_kwargs` must be empty: say it in config\.json",
+    ),
+    "another tokenizer than that of the file": (
+        field("sentence_bert_config.json", tokenizer_args={"trust_remote_code": True, "do_lower_case": False}),
+        r"sentence_bert_config\.json: `tokenizer_args` must be empty",
+    ),
+    "the token vectors of an earlier layer": (
+        field(
+            "sentence_bert_config.json",
+            modality_config={"text": {"method": "forward", "method_output_name": ["hidden_states", 1]}},
+        ),
+        r"sentence_bert_config\.json: `modality_config` must be \{'text'",
+    ),
+    "a model that ranks pairs": (
+        field("config_sentence_transformers.json", model_type="CrossEncoder"),
+        r"config_sentence_transformers\.json: `model_type` must be 'SentenceTransformer'",
+    ),
+    "vectors of no length": (
+        field("config_sentence_transformers.json", truncate_dim=0),
+        r"config_sentence_transformers\.json: `truncate_dim` must be a whole number above zero, not 0",
+    ),
+    "a layer whose output nobody reads": (
+        field("2_Dense/config.json", module_output_name="other"),
+        r"2_Dense/config\.json: a Dense module is supported on the pooled vector only",
+    ),
     "an activation of somebody else's": (
         field("2_Dense/config.json", activation_function="os.system"),
         r"2_Dense/config\.json: the activation 'os\.system' is not one of torch\.nn",

@@ -128,6 +128,38 @@ def test_the_default_prompt_goes_before_texts_whose_type_was_not_said(tmp_path: 
     assert_same(ours(tmp_path, TEXTS, "passage"), theirs(model, TEXTS, prompt=""))
 
 
+@pytest.mark.parametrize(
+    ("prompts", "default"),
+    [({"query": "say: ", "document": "say: "}, None), ({"sts": "compare: "}, "sts"), ({"sts": "compare: "}, None)],
+    ids=["one for both types", "one for neither type", "one that is not asked for"],
+)
+def test_a_prompt_goes_before_the_texts_that_it_is_for_and_no_others(
+    tmp_path: Path, prompts: dict[str, str], default: str | None
+) -> None:
+    model = save(tmp_path, Pooling(WIDTH), prompts=prompts, default_prompt_name=default)
+
+    assert_same(ours(tmp_path, TEXTS), theirs(model, TEXTS))
+    assert_same(ours(tmp_path, TEXTS, "query"), np.asarray(model.encode_query(TEXTS)))
+    assert_same(ours(tmp_path, TEXTS, "passage"), np.asarray(model.encode_document(TEXTS)))
+
+
+@pytest.mark.parametrize("length", [10, WIDTH, 2 * WIDTH])
+def test_vectors_are_as_short_as_the_checkpoint_says(tmp_path: Path, length: int) -> None:
+    save(tmp_path, Pooling(WIDTH), Normalize(), truncate_dim=length)
+    model = SentenceTransformer(str(tmp_path), device="cpu")
+
+    vectors = ours(tmp_path, TEXTS)
+
+    assert_same(vectors, theirs(model, TEXTS))
+    assert read_checkpoint(tmp_path).dimensions == vectors.shape[1] == min(length, WIDTH)
+
+
+def test_an_activation_has_the_weights_that_it_learned(tmp_path: Path) -> None:
+    model = save(tmp_path, Pooling(WIDTH), Dense(WIDTH, 8, activation_function=torch.nn.PReLU()))
+
+    assert_same(ours(tmp_path, TEXTS), theirs(model, TEXTS))
+
+
 # --- older layouts ---------------------------------------------------------------------------------------------------
 
 
@@ -248,6 +280,24 @@ def test_texts_are_put_in_lower_case_where_the_checkpoint_says_so(tmp_path: Path
     assert_same(
         ours(tmp_path, texts, "query"), ours(tmp_path, [text.lower() for text in texts[:1]] + texts[1:], "query")
     )
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{}, {"do_lower_case": False}, {"strip_accents": False}, {"tokenize_chinese_chars": False}],
+    ids=lambda said: next(iter(said), "nothing"),
+)
+def test_berts_texts_are_normalized_as_the_config_of_its_tokenizer_says(saved: Path, said: dict[str, bool]) -> None:
+    # The other file says the opposite of what is said here, and of what goes without saying.
+    tokenizer = json.loads((saved / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer["normalizer"] |= {"lowercase": not said.get("do_lower_case", True)}
+    edit(saved / "tokenizer.json", normalizer=tokenizer["normalizer"])
+    (saved / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "BertTokenizer", "model_max_length": 64} | said), encoding="utf-8"
+    )
+    texts = [*TEXTS, "WATER and Café", "the 猫 is a cat"]
+
+    assert_same(ours(saved, texts), theirs(SentenceTransformer(str(saved), device="cpu"), texts))
 
 
 def test_a_tokenizer_may_come_as_a_vocabulary_only(saved: Path) -> None:

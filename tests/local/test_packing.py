@@ -108,6 +108,7 @@ PACKED_BY_PROBE = {
     "electra": Kind("electra", ENCODER | {"embedding_size": 16}),
     "albert": Kind("albert", ENCODER | {"embedding_size": 16}),
     "camembert": Kind("camembert", FAIRSEQ),
+    "data2vec-text": Kind("data2vec-text", FAIRSEQ),
     "qwen2, texts longer than its window": Kind(
         "qwen2", DECODER | {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
     ),
@@ -132,7 +133,6 @@ NOT_PACKED = {
     "mistral, both ways: the width of such a window is in doubt": Kind(
         "mistral", DECODER | {"is_causal": False, "sliding_window": WINDOW}
     ),
-    "data2vec-text: its position ids are not those it is given here": Kind("data2vec-text", FAIRSEQ),
 }
 
 ONE_LENGTH_AT_A_TIME = {

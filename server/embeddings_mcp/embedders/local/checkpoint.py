@@ -31,13 +31,34 @@ _LEGACY_MODES: dict[str, PoolingMode] = {
     "pooling_mode_lasttoken": "lasttoken",
 }
 
-OFFSET_POSITIONS = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "mpnet"})
+OFFSET_POSITIONS = frozenset(
+    {
+        "camembert",
+        "data2vec-text",
+        "esm",
+        "ibert",
+        "longformer",
+        "luke",
+        "mpnet",
+        "roberta",
+        "roberta-prelayernorm",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
+    }
+)
 """Model types whose position ids start behind the padding id, as fairseq's did."""
 
 M3_FILES = ("sparse_linear.pt", "colbert_linear.pt")
 """The layers that make BGE-M3's other two outputs."""
 
 _UNKNOWN_LENGTH = 512
+
+_READ = {"method": "forward", "method_output_name": "last_hidden_state"}
+"""How sentence-transformers says that the last token vectors are what is pooled."""
+
+_DENSE = "SentenceTransformer"
+"""What sentence-transformers calls a model that makes one dense vector of a text."""
 
 _POOLED = "sentence_embedding"
 """What sentence-transformers calls the pooled vector."""
@@ -51,6 +72,12 @@ _USUAL: dict[str, Any] = {
     "query_expansion": {},
 }
 """What ``sentence_bert_config.json`` may say that would change vectors, as it is where it is not said."""
+
+_ARGUMENTS = ("config_args", "config_kwargs", "tokenizer_args", "processor_kwargs")
+"""Where it may hold arguments for what transformers reads a config and a tokenizer with, which say more than those."""
+
+_HARMLESS = frozenset({"cache_dir", "local_files_only", "revision", "token", "trust_remote_code", "use_fast"})
+"""Arguments that do not change what is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +112,14 @@ class Normalize:
     """Scale the pooled vector to length 1."""
 
 
-Stage = Dense | LayerNorm | Normalize
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Keep the first numbers of the vector, as many as `dimensions`."""
+
+    dimensions: int
+
+
+Stage = Dense | LayerNorm | Normalize | Cut
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,16 +182,28 @@ class Checkpoint:
     @property
     def dimensions(self) -> int:
         """Length of the vectors."""
-        dense = [stage.out_features for stage in self.pipeline.stages if isinstance(stage, Dense)]
-        if dense:
-            return dense[-1]
         config = JsonObject(self.pipeline.backbone / "config.json", self.backbone_config)
-        return _hidden_size(config) * len(self.pipeline.pooling)
+        length = _hidden_size(config) * len(self.pipeline.pooling)
+        for stage in self.pipeline.stages:
+            match stage:
+                case Dense():
+                    length = stage.out_features
+                case Cut():
+                    length = min(length, stage.dimensions)
+        return length
 
     @property
     def _modes(self) -> tuple[Mode, ...]:
         every = all((self.folder / name).is_file() for name in M3_FILES)
         return ("dense", "sparse", "colbert", "hybrid") if every else ("dense",)
+
+    @property
+    def _input_type(self) -> InputTypeUse:
+        """Whether a text's type has to be said: not where both have one prompt, or there is one for neither."""
+        told_apart = self.query_prompt != self.passage_prompt
+        if not told_apart and self.query_prompt == (self.default_prompt or ""):
+            return "ignored"
+        return "required" if told_apart and self.default_prompt is None else "optional"
 
     def card(self, name: str, known: ModelCard | None = None) -> ModelCard:
         """The card of this checkpoint.
@@ -166,13 +212,11 @@ class Checkpoint:
             name: what its user calls it.
             known: the card of that name, where there is one; of sizes the files are believed, of the rest the card.
         """
-        told_apart = self.query_prompt != self.passage_prompt
-        asymmetric: InputTypeUse = "required" if self.default_prompt is None else "optional"
         described = ModelCard(
             id=name,
             dimensions=self.dimensions,
             max_tokens=self.max_tokens,
-            input_type=asymmetric if told_apart else "ignored",
+            input_type=self._input_type,
             query_prompt=self.query_prompt,
             passage_prompt=self.passage_prompt,
             default_prompt=self.default_prompt or "",
@@ -224,7 +268,12 @@ def read_checkpoint(folder: Path, known: ModelCard | None = None) -> Checkpoint:
     if pipeline is None:
         pipeline = _plain_pipeline(folder, config.fields, recipe, known)
     sentence = _read_sentence_config(backbone)
-    query, passage, default = _read_prompts(folder)
+    whole = read_object(folder / "config_sentence_transformers.json", optional=True)
+    if whole.get("model_type", _DENSE) != _DENSE:
+        raise whole.wrong("model_type", f"{_DENSE!r}: models of other kinds do not make one vector of a text")
+    if whole.fields.get("truncate_dim") is not None:
+        pipeline = pipeline.then(Cut(whole.size("truncate_dim")))
+    query, passage, default = _read_prompts(whole)
     return Checkpoint(
         folder=folder,
         config=config.fields,
@@ -312,7 +361,8 @@ def _read_dense(folder: Path) -> Dense:
         raise CheckpointInvalid(
             f"{config.path}: the activation {activation!r} is not one of torch.nn, and is not loaded"
         )
-    if config.get("use_residual", default=False) or config.get("module_input_name", _POOLED) != _POOLED:
+    names = {config.get(key, _POOLED) for key in ("module_input_name", "module_output_name")}
+    if config.get("use_residual", default=False) or names != {_POOLED}:
         raise CheckpointInvalid(
             f"{config.path}: a Dense module is supported on the pooled vector only, without residual"
         )
@@ -333,14 +383,19 @@ def _read_sentence_config(folder: Path) -> JsonObject:
     for key, usual in _USUAL.items():
         if config.get(key, usual) != usual:
             raise config.wrong(key, f"{usual!r}: nothing else is supported")
-    if "message" in config.get("modality_config", {}):
+    for key in _ARGUMENTS:
+        if not config.get(key, {}).keys() <= _HARMLESS:
+            raise config.wrong(key, "empty: say it in config.json or tokenizer_config.json")
+    modalities = config.get("modality_config", {})
+    if "message" in modalities:
         raise CheckpointInvalid(f"{config.path}: texts within a chat template are not supported")
+    if modalities.get("text", _READ) != _READ:
+        raise config.wrong("modality_config", f"{ {'text': _READ} }: nothing else is supported for texts")
     return config
 
 
-def _read_prompts(folder: Path) -> tuple[str, str, str | None]:
+def _read_prompts(config: JsonObject) -> tuple[str, str, str | None]:
     """The prompts for queries, for passages, and for texts whose type was not said."""
-    config = read_object(folder / "config_sentence_transformers.json", optional=True)
     prompts = JsonObject(config.path, config.get("prompts", {}))
     passages = (prompts.get(name, "") for name in ("document", "passage", "corpus"))
     default = config.get("default_prompt_name", "")

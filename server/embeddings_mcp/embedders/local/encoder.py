@@ -17,7 +17,7 @@ import torch
 
 from embeddings_mcp.embedders.base import Embeddings
 from embeddings_mcp.embedders.local.bert import is_bert, load_bert
-from embeddings_mcp.embedders.local.checkpoint import Checkpoint, Dense, LayerNorm, Stage, read_checkpoint
+from embeddings_mcp.embedders.local.checkpoint import Checkpoint, Cut, Dense, LayerNorm, Stage, read_checkpoint
 from embeddings_mcp.embedders.local.graphs import record
 from embeddings_mcp.embedders.local.inputs import InputTokenizer, Row, Tokens
 from embeddings_mcp.embedders.local.latent_attention import LATENT_ATTENTION, LatentAttention
@@ -313,11 +313,15 @@ def _load_stage(stage: Stage, device: torch.device) -> Callable[[torch.Tensor], 
         case Dense():
             linear = torch.nn.Linear(stage.in_features, stage.out_features, bias=stage.bias)
             load_weights(linear, stage.folder, prefix="linear.")
-            return torch.nn.Sequential(linear, _activation(stage)).eval().to(device)
+            activation = _activation(stage)
+            load_weights(activation, stage.folder, prefix="activation_function.")
+            return torch.nn.Sequential(linear, activation).eval().to(device)
         case LayerNorm():
             norm = torch.nn.LayerNorm(stage.dimensions)
             load_weights(norm, stage.folder, prefix="norm.")
             return norm.eval().to(device)
+        case Cut():
+            return lambda vectors: vectors[:, : stage.dimensions]
         case _:
             return lambda vectors: torch.nn.functional.normalize(vectors, dim=1)
 

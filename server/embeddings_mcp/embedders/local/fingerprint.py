@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 from embeddings_mcp import __version__
-from embeddings_mcp.embedders.local.checkpoint import M3_FILES, Checkpoint, Normalize
+from embeddings_mcp.embedders.local.checkpoint import M3_FILES, Checkpoint, Dense, LayerNorm
 from embeddings_mcp.errors import CheckpointInvalid
 from embeddings_mcp.models import Precision
 
@@ -36,7 +36,7 @@ def fingerprint(checkpoint: Checkpoint, *, precision: str, digest: Callable[[Pat
         CheckpointInvalid: a file cannot be read.
     """
     pipeline = checkpoint.pipeline
-    modules = [stage.folder for stage in pipeline.stages if not isinstance(stage, Normalize)]
+    modules = [stage.folder for stage in pipeline.stages if isinstance(stage, Dense | LayerNorm)]
     folders = {checkpoint.folder, pipeline.backbone, *modules}
     paths = [path for folder in folders for pattern in _FILES for path in folder.glob(pattern)]
     try:
