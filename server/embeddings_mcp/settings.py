@@ -237,7 +237,11 @@ class Settings(BaseSettings):
     ] = 256
     requests_per_minute: Annotated[
         int | None,
-        Field(gt=0, description="HTTP requests that each API key may make in a minute; no limit if not set."),
+        Field(
+            gt=0,
+            description="HTTP requests that each caller, told by his key or token, may make in a minute; no limit if "
+            "not set. What needs no key is not counted.",
+        ),
     ] = None
     max_inputs: Annotated[int, Field(gt=0, description="Texts in one request, over HTTP or MCP.")] = 16_384
     max_input_characters: Annotated[

@@ -273,6 +273,13 @@ def test_each_key_has_a_pace_of_its_own() -> None:
     assert {answer.status_code for answer in unknown} == {401}
 
 
+def test_nobody_uses_up_the_pace_of_those_who_watch_the_server() -> None:
+    with client_of(api_key="first", requests_per_minute=2) as client:
+        assert {client.get("/v1/health/live").status_code for _ in range(5)} == {200}
+        assert [ask(client, authorization="Bearer first").status_code for _ in range(3)] == [200, 200, 429]
+        assert client.get("/v1/health/live").status_code == 200
+
+
 def test_who_comes_back_when_he_was_told_to_may_ask(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr("embeddings_mcp.faces.rate.time.monotonic", lambda: now)
