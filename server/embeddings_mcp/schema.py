@@ -198,7 +198,7 @@ class SimilarityRequest(BaseModel):
         Metric,
         Field(
             description="`cosine` (-1 to 1, higher is closer), `dot` (higher is closer) or `euclidean` "
-            "(a distance, lower is closer)."
+            "(a distance, lower is closer); all but `cosine` in mode `dense` only."
         ),
     ] = "cosine"
     mode: ModeField = "dense"

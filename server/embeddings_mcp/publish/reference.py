@@ -48,7 +48,7 @@ _HEADERS = [
     (f"`{REQUEST_ID}`", "both", "An id of the caller's choice, or one of the server's; its log has it too."),
     (
         "`Server-Timing`",
-        "answers",
+        "answers to POST",
         "Milliseconds that each stage took: tokenising, waiting, encoding, writing the answer.",
     ),
     ("`Retry-After`", "429, 503", "Seconds after which there will be room for this caller."),
@@ -81,8 +81,9 @@ _CONFIGURATION = """\
 # Configuration
 
 Every setting is an environment variable, and those that are changed most are a flag of `embeddings-mcp serve` too,
-which wins. A variable that is set to nothing counts as not set. What cannot be is refused when the server starts, in
-one line that says what is accepted.
+which wins; `--transport` and `--manifest` are flags only. A variable that is set to nothing counts as not set. What
+cannot be is refused when the server starts, in one line that says what is accepted; a device that this machine has not
+when the model is loaded, which is before that with `--load eager`.
 """
 
 _ENDPOINTS = """\
