@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from embeddings_mcp import vectors
-from embeddings_mcp.vectors import Metric, best_first, closest_pairs, compare, normalize, shorten, to_base64
+from embeddings_mcp.vectors import (
+    Metric,
+    best_first,
+    best_of_rows,
+    closest_pairs,
+    compare,
+    normalize,
+    shorten,
+    to_base64,
+)
 
 METRICS: list[Metric] = ["cosine", "dot", "euclidean"]
 
@@ -134,3 +143,19 @@ def test_the_closest_pairs_are_those_of_the_whole_matrix(
         )
     assert list(zip(left.tolist(), right.tolist(), strict=True)) == expected
     assert scores.tolist() == [matrix[pair] for pair in expected]
+
+
+def test_the_best_of_many_rows_is_found_without_the_whole_matrix() -> None:
+    matrix = np.random.default_rng(0).normal(size=(100, 7)).astype(np.float32)
+    held: list[int] = []
+
+    def block(rows: slice) -> npt.NDArray[np.float32]:
+        held.append(matrix[rows].size)
+        return matrix[rows]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vectors, "_SCORES_AT_ONCE", 30)
+        best = best_of_rows(block, *matrix.shape)
+    assert best.tolist() == matrix.max(axis=0).tolist()
+    assert max(held) <= 30
+    assert sum(held) == matrix.size

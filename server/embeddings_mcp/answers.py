@@ -24,6 +24,7 @@ from embeddings_mcp.vectors import (
     Metric,
     Scores,
     best_first,
+    best_of_rows,
     closest_pairs,
     compare,
     hybrid_scores,
@@ -114,9 +115,9 @@ def pairs(score: ScoreBlock, rows: int, columns: int | None, metric: Metric, top
     ]
 
 
-def ranking(score: ScoreBlock, top_k: int) -> list[SearchHit]:
+def ranking(score: ScoreBlock, rows: int, columns: int, top_k: int) -> list[SearchHit]:
     """The best of the right side, best first: each scored by the text of the left one that it is closest to."""
-    scores = score(slice(None)).max(axis=0)
+    scores = best_of_rows(score, rows, columns)
     best = best_first(scores, "cosine", top_k)
     return [{"index": index, "score": value} for index, value in zip(best.tolist(), rounded(scores[best]), strict=True)]
 

@@ -184,9 +184,10 @@ class EmbeddingService:
             )
         query, found, usage = await self._query_and_passages(embedder, request, on_progress)
         score = answers.comparison(query, found, request.mode, "cosine")
+        rows, columns = len(query.vectors), len(found.vectors)
         return {
             "model": found.served_model or embedder.card.id,
-            "results": await _compute(found, lambda: answers.ranking(score, request.top_k)),
+            "results": await _compute(found, lambda: answers.ranking(score, rows, columns, request.top_k)),
             "usage": usage,
         }
 

@@ -6,6 +6,7 @@ Matrices are float32 ``[n, d]``, one vector a row.
 from __future__ import annotations
 
 import base64
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -23,7 +24,7 @@ Metric = Literal["cosine", "dot", "euclidean"]
 EmbeddingType = Literal["float", "int8", "uint8", "binary", "ubinary"]
 
 _SCORES_AT_ONCE = 1 << 20
-"""Scores that are held at the same time in a search for the closest pairs."""
+"""Scores that are held at the same time in a search for the closest pairs, or for what is closest to any of some."""
 
 
 def normalize(vectors: FloatMatrix) -> FloatMatrix:
@@ -141,6 +142,12 @@ def closest_pairs(
         left, right, scores = left[kept], right[kept], scores[kept]
     pairs = right > left if within else np.ones(len(left), np.bool_)
     return left[pairs], right[pairs], scores[pairs]
+
+
+def best_of_rows(score: Callable[[slice], Scores], rows: int, columns: int) -> Scores:
+    """The highest score of each column, ``[columns]``, made a block at a time as those of `closest_pairs`."""
+    step = max(1, _SCORES_AT_ONCE // columns)
+    return functools.reduce(np.maximum, (score(slice(start, start + step)).max(0) for start in range(0, rows, step)))
 
 
 # --- More than one vector a text -------------------------------------------------------------------------------------
