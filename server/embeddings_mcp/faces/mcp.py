@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
 
 import orjson
@@ -17,6 +17,7 @@ from mcp.server.caching import CacheableMethod, CacheHint
 from mcp.server.mcpserver import Context, MCPServer
 from mcp.server.mcpserver.exceptions import ResourceError, ResourceNotFoundError, UnexpectedToolError
 from mcp.shared.exceptions import MCPError
+from mcp.shared.message import SessionMessage
 from mcp.types import (
     INVALID_PARAMS,
     CallToolResult,
@@ -54,6 +55,9 @@ from embeddings_mcp.schema import (
 )
 from embeddings_mcp.serialization import dump_json, parse
 from embeddings_mcp.service import EmbeddingService
+
+if TYPE_CHECKING:
+    from mcp.shared._stream_protocols import ReadStream, WriteStream
 
 CARD_TEMPLATE = "embeddings://models/{+model}"
 """Address of a model's card; the plus lets the slashes of a model id stand as they are (RFC 6570, section 3.2.3)."""
@@ -104,6 +108,10 @@ class EmbeddingsServer(MCPServer[dict[str, Any]]):
             subscriptions=False,
             log_level="WARNING",
         )
+
+    async def run_on(self, read: ReadStream[SessionMessage | Exception], write: WriteStream[SessionMessage]) -> None:
+        """Serve the client at the other end of two streams until it closes them."""
+        await self._lowlevel_server.run(read, write, self._lowlevel_server.create_initialization_options())
 
     async def list_tools(self) -> list[Tool]:
         """The operations as tools, in the order of their table."""

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import signal
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
 import anyio
+from mcp.server.stdio import stdio_server
+from mcp.shared.message import SessionMessage
+from mcp_types import INVALID_REQUEST, PARSE_ERROR, ErrorData, JSONRPCError
+from pydantic import ValidationError
 
 from embeddings_mcp.faces.loading import loaded
 from embeddings_mcp.faces.mcp import EmbeddingsServer
 from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
+
+if TYPE_CHECKING:
+    from mcp.shared._stream_protocols import ReadStream, WriteStream
 
 _WRITTEN_SECONDS = 0.1
 """Within these an answer is written: to import torch takes the interpreter lock for longer than that takes."""
@@ -30,9 +40,71 @@ def serve_stdio(service: EmbeddingService, server: EmbeddingsServer, settings: S
         await asyncio.sleep(_WRITTEN_SECONDS)
 
     async def serve() -> None:
-        async with contextlib.aclosing(service), loaded(service, settings.load, after=listed):
-            await server.run_stdio_async()
+        async with (
+            contextlib.aclosing(service),
+            loaded(service, settings.load, after=listed),
+            stdio_server() as (read, write),
+        ):
+            await server.run_on(_Messages(read, write), write)
 
     # Ctrl-C ends the process at once: a thread of it waits for stdin, and nothing but its end would wake it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     anyio.run(serve)
+
+
+class _Messages:
+    """What the host sends, as the SDK reads it, but that a line which is no message gets an answer.
+
+    The SDK passes it over in silence, and whoever sent it would wait for ever: half of an emoji, where a program cut a
+    text, is enough.
+    """
+
+    def __init__(self, sent: ReadStream[SessionMessage | Exception], answers: WriteStream[SessionMessage]) -> None:
+        self._sent = sent
+        self._answers = answers
+
+    @property
+    def last_context(self) -> Any:  # noqa: ANN401 - as the SDK looks for it
+        return getattr(self._sent, "last_context", None)
+
+    async def receive(self) -> SessionMessage | Exception:
+        while isinstance(item := await self._sent.receive(), Exception):
+            await self._answers.send(SessionMessage(_answer_to(item)))
+        return item
+
+    async def aclose(self) -> None:
+        await self._sent.aclose()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> SessionMessage | Exception:
+        try:
+            return await self.receive()
+        except anyio.EndOfStream:
+            raise StopAsyncIteration from None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+
+def _answer_to(error: Exception) -> JSONRPCError:
+    """The answer to a line that could not be read, to the request in it as far as that can be told."""
+    first: Any = error.errors(include_url=False)[0] if isinstance(error, ValidationError) else {"msg": str(error)}
+    unreadable = first.get("type") == "json_invalid"
+    sent = first.get("input")
+    if unreadable:
+        with contextlib.suppress(ValueError, RecursionError):  # this reader takes more than the SDK's
+            sent = json.loads(sent, parse_int=lambda digits: int(digits[:20]))
+    asked = sent.get("id") if isinstance(sent, dict) else None
+    what = f"the line is not JSON that can be read: {first['msg']}" if unreadable else "the line is no JSON-RPC message"
+    return JSONRPCError(
+        jsonrpc="2.0",
+        id=asked if type(asked) in {int, str} else None,
+        error=ErrorData(code=PARSE_ERROR if unreadable else INVALID_REQUEST, message=what),
+    )

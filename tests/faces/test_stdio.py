@@ -1,0 +1,73 @@
+"""What a host sends over stdio that is no message is answered, for whoever sent it waits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.support import ENVELOPE, ROOT, START_SECONDS
+
+
+def answers_to(*lines: str) -> list[dict[str, Any]]:
+    """What a server answers to these lines, then to a list of tools that is asked for behind them as id 99."""
+    last = json.dumps({"jsonrpc": "2.0", "id": 99, "method": "tools/list", "params": {"_meta": ENVELOPE}})
+    with subprocess.Popen(
+        [sys.executable, "-m", "embeddings_mcp", "serve", "--load", "lazy"],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write("".join(f"{line}\n" for line in (*lines, last)))
+        process.stdin.flush()
+        answered = []
+        for line in process.stdout:
+            answered.append(json.loads(line))
+            if answered[-1].get("id") == 99:
+                break
+        process.stdin.close()
+        process.wait(START_SECONDS)
+    return answered[:-1]
+
+
+def search(text: str, number: str = "7") -> str:
+    """A call whose text is written as JSON already."""
+    call = {"name": "search", "arguments": {"query": "q", "input": ["TEXT"]}, "_meta": ENVELOPE}
+    message = {"jsonrpc": "2.0", "id": "NUMBER", "method": "tools/call", "params": call}
+    return json.dumps(message).replace('"TEXT"', text).replace('"NUMBER"', number)
+
+
+@pytest.mark.parametrize(
+    ("line", "asked", "code"),
+    [
+        (search(r'"half an emoji: \ud83d"'), 7, -32700),
+        (search(r'"half an emoji: \ud83d"', '"seven"'), "seven", -32700),
+        (search("[" * 300 + "]" * 300), 7, -32700),
+        (search("[" * 100_000 + "]" * 100_000), None, -32700),
+        ("what is this", None, -32700),
+        ('{"jsonrpc": "2.0"}', None, -32600),
+        ("[1, 2]", None, -32600),
+    ],
+    ids=[
+        "half an emoji",
+        "an id that is a text",
+        "deep",
+        "deeper than any reader goes",
+        "no JSON",
+        "no method",
+        "a list",
+    ],
+)
+def test_a_line_that_is_no_message_is_answered(line: str, asked: int | str | None, code: int) -> None:
+    (answer,) = answers_to(line)
+
+    assert answer["id"] == asked
+    assert answer["error"]["code"] == code
+    assert answer["error"]["message"].startswith("the line is no")
+    assert "emoji" not in answer["error"]["message"]
