@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import pytest
@@ -24,6 +25,8 @@ def answers_to(*lines: str) -> list[dict[str, Any]]:
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
+        too_late = threading.Timer(START_SECONDS, process.kill)
+        too_late.start()
         process.stdin.write("".join(f"{line}\n" for line in (*lines, last)))
         process.stdin.flush()
         answered = []
@@ -33,6 +36,7 @@ def answers_to(*lines: str) -> list[dict[str, Any]]:
                 break
         process.stdin.close()
         process.wait(START_SECONDS)
+        too_late.cancel()
     return answered[:-1]
 
 
