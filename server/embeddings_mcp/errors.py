@@ -254,7 +254,7 @@ HTTP_ERRORS = {
     404: "Nothing is served at this address.",
     405: "The address does not take this method; the header `Allow` says which it does.",
     408: "The request's body did not arrive in time.",
-    415: "The body is not JSON, or not said to be.",
+    415: "The body is not JSON, or not said to be, or it is compressed.",
     421: "The request is addressed to another server.",
     500: "An error inside the server; its log says more.",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 import socket
 import threading
@@ -332,6 +333,13 @@ def test_a_wrong_request_gets_an_error_that_teaches(
         (("POST", "/v1/embeddings"), {"content-type": "application/json"}, b'{"a":"\xff"}', 400, "invalid_request"),
         (("POST", "/v1/embeddings"), {"content-type": "text/plain"}, b"{}", 415, "unsupported_media_type"),
         (("POST", "/v1/embeddings"), {}, b"{}", 415, "unsupported_media_type"),
+        (
+            ("POST", "/v1/embeddings"),
+            {"content-type": "application/json", "content-encoding": "gzip"},
+            gzip.compress(b"{}"),
+            415,
+            "unsupported_media_type",
+        ),
         (("GET", "/v1/embeddings"), {}, b"", 405, "method_not_allowed"),
         (("DELETE", "/v1/models/x"), {}, b"", 405, "method_not_allowed"),
         (("GET", "/v1/models/x"), {}, b"", 404, "model_not_found"),

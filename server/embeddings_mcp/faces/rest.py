@@ -95,6 +95,12 @@ async def _post(
             HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
             "the request must be JSON, with the header Content-Type: application/json",
         )
+    if (coding := request.headers.get("content-encoding", "identity").strip().lower()) != "identity":
+        raise HTTPException(
+            HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+            f"the body is said to be {coding[:100]!r} by its header Content-Encoding: send it as it is, without one",
+            {"Accept-Encoding": "identity"},
+        )
     body = await request.body()
     read = partial(_read, operation.request, body)
     asked = read() if len(body) <= _LARGE_BODY else await anyio.to_thread.run_sync(read)
