@@ -6,8 +6,7 @@ import asyncio
 import contextlib
 import json
 import signal
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import anyio
 from mcp.server.stdio import stdio_server
@@ -21,6 +20,7 @@ from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
 
 if TYPE_CHECKING:
+    from anyio.abc import ObjectSendStream
     from mcp.shared._stream_protocols import ReadStream, WriteStream
 
 _WRITTEN_SECONDS = 0.1
@@ -43,54 +43,34 @@ def serve_stdio(service: EmbeddingService, server: EmbeddingsServer, settings: S
         async with (
             contextlib.aclosing(service),
             loaded(service, settings.load, after=listed),
-            stdio_server() as (read, write),
+            stdio_server() as (sent, answers),
+            anyio.create_task_group() as tasks,
         ):
-            await server.run_on(_Messages(read, write), write)
+            passed, messages = anyio.create_memory_object_stream[SessionMessage | Exception]()
+            tasks.start_soon(_pass_on, sent, passed, answers)
+            await server.run_on(messages, answers)
 
     # Ctrl-C ends the process at once: a thread of it waits for stdin, and nothing but its end would wake it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     anyio.run(serve)
 
 
-class _Messages:
-    """What the host sends, as the SDK reads it, but that a line which is no message gets an answer.
+async def _pass_on(
+    sent: ReadStream[SessionMessage | Exception],
+    messages: ObjectSendStream[SessionMessage | Exception],
+    answers: WriteStream[SessionMessage],
+) -> None:
+    """Pass on what the host sends; a line that is no message is answered.
 
     The SDK passes it over in silence, and whoever sent it would wait for ever: half of an emoji, where a program cut a
     text, is enough.
     """
-
-    def __init__(self, sent: ReadStream[SessionMessage | Exception], answers: WriteStream[SessionMessage]) -> None:
-        self._sent = sent
-        self._answers = answers
-
-    @property
-    def last_context(self) -> Any:  # noqa: ANN401 - as the SDK looks for it
-        return getattr(self._sent, "last_context", None)
-
-    async def receive(self) -> SessionMessage | Exception:
-        while isinstance(item := await self._sent.receive(), Exception):
-            await self._answers.send(SessionMessage(_answer_to(item)))
-        return item
-
-    async def aclose(self) -> None:
-        await self._sent.aclose()
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> SessionMessage | Exception:
-        try:
-            return await self.receive()
-        except anyio.EndOfStream:
-            raise StopAsyncIteration from None
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self.aclose()
+    async with messages:
+        async for item in sent:
+            if isinstance(item, Exception):
+                await answers.send(SessionMessage(_answer_to(item)))
+            else:
+                await messages.send(item)
 
 
 def _answer_to(error: Exception) -> JSONRPCError:
