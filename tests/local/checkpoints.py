@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Transformer
+from transformers import AutoConfig
 
 from tests.local.golden import FamilyName, family
 
@@ -30,6 +32,21 @@ def save(
     model = SentenceTransformer(modules=[transformer, *modules], device="cpu", prompts=prompts, **kw)
     model.save(str(folder), create_model_card=False)
     return model
+
+
+def save_plain(folder: Path, kind: str, architecture: Any, **config: Any) -> None:
+    """Save a tiny model of an architecture of transformers, with random weights, as transformers itself saves it."""
+    source = family("e5").folder
+    vocabulary = json.loads((source / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    torch.manual_seed(0)
+    model = architecture.from_config(AutoConfig.for_model(kind, vocab_size=vocabulary, **config))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    shutil.copy(source / "tokenizer.json", folder)
+    said = {"tokenizer_class": "BertTokenizer", "pad_token": "[PAD]"}
+    said |= {"model_input_names": ["input_ids", "attention_mask"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(said), encoding="utf-8")
 
 
 def edit(path: Path, **changes: Any) -> None:

@@ -20,14 +20,21 @@ from sentence_transformers.sentence_transformer.modules import (
     Normalize,
     Pooling,
 )
-from transformers import AutoModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+)
 
 from embeddings_mcp.embedders.local.checkpoint import read_checkpoint
 from embeddings_mcp.embedders.local.encoder import load_encoder
-from embeddings_mcp.errors import InvalidRequest
+from embeddings_mcp.errors import CheckpointInvalid, InvalidRequest
 from embeddings_mcp.models import InputType, ModelCard
 from embeddings_mcp.vectors import FloatMatrix
-from tests.local.checkpoints import WIDTH, edit, save
+from tests.local.checkpoints import WIDTH, edit, edit_tensors, save, save_plain
 from tests.local.golden import FamilyName, family
 
 TEXTS = [
@@ -213,6 +220,83 @@ def test_a_model_without_any_file_of_sentence_transformers_is_pooled_by_mean_as_
         (tmp_path / "model" / name).unlink()
 
     assert_as_sentence_transformers_reads_it(tmp_path / "model")
+
+
+ENCODER = {
+    "hidden_size": WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "pad_token_id": 0,
+}
+DECODER = ENCODER | {"num_key_value_heads": 2, "head_dim": 16}
+
+WITH_HEADS: dict[str, tuple[str, Any, dict[str, Any]]] = {
+    "BERT's for answers": ("bert", AutoModelForQuestionAnswering, ENCODER),
+    "DistilBERT's for words": ("distilbert", AutoModelForMaskedLM, {"dim": WIDTH, "n_layers": 2, "n_heads": 2}),
+    "ModernBERT's for words": ("modernbert", AutoModelForMaskedLM, ENCODER | {"cls_token_id": 1, "sep_token_id": 2}),
+    "ELECTRA's for words that were replaced": ("electra", AutoModelForPreTraining, ENCODER | {"embedding_size": 16}),
+    "Nomic's for classes, and a pooler": ("nomic_bert", AutoModelForSequenceClassification, ENCODER),
+    "Qwen's for classes": ("qwen3", AutoModelForSequenceClassification, DECODER),
+}
+
+
+@pytest.mark.parametrize(("kind", "architecture", "config"), WITH_HEADS.values(), ids=WITH_HEADS)
+def test_a_head_that_a_model_was_saved_with_is_left_out(
+    tmp_path: Path, kind: str, architecture: Any, config: dict[str, Any]
+) -> None:
+    save_plain(tmp_path, kind, architecture, **config)
+
+    assert_as_sentence_transformers_reads_it(tmp_path)
+
+
+def test_a_tensor_that_no_head_has_is_refused_in_a_model_that_was_saved_with_one(tmp_path: Path) -> None:
+    save_plain(tmp_path, "distilbert", AutoModelForMaskedLM, **WITH_HEADS["DistilBERT's for words"][2])
+    edit_tensors(tmp_path / "model.safetensors", lambda tensors: tensors.update({"distilbert.extra": torch.ones(1)}))
+
+    with pytest.raises(CheckpointInvalid, match=r"tensors are not part of the architecture: extra$"):
+        load_encoder("test/tiny", tmp_path)
+
+
+@pytest.mark.parametrize(("causal", "pooling"), [(True, "lasttoken"), (False, "mean")])
+def test_a_plain_language_model_is_pooled_by_its_last_token_unless_it_looks_both_ways(
+    tmp_path: Path, causal: bool, pooling: str
+) -> None:
+    save_plain(tmp_path, "llama", AutoModelForCausalLM, **DECODER, is_causal=causal)
+
+    assert read_checkpoint(tmp_path).pipeline.pooling == (pooling,)
+    assert_as_sentence_transformers_reads_it(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["codegen", "ctrl", "gpt2", "gpt_bigcode", "gptj", "openai-gpt"])
+def test_a_limit_may_be_called_n_positions(tmp_path: Path, kind: str) -> None:
+    rotary = {"rotary_dim": 8} if kind in {"codegen", "gptj"} else {}
+    save_plain(tmp_path, kind, AutoModel, n_embd=WIDTH, n_layer=2, n_head=4, n_positions=48, **rotary)
+
+    assert read_checkpoint(tmp_path).max_tokens == 48
+    assert_as_sentence_transformers_reads_it(tmp_path, [*TEXTS, "water " * 80])
+
+
+def test_positions_that_are_angles_do_not_end_where_the_sentence_encoder_s_limit_is_said(tmp_path: Path) -> None:
+    save(tmp_path, Pooling(WIDTH), base="nemotron-3-embed")
+    edit(tmp_path / "config.json", max_position_embeddings=32)
+    edit(tmp_path / "sentence_bert_config.json", max_seq_length=100)
+
+    assert read_checkpoint(tmp_path).max_tokens == 100
+    assert_as_sentence_transformers_reads_it(tmp_path, ["water " * 80, "water " * 150])
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_angles_that_depend_on_a_text_s_length_are_not_used_beyond_the_positions(tmp_path: Path, kind: str) -> None:
+    save(tmp_path, Pooling(WIDTH), base="nemotron-3-embed")
+    edit(
+        tmp_path / "config.json",
+        max_position_embeddings=32,
+        rope_parameters={"rope_type": kind, "rope_theta": 1e4, "factor": 2.0},
+    )
+    edit(tmp_path / "sentence_bert_config.json", max_seq_length=100)
+
+    assert read_checkpoint(tmp_path).max_tokens == 32
 
 
 @pytest.mark.parametrize("name", ["sentence_bert_config.json", "sentence_xlm-roberta_config.json"])

@@ -6,9 +6,9 @@ import itertools
 import logging
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,7 +22,13 @@ from embeddings_mcp.embedders.local.latent_attention import LATENT_ATTENTION
 from embeddings_mcp.embedders.local.linear import prepack
 from embeddings_mcp.embedders.local.packing import PackedRow, Packing, PackingUnsupported, pack
 from embeddings_mcp.embedders.local.placement import Placement, numbers_on
-from embeddings_mcp.embedders.local.weights import check_tensors, find_weights, read_tensors
+from embeddings_mcp.embedders.local.weights import (
+    check_tensors,
+    find_weights,
+    read_tensors,
+    tensor_names,
+    without_heads,
+)
 from embeddings_mcp.errors import CheckpointInvalid
 
 AttentionInterface.register(NAME, packed_attention)
@@ -38,7 +44,12 @@ PROVEN = frozenset(
 Way = Literal["packed", "padded", "apart"]
 """How several texts go through a model: without padding, with it, or apart, those of equal length together."""
 
-_ENCODER_HALVES = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
+_ENCODER_HALVES = {
+    "longt5": "LongT5EncoderModel",
+    "mt5": "MT5EncoderModel",
+    "t5": "T5EncoderModel",
+    "umt5": "UMT5EncoderModel",
+}
 """Architectures of two halves, of which a sentence encoder is one."""
 
 
@@ -56,6 +67,7 @@ class Backbone:
     def __init__(self, model: PreTrainedModel, *, position_offset: int = 0) -> None:
         self._model = model
         self._offset = position_offset
+        self._padding: int = getattr(model.config, "pad_token_id", None) or 0
         self._options = {"return_dict": True}
         if hasattr(model.config, "use_cache"):
             self._options["use_cache"] = False
@@ -116,7 +128,7 @@ class Backbone:
     def _padded(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         lengths = np.array([len(row) for row in rows])
         present = np.arange(lengths.max()) < lengths[:, None]
-        padded = np.full(present.shape, self._model.config.pad_token_id or 0)
+        padded = np.full(present.shape, self._padding)
         padded[present] = list(itertools.chain.from_iterable(rows))
         ids, mask = numbers_on(self.device, padded), numbers_on(self.device, present.astype(np.int64))
         output = self._model(input_ids=ids, attention_mask=mask, **self._options)
@@ -132,7 +144,7 @@ class Backbone:
         if packable and config.model_type in PROVEN:
             self._model.set_attn_implementation(NAME)
             return "packed"
-        ids = [number for number in range(min(config.vocab_size, 64)) if number != config.pad_token_id] or [0]
+        ids = [number for number in range(min(config.vocab_size, 64)) if number != self._padding] or [0]
         rows = [[ids[place * step % len(ids)] for place in range(1, step)] for step in (6, 11)]
         with torch.inference_mode():
             alone = torch.cat([self._padded([row]) for row in rows])
@@ -190,31 +202,49 @@ def load_backbone(checkpoint: Checkpoint, placement: Placement) -> Backbone:
         config = AutoConfig.for_model(model_type, **description)
     except Exception as error:  # each of the hundreds of configs checks itself in its own way
         raise CheckpointInvalid(f"{folder / 'config.json'}: it is no config of type {model_type!r}: {error}") from error
-    pickled = any(path.suffix != ".safetensors" for path in find_weights(folder))
+    files = find_weights(folder)
+    pickled = read_tensors(folder) if any(path.suffix != ".safetensors" for path in files) else None
     model, report = architecture.from_pretrained(
         folder,
         config=config,
         dtype=placement.dtype,
-        state_dict=read_tensors(folder) if pickled else None,
+        state_dict=pickled,
         local_files_only=True,
         trust_remote_code=False,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # and reported below, with the file's name
         key_mapping={f"^{re.escape(prefix)}": ""} if prefix else None,
     )
-    ours = (LATENT_ATTENTION,) if checkpoint.recipe and checkpoint.recipe.latent_attention else ()
-    check_tensors(
-        folder,
-        missing=report["missing_keys"],
-        extra=[name for name in report["unexpected_keys"] if not name.startswith(ours)],
-        misshapen=[name for name, *_shapes in report["mismatched_keys"]],
-    )
-    model.pooler = None  # where there is one, its output is not used
+    _check(checkpoint, report, model.base_model_prefix, names=pickled or set().union(*map(tensor_names, files)))
+    model.pooler = torch.nn.Identity()  # where there is one, its output is not used
     backbone = Backbone(model.eval().to(placement.device), position_offset=checkpoint.position_offset)
     if model_type in PROVEN:  # others may look into their linear layers
         _fuse_norms(model)
         prepack(model, quantized=placement.quantized)
     return backbone
+
+
+def _check(checkpoint: Checkpoint, report: Mapping[str, Any], prefix: str, *, names: Collection[str]) -> None:
+    """Refuse a checkpoint whose tensors are not those of its architecture.
+
+    Args:
+        checkpoint: whose tensors they are.
+        report: what transformers found, loading them.
+        prefix: what stands before the model's own names, in a checkpoint that was saved with a head.
+        names: of all tensors.
+
+    Raises:
+        CheckpointInvalid: see `check_tensors`.
+    """
+    heads = set(names) - without_heads(names, (f"{prefix}.",))
+    ours = (LATENT_ATTENTION,) if checkpoint.recipe and checkpoint.recipe.latent_attention else ()
+    extra = [name for name in report["unexpected_keys"] if name not in heads and not name.startswith(ours)]
+    check_tensors(
+        checkpoint.pipeline.backbone,
+        missing=report["missing_keys"],
+        extra=[name.removeprefix(f"{prefix}.") for name in extra],
+        misshapen=[name for name, *_shapes in report["mismatched_keys"]],
+    )
 
 
 class _RmsNorm(torch.nn.Module):

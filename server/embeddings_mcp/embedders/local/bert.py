@@ -20,7 +20,7 @@ from embeddings_mcp.embedders.local.linear import Int8Linear, Linear
 from embeddings_mcp.embedders.local.norm import Norm
 from embeddings_mcp.embedders.local.packing import PackedRow, Packing, pack
 from embeddings_mcp.embedders.local.placement import Placement
-from embeddings_mcp.embedders.local.weights import check_tensors, read_tensors
+from embeddings_mcp.embedders.local.weights import check_tensors, read_tensors, without_heads
 
 MODEL_TYPES = frozenset({"bert", "roberta", "xlm-roberta", "camembert"})
 
@@ -125,7 +125,8 @@ def load_bert(checkpoint: Checkpoint, placement: Placement) -> Bert:
     """
     folder = checkpoint.pipeline.backbone
     shapes = _shapes(JsonObject(folder / "config.json", checkpoint.config))
-    tensors = {_current_name(name): tensor for name, tensor in read_tensors(folder).items()}
+    every = read_tensors(folder)
+    tensors = {_current_name(name): every[name] for name in without_heads(every, _PREFIXES)}
     check_tensors(
         folder,
         missing=shapes.keys() - tensors.keys(),

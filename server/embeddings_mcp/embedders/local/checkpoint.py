@@ -1,8 +1,8 @@
 """A checkpoint folder, read without torch: what its model is, and what becomes of a text's token vectors.
 
 Two layouts are understood: that of sentence-transformers (``modules.json`` and a folder for each module), and a plain
-transformers model, which is pooled by mean as sentence-transformers would do. What a family says in a way of its own
-is in `recipes`.
+transformers model, which is pooled as sentence-transformers would do. What a family says in a way of its own is in
+`recipes`.
 """
 
 from __future__ import annotations
@@ -49,8 +49,14 @@ OFFSET_POSITIONS = frozenset(
 )
 """Model types whose position ids start behind the padding id, as fairseq's did."""
 
+_N_POSITIONS = frozenset({"codegen", "ctrl", "gpt-sw3", "gpt2", "gpt_bigcode", "gptj", "openai-gpt"})
+"""Model types that call their limit ``n_positions``; T5's, of the same name, limits nothing."""
+
 M3_FILES = ("sparse_linear.pt", "colbert_linear.pt")
 """The layers that make BGE-M3's other two outputs."""
+
+_BY_LENGTH = frozenset({"dynamic", "longrope", "su"})
+"""Kinds of rotary positions whose angles depend on how long a text is."""
 
 _UNKNOWN_LENGTH = 512
 
@@ -339,7 +345,9 @@ def _plain_pipeline(folder: Path, config: dict[str, Any], recipe: Recipe | None,
     if known:
         # To guess here would be to give vectors of a space that nobody asked for.
         raise CheckpointInvalid(f"{folder / 'modules.json'} is missing, which says how {known.id} pools its tokens")
-    return Pipeline(backbone=folder)
+    architecture = next(iter(config.get("architectures") or ()), "")
+    causal = str(architecture).endswith("ForCausalLM") and config.get("is_causal", True)
+    return Pipeline(backbone=folder, pooling=("lasttoken" if causal else "mean",))
 
 
 def _read_pooling(folder: Path) -> tuple[tuple[PoolingMode, ...], bool]:
@@ -406,15 +414,26 @@ def _read_prompts(config: JsonObject) -> tuple[str, str, str | None]:
 
 def _max_tokens(config: JsonObject, sentence: JsonObject) -> int:
     """The shortest of what the sentence encoder, or else the tokenizer, and the position embeddings allow."""
-    limits = [_limit(sentence, "max_seq_length")]
-    if limits == [None]:
-        limits = [
-            _limit(read_object(config.path.with_name("tokenizer_config.json"), optional=True), "model_max_length")
-        ]
-    if positions := _limit(config, "max_position_embeddings"):
+    said = _limit(sentence, "max_seq_length")
+    if said is not None and _has_endless_positions(config):
+        return said
+    tokenizer = read_object(config.path.with_name("tokenizer_config.json"), optional=True)
+    limits = [_limit(tokenizer, "model_max_length") if said is None else said]
+    key = "n_positions" if config.get("model_type", "") in _N_POSITIONS else "max_position_embeddings"
+    if positions := _limit(config, key):
         limits.append(positions - _position_offset(config))
     known = [limit for limit in limits if limit is not None]
     return min(known, default=_UNKNOWN_LENGTH)
+
+
+def _has_endless_positions(config: JsonObject) -> bool:
+    """Whether positions are angles, which never run out, and those of a token are the same in texts of any length."""
+    said = [config.fields.get(key) for key in ("rope_parameters", "rope_scaling")]
+    # One of them, or one for each type of layer.
+    kinds = [kind for one in said if isinstance(one, dict) for kind in (one, *one.values()) if isinstance(kind, dict)]
+    if any(kind.get("rope_type", kind.get("type")) in _BY_LENGTH for kind in kinds):
+        return False
+    return bool(kinds) or any(key.endswith("rope_theta") for key in config.fields)
 
 
 def _limit(config: JsonObject, key: str) -> int | None:

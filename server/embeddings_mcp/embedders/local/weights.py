@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from embeddings_mcp.embedders.local.jsonfile import read_object
 from embeddings_mcp.errors import CheckpointInvalid
 
-SPARE = ("pooler.", "lm_head.", "cls.", "classifier.", "vocab_transform.", "vocab_layer_norm.")
+SPARE = ("pooler.", "lm_head.", "cls.", "classifier.")
 """Starts of the names of heads that a checkpoint may have or not: no embedding is made with them."""
 
 _FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -48,6 +48,22 @@ def _shards(index: Path) -> list[Path]:
     if not names or not all(isinstance(name, str) and name == PurePath(name).name for name in names):
         raise CheckpointInvalid(f"{index}: `weight_map` must name files beside it")
     return [index.with_name(name) for name in sorted(set(names))]
+
+
+def without_heads(names: Collection[str], prefixes: tuple[str, ...]) -> set[str]:
+    """Of a checkpoint's tensors those of the model itself.
+
+    Args:
+        names: of all of them.
+        prefixes: what may stand before the model's own, in a checkpoint that was saved with a head, and only there.
+    """
+    return {name for name in names if name.startswith(prefixes)} or set(names)
+
+
+def tensor_names(path: Path) -> set[str]:
+    """The names of the tensors in a safetensors file, which `find_weights` has found to be whole."""
+    with safe_open(path, framework="pt") as file:
+        return set(file.keys())
 
 
 def read_tensors(folder: Path, prefix: str = "") -> dict[str, torch.Tensor]:
