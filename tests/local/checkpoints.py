@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding, Transformer
+from tokenizers import Tokenizer
 from transformers import AutoConfig
 
 from tests.local.golden import FamilyName, family
@@ -44,9 +45,19 @@ def save_plain(folder: Path, kind: str, architecture: Any, **config: Any) -> Non
         torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(folder)
     shutil.copy(source / "tokenizer.json", folder)
-    said = {"tokenizer_class": "BertTokenizer", "pad_token": "[PAD]"}
-    said |= {"model_input_names": ["input_ids", "attention_mask"]}
+    inputs = ["input_ids", "attention_mask"]
+    said = {"tokenizer_class": "BertTokenizer", "pad_token": "[PAD]", "model_input_names": inputs}
     (folder / "tokenizer_config.json").write_text(json.dumps(said), encoding="utf-8")
+
+
+def save_static(folder: Path, *modules: torch.nn.Module, prompts: dict[str, str] | None = None) -> SentenceTransformer:
+    """Save token vectors that are looked up, with these modules behind them; gives the model itself."""
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.from_file(str(family("e5").folder / "tokenizer.json"))
+    static = StaticEmbedding(tokenizer, torch.randn(tokenizer.get_vocab_size(), WIDTH))
+    model = SentenceTransformer(modules=[static, *modules], device="cpu", prompts=prompts)
+    model.save(str(folder), create_model_card=False)
+    return model
 
 
 def edit(path: Path, **changes: Any) -> None:

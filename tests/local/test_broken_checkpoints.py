@@ -23,7 +23,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, LayerNorm,
 
 from embeddings_mcp.embedders.local.encoder import load_encoder
 from embeddings_mcp.errors import CheckpointInvalid, InvalidRequest
-from tests.local.checkpoints import WIDTH, edit, edit_tensors, save
+from tests.local.checkpoints import WIDTH, edit, edit_tensors, save, save_static
 from tests.local.golden import FamilyName, family
 
 Damage = Callable[[Path], object]
@@ -218,9 +218,9 @@ DESCRIPTIONS: dict[str, tuple[Damage, str]] = {
     ),
     "a module of somebody else's": (modules((0, "type", "custom_st.Transformer")), r"'custom_st\.Transformer' is not"),
     "a module that is a number": (modules((0, "type", 7)), r"modules\.json: `type` must be a text"),
-    "no pooling": (order(0, 4), r"modules\.json: supported is a Transformer, then a Pooling"),
-    "two poolings": (order(0, 1, 1), r"modules\.json: supported is a Transformer, then a Pooling"),
-    "a layer before the pooling": (order(0, 2, 1), r"modules\.json: supported is a Transformer, then a Pooling"),
+    "no pooling": (order(0, 4), r"modules\.json: supported is a Transformer and a Pooling"),
+    "two poolings": (order(0, 1, 1), r"modules\.json: supported is a Transformer and a Pooling"),
+    "a layer before the pooling": (order(0, 2, 1), r"modules\.json: supported is a Transformer and a Pooling"),
     "a way out": (modules((1, "path", "../model/1_Pooling")), r"modules\.json: '\.\./model/1_Pooling' leads out"),
     "another way out": (modules((1, "path", "/etc")), r"modules\.json: '/etc' leads out"),
     "a way to nowhere": (modules((2, "path", "elsewhere")), r"elsewhere/config\.json is missing"),
@@ -391,6 +391,45 @@ def test_nv_embed_without_all_of_its_parts_is_refused(nv_embed: Path, damage: Da
     damage(nv_embed)
 
     assert re.search(reason, refused(nv_embed))
+
+
+STATIC: dict[str, tuple[Damage, str]] = {
+    "no weights": (remove("model.safetensors"), r"model\.safetensors is missing"),
+    "half of the weights": (cut("model.safetensors"), r"model\.safetensors: the weights cannot be read"),
+    "no token vectors": (tensors("model.safetensors", dict.clear), r"no `embedding\.weight`, nor model2vec's"),
+    "one token vector": (
+        tensors("model.safetensors", lambda found: found.update({"embedding.weight": torch.ones(3)})),
+        r"no `embedding\.weight`, nor model2vec's",
+    ),
+    "a weight for another number of tokens": (
+        tensors(
+            "model.safetensors",
+            lambda found: found.update({"embeddings": found.pop("embedding.weight"), "weights": torch.ones(7)}),
+        ),
+        r"the model cannot be run",
+    ),
+    "no tokenizer": (remove("tokenizer.json"), r"tokenizer\.json: the tokenizer cannot be read"),
+    "a pooling": (
+        lambda folder: write(
+            folder / "modules.json",
+            json.dumps(
+                [
+                    {"path": path, "type": f"sentence_transformers.models.{kind}"}
+                    for path, kind in (("", "StaticEmbedding"), ("1_Pooling", "Pooling"))
+                ]
+            ),
+        ),
+        r"supported is a Transformer and a Pooling, or a StaticEmbedding",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "reason"), STATIC.values(), ids=STATIC)
+def test_token_vectors_that_cannot_be_looked_up_are_refused(tmp_path: Path, damage: Damage, reason: str) -> None:
+    save_static(tmp_path)
+    damage(tmp_path)
+
+    assert re.search(reason, refused(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["sparse_linear.pt", "colbert_linear.pt"])

@@ -1,35 +1,23 @@
-"""A checkpoint folder, read without torch: what its model is, and what becomes of a text's token vectors.
+"""A checkpoint folder, read without torch: what its model is, what it takes, and how its vectors are made.
 
 Two layouts are understood: that of sentence-transformers (``modules.json`` and a folder for each module), and a plain
-transformers model, which is pooled as sentence-transformers would do. What a family says in a way of its own is in
-`recipes`.
+transformers model. What a family says in a way of its own is in `recipes`.
 """
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePath
-from typing import Any, get_args
+from pathlib import Path
+from typing import Any
 
-from embeddings_mcp.embedders.local.jsonfile import JsonObject, read_object, read_objects
-from embeddings_mcp.embedders.local.recipes import PLAIN, POOLING_WORDS, RECIPES, PoolingMode, Recipe
-from embeddings_mcp.errors import CheckpointInvalid
+from embeddings_mcp.embedders.local.jsonfile import JsonObject, read_object
+from embeddings_mcp.embedders.local.pipeline import Cut, Dense, Pipeline, plain_pipeline, read_pipeline
+from embeddings_mcp.embedders.local.recipes import RECIPES, Recipe
+from embeddings_mcp.errors import CheckpointInvalid, MissingDependency
 from embeddings_mcp.models import InputTypeUse, Mode, ModelCard
 
 _logger = logging.getLogger(__name__)
-
-_MODULES = ("Transformer", "Pooling", "Dense", "LayerNorm", "Dropout", "Normalize")
-"""Classes of sentence-transformers that are understood."""
-
-_LEGACY_MODES: dict[str, PoolingMode] = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "lasttoken",
-}
 
 OFFSET_POSITIONS = frozenset(
     {
@@ -60,14 +48,14 @@ _BY_LENGTH = frozenset({"dynamic", "longrope", "su"})
 
 _UNKNOWN_LENGTH = 512
 
+_STATIC_LENGTH = 32_768
+"""Tokens of the longest text for token vectors that are looked up. They know no limit, but memory does."""
+
 _READ = {"method": "forward", "method_output_name": "last_hidden_state"}
 """How sentence-transformers says that the last token vectors are what is pooled."""
 
 _DENSE = "SentenceTransformer"
 """What sentence-transformers calls a model that makes one dense vector of a text."""
-
-_POOLED = "sentence_embedding"
-"""What sentence-transformers calls the pooled vector."""
 
 _USUAL: dict[str, Any] = {
     "transformer_task": "feature-extraction",
@@ -86,76 +74,13 @@ _HARMLESS = frozenset({"cache_dir", "local_files_only", "revision", "token", "tr
 """Arguments that do not change what is read."""
 
 
-@dataclass(frozen=True, slots=True)
-class Dense:
-    """A linear layer over the pooled vector.
-
-    Attributes:
-        folder: where its weights are.
-        in_features: length of the vector it takes.
-        out_features: length of the vector it gives.
-        bias: whether it adds one.
-        activation: name of the ``torch.nn`` class that follows.
-    """
-
-    folder: Path
-    in_features: int
-    out_features: int
-    bias: bool
-    activation: str
-
-
-@dataclass(frozen=True, slots=True)
-class LayerNorm:
-    """A layer norm over the pooled vector, its weights in `folder`."""
-
-    folder: Path
-    dimensions: int
-
-
-@dataclass(frozen=True, slots=True)
-class Normalize:
-    """Scale the pooled vector to length 1."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """Keep the first numbers of the vector, as many as `dimensions`."""
-
-    dimensions: int
-
-
-Stage = Dense | LayerNorm | Normalize | Cut
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pipeline:
-    """The steps from a text to its vector.
-
-    Attributes:
-        backbone: folder of the transformer itself, which may be a module's own.
-        pooling: how token vectors become one.
-        pool_prompt: whether the prompt's own tokens are pooled too.
-        stages: what follows the pooling.
-    """
-
-    backbone: Path
-    pooling: tuple[PoolingMode, ...] = ("mean",)
-    pool_prompt: bool = True
-    stages: tuple[Stage, ...] = ()
-
-    def then(self, stage: Stage) -> Pipeline:
-        """The same steps and one more."""
-        return replace(self, stages=(*self.stages, stage))
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
     """What a checkpoint folder says.
 
     Attributes:
         folder: the checkpoint.
-        config: the transformer's ``config.json``.
+        config: the transformer's ``config.json``; of token vectors that are looked up, the same in short.
         recipe: what its family says in a way of its own; None for most.
         pipeline: the steps from a text to its vector.
         max_tokens: longest text, special tokens and prompt included.
@@ -253,9 +178,10 @@ def read_checkpoint(folder: Path, known: ModelCard | None = None) -> Checkpoint:
     """
     if not folder.is_dir():
         raise CheckpointInvalid(f"{folder} is not a folder: a checkpoint is a folder that holds config.json")
-    pipeline = _read_pipeline(folder)
+    pipeline = read_pipeline(folder)
     backbone = pipeline.backbone if pipeline else folder
-    config = read_object(backbone / "config.json")
+    static = pipeline is not None and pipeline.static
+    config = _static_config(backbone) if static else read_object(backbone / "config.json")
     model_type = config.get("model_type", "")
     if not model_type:
         raise CheckpointInvalid(f"{config.path}: no `model_type`, so its architecture is unknown")
@@ -272,7 +198,7 @@ def read_checkpoint(folder: Path, known: ModelCard | None = None) -> Checkpoint:
             model_type,
         )
     if pipeline is None:
-        pipeline = _plain_pipeline(folder, config.fields, recipe, known)
+        pipeline = plain_pipeline(folder, config.fields, recipe, known)
     sentence = _read_sentence_config(backbone)
     whole = read_object(folder / "config_sentence_transformers.json", optional=True)
     if whole.get("model_type", _DENSE) != _DENSE:
@@ -285,7 +211,7 @@ def read_checkpoint(folder: Path, known: ModelCard | None = None) -> Checkpoint:
         config=config.fields,
         recipe=recipe,
         pipeline=pipeline,
-        max_tokens=_max_tokens(config, sentence),
+        max_tokens=_STATIC_LENGTH if static else _max_tokens(config, sentence),
         lowercase=sentence.get("do_lower_case", default=False),
         query_prompt=query,
         passage_prompt=passage,
@@ -293,94 +219,25 @@ def read_checkpoint(folder: Path, known: ModelCard | None = None) -> Checkpoint:
     )
 
 
-def _read_pipeline(folder: Path) -> Pipeline | None:
-    """What ``modules.json`` says; None where there is none."""
-    path = folder / "modules.json"
-    modules = read_objects(path)
-    if not modules:
-        return None
-    kinds = [_kind(module) for module in modules]
-    if kinds[:2] != ["Transformer", "Pooling"] or {"Transformer", "Pooling"} & set(kinds[2:]):
-        raise CheckpointInvalid(f"{path}: supported is a Transformer, then a Pooling, then what follows the pooling")
-    places = [_place(folder, module) for module in modules]
-    modes, pool_prompt = _read_pooling(places[1])
-    pipeline = Pipeline(backbone=places[0], pooling=modes, pool_prompt=pool_prompt)
-    for kind, place in zip(kinds[2:], places[2:], strict=True):
-        match kind:
-            case "Dense":
-                pipeline = pipeline.then(_read_dense(place))
-            case "LayerNorm":
-                pipeline = pipeline.then(LayerNorm(place, read_object(place / "config.json").size("dimension")))
-            case "Normalize":
-                pipeline = pipeline.then(Normalize())
-            case "Dropout":
-                pass  # does nothing outside training
-    return pipeline
-
-
-def _kind(module: JsonObject) -> str:
-    """The class of a module, if it is one of sentence-transformers' own that is supported."""
-    package, _, kind = module.get("type", "").rpartition(".")
-    if package.split(".")[0] != "sentence_transformers" or kind not in _MODULES:
-        raise CheckpointInvalid(
-            f"{module.path}: the module {module.fields.get('type')!r} is not supported; supported are "
-            f"{', '.join(_MODULES)} of sentence_transformers"
-        )
-    return kind
-
-
-def _place(folder: Path, module: JsonObject) -> Path:
-    """The folder of a module, which has to be the checkpoint's or in it."""
-    part = PurePath(module.get("path", ""))
-    if part.is_absolute() or ".." in part.parts:
-        raise CheckpointInvalid(f"{module.path}: {str(part)!r} leads out of the checkpoint, and is not followed")
-    return folder / part
-
-
-def _plain_pipeline(folder: Path, config: dict[str, Any], recipe: Recipe | None, known: ModelCard | None) -> Pipeline:
-    """The steps where no ``modules.json`` says them."""
-    if recipe or (known and known.id in PLAIN):
-        pooling = POOLING_WORDS.get(str(config.get("pooling")), "mean")
-        return Pipeline(backbone=folder, pooling=(pooling,), stages=(Normalize(),))
-    if known:
-        # To guess here would be to give vectors of a space that nobody asked for.
-        raise CheckpointInvalid(f"{folder / 'modules.json'} is missing, which says how {known.id} pools its tokens")
-    architecture = next(iter(config.get("architectures") or ()), "")
-    causal = str(architecture).endswith("ForCausalLM") and config.get("is_causal", True)
-    return Pipeline(backbone=folder, pooling=("lasttoken" if causal else "mean",))
-
-
-def _read_pooling(folder: Path) -> tuple[tuple[PoolingMode, ...], bool]:
-    config = read_object(folder / "config.json")
-    said = config.fields.get("pooling_mode")
-    modes = [said] if isinstance(said, str) else config.get("pooling_mode", [])
-    modes = modes or [mode for key, mode in _LEGACY_MODES.items() if config.get(key, default=False)] or ["mean"]
-    for mode in modes:
-        if mode not in get_args(PoolingMode):
-            raise config.wrong("pooling_mode", f"one or several of {', '.join(get_args(PoolingMode))}")
-    return tuple(modes), config.get("include_prompt", default=True)
-
-
-def _read_dense(folder: Path) -> Dense:
-    config = read_object(folder / "config.json")
-    activation = config.get("activation_function", "torch.nn.modules.activation.Tanh")
-    package, _, name = activation.rpartition(".")
-    if not f"{package}.".startswith("torch.nn."):
-        raise CheckpointInvalid(
-            f"{config.path}: the activation {activation!r} is not one of torch.nn, and is not loaded"
-        )
-    names = {config.get(key, _POOLED) for key in ("module_input_name", "module_output_name")}
-    if config.get("use_residual", default=False) or names != {_POOLED}:
-        raise CheckpointInvalid(
-            f"{config.path}: a Dense module is supported on the pooled vector only, without residual"
-        )
-    return Dense(
-        folder,
-        in_features=config.size("in_features"),
-        out_features=config.size("out_features"),
-        bias=config.get("bias", default=True),
-        activation=name,
-    )
+def _static_config(folder: Path) -> JsonObject:
+    """How many token vectors of which length there are to be looked up, in the words of a ``config.json``."""
+    path = folder / "model.safetensors"
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise MissingDependency(f"to read {path} needs a package: pip install 'embeddings-mcp[local]'") from error
+    try:
+        with safe_open(path, framework="np") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise CheckpointInvalid(f"{path} is missing") from None
+    except (OSError, SafetensorError) as error:
+        raise CheckpointInvalid(f"{path}: the weights cannot be read: {error}") from error
+    match shapes:
+        case {"embedding.weight": [_, width]} | {"embeddings": [_, width]}:
+            return JsonObject(path, {"model_type": "static", "hidden_size": width})
+        case _:
+            raise CheckpointInvalid(f"{path}: no `embedding.weight`, nor model2vec's `embeddings`, of token vectors")
 
 
 def _read_sentence_config(folder: Path) -> JsonObject:

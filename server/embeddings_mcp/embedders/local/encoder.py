@@ -17,7 +17,7 @@ import torch
 
 from embeddings_mcp.embedders.base import Embeddings
 from embeddings_mcp.embedders.local.bert import is_bert, load_bert
-from embeddings_mcp.embedders.local.checkpoint import Checkpoint, Cut, Dense, LayerNorm, Stage, read_checkpoint
+from embeddings_mcp.embedders.local.checkpoint import Checkpoint, read_checkpoint
 from embeddings_mcp.embedders.local.graphs import record
 from embeddings_mcp.embedders.local.inputs import InputTokenizer, Row, Tokens
 from embeddings_mcp.embedders.local.latent_attention import LATENT_ATTENTION, LatentAttention
@@ -25,8 +25,10 @@ from embeddings_mcp.embedders.local.linear import prepack
 from embeddings_mcp.embedders.local.m3 import M3Heads
 from embeddings_mcp.embedders.local.memory import keep_freed
 from embeddings_mcp.embedders.local.packing import Packing
+from embeddings_mcp.embedders.local.pipeline import Cut, Dense, LayerNorm, Stage
 from embeddings_mcp.embedders.local.placement import Placement, choose_placement
 from embeddings_mcp.embedders.local.pooling import pool
+from embeddings_mcp.embedders.local.static import load_static
 from embeddings_mcp.embedders.local.transformer import Transformer
 from embeddings_mcp.embedders.local.weights import load_weights
 from embeddings_mcp.errors import CheckpointInvalid, ModelUnavailable
@@ -236,7 +238,7 @@ def load_encoder(
         card = replace(card, max_tokens=min(max_tokens, checkpoint.max_tokens))
     if card.non_commercial:
         _logger.warning("%s may not be used commercially: its licence is %s", card.id, card.licence)
-    placement = choose_placement(device, precision)
+    placement = choose_placement("cpu" if checkpoint.pipeline.static else device, precision)
     if placement.quantized:
         keep_freed()
     with _checkpoint_errors(folder, placement.device):
@@ -300,6 +302,8 @@ def _try(encoder: Encoder) -> None:
 
 
 def _load_backbone(checkpoint: Checkpoint, placement: Placement) -> Transformer:
+    if checkpoint.pipeline.static:
+        return load_static(checkpoint)
     if is_bert(checkpoint.config):
         return load_bert(checkpoint, placement)
     from embeddings_mcp.embedders.local.backbone import load_backbone  # transformers takes seconds to import

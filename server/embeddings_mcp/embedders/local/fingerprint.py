@@ -14,7 +14,8 @@ from importlib import metadata
 from pathlib import Path
 
 from embeddings_mcp import __version__
-from embeddings_mcp.embedders.local.checkpoint import M3_FILES, Checkpoint, Dense, LayerNorm
+from embeddings_mcp.embedders.local.checkpoint import M3_FILES, Checkpoint
+from embeddings_mcp.embedders.local.pipeline import Dense, LayerNorm
 from embeddings_mcp.errors import CheckpointInvalid
 from embeddings_mcp.models import Precision
 

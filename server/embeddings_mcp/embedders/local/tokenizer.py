@@ -61,8 +61,10 @@ class Tokenizer:
         self._before, self._after = added.index(0), added[::-1].index(0)
 
     @classmethod
-    def from_folder(cls, folder: Path, *, max_tokens: int, lowercase: bool = False, suffix: str = "") -> Tokenizer:
-        """Read the tokenizer of a checkpoint.
+    def from_folder(
+        cls, folder: Path, *, max_tokens: int, lowercase: bool = False, suffix: str = "", special_tokens: bool = True
+    ) -> Tokenizer:
+        """Read the tokenizer of a checkpoint; without `special_tokens` it puts none around a text.
 
         Raises:
             CheckpointInvalid: there is none, or it cannot be read.
@@ -72,6 +74,8 @@ class Tokenizer:
         try:
             tokenizer = FastTokenizer.from_file(str(path)) if path.is_file() else _convert(folder)
             _normalize_as_said(tokenizer, config)
+            if not special_tokens:
+                tokenizer.post_processor = None
             return cls(tokenizer, max_tokens=max_tokens, lowercase=lowercase, suffix=suffix)
         except BaseException as error:  # readers raise whatever comes, and a panic of tokenizers is no Exception
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
