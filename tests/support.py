@@ -19,6 +19,7 @@ from starlette.types import ASGIApp
 
 from embeddings_mcp.embedders.base import Embeddings, OnProgress, OnRows
 from embeddings_mcp.errors import InputTooLong
+from embeddings_mcp.faces.connection import Connection
 from embeddings_mcp.models import InputType, ModelCard, Truncate
 
 ROOT = Path(__file__).parents[1]
@@ -97,7 +98,8 @@ class HashEmbedder:
 @contextmanager
 def serving(app: ASGIApp) -> Iterator[str]:
     """Serves `app` on a free loopback port, in a thread; gives its address."""
-    server = _Server(uvicorn.Config(app, port=0, lifespan="on", ws="none", log_config=None, access_log=False))
+    config = uvicorn.Config(app, port=0, http=Connection, lifespan="on", ws="none", log_config=None, access_log=False)
+    server = _Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:

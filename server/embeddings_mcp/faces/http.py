@@ -18,6 +18,7 @@ from starlette.types import ASGIApp
 
 from embeddings_mcp.errors import InvalidSetting
 from embeddings_mcp.faces import published, rest
+from embeddings_mcp.faces.connection import Connection
 from embeddings_mcp.faces.guard import Guard
 from embeddings_mcp.faces.loading import loaded
 from embeddings_mcp.faces.observed import Observed, metrics_route
@@ -100,7 +101,7 @@ def serve_http(service: EmbeddingService, mcp_server: MCPServer, settings: Setti
     """
     config = uvicorn.Config(
         create_app(service, mcp_server, settings),
-        http="h11",  # not what else happens to be installed, which does not limit the size of a request's head
+        http=Connection,
         lifespan="on",
         ws="none",
         ssl_certfile=settings.tls_certificate,
