@@ -106,6 +106,16 @@ async def test_a_model_without_the_mode_says_which_it_has() -> None:
         await service.search(request)
 
 
+async def test_a_model_without_the_vectors_that_a_route_is_for_says_what_it_has() -> None:
+    service = EmbeddingService([HashEmbedder()], default_model="test/hash")
+    asked = {"model": "default", "input": ["a"]}
+
+    with pytest.raises(InvalidRequest, match="`model` test/hash has no mode sparse, only: dense"):
+        await service.create_sparse_embedding(parse(SparseEmbeddingRequest, asked))
+    with pytest.raises(InvalidRequest, match="`model` test/hash has no mode colbert, only: dense"):
+        await service.create_colbert_embedding(parse(ColbertEmbeddingRequest, asked))
+
+
 async def test_a_metric_is_refused_where_no_dense_vectors_are_compared(service: EmbeddingService) -> None:
     request = parse(SimilarityRequest, {"model": "bge-m3", "input": ["a", "b"], "mode": "sparse", "metric": "dot"})
 

@@ -290,6 +290,10 @@ class EmbeddingService:
         self, request: SparseEmbeddingRequest, on_progress: OnProgress | None, mode: Mode
     ) -> tuple[Embedder, Representations]:
         embedder, input_type = await self._resolve(request.model, request.input_type)
+        if mode not in embedder.card.modes:
+            raise InvalidRequest(
+                f"`model` {embedder.card.id} has no mode {mode}, only: {', '.join(embedder.card.modes)}", param="model"
+            )
         made = await self._embed(
             embedder,
             {"input": request.input},

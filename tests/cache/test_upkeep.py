@@ -67,7 +67,9 @@ def test_info_says_what_of_which_model_is_there(cache: Cache, folder: Path) -> N
 
 
 def test_clear_forgets_one_model_or_all(cache: Cache, folder: Path) -> None:
-    assert cache("clear", "--cache", folder, "--model", "test/none") == "0 vectors forgotten\n"
+    assert cache("clear", "--cache", folder, "--model", "test/none") == (
+        f"0 vectors forgotten: the cache has none of test/none, only of {ASYMMETRIC.id}, test/hash\n"
+    )
     assert cache("clear", "--cache", folder, "--model", "test/hash") == "2 vectors forgotten\n"
     assert vectors_by_model(cache("info", "--cache", folder, "--json")) == {ASYMMETRIC.id: 3}
     assert json.loads(cache("clear", "--cache", folder, "--json")) == {"forgotten": 3}

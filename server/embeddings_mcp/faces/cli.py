@@ -391,7 +391,10 @@ def keep_cache(
     if action == "clear":
         card = None if model is None else find_card(model, (*settings.cards, *CARDS))
         forgotten = upkeep.clear(place, model if card is None else card.id)
-        write(dump_json({"forgotten": forgotten}) if as_json else f"{forgotten:,} vectors forgotten".encode())
+        said = f"{forgotten:,} vectors forgotten"
+        if not forgotten and (left := {holding.model for holding in upkeep.look_into(place).holdings}):
+            said += f": the cache has none of {model}, only of {', '.join(sorted(left))}"
+        write(dump_json({"forgotten": forgotten}) if as_json else said.encode())
         return
     from embeddings_mcp.faces import tables
 
