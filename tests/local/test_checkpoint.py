@@ -408,14 +408,29 @@ def in_half_precision(folder: Path) -> None:
     AutoModel.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
 
 
-@pytest.mark.parametrize("rewrite", [in_shards, as_a_pickle, in_half_precision], ids=lambda way: way.__name__)
-def test_weights_may_come_in_shards_as_a_pickle_or_in_half_precision(
-    saved: Path, rewrite: Callable[[Path], None]
-) -> None:
-    rewrite(saved)
+def in_pickled_shards(folder: Path) -> None:
+    tensors = AutoModel.from_pretrained(folder).state_dict()
+    parts = {f"pytorch_model-{part}.bin": list(tensors)[part::2] for part in range(2)}
+    for name, keys in parts.items():
+        torch.save({key: tensors[key] for key in keys}, folder / name)
+    index = {"metadata": {}, "weight_map": {key: name for name, keys in parts.items() for key in keys}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index), encoding="utf-8")
+    (folder / "model.safetensors").unlink()
 
-    model = SentenceTransformer(str(saved), device="cpu", model_kwargs={"dtype": torch.float32})
-    assert_same(ours(saved, TEXTS), theirs(model, TEXTS))
+
+WAYS = [in_shards, as_a_pickle, in_pickled_shards, in_half_precision]
+
+
+@pytest.mark.parametrize("rewrite", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("base", ["e5", "nemotron-3-embed"])
+def test_weights_may_come_in_shards_as_a_pickle_or_in_half_precision(
+    tmp_path: Path, base: FamilyName, rewrite: Callable[[Path], None]
+) -> None:
+    save(tmp_path, Pooling(WIDTH), base=base)
+    rewrite(tmp_path)
+
+    model = SentenceTransformer(str(tmp_path), device="cpu", model_kwargs={"dtype": torch.float32})
+    assert_same(ours(tmp_path, WORDS), theirs(model, WORDS))
 
 
 def test_a_dense_layer_may_come_as_a_pickle(tmp_path: Path) -> None:

@@ -22,13 +22,7 @@ from embeddings_mcp.embedders.local.latent_attention import LATENT_ATTENTION
 from embeddings_mcp.embedders.local.linear import prepack
 from embeddings_mcp.embedders.local.packing import PackedRow, Packing, PackingUnsupported, pack
 from embeddings_mcp.embedders.local.placement import Placement, numbers_on
-from embeddings_mcp.embedders.local.weights import (
-    check_tensors,
-    find_weights,
-    read_tensors,
-    tensor_names,
-    without_heads,
-)
+from embeddings_mcp.embedders.local.weights import check_tensors, tensor_names, without_heads
 from embeddings_mcp.errors import CheckpointInvalid
 
 AttentionInterface.register(NAME, packed_attention)
@@ -202,20 +196,18 @@ def load_backbone(checkpoint: Checkpoint, placement: Placement) -> Backbone:
         config = AutoConfig.for_model(model_type, **description)
     except Exception as error:  # each of the hundreds of configs checks itself in its own way
         raise CheckpointInvalid(f"{folder / 'config.json'}: it is no config of type {model_type!r}: {error}") from error
-    files = find_weights(folder)
-    pickled = read_tensors(folder) if any(path.suffix != ".safetensors" for path in files) else None
+    names = tensor_names(folder)  # what else there is in a pickle is refused by this
     model, report = architecture.from_pretrained(
         folder,
         config=config,
         dtype=placement.dtype,
-        state_dict=pickled,
         local_files_only=True,
         trust_remote_code=False,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # and reported below, with the file's name
         key_mapping={f"^{re.escape(prefix)}": ""} if prefix else None,
     )
-    _check(checkpoint, report, model.base_model_prefix, names=pickled or set().union(*map(tensor_names, files)))
+    _check(checkpoint, report, model.base_model_prefix, names=names)
     model.pooler = torch.nn.Identity()  # where there is one, its output is not used
     backbone = Backbone(model.eval().to(placement.device), position_offset=checkpoint.position_offset)
     if model_type in PROVEN:  # others may look into their linear layers

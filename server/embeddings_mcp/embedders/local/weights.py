@@ -60,10 +60,20 @@ def without_heads(names: Collection[str], prefixes: tuple[str, ...]) -> set[str]
     return {name for name in names if name.startswith(prefixes)} or set(names)
 
 
-def tensor_names(path: Path) -> set[str]:
-    """The names of the tensors in a safetensors file, which `find_weights` has found to be whole."""
-    with safe_open(path, framework="pt") as file:
-        return set(file.keys())
+def tensor_names(folder: Path) -> set[str]:
+    """The names of a checkpoint's tensors.
+
+    Raises:
+        CheckpointInvalid: as `read_tensors`, but for damage behind the header of a safetensors file.
+    """
+    names: set[str] = set()
+    for path in find_weights(folder):
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                names.update(file.keys())
+        else:
+            names.update(read_tensors_file(path))
+    return names
 
 
 def read_tensors(folder: Path, prefix: str = "") -> dict[str, torch.Tensor]:
