@@ -35,12 +35,20 @@ def save(
     return model
 
 
-def save_plain(folder: Path, kind: str, architecture: Any, **config: Any) -> None:
-    """Save a tiny model of an architecture of transformers, with random weights, as transformers itself saves it."""
+def save_plain(folder: Path, kind: str, architecture: Any, *, more_tokens: int = 0, **config: Any) -> None:
+    """Save a tiny model of an architecture of transformers, with random weights, as transformers itself saves it.
+
+    Args:
+        folder: where.
+        kind: its model type.
+        architecture: one of transformers' ``AutoModel`` classes.
+        more_tokens: that it has vectors for, beyond those of its tokenizer.
+        config: of the model.
+    """
     source = family("e5").folder
     vocabulary = json.loads((source / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     torch.manual_seed(0)
-    model = architecture.from_config(AutoConfig.for_model(kind, vocab_size=vocabulary, **config))
+    model = architecture.from_config(AutoConfig.for_model(kind, vocab_size=vocabulary + more_tokens, **config))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(folder)

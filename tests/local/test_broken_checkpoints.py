@@ -20,10 +20,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers.sentence_transformer.modules import Dense, LayerNorm, Normalize, Pooling
+from transformers import AutoModel
 
 from embeddings_mcp.embedders.local.encoder import load_encoder
 from embeddings_mcp.errors import CheckpointInvalid, InvalidRequest
-from tests.local.checkpoints import WIDTH, edit, edit_tensors, save, save_static
+from tests.local.checkpoints import WIDTH, edit, edit_tensors, save, save_plain, save_static
 from tests.local.golden import FamilyName, family
 
 Damage = Callable[[Path], object]
@@ -430,6 +431,32 @@ def test_token_vectors_that_cannot_be_looked_up_are_refused(tmp_path: Path, dama
     damage(tmp_path)
 
     assert re.search(reason, refused(tmp_path))
+
+
+SMALL = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": WIDTH}
+
+
+@pytest.mark.parametrize("template", ["tokenizer_config.json", "chat_template.jinja"])
+def test_a_plain_model_with_a_chat_template_is_refused(tmp_path: Path, template: str) -> None:
+    save_plain(tmp_path, "bert", AutoModel, **SMALL)
+    said = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    if template == "tokenizer_config.json":
+        edit(tmp_path / template, chat_template=said)
+    else:
+        write(tmp_path / template, said)
+
+    assert "has a chat template and no modules.json" in refused(tmp_path)
+
+
+def test_a_tokenizer_that_is_written_in_python_is_refused_by_name(tmp_path: Path) -> None:
+    save_plain(tmp_path, "roberta", AutoModel, **SMALL)
+    (tmp_path / "tokenizer.json").unlink()
+    edit(tmp_path / "tokenizer_config.json", tokenizer_class="PhobertTokenizer")
+    write(tmp_path / "vocab.txt", "a 1\n")
+    write(tmp_path / "bpe.codes", "")
+
+    reason = "tokenizer.json: the tokenizer cannot be read: it is missing, and PhobertTokenizer cannot be converted"
+    assert reason in refused(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["sparse_linear.pt", "colbert_linear.pt"])

@@ -21,6 +21,7 @@ from sentence_transformers.sentence_transformer.modules import (
     Normalize,
     Pooling,
 )
+from tokenizers import Tokenizer as FastTokenizer
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -125,6 +126,12 @@ def test_a_passages_prompt_may_have_any_of_its_names(tmp_path: Path, name: str) 
     model = save(tmp_path, Pooling(WIDTH), prompts={"query": "the question: ", name: "the text: "})
 
     assert_same(ours(tmp_path, TEXTS, "passage"), theirs(model, TEXTS, prompt_name=name))
+
+
+def test_the_default_prompt_may_be_one_that_is_empty_unless_it_is_said(saved: Path) -> None:
+    edit(saved / "config_sentence_transformers.json", prompts={}, default_prompt_name="document")
+
+    assert_as_sentence_transformers_reads_it(saved)
 
 
 def test_the_default_prompt_goes_before_texts_whose_type_was_not_said(tmp_path: Path) -> None:
@@ -287,6 +294,17 @@ def test_positions_that_are_angles_do_not_end_where_the_sentence_encoder_s_limit
     assert_as_sentence_transformers_reads_it(tmp_path, ["water " * 80, "water " * 150])
 
 
+def test_angles_may_be_said_as_nomic_does(tmp_path: Path) -> None:
+    save_plain(tmp_path / "plain", "nomic_bert", AutoModel, **ENCODER)
+    saved = tmp_path / "model"
+    SentenceTransformer(str(tmp_path / "plain"), device="cpu").save(str(saved), create_model_card=False)
+    edit(saved / "config.json", rope_parameters=None, rotary_emb_base=1000, max_position_embeddings=32)
+    edit(saved / "sentence_bert_config.json", max_seq_length=100)
+
+    assert read_checkpoint(saved).max_tokens == 100
+    assert_as_sentence_transformers_reads_it(saved, ["water " * 80, "water " * 150])
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_angles_that_depend_on_a_text_s_length_are_not_used_beyond_the_positions(tmp_path: Path, kind: str) -> None:
     save(tmp_path, Pooling(WIDTH), base="nemotron-3-embed")
@@ -343,6 +361,14 @@ def test_what_a_config_says_of_its_architecture_is_done(
     assert_as_sentence_transformers_reads_it(tmp_path)
 
 
+def test_a_config_may_leave_out_that_there_are_two_types_of_tokens(saved: Path) -> None:
+    config = json.loads((saved / "config.json").read_text(encoding="utf-8"))
+    assert config.pop("type_vocab_size") == 2
+    (saved / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+    assert_as_sentence_transformers_reads_it(saved)
+
+
 def test_positions_that_start_behind_the_padding_id_take_their_share_of_the_limit(tmp_path: Path) -> None:
     save(tmp_path, Pooling(WIDTH), base="bge-m3")
     edit(tmp_path / "tokenizer_config.json", model_max_length=10**30)
@@ -367,22 +393,74 @@ def test_texts_are_put_in_lower_case_where_the_checkpoint_says_so(tmp_path: Path
     )
 
 
+CLASS = {"tokenizer_class": "BertTokenizer"}
+
+
 @pytest.mark.parametrize(
-    "said",
-    [{}, {"do_lower_case": False}, {"strip_accents": False}, {"tokenize_chinese_chars": False}],
-    ids=lambda said: next(iter(said), "nothing"),
+    ("said", "model"),
+    [
+        (CLASS, {}),
+        (CLASS | {"do_lower_case": False}, {}),
+        (CLASS | {"strip_accents": False}, {}),
+        (CLASS | {"tokenize_chinese_chars": False}, {}),
+        ({"do_lower_case": False}, CLASS),
+        ({"do_lower_case": False}, {}),
+        ({}, {}),
+    ],
+    ids=["nothing", "case", "accents", "Chinese", "class by the model", "class by the type", "nothing at all"],
 )
-def test_berts_texts_are_normalized_as_the_config_of_its_tokenizer_says(saved: Path, said: dict[str, bool]) -> None:
+def test_berts_texts_are_normalized_as_the_config_of_its_tokenizer_says(
+    saved: Path, said: dict[str, Any], model: dict[str, str]
+) -> None:
     # The other file says the opposite of what is said here, and of what goes without saying.
     tokenizer = json.loads((saved / "tokenizer.json").read_text(encoding="utf-8"))
     tokenizer["normalizer"] |= {"lowercase": not said.get("do_lower_case", True)}
     edit(saved / "tokenizer.json", normalizer=tokenizer["normalizer"])
-    (saved / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "BertTokenizer", "model_max_length": 64} | said), encoding="utf-8"
-    )
+    edit(saved / "config.json", **model)
+    (saved / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 64} | said), encoding="utf-8")
     texts = [*TEXTS, "WATER and Café", "the 猫 is a cat"]
 
     assert_same(ours(saved, texts), theirs(SentenceTransformer(str(saved), device="cpu"), texts))
+
+
+@pytest.mark.parametrize("base", ["e5", "bge-m3", "nemotron-3-embed"])
+def test_a_text_may_name_special_tokens(tmp_path: Path, base: FamilyName) -> None:
+    save(tmp_path, Pooling(WIDTH), base=base)
+    names = ["<pad>", "[PAD]", "</s>", "[SEP]", "<s>", "<mask>"]
+    texts = [f"the {name} water {name} is cold" for name in names] + [f"{name}water" for name in names]
+
+    assert_as_sentence_transformers_reads_it(tmp_path, [*texts, "<pad>", "<pad> <pad> water"])
+    assert_same(ours(tmp_path, texts), np.concatenate([ours(tmp_path, [text]) for text in texts]))
+
+
+FLAGS = {"lstrip": False, "rstrip": False, "single_word": False}
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        (
+            "tokenizer_config.json",
+            lambda number: {
+                "added_tokens_decoder": {str(number): {"content": "[Q]", "special": True, "normalized": False, **FLAGS}}
+            },
+        ),
+        ("tokenizer_config.json", lambda _: {"additional_special_tokens": ["[Q]"]}),
+        ("added_tokens.json", lambda number: {"[Q]": number}),
+    ],
+    ids=["by number", "by name", "in a file of their own"],
+)
+def test_tokens_may_be_added_beside_the_tokenizer(
+    tmp_path: Path, file: str, said: Callable[[int], dict[str, Any]]
+) -> None:
+    save_plain(tmp_path, "bert", AutoModel, more_tokens=1, **ENCODER)
+    tokenizer = FastTokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    if not (tmp_path / file).exists():
+        (tmp_path / file).write_text("{}", encoding="utf-8")
+    edit(tmp_path / file, **said(tokenizer.get_vocab_size()))
+
+    assert tokenizer.token_to_id("[Q]") is None
+    assert_as_sentence_transformers_reads_it(tmp_path, ["[Q] water", "the [Q]water", "[Q]"])
 
 
 def test_a_tokenizer_may_come_as_a_vocabulary_only(saved: Path) -> None:
@@ -456,6 +534,15 @@ def test_token_vectors_may_be_looked_up_without_any_transformer(tmp_path: Path, 
 
     assert_same(ours(tmp_path, texts), theirs(model, texts))
     assert_same(ours(tmp_path, texts, "query"), np.asarray(model.encode_query(texts)))
+
+
+def test_token_vectors_that_are_looked_up_have_the_limit_of_their_tokenizer(tmp_path: Path) -> None:
+    save_static(tmp_path)
+    cut = {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
+    edit(tmp_path / "tokenizer.json", truncation=cut)
+
+    assert read_checkpoint(tmp_path).max_tokens == 9
+    assert_as_sentence_transformers_reads_it(tmp_path, [*WORDS, "the water is very cold in the river " * 3])
 
 
 def test_a_text_without_any_token_is_refused_where_token_vectors_are_looked_up(tmp_path: Path) -> None:

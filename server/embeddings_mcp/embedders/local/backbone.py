@@ -52,15 +52,16 @@ class Backbone:
 
     Args:
         model: the transformer, on its device, with its own attention.
-        position_offset: position id of a text's first token.
+        first_position: position id of a text's first token.
 
     Attributes:
+        first_position: the same.
         way: the cheapest on which every text gets the vectors that it has alone.
     """
 
-    def __init__(self, model: PreTrainedModel, *, position_offset: int = 0) -> None:
+    def __init__(self, model: PreTrainedModel, *, first_position: int = 0) -> None:
         self._model = model
-        self._offset = position_offset
+        self.first_position = first_position
         self._padding: int = getattr(model.config, "pad_token_id", None) or 0
         self._options = {"return_dict": True}
         if hasattr(model.config, "use_cache"):
@@ -94,7 +95,7 @@ class Backbone:
         Returns:
             ``[tokens, d]``, and where each text lies in it.
         """
-        row = pack(rows, self.device)
+        row = pack(rows, self.device, self.first_position)
         with self._turn:
             return self._hidden_states(rows, row), row.packing
 
@@ -112,7 +113,7 @@ class Backbone:
         """From a packed row to its token vectors, ``[tokens, d]``; for a model whose way is packed."""
         output = self._model(
             input_ids=row.ids[None],
-            position_ids=row.positions[None] + self._offset,
+            position_ids=row.positions[None],
             packing=row.packing,
             **self._options,
         )
@@ -146,7 +147,7 @@ class Backbone:
                 own = config._attn_implementation  # noqa: SLF001 - there is a public setter, but no getter
                 self._model.set_attn_implementation(NAME)
                 try:
-                    if _same(alone, self.forward(pack(rows, self.device))):
+                    if _same(alone, self.forward(pack(rows, self.device, self.first_position))):
                         return "packed"
                 except (PackingUnsupported, TypeError, RuntimeError) as error:
                     _logger.debug("packing failed: %s", error)
@@ -209,7 +210,7 @@ def load_backbone(checkpoint: Checkpoint, placement: Placement) -> Backbone:
     )
     _check(checkpoint, report, model.base_model_prefix, names=names)
     model.pooler = torch.nn.Identity()  # where there is one, its output is not used
-    backbone = Backbone(model.eval().to(placement.device), position_offset=checkpoint.position_offset)
+    backbone = Backbone(model.eval().to(placement.device), first_position=checkpoint.first_position)
     if model_type in PROVEN:  # others may look into their linear layers
         _fuse_norms(model)
         prepack(model, quantized=placement.quantized)

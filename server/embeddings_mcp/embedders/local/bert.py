@@ -66,6 +66,7 @@ class Bert:
         vocabulary: tokens that it has vectors for.
         packed: True: nothing is ever padded.
         device: where the weights are.
+        first_position: position id of a text's first token.
     """
 
     packed = True
@@ -75,7 +76,7 @@ class Bert:
         config: Mapping[str, Any],
         tensors: Mapping[str, torch.Tensor],
         *,
-        position_offset: int,
+        first_position: int,
         quantized: bool,
     ) -> None:
         epsilon = float(config.get("layer_norm_eps", 1e-12))
@@ -83,18 +84,19 @@ class Bert:
         self._words = tensors["embeddings.word_embeddings.weight"]
         # Every token is of type 0 here, so that what its type adds can be added to every position once.
         types = tensors["embeddings.token_type_embeddings.weight"]
-        self._positions = tensors["embeddings.position_embeddings.weight"][position_offset:] + types[0]
+        self._positions = tensors["embeddings.position_embeddings.weight"] + types[0]
         self._norm = _norm(tensors, "embeddings.LayerNorm", epsilon)
         self._layers = [
             _layer(tensors, _LAYER.format(number), epsilon, Int8Linear if quantized else Linear)
             for number in range(int(config["num_hidden_layers"]))
         ]
         self.vocabulary = len(self._words)
+        self.first_position = first_position
         self.device = self._words.device
 
     def hidden_states(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, Packing]:
         """See `backbone.Backbone.hidden_states`."""
-        row = pack(rows, self.device)
+        row = pack(rows, self.device, self.first_position)
         return self.forward(row), row.packing
 
     def forward(self, row: PackedRow) -> torch.Tensor:
@@ -134,7 +136,7 @@ def load_bert(checkpoint: Checkpoint, placement: Placement) -> Bert:
         misshapen={name for name in shapes.keys() & tensors.keys() if tensors[name].shape != shapes[name]},
     )
     placed = {name: tensors[name].to(placement.device, placement.dtype) for name in shapes}
-    return Bert(checkpoint.config, placed, position_offset=checkpoint.position_offset, quantized=placement.quantized)
+    return Bert(checkpoint.config, placed, first_position=checkpoint.first_position, quantized=placement.quantized)
 
 
 def _current_name(name: str) -> str:
@@ -153,7 +155,7 @@ def _shapes(config: JsonObject) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {
         "embeddings.word_embeddings.weight": (size("vocab_size"), width),
         "embeddings.position_embeddings.weight": (size("max_position_embeddings"), width),
-        "embeddings.token_type_embeddings.weight": (size("type_vocab_size"), width),
+        "embeddings.token_type_embeddings.weight": (config.get("type_vocab_size", 2), width),
     }
     linear = {_OUTPUT: (width, width), _INTERMEDIATE: (inner, width), _LAST: (width, inner)}
     linear |= dict.fromkeys(_PROJECTIONS, (width, width))

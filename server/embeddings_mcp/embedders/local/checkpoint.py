@@ -49,7 +49,7 @@ _BY_LENGTH = frozenset({"dynamic", "longrope", "su"})
 _UNKNOWN_LENGTH = 512
 
 _STATIC_LENGTH = 32_768
-"""Tokens of the longest text for token vectors that are looked up. They know no limit, but memory does."""
+"""Tokens of the longest text for token vectors that are looked up, for which there need not be a limit."""
 
 _READ = {"method": "forward", "method_output_name": "last_hidden_state"}
 """How sentence-transformers says that the last token vectors are what is pooled."""
@@ -70,8 +70,13 @@ _USUAL: dict[str, Any] = {
 _ARGUMENTS = ("config_args", "config_kwargs", "tokenizer_args", "processor_kwargs")
 """Where it may hold arguments for what transformers reads a config and a tokenizer with, which say more than those."""
 
-_HARMLESS = frozenset({"cache_dir", "local_files_only", "revision", "token", "trust_remote_code", "use_fast"})
-"""Arguments that do not change what is read."""
+_HARMLESS = frozenset(
+    {"cache_dir", "local_files_only", "padding_side", "revision", "token", "trust_remote_code", "use_fast"}
+)
+"""Arguments that do not change what is read, or where nothing is padded, what is made of it."""
+
+_PLACES = frozenset({"query", "document"})
+"""Prompts that sentence-transformers has in any case, empty where the checkpoint does not say them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,9 +111,9 @@ class Checkpoint:
         return self.recipe.backbone(self.config) if self.recipe else self.config
 
     @property
-    def position_offset(self) -> int:
+    def first_position(self) -> int:
         """Position id of a text's first token."""
-        return _position_offset(JsonObject(self.pipeline.backbone / "config.json", self.config))
+        return _first_position(JsonObject(self.pipeline.backbone / "config.json", self.config))
 
     @property
     def dimensions(self) -> int:
@@ -211,7 +216,7 @@ def read_checkpoint(folder: Path, known: ModelCard | None = None) -> Checkpoint:
         config=config.fields,
         recipe=recipe,
         pipeline=pipeline,
-        max_tokens=_STATIC_LENGTH if static else _max_tokens(config, sentence),
+        max_tokens=_static_length(backbone) if static else _max_tokens(config, sentence),
         lowercase=sentence.get("do_lower_case", default=False),
         query_prompt=query,
         passage_prompt=passage,
@@ -240,6 +245,14 @@ def _static_config(folder: Path) -> JsonObject:
             raise CheckpointInvalid(f"{path}: no `embedding.weight`, nor model2vec's `embeddings`, of token vectors")
 
 
+def _static_length(folder: Path) -> int:
+    """The longest text: with token vectors that are looked up, as ``tokenizer.json`` says."""
+    cut = JsonObject(
+        folder / "tokenizer.json", read_object(folder / "tokenizer.json", optional=True).get("truncation", {})
+    )
+    return min(_STATIC_LENGTH, _limit(cut, "max_length") or _STATIC_LENGTH)
+
+
 def _read_sentence_config(folder: Path) -> JsonObject:
     """``sentence_bert_config.json``, by whichever of its names it has."""
     names = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
@@ -264,7 +277,7 @@ def _read_prompts(config: JsonObject) -> tuple[str, str, str | None]:
     prompts = JsonObject(config.path, config.get("prompts", {}))
     passages = (prompts.get(name, "") for name in ("document", "passage", "corpus"))
     default = config.get("default_prompt_name", "")
-    if default and default not in prompts.fields:
+    if default and default not in prompts.fields.keys() | _PLACES:
         raise config.wrong("default_prompt_name", f"one of {', '.join(map(repr, prompts.fields)) or 'its prompts'}")
     return prompts.get("query", ""), next(filter(None, passages), ""), prompts.get(default, "") if default else None
 
@@ -278,7 +291,7 @@ def _max_tokens(config: JsonObject, sentence: JsonObject) -> int:
     limits = [_limit(tokenizer, "model_max_length") if said is None else said]
     key = "n_positions" if config.get("model_type", "") in _N_POSITIONS else "max_position_embeddings"
     if positions := _limit(config, key):
-        limits.append(positions - _position_offset(config))
+        limits.append(positions - _first_position(config))
     known = [limit for limit in limits if limit is not None]
     return min(known, default=_UNKNOWN_LENGTH)
 
@@ -290,7 +303,7 @@ def _has_endless_positions(config: JsonObject) -> bool:
     kinds = [kind for one in said if isinstance(one, dict) for kind in (one, *one.values()) if isinstance(kind, dict)]
     if any(kind.get("rope_type", kind.get("type")) in _BY_LENGTH for kind in kinds):
         return False
-    return bool(kinds) or any(key.endswith("rope_theta") for key in config.fields)
+    return bool(kinds) or any(key.endswith(("rope_theta", "rotary_emb_base")) for key in config.fields)
 
 
 def _limit(config: JsonObject, key: str) -> int | None:
@@ -303,7 +316,7 @@ def _limit(config: JsonObject, key: str) -> int | None:
     return int(value) if 0 < value < 10**9 else None
 
 
-def _position_offset(config: JsonObject) -> int:
+def _first_position(config: JsonObject) -> int:
     if config.get("model_type", "") not in OFFSET_POSITIONS:
         return 0
     return 1 + config.get("pad_token_id", 1)

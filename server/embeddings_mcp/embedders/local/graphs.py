@@ -77,6 +77,11 @@ class Graphed:
         """Tokens that it has vectors for."""
         return self._transformer.vocabulary
 
+    @property
+    def first_position(self) -> int:
+        """Position id of a text's first token."""
+        return self._transformer.first_position
+
     def hidden_states(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, Packing]:
         """See `transformer.Transformer`."""
         lengths = [len(row) for row in rows]
@@ -190,14 +195,17 @@ class _Pass:
 
     Attributes:
         size: as it was given.
+        first_position: that of the transformer.
         inputs: what `packing.lay_out` makes, int64 on the transformer's device; at first of some texts or other.
     """
 
     def __init__(self, transformer: Transformer, size: Size) -> None:
         self.size = size
+        self.first_position = transformer.first_position
         self._transformer = transformer
         rows = [[1] * size.longest] * (size.tokens // size.longest)
-        self.inputs = numbers_on(transformer.device, lay_out(rows, size.fill([len(row) for row in rows])))
+        numbers = lay_out(rows, size.fill([len(row) for row in rows]), self.first_position)
+        self.inputs = numbers_on(transformer.device, numbers)
         self()  # whatever is made at the first time is neither to be recorded nor to be timed
 
     def __call__(self) -> torch.Tensor:
@@ -225,6 +233,7 @@ class Recording:
     def __init__(self, usual: _Pass, pool: _Pool) -> None:
         self.size = usual.size
         self._inputs = usual.inputs
+        self._first_position = usual.first_position
         expected = usual()
         self._graph = torch.cuda.CUDAGraph()
         # Other threads may use the GPU meanwhile, for other models: what they do must not count as a part of it.
@@ -237,7 +246,7 @@ class Recording:
 
     def replay(self, rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> tuple[torch.Tensor, Packing]:
         """The token vectors of texts that it holds, and where each lies; no other replay may run beside it."""
-        numbers = torch.from_numpy(lay_out(rows, self.size.fill(lengths)))
+        numbers = torch.from_numpy(lay_out(rows, self.size.fill(lengths), self._first_position))
         self._inputs.copy_(numbers.pin_memory(), non_blocking=True)
         self._graph.replay()
         first = 2 * self.size.tokens

@@ -55,7 +55,7 @@ class PackedRow:
 
     Attributes:
         ids: token ids, int64 ``[tokens]`` on the model's device.
-        positions: of each token in its text, counted from 0, likewise.
+        positions: id of the position that each token has in its text, likewise.
         packing: where each text lies.
     """
 
@@ -64,21 +64,23 @@ class PackedRow:
     packing: Packing
 
 
-def pack(rows: Sequence[Sequence[int]], device: torch.device) -> PackedRow:
-    """One row of the token ids of some texts, none of them empty."""
+def pack(rows: Sequence[Sequence[int]], device: torch.device, first_position: int = 0) -> PackedRow:
+    """One row of the token ids of some texts, none of them empty; their positions as `lay_out` counts them."""
     lengths = [len(row) for row in rows]
     tokens, longest = sum(lengths), max(lengths)
-    numbers = numbers_on(device, lay_out(rows, lengths))
+    numbers = numbers_on(device, lay_out(rows, lengths, first_position))
     packing = Packing(tuple(lengths), longest, numbers[2 * tokens :].int())
     return PackedRow(numbers[:tokens], numbers[tokens : 2 * tokens], packing)
 
 
-def lay_out(rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> NDArray[np.int64]:
+def lay_out(rows: Sequence[Sequence[int]], lengths: Sequence[int], first_position: int = 0) -> NDArray[np.int64]:
     """All that a device has to be told of a packed row, in one piece, since one copy takes as long as three.
 
     Args:
         rows: token ids of the texts.
         lengths: tokens of each of them; what is longer than that is filled up with zeros, at the end.
+        first_position: position id of a text's first token. Where it is not 0, it follows the id of the padding token,
+            as fairseq has it; and where a text names that token, it has its own id for a position and is not counted.
 
     Returns:
         int64 ``[tokens + tokens + n + 1]``: the ids, their positions, and the first token of each text and the end.
@@ -88,6 +90,13 @@ def lay_out(rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> NDArray[np
     numbers = np.zeros(2 * tokens + len(ends) + 1, dtype=np.int64)
     count = sum(map(len, rows))
     numbers[:count] = np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int64, count=count)
-    numbers[tokens : 2 * tokens] = np.arange(tokens) - np.repeat(ends - lengths, lengths)
+    starts = ends - lengths
+    numbers[tokens : 2 * tokens] = np.arange(first_position, first_position + tokens) - np.repeat(starts, lengths)
     numbers[2 * tokens + 1 :] = ends
+    padding = first_position - 1
+    if padding >= 0 and (numbers[:count] == padding).any():
+        counted = numbers[:tokens] != padding
+        before = np.cumsum(counted) - counted  # of each token of the row
+        places = first_position + before - before[np.repeat(starts, lengths)]
+        numbers[tokens : 2 * tokens] = np.where(counted, places, padding)
     return numbers

@@ -156,6 +156,12 @@ def plain_pipeline(folder: Path, config: dict[str, Any], recipe: Recipe | None, 
     if known:
         # To guess here would be to give vectors of a space that nobody asked for.
         raise CheckpointInvalid(f"{folder / 'modules.json'} is missing, which says how {known.id} pools its tokens")
+    tokenizer = read_object(folder / "tokenizer_config.json", optional=True)
+    if "chat_template" in tokenizer.fields or (folder / "chat_template.jinja").is_file():
+        raise CheckpointInvalid(
+            f"{folder} has a chat template and no modules.json: sentence-transformers would put every text into the "
+            "template, which is not supported; say how it is pooled in modules.json"
+        )
     architecture = next(iter(config.get("architectures") or ()), "")
     causal = str(architecture).endswith("ForCausalLM") and config.get("is_causal", True)
     return Pipeline(backbone=folder, pooling=("lasttoken" if causal else "mean",))

@@ -26,9 +26,11 @@ class StaticEmbedding:
         vocabulary: tokens that it has vectors for.
         packed: True: nothing is ever padded.
         device: the CPU.
+        first_position: 0; what is looked up has no position.
     """
 
     packed = True
+    first_position = 0
 
     def __init__(self, vectors: torch.Tensor) -> None:
         self._vectors = vectors

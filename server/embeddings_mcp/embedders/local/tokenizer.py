@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from tokenizers import AddedToken, normalizers
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import normalizers
 
 from embeddings_mcp.embedders.local.jsonfile import JsonObject, read_object
 from embeddings_mcp.errors import CheckpointInvalid, InputTooLong, InputUnusable, InvalidRequest
@@ -33,8 +33,18 @@ _SHORT = 2048
 get it back from threads that compute."""
 
 
-_BERT = frozenset({"BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MPNetTokenizer"})
+_BERT = frozenset(
+    {"BertTokenizer", "ConvBertTokenizer", "DPRContextEncoderTokenizer", "DPRQuestionEncoderTokenizer"}
+    | {"DistilBertTokenizer", "ElectraTokenizer", "LayoutLMTokenizer", "MPNetTokenizer", "MobileBertTokenizer"}
+    | {"SqueezeBertTokenizer"}
+)
 """Classes of transformers for which ``tokenizer_config.json`` goes before ``tokenizer.json`` in how to normalize."""
+
+_BERT_TYPES = frozenset(
+    {"bert", "convbert", "distilbert", "dpr", "electra", "ernie", "layoutlm", "megatron-bert", "mobilebert", "mpnet"}
+    | {"nezha", "nomic_bert", "qdqbert", "retribert", "squeezebert", "visual_bert"}
+)
+"""Model types that have one of these classes where none is named."""
 
 
 class Tokenizer:
@@ -73,7 +83,8 @@ class Tokenizer:
         config = read_object(folder / "tokenizer_config.json", optional=True)
         try:
             tokenizer = FastTokenizer.from_file(str(path)) if path.is_file() else _convert(folder)
-            _normalize_as_said(tokenizer, config)
+            _normalize_as_said(tokenizer, config, read_object(folder / "config.json", optional=True))
+            _add_tokens_as_said(tokenizer, config, read_object(folder / "added_tokens.json", optional=True))
             if not special_tokens:
                 tokenizer.post_processor = None
             return cls(tokenizer, max_tokens=max_tokens, lowercase=lowercase, suffix=suffix)
@@ -167,11 +178,12 @@ class Tokenizer:
         return next((count for count, (ours, theirs) in enumerate(pairs) if ours != theirs), len(alone))
 
 
-def _normalize_as_said(tokenizer: FastTokenizer, config: JsonObject) -> None:
+def _normalize_as_said(tokenizer: FastTokenizer, config: JsonObject, model: JsonObject) -> None:
     """See to it that BERT's texts are normalized as its config says, or where that is silent, as transformers does."""
-    kind = config.get("tokenizer_class", "").removesuffix("Fast")
+    kind = config.get("tokenizer_class", "") or model.get("tokenizer_class", "")
+    is_bert = kind.removesuffix("Fast") in _BERT if kind else model.get("model_type", "") in _BERT_TYPES
     own = tokenizer.normalizer
-    if kind in _BERT and isinstance(own, normalizers.BertNormalizer):
+    if is_bert and isinstance(own, normalizers.BertNormalizer):
         tokenizer.normalizer = normalizers.BertNormalizer(
             clean_text=own.clean_text,
             handle_chinese_chars=config.get("tokenize_chinese_chars", default=True),
@@ -180,15 +192,36 @@ def _normalize_as_said(tokenizer: FastTokenizer, config: JsonObject) -> None:
         )
 
 
+def _add_tokens_as_said(tokenizer: FastTokenizer, config: JsonObject, legacy: JsonObject) -> None:
+    """Add the tokens that are named beside ``tokenizer.json`` and not in it.
+
+    Args:
+        tokenizer: what it says.
+        config: ``tokenizer_config.json``.
+        legacy: ``added_tokens.json``, which was there before the config had a place for them.
+    """
+    if described := config.get("added_tokens_decoder", {}):
+        said = [AddedToken(**described[number]) for number in sorted(described, key=int)]
+    else:
+        said = [AddedToken(token, normalized=True) for token in sorted(legacy.fields, key=legacy.fields.__getitem__)]
+    special = config.get("additional_special_tokens", [])
+    said += [AddedToken(token, special=True) for token in special if isinstance(token, str)]
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    tokenizer.add_tokens([token for token in said if token.content not in known])
+
+
 def _convert(folder: Path) -> FastTokenizer:
     """A tokenizer from the files that there were before ``tokenizer.json``.
 
     Raises:
         FileNotFoundError: they are not here; transformers would make an empty tokenizer then, which knows no word.
+        ValueError: they are for a tokenizer in Python, which the tokenizers library cannot be.
     """
     from transformers import AutoTokenizer  # slow to import
 
     converted = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    if not hasattr(converted, "backend_tokenizer"):
+        raise ValueError(f"it is missing, and {type(converted).__name__} cannot be converted to one")
     files = {key: name for key, name in converted.vocab_files_names.items() if key != "tokenizer_file"}
     missing = [name for name in files.values() if not (folder / name).is_file()]
     if missing:

@@ -28,6 +28,11 @@ class Transformer(Protocol):
         """Tokens that it has vectors for."""
         ...
 
+    @property
+    def first_position(self) -> int:
+        """Position id of a text's first token, as `packing.lay_out` wants it."""
+        ...
+
     def hidden_states(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, Packing]:
         """The token vectors of the texts, one text behind the other.
 
