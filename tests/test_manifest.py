@@ -172,6 +172,7 @@ BROKEN: list[tuple[str, str, str, str]] = [
     ("no address", "      baseUri: https://api.openai.com/v1\n", "", "`consumes` has no `baseUri`"),
     ("a variable address", "https://api.openai.com/v1", "https://{{HOST}}/v1", "depends on a variable: write it out"),
     ("a key in the address", "https://api.openai.com/v1", "https://k:s@api.openai.com/v1", "must be a plain address"),
+    ("no URL", "https://api.openai.com/v1", "http://[::1/v1", "is not a URL: "),
     ("no v1", "https://api.openai.com/v1", "https://api.openai.com/v2", "must be at an address that ends in /v1/emb"),
     ("no embeddings", "path: /embeddings", "path: /chat/completions", "no embeddings API is consumed here"),
     ("wrong method", "method: POST", "method: PUT", "no embeddings API is consumed here"),

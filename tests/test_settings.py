@@ -65,6 +65,22 @@ def test_an_empty_variable_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> Non
     assert Settings() == Settings.model_construct()
 
 
+def test_a_key_may_end_with_a_line_as_in_a_mounted_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMBEDDINGS_MCP_API_KEY", "secret\n")
+    monkeypatch.setenv("NVIDIA_API_KEY", " nvapi-1\r\n")
+    settings = Settings()
+    assert settings.api_key is not None
+    assert settings.api_key.get_secret_value() == "secret"
+    assert settings.nvidia_api_key is not None
+    assert settings.nvidia_api_key.get_secret_value() == "nvapi-1"
+
+
+def test_one_endpoint_may_be_given_as_an_object_with_spaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMBEDDINGS_MCP_ENDPOINTS", ' {"url": "http://localhost:9", "dialect": "openai"} ')
+    (endpoint,) = Settings().endpoints
+    assert (endpoint.url, endpoint.dialect) == ("http://localhost:9", "openai")
+
+
 def test_where_kubernetes_says_that_a_service_is_is_no_port(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMBEDDINGS_MCP_PORT", "tcp://10.96.0.17:80")
     assert Settings().port == 8000
@@ -102,6 +118,10 @@ def test_a_misspelt_variable_is_told_from_settings_keys_and_those_of_kubernetes(
         ("CARDS", '[{"dimensions": 8}]', "Field required"),
         ("CARDS", '[{"id": "mine", "max_token": 8}]', "a card has no max_token; it has id, aliases, dimensions"),
         ("CARDS", '[{"id": "mine", "input_type": "maybe"}]', "'required', 'optional' or 'ignored'"),
+        ("CARDS", '[{"id": "mine", "dimensions": 0}]', "dimensions of the card mine must be above zero"),
+        ("CARDS", '[{"id": "mine", "max_tokens": -5}]', "max_tokens of the card mine must be above zero"),
+        ("CARDS", '[{"id": "mine", "matryoshka": [4, -1]}]', "matryoshka of the card mine must be above zero"),
+        ("CACHE", "~nobody-of-this-name/cache", "cannot be found: "),
     ],
 )
 def test_a_value_that_cannot_be_is_refused(

@@ -223,7 +223,7 @@ def _open_cache(settings: Settings) -> Cache | None:
     memory = MemoryStore(settings.cache_memory_mb << 20)
     if settings.cache == "memory":
         return Cache(memory)
-    return Cache(memory, DiskStore(Path(settings.cache).expanduser(), settings.cache_disk_mb << 20))
+    return Cache(memory, DiskStore(Path(settings.cache), settings.cache_disk_mb << 20))
 
 
 def _behind(cache: Cache | None) -> Callable[[Embedder], Embedder]:
@@ -260,4 +260,8 @@ def _read(spec: str, settings: Settings) -> tuple[str, ModelCard | None, Path | 
     if name.startswith(("/", ".", "~")) or "\\" in name:
         raise InvalidSetting(f"the model {spec!r} is a path: give it a name to be asked for, as in my-model={spec}")
     known = find_card(name, (*settings.cards, *CARDS))
-    return known.id if known else name, known, Path(path).expanduser() if path else None
+    try:
+        folder = Path(path).expanduser() if path else None
+    except RuntimeError as error:
+        raise InvalidSetting(f"the path of the model {spec!r} cannot be found: {error}") from None
+    return known.id if known else name, known, folder

@@ -68,7 +68,8 @@ class JsonLines(logging.Formatter):
         if record.exc_info:
             entry["traceback"] = self.formatException(record.exc_info)
         entry |= getattr(record, _FIELDS, {})
-        return _escaped(orjson.dumps(entry, default=str).decode())
+        # The others are escaped already; JSON knows no escape but this one for those that it need not escape.
+        return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", orjson.dumps(entry, default=str).decode())
 
 
 def _escaped(text: str) -> str:

@@ -226,6 +226,10 @@ class _Reader:
         url = f"{base.text.rstrip('/')}/{path.text.strip('/')}".removesuffix("/embeddings")
         if "{" in url:
             base.refuse(f"the address {url} depends on a variable: write it out")
+        try:
+            urlsplit(url)
+        except ValueError as error:
+            base.refuse(f"the address {url} is not a URL: {error}")
         if not url.endswith("/v1"):
             base.refuse(f"an embeddings API must be at an address that ends in /v1/embeddings, not {url}/embeddings")
         return url

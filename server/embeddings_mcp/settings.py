@@ -259,6 +259,12 @@ class Settings(BaseSettings):
     def _split(cls, value: object) -> object:
         return tuple(value.split()) if isinstance(value, str) else value
 
+    @field_validator("api_key", "nvidia_api_key", mode="before")
+    @classmethod
+    def _strip(cls, value: object) -> object:
+        """A key in a file, as secrets are mounted, ends with a line."""
+        return value.strip() if isinstance(value, str) else value
+
     @field_validator("without_key", mode="before")  # of several, pydantic calls the last first
     @classmethod
     def _read_none(cls, value: object) -> object:
@@ -277,6 +283,16 @@ class Settings(BaseSettings):
             raise PydanticCustomError("model_process", "is not possible on Windows: leave it out")
         return wanted
 
+    @field_validator("cache")
+    @classmethod
+    def _find_folder(cls, cache: str) -> str:
+        if cache in {"memory", "off"}:
+            return cache
+        try:
+            return str(Path(cache).expanduser())
+        except RuntimeError as error:
+            raise PydanticCustomError("cache", "cannot be found: {error}", {"error": str(error)}) from None
+
     @field_validator("cors_origins")
     @classmethod
     def _check_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
@@ -294,7 +310,10 @@ class Settings(BaseSettings):
     def _read_endpoints(cls, value: object) -> object:
         if not isinstance(value, str):
             return value
-        return _from_json(value) if value.lstrip().startswith("[") else value.split()
+        given = value.strip()
+        if given.startswith("{"):  # one alone
+            return [_from_json(given)]
+        return _from_json(given) if given.startswith("[") else given.split()
 
     @field_validator("endpoints")
     @classmethod
@@ -326,6 +345,19 @@ class Settings(BaseSettings):
             raise PydanticCustomError(
                 "unknown", "a card has no {name}; it has {known}", {"name": name, "known": ", ".join(known)}
             )
+        return cards
+
+    @field_validator("cards")
+    @classmethod
+    def _check_cards(cls, cards: tuple[ModelCard, ...]) -> tuple[ModelCard, ...]:
+        for card in cards:
+            for name in ("dimensions", "max_tokens", "matryoshka"):
+                value = getattr(card, name)
+                numbers = value if isinstance(value, tuple) else (value,)
+                if any(number is not None and number < 1 for number in numbers):
+                    raise PydanticCustomError(
+                        "card", "{name} of the card {id} must be above zero", {"name": name, "id": card.id}
+                    )
         return cards
 
 

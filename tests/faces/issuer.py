@@ -34,12 +34,14 @@ class Issuer:
         url: where it is; ends with its path.
         published: names of the keys that it publishes.
         asked: how often it was asked for them.
+        restricted: the algorithm that it says its keys are for.
         answer: what it answers in place of its keys.
     """
 
     def __init__(self, path: str = "", description: str = "oauth-authorization-server") -> None:
         self.url = ""
         self.published = ["rsa", "ec", "ed"]
+        self.restricted: str | None = None
         self.asked = 0
         self.answer: Response | None = None
         self.jwks_uri = "/keys"
@@ -58,9 +60,12 @@ class Issuer:
 
     async def _keys(self, _request: Request) -> Response:
         self.asked += 1
-        return self.answer or JSONResponse({"keys": [_public(name) for name in self.published]})
+        return self.answer or JSONResponse({"keys": [self._public(name) for name in self.published]})
 
-    def token(self, key: str = "rsa", *, kid: str | None = "", **changes: Any) -> str:
+    def _public(self, name: str) -> dict[str, Any]:
+        return _public(name) | ({} if self.restricted is None else {"alg": self.restricted})
+
+    def token(self, key: str = "rsa", *, kid: str | None = "", algorithm: str | None = None, **changes: Any) -> str:
         """A good token, with these claims changed; None leaves one out, also the name of the key."""
         claims = {
             "iss": self.url,
@@ -71,7 +76,8 @@ class Issuer:
             "exp": int(time.time()) + 600,
         } | changes
         said = {name: value for name, value in claims.items() if value is not None}
-        return jwt.encode(said, PRIVATE[key], ALGORITHMS[key], headers=None if kid is None else {"kid": kid or key})
+        signed_by = algorithm or ALGORITHMS[key]
+        return jwt.encode(said, PRIVATE[key], signed_by, headers=None if kid is None else {"kid": kid or key})
 
 
 def _public(name: str) -> dict[str, Any]:

@@ -245,6 +245,8 @@ def test_no_message_makes_a_second_line_or_speaks_to_a_terminal(formatter: loggi
     line = formatter.format(record)
     assert len(line.splitlines()) == 1
     assert line.isprintable()
+    if isinstance(formatter, logs.JsonLines):
+        assert json.loads(line)["message"] == FORGED
 
 
 def test_a_json_line_says_whose_it_is_and_holds_the_traceback() -> None:

@@ -61,6 +61,16 @@ def test_a_token_of_the_issuer_opens_whatever_kind_its_key_is(issuer: Issuer, ke
     assert issuer.asked == 1
 
 
+@pytest.mark.parametrize("algorithm", ["RS256", "RS384", "RS512", "PS256", "PS384", "PS512"])
+def test_an_rsa_key_signs_in_every_way_unless_it_is_for_one_only(issuer: Issuer, algorithm: str) -> None:
+    with serving_for(issuer) as url:
+        assert ask(url, issuer.token("rsa", algorithm=algorithm)).status_code == 200
+    issuer.published, issuer.restricted = ["rsa"], "RS256"
+    with serving_for(issuer) as url:
+        accepted = algorithm == "RS256"
+        assert ask(url, issuer.token("rsa", algorithm=algorithm)).status_code == (200 if accepted else 401)
+
+
 @pytest.mark.parametrize(
     ("path", "description"), [("/tenant", "oauth-authorization-server"), ("/tenant", "openid-configuration")]
 )
@@ -245,6 +255,7 @@ def test_a_lone_key_need_not_be_named(issuer: Issuer) -> None:
         (JSONResponse([]), "no JSON object"),
         (JSONResponse({"keys": []}), "its keys cannot be read"),
         (JSONResponse({"keys": [{"kty": "oct", "k": "c2VjcmV0", "kid": "rsa"}]}), None),
+        (JSONResponse({"keys": ["rsa", None, {"kty": "RSA", "n": 5}, {"kty": "EC", "crv": "P-256"}]}), None),
         (Response(b" " * (tokens._MOST_BYTES + 1)), "more than 1,048,576 bytes"),
     ],
 )

@@ -255,6 +255,7 @@ async def test_what_order_or_one_more_attempt_puts_right_is_put_right(fault: Fau
         (_embedding("not base64!"), "the vector of text 1 cannot be read"),
         (_embedding("AAAA"), "the vector of text 1 cannot be read"),
         (_embedding(["a"] * 8), "the vector of text 1 cannot be read"),
+        (_embedding([10**400] * 8), "the vector of text 1 cannot be read"),
         (_embedding([[0.5] * 8]), "the vector of text 1 is empty or not flat"),
         (_embedding([]), "the vector of text 1 is empty or not flat"),
         (_embedding(None), "the vector of text 1 is neither numbers nor base64"),
@@ -269,6 +270,23 @@ async def test_an_answer_that_cannot_be_right_is_refused_and_not_asked_for_again
         assert reason in caught.value.message
         assert standing.url in caught.value.message
         assert len(standing.seen) == 1
+
+
+async def test_an_answer_nested_without_end_is_refused() -> None:
+    deep = answering(200, b'{"data":' + b"[" * 100_000 + b"]" * 100_000 + b"}")
+    async with stand_in(faults=itertools.repeat(deep)) as standing, embedding_at(standing) as embedder:
+        with pytest.raises(UpstreamFailed, match=r"its [\d,]+ bytes are not JSON"):
+            await embed(embedder)
+
+
+@pytest.mark.parametrize("tokens", [-1, 2**31, 2**63, 10**30, 1.5, "7", None])
+async def test_tokens_that_nobody_can_have_counted_are_not_believed(tokens: object) -> None:
+    def counted(payload: dict[str, Any]) -> None:
+        payload["usage"] = {"prompt_tokens": tokens}
+
+    async with stand_in(faults=iter([changing(counted)])) as standing, embedding_at(standing) as embedder:
+        made = await embedder.embed(["a text"], input_type=None, truncate="NONE")
+    assert sum(made.tokens) == 0
 
 
 async def test_two_models_in_one_call_are_refused() -> None:

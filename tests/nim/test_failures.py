@@ -226,6 +226,8 @@ async def test_a_refusal_reaches_the_caller_with_its_meaning_and_never_with_a_ke
         (b"null", ""),
         (b"{}", ""),
         (b'{"error": null, "message": "why"}', "why"),
+        (b'{"error": ' * 1000 + b'"deep"' + b"}" * 1000, ""),
+        (b"[" * 100_000, "[" * 100_000),
     ],
 )
 def test_the_words_of_a_refusal_are_found_in_every_known_form(body: bytes, said: str) -> None:
@@ -242,6 +244,9 @@ def test_the_words_of_a_refusal_are_found_in_every_known_form(body: bytes, said:
         ("nan", None),
         ("soon", None),
         ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0),
+        ("Wed, 21 Oct 2015 07:28:00 +99999999999999", None),
+        ("Wed, 31 Dec 9999 23:59:59 -9999", None),
+        ("1e999", None),
     ],
 )
 def test_retry_after_is_a_number_or_a_date(header: str | None, seconds: float | None) -> None:

@@ -387,7 +387,7 @@ def keep_cache(
         raise InvalidSetting("the cache has no folder: give it with --cache DIR, or in EMBEDDINGS_MCP_CACHE")
     from embeddings_mcp.embedders.cache import upkeep
 
-    place = Path(chosen).expanduser()
+    place = Path(chosen)
     if action == "clear":
         card = None if model is None else find_card(model, (*settings.cards, *CARDS))
         forgotten = upkeep.clear(place, model if card is None else card.id)
@@ -461,8 +461,12 @@ def _refuse_itself(settings: Settings) -> None:
     """
     here = {settings.host, "localhost", "127.0.0.1", "::1"}
     for endpoint in settings.endpoints:
-        address = urlsplit(endpoint.url)
-        if settings.port and address.port == settings.port and address.hostname in here:
+        try:
+            address = urlsplit(endpoint.url)
+            port = address.port
+        except ValueError:
+            continue  # no address at all, which is refused when the endpoint is made of it
+        if settings.port and port == settings.port and address.hostname in here:
             raise InvalidSetting(
                 f"the endpoint {endpoint.url} would be this server itself: choose another --port, or another address "
                 "for the endpoint"

@@ -188,10 +188,13 @@ def _cache(settings: Settings) -> Finding:
         return Finding("cache", "fine", "off")
     if settings.cache == "memory":
         return Finding("cache", "fine", f"in memory, {settings.cache_memory_mb} MiB")
-    path = Path(settings.cache).expanduser() / FILE
-    if path.exists():
-        return _cache_file(path, settings.cache_disk_mb << 20)
-    home = next(parent for parent in path.parents if parent.exists())
+    path = Path(settings.cache) / FILE
+    try:
+        if path.exists():
+            return _cache_file(path, settings.cache_disk_mb << 20)
+        home = next(parent for parent in path.parents if parent.exists())
+    except OSError as error:
+        return Finding("cache", "problem", f"{path}: {error.strerror}", _OTHER_FOLDER)
     if home.is_dir() and os.access(home, os.W_OK | os.X_OK):
         return Finding("cache", "fine", f"{path}, which the first request makes")
     return Finding("cache", "problem", f"{path} cannot be made: {home} is not writable", _OTHER_FOLDER)

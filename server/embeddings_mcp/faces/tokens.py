@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlsplit
@@ -50,6 +51,36 @@ _ADDRESS = TypeAdapter(AnyHttpUrl, config=ConfigDict(url_preserve_empty_path=Tru
 """An address as it was written: issuers are compared letter by letter, and a slash more is another one."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _IssuerKey:
+    """A key that the issuer publishes.
+
+    Attributes:
+        name: its id; None where it has none.
+        public: what signatures are checked with.
+        algorithms: of the signatures that it makes.
+    """
+
+    name: str | None
+    public: Any
+    algorithms: tuple[str, ...]
+
+    @classmethod
+    def read(cls, described: object) -> _IssuerKey | None:
+        """The key that a JWK describes (RFC 7517); None where it is broken, or for signatures that are not checked."""
+        if not isinstance(described, dict):
+            return None
+        try:
+            key = jwt.PyJWK.from_dict(described)
+        except (jwt.PyJWTError, AttributeError, KeyError, TypeError, ValueError):
+            return None
+        possible = [key.algorithm_name]
+        if key.key_type == "RSA" and "alg" not in described:  # PyJWT takes RS256 for granted then
+            possible = [name for name in ALGORITHMS if name.startswith(("RS", "PS"))]
+        algorithms = tuple(name for name in possible if name in ALGORITHMS)
+        return cls(key.key_id, key.key, algorithms) if algorithms else None
+
+
 class TokenVerifier:
     """Checks access tokens; it is one in the sense of `mcp.server.auth.provider.TokenVerifier`.
 
@@ -72,7 +103,7 @@ class TokenVerifier:
         self._resource = resource
         self._resource_url = _checked(resource, "EMBEDDINGS_MCP_OAUTH_RESOURCE")
         self._http = httpx.AsyncClient(timeout=_TIMEOUT_SECONDS)
-        self._keys: Mapping[str | None, jwt.PyJWK] = {}
+        self._keys: Mapping[str | None, _IssuerKey] = {}
         self._asked = -PAUSE_SECONDS
         self._got = -FRESH_SECONDS
         self._failure: IssuerUnavailable | None = None
@@ -112,15 +143,15 @@ class TokenVerifier:
         except jwt.InvalidTokenError:
             return None
         if header.get("alg") not in ALGORITHMS:
-            return None
+            return None  # and the issuer is not asked
         key = await self._key(header.get("kid"))
-        if key is None:
+        if key is None or header["alg"] not in key.algorithms:
             return None
         try:
             claims = jwt.decode(
                 token,
-                key,
-                algorithms=ALGORITHMS,
+                key.public,
+                algorithms=[header["alg"]],
                 audience=self._resource,
                 issuer=self._issuer,
                 leeway=_LEEWAY_SECONDS,
@@ -152,7 +183,7 @@ class TokenVerifier:
         """Close the connections to the issuer."""
         await self._http.aclose()
 
-    async def _key(self, name: str | None) -> jwt.PyJWK | None:
+    async def _key(self, name: str | None) -> _IssuerKey | None:
         """The issuer's key of this name; where it has only one, a token need not name it."""
         if self._stale(name):
             async with self._asking:
@@ -176,15 +207,14 @@ class TokenVerifier:
             logger.warning("%s", error.message)
             self._failure = error
 
-    async def _keys_of(self, described: Mapping[str, Any]) -> Mapping[str | None, jwt.PyJWK]:
+    async def _keys_of(self, described: Mapping[str, Any]) -> Mapping[str | None, _IssuerKey]:
         """The issuer's keys by their names; its only one by None too."""
         published = await self._get(str(described.get("jwks_uri", "")))
-        try:
-            keys = [key for key in jwt.PyJWKSet.from_dict(published).keys if key.algorithm_name in ALGORITHMS]
-        except jwt.PyJWTError as error:
-            raise self._unavailable(f"its keys cannot be read: {error}") from error
-        named: dict[str | None, jwt.PyJWK] = {key.key_id: key for key in keys}
-        return named | {None: keys[0]} if len(keys) == 1 else named
+        listed = published.get("keys")
+        if not isinstance(listed, list) or not listed:
+            raise self._unavailable("its keys cannot be read: there are none in `keys`")
+        keys: dict[str | None, _IssuerKey] = {key.name: key for key in map(_IssuerKey.read, listed) if key is not None}
+        return keys | {None: next(iter(keys.values()))} if len(keys) == 1 else keys
 
     async def _description(self) -> dict[str, Any]:
         """What the issuer says of itself."""

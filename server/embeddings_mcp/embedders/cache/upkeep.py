@@ -33,7 +33,7 @@ def look_into(folder: Path) -> Contents:
         InvalidSetting: the file cannot be used.
     """
     path = folder / FILE
-    if not path.exists():
+    if not _is_there(path):
         return Contents(str(path), 0, [])
     try:
         with closing(Database(path)) as database:
@@ -58,7 +58,7 @@ def clear(folder: Path, model: str | None = None) -> int:
         InvalidSetting: the file is not ours, or cannot be used now.
     """
     path = folder / FILE
-    if not path.exists():
+    if not _is_there(path):
         return 0
     try:
         with closing(Database(path)) as database:
@@ -69,6 +69,18 @@ def clear(folder: Path, model: str | None = None) -> int:
     for file in _files(path):
         file.unlink(missing_ok=True)
     return 0
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is a file.
+
+    Raises:
+        InvalidSetting: nobody may look there, or no file can have such a name.
+    """
+    try:
+        return path.exists()
+    except OSError as error:
+        raise InvalidSetting(f"the cache {path} cannot be used: {error.strerror}") from error
 
 
 def _files(path: Path) -> list[Path]:

@@ -134,6 +134,8 @@ def _checked_url(text: str, *, allow_http: bool) -> str:
         url = httpx.URL(text.strip())
     except httpx.InvalidURL as error:
         raise InvalidSetting(f"an endpoint's address is not a URL: {error}") from None
+    if url.port is not None and not 0 < url.port < 65536:
+        raise InvalidSetting(f"the endpoint at {url.host!r} must have a port from 1 to 65535, not {url.port}")
     if url.userinfo or url.query or url.fragment:
         # Not repeated: what stands there may be a key.
         raise InvalidSetting(

@@ -339,12 +339,14 @@ def words(body: bytes) -> str:
     ``{"message": text, "detail": ...}``, problem+json, plain text. A page of HTML says nothing.
     """
     try:
-        value = orjson.loads(body)
+        said = _said(orjson.loads(body))
     except orjson.JSONDecodeError:
-        value = body.decode(errors="replace")
-        if value.lstrip().startswith("<"):
+        said = body.decode(errors="replace")
+        if said.lstrip().startswith("<"):
             return ""
-    return " ".join(_said(value).split())
+    except RecursionError:
+        return ""
+    return " ".join(said.split())
 
 
 def _said(value: object) -> str:
@@ -374,9 +376,9 @@ def retry_after(header: str | None) -> float | None:
     except ValueError:
         try:
             date = parsedate_to_datetime(header)
-        except ValueError:
+            seconds = (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
+        except (ValueError, OverflowError):
             return None
-        seconds = (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
     return max(seconds, 0.0) if math.isfinite(seconds) else None
 
 

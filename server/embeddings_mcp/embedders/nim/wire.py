@@ -15,6 +15,9 @@ from embeddings_mcp.embedders.nim.endpoint import Dialect
 from embeddings_mcp.models import InputType, ModelCard, Truncate
 from embeddings_mcp.vectors import FloatMatrix
 
+_MOST_TOKENS = 2**31 - 1
+"""What an endpoint may count for one request; a larger number is none that it counted."""
+
 
 class AnswerInvalid(Exception):
     """An answer with status 200 that cannot be used; the text says why, for the end of a sentence.
@@ -82,7 +85,7 @@ def read_json(body: bytes) -> object:
     try:
         # Slower, but takes the NaN and Infinity that some servers write, so that the right thing can be said of them.
         return json.loads(body)
-    except ValueError:  # includes UnicodeDecodeError
+    except (ValueError, RecursionError):  # the first includes UnicodeDecodeError
         raise AnswerInvalid(f"its {len(body):,} bytes are not JSON", damaged=True) from None
 
 
@@ -132,7 +135,7 @@ def _read_vector(value: object, index: int) -> npt.NDArray[np.float32]:
                 vector = np.array(value, dtype=np.float32)
         else:
             raise AnswerInvalid(f"the vector of text {index} is neither numbers nor base64")
-    except (ValueError, TypeError):  # binascii.Error is a ValueError
+    except (ValueError, TypeError, OverflowError):  # binascii.Error is a ValueError
         raise AnswerInvalid(f"the vector of text {index} cannot be read") from None
     if vector.ndim != 1 or not vector.size:
         raise AnswerInvalid(f"the vector of text {index} is empty or not flat")
@@ -143,4 +146,4 @@ def _read_tokens(usage: object) -> int:
     if not isinstance(usage, dict):
         return 0
     tokens = usage.get("prompt_tokens", usage.get("total_tokens"))
-    return tokens if type(tokens) is int and tokens >= 0 else 0
+    return tokens if type(tokens) is int and 0 <= tokens <= _MOST_TOKENS else 0
