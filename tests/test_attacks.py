@@ -42,12 +42,11 @@ def url() -> Iterator[str]:
         yield url
 
 
-def exchange(url: str, *requests: bytes) -> bytes:
-    """All that the server sends back to these bytes until it hangs up or has nothing more to say."""
+def exchange(url: str, requests: bytes) -> bytes:
+    """All that the server sends back to these bytes until it hangs up, which it does when nothing more comes."""
     address = httpx.URL(url)
     with socket.create_connection((address.host, address.port or 0), timeout=SECONDS) as caller:
-        caller.sendall(b"".join(requests))
-        caller.shutdown(socket.SHUT_WR)
+        caller.sendall(requests)
         answer = b""
         while piece := caller.recv(65536):
             answer += piece
@@ -106,8 +105,9 @@ def test_only_files_of_the_skill_are_in_its_archive() -> None:
 
 # --- Header smuggling ------------------------------------------------------------------------------------------------
 
-HIDDEN = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer " + KEY.encode() + b"\r\n\r\n"
-HEAD = b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+AUTHORIZED = b"Host: localhost\r\nAuthorization: Bearer " + KEY.encode() + b"\r\n"
+HIDDEN = b"GET /v1/models HTTP/1.1\r\n" + AUTHORIZED + b"\r\n"
+HEAD = b"POST /v1/embeddings HTTP/1.1\r\nContent-Type: application/json\r\n" + AUTHORIZED
 
 
 @pytest.mark.parametrize(
@@ -129,8 +129,15 @@ def test_no_request_is_hidden_in_another(url: str, request_of: bytes) -> None:
     """What is ambiguous is refused, and nothing that follows it on the connection is read as a request."""
     answer = exchange(url, request_of)
     assert answer.count(b"HTTP/1.1 ") == 1, answer
-    assert answer.startswith(b"HTTP/1.1 4"), answer[:200]
+    assert answer.startswith(b"HTTP/1.1 400 "), answer[:200]
     assert b"test/hash" not in answer
+
+
+def test_what_follows_a_plain_request_on_its_connection_is_answered_too(url: str) -> None:
+    last = HIDDEN.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+    answer = exchange(url, HEAD + b"Content-Length: 2\r\n\r\n{}" + last)
+    assert answer.count(b"HTTP/1.1 ") == 2, answer
+    assert b"test/hash" in answer
 
 
 def test_a_header_cannot_be_put_into_an_answer(url: str) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -16,10 +18,11 @@ from embeddings_mcp.errors import UnknownModel
 from embeddings_mcp.faces.cli import app
 from embeddings_mcp.faces.http import create_app
 from embeddings_mcp.faces.mcp import build_mcp_server
-from embeddings_mcp.models import find_card
-from embeddings_mcp.settings import Settings
+from embeddings_mcp.models import InputType, ModelCard, find_card
+from embeddings_mcp.settings import EndpointSettings, Settings
+from embeddings_mcp.vectors import FloatMatrix
 from embeddings_mcp.verification import SAMPLES, verify
-from tests.support import serving
+from tests.support import HashEmbedder, serving
 
 GOLDEN = Path(__file__).parent / "golden"
 E5 = f"e5={GOLDEN / 'e5' / 'model'}"
@@ -48,6 +51,50 @@ async def test_a_model_and_a_server_of_it_make_the_same_vectors(opened: AsyncExi
     assert verdict.same
     assert "the same vector space: vectors are equal" in verdict.words
     assert len(verdict.comparisons) == 2 * len(SAMPLES)
+
+
+@pytest.mark.anyio
+async def test_an_endpoint_that_cannot_truncate_is_compared_on_what_is_short_enough(opened: AsyncExitStack) -> None:
+    model = f"tiny/m3={GOLDEN / 'bge-m3' / 'model'}"
+    service = build_service(Settings(models=(model,)))
+    with serving(create_app(service, build_mcp_server(service), Settings())) as url:
+        settings = Settings(endpoints=(EndpointSettings(url=url, dialect="openai"),))
+        verdict = await verify(await open_one(opened, model), await open_one(opened, url, "tiny/m3", settings=settings))
+
+    assert verdict.same
+    compared = {comparison.sample for comparison in verdict.comparisons}
+    assert compared == SAMPLES.keys() - {"paragraph", "page"}
+
+
+@dataclass
+class Blurred(HashEmbedder):
+    """Vectors at this cosine from those of a `HashEmbedder`."""
+
+    cosine: float = 1.0
+
+    def vector(self, text: str, input_type: InputType | None = None) -> FloatMatrix:
+        exact = super().vector(text, input_type)
+        across = np.roll(exact, 1) - np.roll(exact, 1) @ exact * exact
+        blurred: FloatMatrix = self.cosine * exact + math.sqrt(1 - self.cosine**2) * across / np.linalg.norm(across)
+        return blurred
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("cosine", "same", "words"),
+    [
+        (1.0, True, "vectors are equal (lowest cosine 1.0"),
+        (0.9995, True, "equal but for rounding"),
+        (0.998, False, "the weights may be quantised, or the prompts differ"),
+        (0.95, False, "not the same vector space: 19 of 19 vectors differ (lowest 0.9500)"),
+    ],
+)
+async def test_vectors_are_the_same_up_to_rounding_and_no_farther(cosine: float, same: bool, words: str) -> None:
+    card = ModelCard(id="test/hash", dimensions=8)
+    verdict = await verify(HashEmbedder(card=card), Blurred(card=card, cosine=cosine))
+
+    assert verdict.same is same
+    assert words in verdict.words
 
 
 @pytest.mark.anyio

@@ -6,12 +6,13 @@ as a passage, and the cosines say the rest.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
 from embeddings_mcp.embedders.base import Embedder
-from embeddings_mcp.models import InputType
+from embeddings_mcp.errors import InputTooLong, InvalidRequest
+from embeddings_mcp.models import InputType, Truncate
 from embeddings_mcp.vectors import FloatMatrix, normalize
 
 SAME = 0.999
@@ -71,7 +72,7 @@ class Verdict:
     Attributes:
         same: whether it is one vector space.
         words: the same for people, with what may be behind it.
-        comparisons: all of them, in the samples' order.
+        comparisons: all of them, in the samples' order; without those that are too long for one that cannot truncate.
     """
 
     same: bool
@@ -88,22 +89,44 @@ async def verify(one: Embedder, other: Embedder) -> Verdict:
     await one.check()
     await other.check()
     told_apart = {one.card.input_type, other.card.input_type} != {"ignored"}
+    truncate: Truncate = "END" if await _truncates(one) and await _truncates(other) else "NONE"
     comparisons: list[Comparison] = []
     for input_type in get_args(InputType) if told_apart else (None,):
-        left, right = await _vectors(one, input_type), await _vectors(other, input_type)
+        samples = dict(SAMPLES)
+        while True:
+            try:
+                left = await _vectors(one, samples, input_type, truncate)
+                right = await _vectors(other, samples, input_type, truncate)
+                break
+            except InputTooLong as error:  # of one that cannot truncate: then the sample says nothing
+                if len(samples) == 1:
+                    raise
+                del samples[[*samples][error.index]]
         if left.shape[1] != right.shape[1]:
             words = f"not the same vector space: vectors of {left.shape[1]} and of {right.shape[1]} numbers"
             return Verdict(same=False, words=words, comparisons=())
         cosines = (normalize(left) * normalize(right)).sum(axis=1)
         comparisons += [
-            Comparison(sample, input_type, float(cosine)) for sample, cosine in zip(SAMPLES, cosines, strict=True)
+            Comparison(sample, input_type, float(cosine)) for sample, cosine in zip(samples, cosines, strict=True)
         ]
     return _judge(comparisons)
 
 
-async def _vectors(embedder: Embedder, input_type: InputType | None) -> FloatMatrix:
-    made = await embedder.embed(list(SAMPLES.values()), input_type=input_type, truncate="END")
-    return made.vectors
+async def _vectors(
+    embedder: Embedder, samples: Mapping[str, str], input_type: InputType | None, truncate: Truncate
+) -> FloatMatrix:
+    return (await embedder.embed([*samples.values()], input_type=input_type, truncate=truncate)).vectors
+
+
+async def _truncates(embedder: Embedder) -> bool:
+    """Whether it can be asked to truncate a text: many endpoints cannot."""
+    try:
+        await embedder.embed([SAMPLES["word"]], input_type="passage", truncate="END")
+    except InvalidRequest as error:
+        if error.param != "truncate":
+            raise
+        return False
+    return True
 
 
 def _judge(comparisons: Sequence[Comparison]) -> Verdict:

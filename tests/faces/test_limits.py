@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -282,24 +281,24 @@ def test_nobody_uses_up_the_pace_of_those_who_watch_the_server() -> None:
 
 
 def test_who_comes_back_when_he_was_told_to_may_ask(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 1000.0
-    monkeypatch.setattr("embeddings_mcp.faces.rate.time", SimpleNamespace(monotonic=lambda: now))
+    clock = Clock()
+    monkeypatch.setattr("embeddings_mcp.faces.rate.time", clock)
     rate = Rate(per_minute=4)
     assert [rate.wait("a") for _ in range(4)] == [0, 0, 0, 0]
     for _ in range(10):
         wait = rate.wait("a")
         assert wait == pytest.approx(15)
-        now += wait
+        clock.now += wait
         assert rate.wait("a") == 0
     assert rate.wait("b") == 0
 
 
 def test_callers_who_have_made_up_for_all_that_they_asked_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 1000.0
-    monkeypatch.setattr("embeddings_mcp.faces.rate.time", SimpleNamespace(monotonic=lambda: now))
+    clock = Clock()
+    monkeypatch.setattr("embeddings_mcp.faces.rate.time", clock)
     rate = Rate(per_minute=1)
     for caller in range(100_000):
         assert rate.wait(str(caller)) == 0
-        now += 0.1  # a request of each takes a minute to make up for
+        clock.now += 0.1  # a request of each takes a minute to make up for
     assert len(rate._made_up) < 3000
     assert rate.wait(str(caller)) > 0
