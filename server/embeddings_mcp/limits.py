@@ -1,4 +1,4 @@
-"""What one request may ask for, and how long it may take, whichever face it comes in by."""
+"""What one request may ask for and how long it may take, over HTTP or MCP; the command line has no limits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Limits:
     """The limits of one request.
 
     Attributes:
-        inputs: texts in all of its fields together.
+        inputs: texts in all of its arrays together; one alone, like a query, is not counted.
         characters: characters in one text.
         seconds: from its reading to its answer.
     """

@@ -239,11 +239,13 @@ class Settings(BaseSettings):
         int | None,
         Field(
             gt=0,
-            description="HTTP requests that each caller, told by his key or token, may make in a minute; no limit if "
-            "not set. What needs no key is not counted.",
+            description="HTTP requests that each caller may make in a minute, told by key or token or, on a server "
+            "without keys, by address; no limit if not set. Paths in EMBEDDINGS_MCP_WITHOUT_KEY are not counted.",
         ),
     ] = None
-    max_inputs: Annotated[int, Field(gt=0, description="Texts in one request, over HTTP or MCP.")] = 16_384
+    max_inputs: Annotated[int, Field(gt=0, description="Texts in the arrays of one request, over HTTP or MCP.")] = (
+        16_384
+    )
     max_input_characters: Annotated[
         int, Field(gt=0, description="Characters in one text, whether or not it may be truncated.")
     ] = 20_000_000

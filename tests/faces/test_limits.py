@@ -15,10 +15,13 @@ import anyio.to_thread
 import httpx
 import pytest
 from mcp import Client
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from embeddings_mcp import turns
 from embeddings_mcp.embedders.base import Embeddings, OnProgress, OnRows
 from embeddings_mcp.faces import room
+from embeddings_mcp.faces.guard import Guard
 from embeddings_mcp.faces.http import create_app
 from embeddings_mcp.faces.mcp import build_mcp_server
 from embeddings_mcp.faces.rate import Rate
@@ -278,6 +281,22 @@ def test_nobody_uses_up_the_pace_of_those_who_watch_the_server() -> None:
         assert {client.get("/v1/health/live").status_code for _ in range(5)} == {200}
         assert [ask(client, authorization="Bearer first").status_code for _ in range(3)] == [200, 200, 429]
         assert client.get("/v1/health/live").status_code == 200
+
+
+@pytest.mark.anyio
+async def test_without_keys_callers_are_told_apart_by_their_addresses() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await Response("let through")(scope, receive, send)
+
+    guard = Guard(app, Settings(requests_per_minute=1))
+
+    async def statuses_for(address: str) -> list[int]:
+        transport = httpx.ASGITransport(guard, client=(address, 40_000))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return [(await client.get("/v1/models")).status_code for _ in range(2)]
+
+    assert await statuses_for("10.0.0.1") == [200, 429]
+    assert await statuses_for("10.0.0.2") == [200, 429]
 
 
 def test_who_comes_back_when_he_was_told_to_may_ask(monkeypatch: pytest.MonkeyPatch) -> None:

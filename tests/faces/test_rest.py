@@ -169,8 +169,15 @@ async def test_an_answer_in_pieces_is_the_answer(answer: dict[str, Any]) -> None
     assert b"".join(pieces) == dump_json(answer)
 
 
+ROWS: dict[str, list[Any]] = {
+    "many": [0] * 10 * rest._ROWS_AT_ONCE,
+    "wide": [{"index": 0, "embedding": np.zeros(rest._NUMBERS_AT_ONCE, dtype=np.float32)}] * 10,
+}
+
+
 @pytest.mark.anyio
-async def test_other_requests_have_their_turn_between_the_pieces_of_a_large_answer() -> None:
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+async def test_other_requests_have_their_turn_between_the_pieces_of_a_large_answer(rows: list[Any]) -> None:
     turns = 0
 
     async def another() -> None:
@@ -181,7 +188,7 @@ async def test_other_requests_have_their_turn_between_the_pieces_of_a_large_answ
 
     async with anyio.create_task_group() as group:
         group.start_soon(another)
-        async for _ in rest._pieces({"data": [0] * 10 * rest._ROWS_AT_ONCE}):
+        async for _ in rest._pieces({"data": rows}):
             pass
         group.cancel_scope.cancel()
     assert turns >= 10

@@ -89,7 +89,7 @@ class Guard:
                 receive = await self._room.find_place(scope, receive, None if caller is None else _called(caller))
             # Whoever watches the server shares no pace with strangers, who could have it taken for dead.
             if scope["path"] not in self._keyless_paths:
-                self._check_pace(caller)
+                self._check_pace(_address_of(scope) if caller is None else _called(caller))
         except EmbeddingsError as error:
             await error_response(error)(scope, receive, send)
             return
@@ -113,8 +113,7 @@ class Guard:
 
         Raises:
             HTTPException: it is addressed to another server, or comes from a foreign page.
-            EmbeddingsError: it shows no key and no token, has a header that cannot be, is too large, too early, or one
-                too many.
+            EmbeddingsError: it shows no key and no token, has a header that cannot be, or is too large.
         """
         if values_of(scope, b"content-length") and values_of(scope, b"transfer-encoding"):
             # A proxy before us may have believed the other one of the two: what it took for a body would be a request
@@ -133,9 +132,13 @@ class Guard:
         self._room.check_length(scope)
         return caller
 
-    def _check_pace(self, caller: AccessToken | None) -> None:
-        """Refuse what a caller sends beyond his number of requests in a minute."""
-        if self._rate is not None and (wait := self._rate.wait("" if caller is None else _called(caller))):
+    def _check_pace(self, caller: str) -> None:
+        """Refuse what a caller sends beyond his number of requests in a minute.
+
+        Raises:
+            RateLimited: this is one too many.
+        """
+        if self._rate is not None and (wait := self._rate.wait(caller)):
             raise RateLimited(
                 "so many requests in a minute are more than this server takes from one caller: try again in "
                 f"{math.ceil(wait)} s, or send more texts in one request",
@@ -215,6 +218,12 @@ class Guard:
         if others or not (key.isascii() and key.isprintable() and key) or " " in key:
             return f"the header {CALLER_KEY_HEADER} must hold one key, and nothing that no key has: copy it anew"
         return None
+
+
+def _address_of(scope: Scope) -> str:
+    """Where the request came from; callers behind one proxy are not told apart."""
+    host, _port = scope.get("client") or ("", 0)
+    return str(host)
 
 
 def _called(caller: AccessToken) -> str:
