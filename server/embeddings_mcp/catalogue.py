@@ -130,7 +130,7 @@ class Catalogue:
 
     @property
     def local(self) -> bool:
-        """Whether all vectors are made in this process."""
+        """Whether all vectors are made on this machine."""
         return not self.sources and all(embedder.origin == "local" for embedder in self._embedders)
 
     async def find(self, model: str) -> Meant:

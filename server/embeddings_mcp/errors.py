@@ -152,7 +152,7 @@ class PayloadTooLarge(EmbeddingsError):
 
 
 class Overloaded(EmbeddingsError):
-    """The queue has no room for this request; `retry_after` is always known."""
+    """The queue has no room for this request; `Retry-After` is always sent."""
 
     retry_after: float
 
@@ -161,11 +161,11 @@ class Overloaded(EmbeddingsError):
 
 
 class RateLimited(EmbeddingsError):
-    """The caller has sent more requests than the server takes from one in a minute; `retry_after` is always known."""
+    """The caller has sent more requests than the server takes from one in a minute; `Retry-After` is always sent."""
 
 
 class TooBusy(EmbeddingsError):
-    """The server has as many requests in work as it takes; `retry_after` is always known."""
+    """The server has as many requests in work as it takes; `Retry-After` is always sent."""
 
 
 class RequestTimeout(EmbeddingsError):

@@ -393,7 +393,7 @@ class ErrorDetail(TypedDict):
 
 
 class ErrorResponse(TypedDict):
-    """Every answer that is not a success."""
+    """An error."""
 
     error: ErrorDetail
 

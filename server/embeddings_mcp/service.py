@@ -46,7 +46,7 @@ from embeddings_mcp.vectors import shorten
 _Result = TypeVar("_Result")
 
 MAX_SCORES = 10_000
-"""Most scores in one answer: it is read by a model, which more would only drown."""
+"""Most scores in one answer of `similarity`: more would only fill a model's context. `search` answers with `top_k`."""
 
 _NUMBERS_ON_LOOP = 1 << 16
 """Vectors of more numbers than these, all together, are worked on beside the event loop: some 5 ms of work."""

@@ -103,7 +103,7 @@ class Embedder(Protocol):
         Cancelling the call stops the work that has not begun.
 
         Raises:
-            InputTooLong: a text is too long and `truncate` is NONE; ``param`` names it by its index.
+            InputTooLong: a text is too long and `truncate` is NONE; ``index`` says which.
             ModelUnavailable: the model cannot be loaded or reached.
             Overloaded: no room in the queue.
         """

@@ -73,7 +73,7 @@ class _Request:
 
 
 class LocalEmbedder:
-    """Embeds with a model that runs in this process.
+    """Embeds with a model that runs on this machine, in this process or in one of its own.
 
     The model is loaded when it is first needed, once for all who wait for it, while the event loop goes on. Texts of
     all callers then go through one queue (see `batcher`).

@@ -26,26 +26,27 @@ _MADE = "<!-- Made from the code by `make published`; edit the code, not this pa
 _API = """\
 # REST API
 
-For programs there is the same as [OpenAPI 3.1](openapi.json) and [JSON Schema](schema.json).
+Machine-readable versions: [OpenAPI 3.1](openapi.json), [JSON Schema](schema.json).
 
 Requests and answers are JSON. A field that is not listed is refused, and so is `null`: leave out what is not needed. A
-server with an API key, or with an issuer of access tokens, wants one of them in the header `Authorization: Bearer ...`,
-on every route but the health ones (`EMBEDDINGS_MCP_WITHOUT_KEY` says which).
+server with API keys, or with an issuer of access tokens, requires one in the header `Authorization: Bearer ...` on
+every route except those in `EMBEDDINGS_MCP_WITHOUT_KEY`, which are the health probes by default.
 
-Besides these routes a server has `/mcp` for MCP clients and `/v1/metrics` for [Prometheus](operations.md). It says what
-it is at `/openapi.json`, `/manifest` (the [capability](capabilities.md), or with `?format=` any other description),
-`/apis.json`, `/mcp/server-card`, and its Agent Skill at `/skills`, `/skills/embeddings`, `/skills/embeddings/download`,
-`/skills/embeddings/contents`, `/skills/embeddings/contents/SKILL.md` and `/.well-known/agent-skills/index.json`.
+Besides these routes a server has `/mcp` for MCP clients and `/v1/metrics` for [Prometheus](operations.md). It describes
+itself at `/openapi.json`, `/manifest` (the [capability](capabilities.md), or with `?format=` any other description),
+`/apis.json` and `/mcp/server-card`; its Agent Skill is at `/skills`, `/skills/embeddings`,
+`/skills/embeddings/download`, `/skills/embeddings/contents`, `/skills/embeddings/contents/SKILL.md` and
+`/.well-known/agent-skills/index.json`.
 """
 
 _HEADERS = [
-    ("`Authorization`", "requests", "`Bearer` and a key or an access token, where the server wants one."),
+    ("`Authorization`", "requests", "`Bearer` and a key or an access token, where the server requires one."),
     (
         f"`{CALLER_KEY_HEADER}`",
         "requests",
         "A key of the caller's own to an endpoint, where the server lets callers bring them (`caller_keys`).",
     ),
-    (f"`{REQUEST_ID}`", "both", "An id of the caller's choice, or one of the server's; its log has it too."),
+    (f"`{REQUEST_ID}`", "both", "An id that the caller may choose, else the server does; its log has it too."),
     (
         "`Server-Timing`",
         "answers to POST",
@@ -55,8 +56,8 @@ _HEADERS = [
 ]
 
 _ENVELOPE = """\
-Every answer that is not a success has this form. `message` says what was wrong, what is accepted, and what to do,
-`code` is for programs, and `param` names the field or is null.
+Every error has this form. `message` says what was wrong, what is accepted, and what to do; `code` is for programs;
+`param` names the field, or is null. (A readiness probe that answers 503 has the form of its success.)
 
 ```json
 {
@@ -73,17 +74,17 @@ Every answer that is not a success has this form. `message` says what was wrong,
 _ERRORS = """\
 # Errors of the REST API
 
-Over MCP the same messages come as results with `isError`. Worth a second try are 408, 429, 504, and of 503 all but
-`missing_dependency` and `checkpoint_invalid`; `Retry-After` says when, if anybody knows.
+Over MCP the same messages are results with `isError`. Worth retrying are 408, 429, 504, and 503 except
+`missing_dependency` and `checkpoint_invalid`, after the time in `Retry-After`, if there is one.
 """
 
 _CONFIGURATION = """\
 # Configuration
 
-Every setting is an environment variable, and those that are changed most are a flag of `embeddings-mcp serve` too,
-which wins; `--transport` and `--manifest` are flags only. A variable that is set to nothing counts as not set. What
-cannot be is refused when the server starts, in one line that says what is accepted; a device that this machine has not
-when the model is loaded, which is before that with `--load eager`.
+Every setting is an environment variable. The most common are also flags of `embeddings-mcp serve`, which take
+precedence; `--transport` and `--manifest` are flags only. An empty variable counts as not set. Invalid settings are
+refused at startup, in one line that says what is accepted; a device that this machine does not have is refused when the
+model is loaded.
 """
 
 _ENDPOINTS = """\
@@ -95,8 +96,8 @@ _ENDPOINTS = """\
 _MODELS = """\
 # Models known by name
 
-A server serves those that it was told to; `list_models` says which. Any other sentence-transformers checkpoint can be
-served too, and then describes itself.
+A server serves the models that it was given; `list_models` lists them. Any other sentence-transformers checkpoint can
+be served too; its own files describe it.
 """
 
 _MODELS_NOTES = f"""\
@@ -135,7 +136,7 @@ def _route(title: str, route: Mapping[str, Any], schemas: Mapping[str, Any]) -> 
         yield _example("Request", body["example"])
     answer = route["responses"]["200"]["content"]["application/json"]
     if "example" in answer:
-        yield _example("Answer, its vectors shortened", answer["example"])
+        yield _example("Answer (long vectors are shortened)", answer["example"])
     else:
         yield f"Answers with `{_name(answer)}`:\n"
         yield _fields(schemas[_name(answer)])
