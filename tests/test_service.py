@@ -475,6 +475,8 @@ async def test_a_matrix_that_nobody_could_read_is_refused() -> None:
     with pytest.raises(InvalidRequest, match=f"`top_k` must be at most {MAX_SCORES:,} here") as caught:
         await compare(service_of(), texts, other=texts, top_k=MAX_SCORES + 1)
     assert caught.value.param == "top_k"
+    # As many pairs as there are may be asked for, however large the number.
+    assert len((await compare(service_of(), texts, top_k=10 * MAX_SCORES))["pairs"]) == (side + 1) * side // 2
 
 
 # --- Search ----------------------------------------------------------------------------------------------------------

@@ -435,6 +435,33 @@ async def test_progress_counts_the_texts_for_a_client_that_asks(
     assert reports == [(done, total, f"{done} of {total} texts embedded") for done in range(1, total + 1)]
 
 
+async def test_progress_rises_with_every_report_also_where_nothing_more_is_done(era: str) -> None:
+    """As the protocol wants it: an embedder that waits says so by telling the same number again."""
+
+    class Waiting(HashEmbedder):
+        async def embed(self, texts: Sequence[str], *, on_progress: OnProgress | None = None, **kw: Any) -> Embeddings:
+            assert on_progress is not None
+            for done in (1, 1, 1, 2):
+                await on_progress(done)
+            return await super().embed(texts, on_progress=None, **kw)
+
+    reports: list[tuple[float, str | None]] = []
+
+    async def report(progress: float, total: float | None, message: str | None) -> None:
+        reports.append((progress, message))
+
+    async with connected(Waiting(PLAIN), era=era) as client:
+        await client.call_tool("create_embedding", {"model": "default", "input": ["a", "b"]}, progress_callback=report)
+    numbers = [number for number, _ in reports]
+    assert numbers == sorted(set(numbers))
+    assert [message for _, message in reports] == [
+        "1 of 2 texts embedded",
+        "1 of 2 texts embedded, waiting for the rest",
+        "1 of 2 texts embedded, waiting for the rest",
+        "2 of 2 texts embedded",
+    ]
+
+
 async def test_a_client_that_does_not_ask_hears_nothing_of_progress(era: str) -> None:
     heard: list[object] = []
 

@@ -15,7 +15,6 @@ import anyio
 import httpx
 import pytest
 from mcp import Client
-from opentelemetry import trace
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -230,8 +229,16 @@ def test_nothing_of_texts_or_keys_is_in_logs_metrics_or_spans(
             assert secret not in place, what
 
 
-def test_spans_are_of_the_api_and_cost_nothing_without_an_sdk() -> None:
-    assert not trace.get_tracer("x").start_span("y").is_recording()
+def test_a_span_goes_on_the_callers_trace_and_never_records_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+    tracer = Listening()
+    monkeypatch.setattr("embeddings_mcp.faces.observed._tracer", tracer)
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    with client_of() as client:
+        ask(client, "one", traceparent=f"00-{trace}-b7ad6b7169203331-01")
+
+    (started,) = [line for line in tracer.heard if line.startswith("start_as_current_span ")]
+    assert f"trace_id=0x{trace}" in started
+    assert "'record_exception': False" in started
 
 
 # --- Logs ------------------------------------------------------------------------------------------------------------

@@ -102,6 +102,20 @@ async def test_a_model_that_is_new_at_an_endpoint_is_found_once_its_list_is_old(
         assert served(catalogue)[1:] == [(ASYMMETRIC.id, f"{standing.url}/v1")]
 
 
+async def test_an_endpoint_whose_list_is_old_is_not_asked_for_a_model_that_another_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("embeddings_mcp.catalogue.FRESH_SECONDS", 0)
+    async with (
+        stand_in(models={ASYMMETRIC.id: ASYMMETRIC}) as first,
+        stand_in(models={SYMMETRIC.id: SYMMETRIC}) as second,
+        catalogue_of(models_of(first), models_of(second)) as catalogue,
+    ):
+        for _ in range(3):
+            assert await origin_of(catalogue, SYMMETRIC.id) == f"{second.url}/v1"
+        assert (asked(first), asked(second)) == (1, 1)
+
+
 async def test_an_endpoint_whose_models_the_settings_name_is_not_asked() -> None:
     async with (
         stand_in() as standing,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from embeddings_mcp.embedders.cache.rows import Key, Row
 
-_OVERHEAD = 320
+_OVERHEAD = 400
 """Bytes that a row takes besides its vector: key, number, two objects and its place in the table, as measured."""
 
 
