@@ -21,6 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from embeddings_mcp import logs, telemetry
 from embeddings_mcp.embedders.worker import LocalEmbedder
 from embeddings_mcp.errors import Overloaded
+from embeddings_mcp.faces import published, rest
 from embeddings_mcp.faces.http import create_app
 from embeddings_mcp.faces.mcp import build_mcp_server
 from embeddings_mcp.faces.observed import route_of
@@ -156,6 +157,12 @@ def test_metrics_need_the_key_unless_they_are_said_not_to() -> None:
 )
 def test_no_caller_makes_a_label_of_his_own(path: str, route: str) -> None:
     assert route_of(path) == route
+
+
+def test_every_route_has_a_label() -> None:
+    service = EmbeddingService([HashEmbedder()], default_model="test/hash")
+    for route in (*rest.routes(service), *published.routes()):
+        assert route_of(re.sub(r"\{[^}]*\}", "x", route.path)) != "other", route.path
 
 
 # --- Stages ----------------------------------------------------------------------------------------------------------

@@ -29,7 +29,10 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "DELETE", "OPTIONS"})
 _PATHS = frozenset(
     {
         *(operation.path for operation in ROUTES if operation.path is not None),
+        "/apis.json",
+        "/manifest",
         "/mcp",
+        "/mcp/server-card",
         "/openapi.json",
         "/v1/models",
         "/v1/health/live",
