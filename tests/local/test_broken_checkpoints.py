@@ -448,6 +448,14 @@ def test_a_plain_model_with_a_chat_template_is_refused(tmp_path: Path, template:
     assert "has a chat template and no modules.json" in refused(tmp_path)
 
 
+@pytest.mark.parametrize("field", ["architectures", "is_causal"])
+def test_a_plain_model_that_does_not_say_what_it_is_for_is_refused(tmp_path: Path, field: str) -> None:
+    save_plain(tmp_path, "bert", AutoModel, **SMALL)
+    edit(tmp_path / "config.json", **({"architectures": ["BertForCausalLM"]} | {field: 5}))
+
+    assert f"config.json: `{field}` must be " in refused(tmp_path)
+
+
 def test_a_tokenizer_that_is_written_in_python_is_refused_by_name(tmp_path: Path) -> None:
     save_plain(tmp_path, "roberta", AutoModel, **SMALL)
     (tmp_path / "tokenizer.json").unlink()

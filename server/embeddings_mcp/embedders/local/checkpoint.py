@@ -203,7 +203,7 @@ def read_checkpoint(folder: Path, known: ModelCard | None = None) -> Checkpoint:
             model_type,
         )
     if pipeline is None:
-        pipeline = plain_pipeline(folder, config.fields, recipe, known)
+        pipeline = plain_pipeline(folder, config, recipe, known)
     sentence = _read_sentence_config(backbone)
     whole = read_object(folder / "config_sentence_transformers.json", optional=True)
     if whole.get("model_type", _DENSE) != _DENSE:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
-from typing import Any, get_args
+from typing import get_args
 
 from embeddings_mcp.embedders.local.jsonfile import JsonObject, read_object, read_objects
 from embeddings_mcp.embedders.local.recipes import PLAIN, POOLING_WORDS, PoolingMode, Recipe
@@ -148,10 +148,10 @@ def _place(folder: Path, module: JsonObject) -> Path:
     return folder / part
 
 
-def plain_pipeline(folder: Path, config: dict[str, Any], recipe: Recipe | None, known: ModelCard | None) -> Pipeline:
+def plain_pipeline(folder: Path, config: JsonObject, recipe: Recipe | None, known: ModelCard | None) -> Pipeline:
     """The steps where no ``modules.json`` says them."""
     if recipe or (known and known.id in PLAIN):
-        pooling = POOLING_WORDS.get(str(config.get("pooling")), "mean")
+        pooling = POOLING_WORDS.get(str(config.fields.get("pooling")), "mean")
         return Pipeline(backbone=folder, pooling=(pooling,), stages=(Normalize(),))
     if known:
         # To guess here would be to give vectors of a space that nobody asked for.
@@ -162,8 +162,8 @@ def plain_pipeline(folder: Path, config: dict[str, Any], recipe: Recipe | None, 
             f"{folder} has a chat template and no modules.json: sentence-transformers would put every text into the "
             "template, which is not supported; say how it is pooled in modules.json"
         )
-    architecture = next(iter(config.get("architectures") or ()), "")
-    causal = str(architecture).endswith("ForCausalLM") and config.get("is_causal", True)
+    architectures: list[object] = config.get("architectures", [])
+    causal = str(*architectures[:1]).endswith("ForCausalLM") and config.get("is_causal", default=True)
     return Pipeline(backbone=folder, pooling=("lasttoken" if causal else "mean",))
 
 
