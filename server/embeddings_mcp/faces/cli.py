@@ -10,20 +10,17 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Awaitable, Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
+from typing import Annotated, Literal
 
 import anyio
 import typer
-from pydantic import ValidationError
 
 from embeddings_mcp import __version__, logs
-from embeddings_mcp.assemble import build_service, open_embedder, service_for
+from embeddings_mcp.assemble import build_service, open_embedder
 from embeddings_mcp.errors import EmbeddingsError, InvalidSetting
+from embeddings_mcp.faces.flags import refuse_itself, service_of, settings_of
 from embeddings_mcp.faces.options import (
     AskedEndpointOption,
     CacheOption,
@@ -44,13 +41,13 @@ from embeddings_mcp.faces.options import (
 from embeddings_mcp.faces.terminal import ask, lines_of, write
 from embeddings_mcp.garbage import nothing_collected
 from embeddings_mcp.limits import Limits
-from embeddings_mcp.models import CARDS, Precision, find_card
+from embeddings_mcp.models import CARDS, find_card
 from embeddings_mcp.operations import CREATE_EMBEDDING, LIST_MODELS, SEARCH, SIMILARITY
 from embeddings_mcp.publish import identity
 from embeddings_mcp.schema import EncodingFormat
 from embeddings_mcp.serialization import dump_json
 from embeddings_mcp.service import EmbeddingService
-from embeddings_mcp.settings import PREFIX, Load, Settings
+from embeddings_mcp.settings import Load, Settings
 from embeddings_mcp.variables import misspelt
 from embeddings_mcp.vectors import Metric
 
@@ -98,7 +95,7 @@ def serve(
     cache: CacheOption = None,
 ) -> None:
     """Serve the tools over MCP (stdio or HTTP) and the REST API (HTTP)."""
-    settings = _settings(
+    settings = settings_of(
         models=model,
         endpoints=endpoint,
         default_model=default_model,
@@ -121,7 +118,7 @@ def serve(
     for word in misspelt(os.environ, settings):
         _logger.warning(word)
     if transport == "http":
-        _refuse_itself(settings)
+        refuse_itself(settings)
         if settings.model_process is None and os.name == "posix":
             settings = settings.model_copy(update={"model_process": True})
     # Imported late, since the other commands need none of it.
@@ -159,7 +156,7 @@ def embed(
     lines = lines_of(texts)
     answer = ask(
         CREATE_EMBEDDING,
-        _service_for(model, endpoint, device, precision, cache),
+        service_of(model, endpoint, device, precision, cache),
         input=lines,
         input_type=input_type,
         truncate=truncate,
@@ -196,7 +193,7 @@ def similarity(
     others = lines_of(other) if other else None
     answer = ask(
         SIMILARITY,
-        _service_for(model, endpoint, device, precision, cache),
+        service_of(model, endpoint, device, precision, cache),
         input=lines,
         other=others,
         metric=metric,
@@ -231,7 +228,7 @@ def search(
     lines = lines_of(texts)
     answer = ask(
         SEARCH,
-        _service_for(model, endpoint, device, precision, cache),
+        service_of(model, endpoint, device, precision, cache),
         query=query,
         input=lines,
         top_k=top_k,
@@ -254,7 +251,7 @@ def models(
     """List the models that would be served."""
 
     async def service() -> EmbeddingService:
-        return build_service(_settings(models=model, endpoints=endpoint))
+        return build_service(settings_of(models=model, endpoints=endpoint))
 
     answer = ask(LIST_MODELS, service)
     from embeddings_mcp.faces import tables
@@ -284,10 +281,10 @@ def verify(
     async def compare() -> Verdict:
         async with contextlib.AsyncExitStack() as stack:
             service = await stack.enter_async_context(
-                contextlib.aclosing(await _service_for(model, endpoint, device, precision)())
+                contextlib.aclosing(await service_of(model, endpoint, device, precision)())
             )
             one, _ = await service.catalogue.find("default")
-            other = await open_embedder(against, against_model or one.card.id, _settings(device=device))
+            other = await open_embedder(against, against_model or one.card.id, settings_of(device=device))
             stack.push_async_callback(other.aclose)
             return await verify_embedders(one, other)
 
@@ -349,7 +346,7 @@ def doctor(
             take(finding)
 
     try:
-        settings = _settings(
+        settings = settings_of(
             models=model, endpoints=endpoint, default_model=default_model, device=device, precision=precision
         )
     except InvalidSetting as error:
@@ -381,7 +378,7 @@ def keep_cache(
     as_json: JsonOption = False,
 ) -> None:
     """Look into the folder of the cache, or clear it; servers that use it may go on."""
-    settings = _settings(cache=cache)
+    settings = settings_of(cache=cache)
     chosen = settings.cache
     if chosen in {"memory", "off"}:
         raise InvalidSetting("the cache has no folder: give it with --cache DIR, or in EMBEDDINGS_MCP_CACHE")
@@ -422,52 +419,3 @@ def before_any_command(
     ] = False,
 ) -> None:
     """Text embeddings for agents: an MCP server with an OpenAI-compatible REST API, and the same from a terminal."""
-
-
-def _settings(**flags: object) -> Settings:
-    """The settings, with the flags that were given over the environment.
-
-    Raises:
-        InvalidSetting: a value is not accepted; names the flag or the variable that it came from.
-    """
-    given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
-    try:
-        return Settings(**given)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        name, *place = map(str, first["loc"])
-        flag = {"models": "--model", "endpoints": "--endpoint"}.get(name, f"--{name.replace('_', '-')}")
-        source = flag if name in given else PREFIX + name.upper()
-        raise InvalidSetting(f"the setting {' '.join([source, *place])}: {first['msg']}") from None
-
-
-def _service_for(
-    model: str | None,
-    endpoints: list[str] | None,
-    device: str | None,
-    precision: Precision | None,
-    cache: str | None = None,
-) -> Callable[[], Awaitable[EmbeddingService]]:
-    """How to make a service to ask one model: that of ``--model``, or else the default model."""
-    settings = _settings(endpoints=endpoints, device=device, cache=cache, precision=precision)
-    return partial(service_for, settings, model, at_endpoint=bool(endpoints))
-
-
-def _refuse_itself(settings: Settings) -> None:
-    """An endpoint where this server is about to listen would be this server, asked by itself for ever.
-
-    Raises:
-        InvalidSetting: there is one.
-    """
-    here = {settings.host, "localhost", "127.0.0.1", "::1"}
-    for endpoint in settings.endpoints:
-        try:
-            address = urlsplit(endpoint.url)
-            port = address.port
-        except ValueError:
-            continue  # no address at all, which is refused when the endpoint is made of it
-        if settings.port and port == settings.port and address.hostname in here:
-            raise InvalidSetting(
-                f"the endpoint {endpoint.url} would be this server itself: choose another --port, or another address "
-                "for the endpoint"
-            )
