@@ -571,6 +571,13 @@ def test_a_known_architecture_with_code_of_its_own_runs_as_transformers_has_it_a
     assert "names code of its own" in caplog.text
 
 
+def test_an_architecture_that_needs_code_of_its_own_is_refused_with_that_advice(folder: Path) -> None:
+    edit(folder / "config.json", auto_map={"AutoModel": "modeling_own.OwnModel"})
+    edit_tensors(folder / "model.safetensors", lambda tensors: tensors.pop(first(tensors)))
+
+    assert re.search(r"tensors are missing: .*; it may need the code that its config\.json names", refused(folder))
+
+
 def test_an_attention_function_that_a_config_names_is_not_fetched(folder: Path) -> None:
     edit(folder / "config.json", attn_implementation="somebody/kernels", _attn_implementation="somebody/kernels")
 

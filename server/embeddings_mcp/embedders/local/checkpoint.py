@@ -111,6 +111,11 @@ class Checkpoint:
         return self.recipe.backbone(self.config) if self.recipe else self.config
 
     @property
+    def has_own_code(self) -> bool:
+        """Whether a model of its authors' own making comes with it, in place of which transformers' class is used."""
+        return self.recipe is None and _names_code(JsonObject(self.pipeline.backbone / "config.json", self.config))
+
+    @property
     def first_position(self) -> int:
         """Position id of a text's first token."""
         return _first_position(JsonObject(self.pipeline.backbone / "config.json", self.config))
@@ -196,7 +201,7 @@ def read_checkpoint(folder: Path, known: ModelCard | None = None) -> Checkpoint:
     for part in recipe.parts if recipe else ():
         if not config.get(part, {}):
             raise config.wrong(part, "an object")
-    if recipe is None and "AutoModel" in config.get("auto_map", {}):
+    if recipe is None and _names_code(config):
         _logger.warning(
             "%s names code of its own for %s, which is not run: transformers' own class of that type is used",
             config.path,
@@ -222,6 +227,10 @@ def read_checkpoint(folder: Path, known: ModelCard | None = None) -> Checkpoint:
         passage_prompt=passage,
         default_prompt=default,
     )
+
+
+def _names_code(config: JsonObject) -> bool:
+    return "AutoModel" in config.get("auto_map", {})
 
 
 def _static_config(folder: Path) -> JsonObject:

@@ -241,28 +241,31 @@ def load_encoder(
     placement = choose_placement("cpu" if checkpoint.pipeline.static else device, precision)
     if placement.quantized:
         keep_freed()
-    with _checkpoint_errors(folder, placement.device):
+    with _checkpoint_errors(checkpoint, placement.device):
         encoder = _load(checkpoint, card, placement, cuda_graphs=cuda_graphs)
         _try(encoder)
     return encoder
 
 
 @contextmanager
-def _checkpoint_errors(folder: Path, device: torch.device) -> Iterator[None]:
+def _checkpoint_errors(checkpoint: Checkpoint, device: torch.device) -> Iterator[None]:
     """Whatever fails in here is the checkpoint's fault, unless it says otherwise.
 
     Raises:
         CheckpointInvalid: it failed.
         ModelUnavailable: the device has not enough memory.
     """
+    advice = "; it may need the code that its config.json names, which is never run" if checkpoint.has_own_code else ""
     try:
         yield
+    except CheckpointInvalid as error:
+        raise CheckpointInvalid(f"{error.message}{advice}") from error
     except ModelUnavailable:
         raise
     except torch.OutOfMemoryError as error:
-        raise ModelUnavailable(f"{folder} does not fit into the memory of {device}: {error}") from error
+        raise ModelUnavailable(f"{checkpoint.folder} does not fit into the memory of {device}: {error}") from error
     except Exception as error:  # what is wrong in a checkpoint fails in as many ways as there are readers of it
-        raise CheckpointInvalid(f"{folder}: the model cannot be run: {error}") from error
+        raise CheckpointInvalid(f"{checkpoint.folder}: the model cannot be run: {error}{advice}") from error
 
 
 def _load(checkpoint: Checkpoint, card: ModelCard, placement: Placement, *, cuda_graphs: bool) -> Encoder:
