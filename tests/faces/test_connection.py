@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
 import time
@@ -25,15 +26,14 @@ from tests.support import HashEmbedder, serving
 SECONDS = 20
 """Longest that anything here may take."""
 
-SOON = 0.5
+SOON = 1.0
 """What the limits are set to."""
 
-SLOWLY = 0.005
-"""Seconds that a slow reader takes for 64 KiB; for a piece of its answer more than the limit, and never so long for
-what the system makes room for at once."""
+LENGTH = 2_000_000
+"""Numbers in a vector: as JSON, 24 MB, which is more than the system holds between the server and its client."""
 
-TEXTS = [f"text {number}" for number in range(256)]
-LENGTH = 8000
+SOME = 2_000_000
+"""Bytes that a slow reader takes of them before it is looked whether it reads."""
 
 
 @pytest.fixture
@@ -68,52 +68,74 @@ def connected(url: str) -> Iterator[socket.socket]:
         yield client
 
 
-def request(texts: list[str]) -> bytes:
+def request(*texts: str) -> bytes:
     body = json.dumps({"model": "default", "input": texts}).encode()
     head = "POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
+def read(client: socket.socket, count: int) -> bytes:
+    pieces = []
+    while count:
+        piece = client.recv(min(count, 1 << 16))
+        assert piece, "the server hung up"
+        pieces.append(piece)
+        count -= len(piece)
+    return b"".join(pieces)
+
+
 def test_who_does_not_read_his_answer_loses_his_place_to_others(
     monkeypatch: pytest.MonkeyPatch, hung_up: threading.Event
 ) -> None:
-    monkeypatch.setattr(connection, "STALL_SECONDS", SOON)
-    asked = {"model": "default", "input": "one"}
+    monkeypatch.setattr(connection, "STALL_SECONDS", 2.0)
     with (
         serving_long_vectors(max_requests_in_work=1) as url,
         connected(url) as client,
-        httpx.Client(base_url=url) as other,
+        httpx.Client(base_url=url, timeout=SECONDS) as other,
     ):
-        client.sendall(request(TEXTS))
+
+        def status() -> int:
+            # Dimensions that cannot be are refused at once, but only who has a place gets so far.
+            asked = {"model": "default", "input": "one", "dimensions": 1}
+            return other.post("/v1/embeddings", json=asked).status_code
+
+        client.sendall(request("one", "two", "three"))
         assert client.recv(12) == b"HTTP/1.1 200"
-        assert other.post("/v1/embeddings", json=asked).status_code == 503
+        assert status() == 503
 
         assert hung_up.wait(SECONDS)
-        assert other.post("/v1/embeddings", json=asked).status_code == 200
+        deadline = time.monotonic() + SECONDS
+        while status() == 503:  # the place is free once the request has heard of it
+            assert time.monotonic() < deadline
+        assert status() == 400
 
 
 def test_who_reads_slowly_gets_all_of_his_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "STALL_SECONDS", SOON)
-    looked = 0
-    check = connection.Connection._check_reader
+    monkeypatch.setattr(connection, "STALL_SECONDS", 2.0)
+    waits, looked = threading.Event(), threading.Event()
+    wait, check = connection.Connection.pause_writing, connection.Connection._check_reader
 
-    def check_and_count(self: connection.Connection, unread: int) -> None:
-        nonlocal looked
-        looked += 1
-        check(self, unread)
+    def wait_and_tell(self: connection.Connection) -> None:
+        wait(self)
+        waits.set()
 
-    monkeypatch.setattr(connection.Connection, "_check_reader", check_and_count)
+    def check_and_tell(self: connection.Connection, before: int) -> None:
+        check(self, before)
+        looked.set()
+
+    monkeypatch.setattr(connection.Connection, "pause_writing", wait_and_tell)
+    monkeypatch.setattr(connection.Connection, "_check_reader", check_and_tell)
     with serving_long_vectors() as url, connected(url) as client:
-        client.sendall(request(TEXTS))
-        answer = bytearray()
-        while not answer.endswith(b"\r\n0\r\n\r\n"):
-            piece = client.recv(1 << 16)
-            assert piece, "the server hung up"
-            answer += piece
-            time.sleep(SLOWLY)
+        client.sendall(request("one"))
+        assert waits.wait(SECONDS)
+        answer = read(client, SOME)
+        assert looked.wait(SECONDS)
+        head, _, body = answer.partition(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head)
+        assert length is not None
+        body += read(client, int(length[1]) - len(body))
 
-    assert looked > 1
-    assert answer.count(b'"embedding":') == len(TEXTS)
+    assert len(json.loads(body)["data"][0]["embedding"]) == LENGTH
 
 
 HALF = b"POST /v1/embeddings HTTP/1.1\r\nHost: loc"
@@ -134,7 +156,7 @@ def test_who_says_half_of_what_he_wants_after_an_answer_is_hung_up_on(
 ) -> None:
     monkeypatch.setattr(connection, "HEAD_SECONDS", SOON)
     with serving_long_vectors() as url, connected(url) as client:
-        client.sendall(request(["one"]))
+        client.sendall(request("one"))
         assert client.recv(12) == b"HTTP/1.1 200"
         client.sendall(HALF)
         assert hung_up.wait(SECONDS)
@@ -145,6 +167,6 @@ def test_who_has_said_what_he_wants_is_waited_for_no_longer(
 ) -> None:
     monkeypatch.setattr(connection, "HEAD_SECONDS", SOON)
     with serving_long_vectors() as url, connected(url) as client:
-        client.sendall(request(["one"]))
+        client.sendall(request("one"))
         assert client.recv(12) == b"HTTP/1.1 200"
         assert not hung_up.wait(2 * SOON)

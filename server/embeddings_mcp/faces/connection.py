@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+if sys.platform != "win32":
+    import fcntl
+    import termios
 
 _logger = logging.getLogger(__name__)
 
@@ -69,11 +74,18 @@ class Connection(H11Protocol):
             self._head = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
 
     def _await_reader(self) -> None:
-        unread = self.transport.get_write_buffer_size()
-        self._reading = self.loop.call_later(STALL_SECONDS, self._check_reader, unread)
+        self._reading = self.loop.call_later(STALL_SECONDS, self._check_reader, self._unread())
 
-    def _check_reader(self, unread: int) -> None:
-        if unread - self.transport.get_write_buffer_size() >= _LEAST_READ:
+    def _unread(self) -> int:
+        """Bytes that the client has not taken yet: those held here, and by the system, which may be megabytes more."""
+        held = self.transport.get_write_buffer_size()
+        if sys.platform == "win32":
+            return held
+        queued = fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+        return held + int.from_bytes(queued, sys.byteorder)
+
+    def _check_reader(self, before: int) -> None:
+        if before - self._unread() >= _LEAST_READ:
             self._await_reader()
             return
         _logger.info("A client that did not read its answer for %.0f s was hung up on", STALL_SECONDS)
