@@ -25,9 +25,9 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 unit: $(STAMP)
-	$(BIN)/pytest -m "not node"
+	$(BIN)/pytest -m "not node and not bench"
 
-test-all: lint types $(STAMP) ## The same, and what the makers of the protocol check with (from npm)
+test-all: lint types $(STAMP) ## The same, the benchmarks on tiny sizes, and the checks of the protocol's makers (npm)
 	$(BIN)/pytest
 
 test-gpu: $(STAMP) ## What needs an NVIDIA GPU

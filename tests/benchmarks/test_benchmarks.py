@@ -19,6 +19,8 @@ from embeddings_mcp.embedders.local.tokenizer import Tokenizer
 from embeddings_mcp.models import DEFAULT_MODEL
 from tests.support import ROOT
 
+pytestmark = pytest.mark.bench
+
 Run = Callable[..., str]
 
 
