@@ -151,13 +151,20 @@ def test_who_does_not_say_what_he_wants_is_hung_up_on(
         assert hung_up.wait(SECONDS)
 
 
-def test_who_says_half_of_what_he_wants_after_an_answer_is_hung_up_on(
-    monkeypatch: pytest.MonkeyPatch, hung_up: threading.Event
-) -> None:
+@contextmanager
+def answered(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """The connection of a client who was answered, to a server that soon tires of half a head."""
     monkeypatch.setattr(connection, "HEAD_SECONDS", SOON)
     with serving_long_vectors() as url, connected(url) as client:
         client.sendall(request("one"))
         assert client.recv(12) == b"HTTP/1.1 200"
+        yield client
+
+
+def test_who_says_half_of_what_he_wants_after_an_answer_is_hung_up_on(
+    monkeypatch: pytest.MonkeyPatch, hung_up: threading.Event
+) -> None:
+    with answered(monkeypatch) as client:
         client.sendall(HALF)
         assert hung_up.wait(SECONDS)
 
@@ -165,8 +172,5 @@ def test_who_says_half_of_what_he_wants_after_an_answer_is_hung_up_on(
 def test_who_has_said_what_he_wants_is_waited_for_no_longer(
     monkeypatch: pytest.MonkeyPatch, hung_up: threading.Event
 ) -> None:
-    monkeypatch.setattr(connection, "HEAD_SECONDS", SOON)
-    with serving_long_vectors() as url, connected(url) as client:
-        client.sendall(request("one"))
-        assert client.recv(12) == b"HTTP/1.1 200"
+    with answered(monkeypatch):
         assert not hung_up.wait(2 * SOON)

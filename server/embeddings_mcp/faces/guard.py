@@ -33,7 +33,7 @@ from embeddings_mcp.errors import (
 from embeddings_mcp.faces.keys import Keyring
 from embeddings_mcp.faces.rate import Rate
 from embeddings_mcp.faces.rest import error_response, http_error_response
-from embeddings_mcp.faces.room import Room, values_of
+from embeddings_mcp.faces.room import Room, address_of, values_of
 from embeddings_mcp.faces.tokens import TokenVerifier
 from embeddings_mcp.settings import Settings
 
@@ -89,7 +89,7 @@ class Guard:
                 receive = await self._room.find_place(scope, receive, None if caller is None else _called(caller))
             # Whoever watches the server shares no pace with strangers, who could have it taken for dead.
             if scope["path"] not in self._keyless_paths:
-                self._check_pace(_address_of(scope) if caller is None else _called(caller))
+                self._check_pace(address_of(scope) if caller is None else _called(caller))
         except EmbeddingsError as error:
             await error_response(error)(scope, receive, send)
             return
@@ -218,12 +218,6 @@ class Guard:
         if others or not (key.isascii() and key.isprintable() and key) or " " in key:
             return f"the header {CALLER_KEY_HEADER} must hold one key, and nothing that no key has: copy it anew"
         return None
-
-
-def _address_of(scope: Scope) -> str:
-    """Where the request came from; callers behind one proxy are not told apart."""
-    host, _port = scope.get("client") or ("", 0)
-    return str(host)
 
 
 def _called(caller: AccessToken) -> str:
