@@ -1,4 +1,4 @@
-"""Tiny checkpoints of sentence-transformers' own making, and ways to change them."""
+"""Tiny checkpoints of sentence-transformers' own making, ways to change them, and its vectors beside ours."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
@@ -15,10 +16,36 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding, 
 from tokenizers import Tokenizer
 from transformers import AutoConfig
 
+from embeddings_mcp.embedders.local.encoder import load_encoder
+from embeddings_mcp.models import InputType
+from embeddings_mcp.vectors import FloatMatrix
 from tests.local.golden import FamilyName, family
 
 WIDTH = 32
 """Length of the token vectors of the families that they are built from."""
+
+TEXTS = [
+    "Water.",
+    "",
+    "Der Kaffee ist kalt geworden.",
+    "猫 and 🙂",
+    "The committee reviewed the annual budget in detail.",
+]
+WORDS = [text for text in TEXTS if text]
+
+Modules = Callable[[], list[torch.nn.Module]]
+
+
+def theirs(model: SentenceTransformer, texts: list[str], **kw: Any) -> FloatMatrix:
+    return np.concatenate([model.encode([text], show_progress_bar=False, **kw) for text in texts])
+
+
+def ours(folder: Path, texts: list[str], input_type: InputType | None = None) -> FloatMatrix:
+    return load_encoder("test/tiny", folder).encode(texts, input_type=input_type, truncate="END").vectors
+
+
+def assert_same(left: FloatMatrix, right: FloatMatrix) -> None:
+    np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-5)
 
 
 def save(
@@ -78,3 +105,7 @@ def edit_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], object]
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path, metadata={"format": "pt"})
+
+
+def assert_as_sentence_transformers_reads_it(folder: Path, texts: list[str] = TEXTS) -> None:
+    assert_same(ours(folder, texts), theirs(SentenceTransformer(str(folder), device="cpu"), texts))

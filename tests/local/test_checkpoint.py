@@ -12,7 +12,6 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import (
     Dense,
@@ -35,33 +34,21 @@ from embeddings_mcp.embedders.local.checkpoint import read_checkpoint
 from embeddings_mcp.embedders.local.encoder import load_encoder
 from embeddings_mcp.errors import CheckpointInvalid, InvalidRequest
 from embeddings_mcp.models import InputType, ModelCard
-from embeddings_mcp.vectors import FloatMatrix
-from tests.local.checkpoints import WIDTH, edit, edit_tensors, save, save_plain, save_static
+from tests.local.checkpoints import (
+    TEXTS,
+    WIDTH,
+    WORDS,
+    Modules,
+    assert_as_sentence_transformers_reads_it,
+    assert_same,
+    edit,
+    edit_tensors,
+    ours,
+    save,
+    save_plain,
+    theirs,
+)
 from tests.local.golden import FamilyName, family
-
-TEXTS = [
-    "Water.",
-    "",
-    "Der Kaffee ist kalt geworden.",
-    "猫 and 🙂",
-    "The committee reviewed the annual budget in detail.",
-]
-WORDS = [text for text in TEXTS if text]
-
-Modules = Callable[[], list[torch.nn.Module]]
-
-
-def theirs(model: SentenceTransformer, texts: list[str], **kw: Any) -> FloatMatrix:
-    return np.concatenate([model.encode([text], show_progress_bar=False, **kw) for text in texts])
-
-
-def ours(folder: Path, texts: list[str], input_type: InputType | None = None) -> FloatMatrix:
-    return load_encoder("test/tiny", folder).encode(texts, input_type=input_type, truncate="END").vectors
-
-
-def assert_same(left: FloatMatrix, right: FloatMatrix) -> None:
-    np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-5)
-
 
 MODES = ["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
 
@@ -183,10 +170,6 @@ def saved(tmp_path: Path) -> Path:
     """A plain checkpoint: transformer and mean."""
     save(tmp_path / "model", Pooling(WIDTH))
     return tmp_path / "model"
-
-
-def assert_as_sentence_transformers_reads_it(folder: Path, texts: list[str] = TEXTS) -> None:
-    assert_same(ours(folder, texts), theirs(SentenceTransformer(str(folder), device="cpu"), texts))
 
 
 def test_a_transformer_may_have_a_folder_of_its_own(saved: Path) -> None:
@@ -519,65 +502,6 @@ def test_a_dense_layer_may_come_as_a_pickle(tmp_path: Path) -> None:
     weights.unlink()
 
     assert_same(ours(tmp_path, TEXTS), expected)
-
-
-# --- token vectors that are looked up ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "stages", [list, lambda: [Normalize()], lambda: [Dense(WIDTH, 8)]], ids=["alone", "normalized", "dense"]
-)
-def test_token_vectors_may_be_looked_up_without_any_transformer(tmp_path: Path, stages: Modules) -> None:
-    prompts = {"query": "the question: ", "document": "the text: "}
-    model = save_static(tmp_path, *stages(), prompts=prompts)
-    texts = [*WORDS, "water " * 3000]
-
-    assert_same(ours(tmp_path, texts), theirs(model, texts))
-    assert_same(ours(tmp_path, texts, "query"), np.asarray(model.encode_query(texts)))
-
-
-def test_token_vectors_that_are_looked_up_have_the_limit_of_their_tokenizer(tmp_path: Path) -> None:
-    save_static(tmp_path)
-    cut = {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
-    edit(tmp_path / "tokenizer.json", truncation=cut)
-
-    assert read_checkpoint(tmp_path).max_tokens == 9
-    assert_as_sentence_transformers_reads_it(tmp_path, [*WORDS, "the water is very cold in the river " * 3])
-
-
-def test_a_text_without_any_token_is_refused_where_token_vectors_are_looked_up(tmp_path: Path) -> None:
-    save_static(tmp_path)
-
-    with pytest.raises(InvalidRequest, match="`text 1` holds nothing that the model's tokenizer keeps"):
-        ours(tmp_path, ["Water.", ""])
-
-
-def shared(vectors: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {"embeddings": vectors[:50], "mapping": torch.arange(len(vectors)) % 50}
-
-
-def weighted(vectors: torch.Tensor) -> dict[str, torch.Tensor]:
-    return shared(vectors) | {"weights": torch.rand(len(vectors), dtype=torch.float64)}
-
-
-def in_half(vectors: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {"embedding.weight": vectors.half()}
-
-
-def plain(vectors: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {"embeddings": vectors}
-
-
-@pytest.mark.parametrize("rewrite", [plain, shared, weighted, in_half], ids=lambda way: way.__name__)
-def test_token_vectors_may_be_laid_out_as_model2vec_does_or_in_half_precision(
-    tmp_path: Path, rewrite: Callable[[torch.Tensor], dict[str, torch.Tensor]]
-) -> None:
-    save_static(tmp_path, Normalize())
-    weights = tmp_path / "model.safetensors"
-    save_file(rewrite(load_file(weights)["embedding.weight"]), weights)
-
-    model = SentenceTransformer(str(tmp_path), device="cpu").float()
-    assert_same(ours(tmp_path, WORDS), theirs(model, WORDS))
 
 
 # --- cards -----------------------------------------------------------------------------------------------------------
