@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    Precision = Literal["float32", "int8"]
+    Precision = Literal["float32", "bfloat16", "int8"]
     Vectors = NDArray[np.float32]
     Embed = Callable[[Sequence[str]], Vectors]
 
@@ -68,13 +68,13 @@ def ours_served(folder: Path, _threads: int, *, precision: Precision = "float32"
 # --- Peers -----------------------------------------------------------------------------------------------------------
 
 
-def sentence_transformers(folder: Path, threads: int) -> Embed:
-    """``SentenceTransformer.encode`` with its defaults."""
+def sentence_transformers(folder: Path, threads: int, *, precision: Precision = "float32") -> Embed:
+    """``SentenceTransformer.encode`` with its defaults, but for the precision."""
     import torch
     from sentence_transformers import SentenceTransformer
 
     torch.set_num_threads(threads)
-    model = SentenceTransformer(str(folder), device="cpu")
+    model = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": getattr(torch, precision)})
 
     def embed(batch: Sequence[str]) -> Vectors:
         vectors: Vectors = model.encode(list(batch), show_progress_bar=False)
@@ -154,10 +154,14 @@ def exported() -> Path:
 
 CONTENDERS: Mapping[str, Callable[[Path, int], Embed]] = {
     "ours": ours,
+    "ours bfloat16": lambda folder, threads: ours(folder, threads, precision="bfloat16"),
     "ours int8": lambda folder, threads: ours(folder, threads, precision="int8"),
     "ours, served": ours_served,
     "ours int8, served": lambda folder, threads: ours_served(folder, threads, precision="int8"),
     "sentence-transformers": sentence_transformers,
+    "sentence-transformers bfloat16": lambda folder, threads: sentence_transformers(
+        folder, threads, precision="bfloat16"
+    ),
     "onnxruntime": onnxruntime,
     "onnxruntime int8": lambda folder, threads: onnxruntime(folder, threads, int8=True),
     "infinity-emb torch": lambda folder, threads: infinity(folder, threads, engine="torch"),

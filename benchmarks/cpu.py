@@ -79,6 +79,13 @@ def _sections() -> dict[str, Section]:
             [(short, SHORT, None), (mixed, MIXED, Aim(3.0, 1.3)), (long, LONG, None), (queries, QUERIES, None)],
             onnx=ORT_INT8,
         ),
+        "bfloat16": Section(
+            "One thread each, bfloat16",
+            1,
+            ["ours bfloat16", ST, f"{ST} bfloat16", ORT_INT8],
+            [(short, SHORT, None), (mixed, MIXED, None), (long, LONG, None), (queries, QUERIES, None)],
+            onnx=ORT_INT8,
+        ),
         "all": Section(
             f"All {cores()} cores: ours by the workers that the server starts, each peer with so many threads",
             cores(),
@@ -180,7 +187,7 @@ def _compare(
             faster = speed_up(rounds, results[peer]) if peer in results else None
             row.append("-" if faster is None else f"{ratio(faster.wall)} / {ratio(faster.cpu)}")
         share = work.flops / (count if apart else 1) / middle.wall / work.peak
-        rows.append([*row, "-" if "int8" in name else f"{share:.0%}"])
+        rows.append([*row, "-" if name.endswith(("int8", "int8, served", "bfloat16")) else f"{share:.0%}"])
     if aim is not None:
         aims = [f">= {ratio(least)}" for least in (aim.sentence_transformers, aim.onnxruntime)]
         rows.append(["*aim for ours*", "", "", "", *aims, ""])

@@ -13,15 +13,17 @@ from pathlib import Path
 import anyio
 import anyio.to_thread
 import pytest
+import torch
 from pydantic import SecretStr
 from starlette.responses import JSONResponse, Response
 
 from embeddings_mcp import __version__
 from embeddings_mcp.embedders.cache.database import FILE
-from embeddings_mcp.embedders.local import locate
+from embeddings_mcp.embedders.local import locate, placement
+from embeddings_mcp.embedders.local.processors import has_onednn
 from embeddings_mcp.faces import doctor
 from embeddings_mcp.faces.doctor import Finding, examine
-from embeddings_mcp.models import DEFAULT_MODEL, ModelCard
+from embeddings_mcp.models import DEFAULT_MODEL, ModelCard, Precision
 from embeddings_mcp.settings import EndpointSettings, Settings
 from tests.faces.issuer import RESOURCE, issuing
 from tests.nim.standin import ASYMMETRIC, SYMMETRIC, answering, held, stand_in
@@ -100,6 +102,24 @@ async def test_a_device_that_is_not_here_is_a_problem() -> None:
     for subject in ("device", f"default model {DEFAULT_MODEL}"):
         assert found[subject].state == "problem"
         assert "the device 'cuda:99' cannot be used here" in found[subject].says
+
+
+@pytest.mark.parametrize(
+    ("precision", "amx", "state", "advice"),
+    [
+        ("auto", True, "fine", "this CPU has AMX: --precision bfloat16 takes a third of the time"),
+        ("auto", False, "fine", ""),
+        ("bfloat16", True, "fine", ""),
+        ("bfloat16", False, "note", "float32 is faster on this CPU: --precision float32"),
+    ],
+)
+@pytest.mark.skipif(not has_onednn(torch.device("cpu")), reason="only of x86 CPUs is it known what they are faster in")
+async def test_the_precision_that_is_faster_on_this_cpu_is_advised(
+    precision: Precision, amx: bool, state: str, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placement, "has_amx", lambda: amx)
+    found = (await findings(Settings(device="cpu", precision=precision)))["device"]
+    assert (found.state, found.advice) == (state, advice)
 
 
 async def test_weights_that_are_not_those_of_their_authors_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,7 +129,7 @@ class Settings(BaseSettings):
         Precision,
         Field(
             description="Number format of the local encoder: `auto` (bfloat16 on cuda, else float32), `float32`, "
-            "`bfloat16`, `float16`, or `int8` (CPU only: faster, and near but not equal)."
+            "`bfloat16` (on CPUs: fast with AMX only), `float16`, or `int8` (CPU only: faster, and near but not equal)."
         ),
     ] = "auto"
 

@@ -1,13 +1,19 @@
-"""Linear layers on a CPU, and what follows them, are what PyTorch's own make of the same."""
+"""Linear layers on a CPU, and what follows them, are what PyTorch's own make of the same, or as near as 8 bits get."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn import functional
 
 from embeddings_mcp.embedders.local import linear
-from embeddings_mcp.embedders.local.linear import Linear
+from embeddings_mcp.embedders.local.linear import GELU_LEAST, Int8Linear, Linear
+from embeddings_mcp.embedders.local.processors import has_onednn, has_vnni
+
+WEIGHT_LEVELS = 127 if has_vnni() else 63
+"""Levels of a weight to either side of 0."""
 
 
 @pytest.fixture(params=[True, False], ids=["AVX-512", "AVX2 alone"])
@@ -19,19 +25,52 @@ def _processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.usefixtures("_processor")
 @pytest.mark.parametrize("tokens", [1, 10, 300])
 @pytest.mark.parametrize("biased", [True, False])
-def test_a_layer_and_what_follows_it_are_pytorch_s(tokens: int, biased: bool) -> None:
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)])
+def test_a_layer_and_what_follows_it_are_pytorch_s(
+    tokens: int, biased: bool, dtype: torch.dtype, within: float
+) -> None:
     random = torch.Generator().manual_seed(1)
 
     def numbers(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=random)
+        return torch.randn(shape, generator=random).to(dtype)
 
     rows, weight, residual = numbers(tokens, 48), numbers(96, 48) / 7, numbers(tokens, 96)
     bias = numbers(96) if biased else None
-    expected = functional.linear(rows, weight, bias)
+    expected = functional.linear(rows.float(), weight.float(), None if bias is None else bias.float())
     before = residual.clone()
     with torch.inference_mode():
         layer = Linear(weight, bias)
-        torch.testing.assert_close(layer(rows), expected, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(layer.gelu(rows), functional.gelu(expected), atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(layer.plus(rows.clone(), residual), expected + residual, atol=1e-5, rtol=1e-5)
+        for made, exact in [
+            (layer(rows), expected),
+            (layer.gelu(rows), functional.gelu(expected)),
+            (layer.plus(rows.clone(), residual), expected + residual.float()),
+        ]:
+            assert made.dtype == dtype
+            torch.testing.assert_close(made.float(), exact, atol=2 * within, rtol=within)
     assert torch.equal(residual, before)
+
+
+@pytest.mark.skipif(not has_onednn(torch.device("cpu")), reason="int8 is for x86 CPUs")
+@pytest.mark.parametrize("least", [None, GELU_LEAST])
+@given(
+    sizes=st.lists(st.one_of(st.just(0.0), st.floats(1e-4, 1e4)), min_size=1, max_size=20),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=50, deadline=None)
+def test_an_int8_layer_errs_by_half_a_level_of_each_number(least: float | None, sizes: list[float], seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    weight, bias = torch.randn(16, 64, generator=random), torch.randn(16, generator=random)
+    rows = torch.randn(len(sizes), 64, generator=random) * torch.tensor(sizes)[:, None]
+    if least is not None:
+        rows = functional.gelu(rows)
+    levels = (weight.abs().amax(1) / WEIGHT_LEVELS)[None]  # of a weight: [1, out]
+    highest = rows.abs().amax(1, keepdim=True)
+    # Of an input: [tokens, 1]. With a lower bound 32 levels reach down to it, and 223 up to the largest.
+    steps = highest / 127 if least is None else torch.maximum(highest / 223, torch.tensor(-least / 32))
+
+    with torch.inference_mode():
+        made = Int8Linear(weight, bias, least=least)(rows).double()
+
+    exact = functional.linear(rows.double(), weight.double(), bias.double())
+    allowed = steps / 2 * weight.abs().sum(1) + levels / 2 * rows.abs().sum(1, keepdim=True) + 64 * steps * levels / 4
+    assert ((made - exact).abs() <= allowed * 1.001 + 1e-5).all()

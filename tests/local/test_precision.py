@@ -1,4 +1,4 @@
-"""int8 on the CPU: near to float32, and a text's vector its own whatever it is computed with."""
+"""int8 on the CPU: near to float32, and a vector its own whatever is computed beside it; and which numbers are slow."""
 
 from __future__ import annotations
 
@@ -7,15 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from embeddings_mcp.embedders.local import placement
 from embeddings_mcp.embedders.local.encoder import Encoder, load_encoder
 from embeddings_mcp.embedders.local.locate import find_bundled
+from embeddings_mcp.embedders.local.processors import has_onednn
 from embeddings_mcp.errors import ModelUnavailable
-from embeddings_mcp.models import DEFAULT_MODEL, find_card
+from embeddings_mcp.models import DEFAULT_MODEL, Precision, find_card
 from embeddings_mcp.verification import SAMPLES
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 TEXTS = list(SAMPLES.values())
+
+pytestmark = pytest.mark.skipif(not has_onednn(torch.device("cpu")), reason="int8, and what is slow, is of x86 CPUs")
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +71,24 @@ def test_int8_is_refused_where_it_cannot_be_computed() -> None:
     assert folder is not None
     with pytest.raises(ModelUnavailable, match="int8 is for x86 CPUs, and not for meta"):
         load_encoder(DEFAULT_MODEL, folder, precision="int8", device="meta")
+
+
+@pytest.mark.parametrize(
+    ("precision", "amx", "slow"),
+    [
+        ("float32", False, False),
+        ("float32", True, False),
+        ("bfloat16", False, True),
+        ("bfloat16", True, False),
+        ("float16", True, True),
+        ("int8", False, False),
+    ],
+)
+def test_numbers_that_the_cpu_is_slower_with_are_warned_of(
+    precision: Precision, amx: bool, slow: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(placement, "has_amx", lambda: amx)
+    load_encoder("test/e5", GOLDEN / "e5" / "model", precision=precision, device="cpu")
+
+    warning = f"test/e5 computes in {precision}, which takes this CPU longer than float32"
+    assert (warning in caplog.text) == slow

@@ -160,11 +160,16 @@ def _device(settings: Settings) -> Finding:
         placement = choose_placement(settings.device, settings.precision)
     except EmbeddingsError as error:
         return problem("device", error)
-    numbers = "int8" if placement.quantized else str(placement.dtype).removeprefix("torch.")
     if placement.device.type == "cuda":
         card = torch.cuda.get_device_properties(placement.device)
-        return Finding("device", "fine", f"{placement.device}, {card.name}, {card.total_memory >> 30} GiB, {numbers}")
-    return Finding("device", "fine", f"{placement.device}, {torch.get_num_threads()} threads, {numbers}")
+        says = f"{placement.device}, {card.name}, {card.total_memory >> 30} GiB, {placement.number}"
+        return Finding("device", "fine", says)
+    says = f"{placement.device}, {torch.get_num_threads()} threads, {placement.number}"
+    if placement.slower_than_float32:
+        return Finding("device", "note", says, "float32 is faster on this CPU: --precision float32")
+    if placement.faster_in_bfloat16:
+        return Finding("device", "fine", says, "this CPU has AMX: --precision bfloat16 takes a third of the time")
+    return Finding("device", "fine", says)
 
 
 def _bundled_weights() -> Finding:

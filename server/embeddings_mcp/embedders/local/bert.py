@@ -16,7 +16,7 @@ from torch.nn.functional import embedding
 from embeddings_mcp.embedders.local.attention import attend
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint
 from embeddings_mcp.embedders.local.jsonfile import JsonObject
-from embeddings_mcp.embedders.local.linear import Int8Linear, Linear
+from embeddings_mcp.embedders.local.linear import GELU_LEAST, Int8Linear, Linear, make_linear
 from embeddings_mcp.embedders.local.norm import Norm
 from embeddings_mcp.embedders.local.packing import PackedRow, Packing, pack
 from embeddings_mcp.embedders.local.placement import Placement
@@ -87,7 +87,7 @@ class Bert:
         self._positions = tensors["embeddings.position_embeddings.weight"] + types[0]
         self._norm = _norm(tensors, "embeddings.LayerNorm", epsilon)
         self._layers = [
-            _layer(tensors, _LAYER.format(number), epsilon, Int8Linear if quantized else Linear)
+            _layer(tensors, _LAYER.format(number), epsilon, quantized=quantized)
             for number in range(int(config["num_hidden_layers"]))
         ]
         self.vocabulary = len(self._words)
@@ -168,17 +168,17 @@ def _shapes(config: JsonObject) -> dict[str, tuple[int, ...]]:
     return shapes | {f"{name}.{part}": (width,) for name in norms for part in ("weight", "bias")}
 
 
-def _layer(tensors: Mapping[str, torch.Tensor], name: str, epsilon: float, make: type[Linear | Int8Linear]) -> _Layer:
-    def linear(*parts: str) -> Linear | Int8Linear:
-        weight = torch.cat([tensors[f"{name}.{part}.weight"] for part in parts])
-        return make(weight, torch.cat([tensors[f"{name}.{part}.bias"] for part in parts]))
+def _layer(tensors: Mapping[str, torch.Tensor], name: str, epsilon: float, *, quantized: bool) -> _Layer:
+    def linear(*parts: str, least: float | None = None) -> Linear | Int8Linear:
+        weight, bias = (torch.cat([tensors[f"{name}.{part}.{kind}"] for part in parts]) for kind in ("weight", "bias"))
+        return make_linear(weight, bias, quantized=quantized, least=least)
 
     return _Layer(
         projections=linear(*_PROJECTIONS),
         attention_output=linear(_OUTPUT),
         attention_norm=_norm(tensors, f"{name}.{_OUTPUT_NORM}", epsilon),
         intermediate=linear(_INTERMEDIATE),
-        output=linear(_LAST),
+        output=linear(_LAST, least=GELU_LEAST),
         output_norm=_norm(tensors, f"{name}.{_LAST_NORM}", epsilon),
     )
 

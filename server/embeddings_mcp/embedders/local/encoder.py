@@ -239,6 +239,8 @@ def load_encoder(
     if card.non_commercial:
         _logger.warning("%s may not be used commercially: its licence is %s", card.id, card.licence)
     placement = choose_placement("cpu" if checkpoint.pipeline.static else device, precision)
+    if placement.slower_than_float32:
+        _logger.warning("%s computes in %s, which takes this CPU longer than float32", card.id, placement.number)
     if placement.quantized:
         keep_freed()
     with _checkpoint_errors(checkpoint, placement.device):

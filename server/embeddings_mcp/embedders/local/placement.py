@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from embeddings_mcp.embedders.local.fingerprint import number_format
-from embeddings_mcp.embedders.local.processors import has_onednn
+from embeddings_mcp.embedders.local.processors import has_amx, has_onednn
 from embeddings_mcp.errors import ModelUnavailable
 from embeddings_mcp.models import Precision
 
@@ -35,6 +35,22 @@ class Placement:
     device: torch.device
     dtype: torch.dtype
     quantized: bool = False
+
+    @property
+    def number(self) -> str:
+        """What is computed in, by the name that the settings have for it."""
+        return "int8" if self.quantized else str(self.dtype).removeprefix("torch.")
+
+    @property
+    def slower_than_float32(self) -> bool:
+        """Whether this is an x86 CPU in 16 bits, which only saves memory unless they are bfloat16 and it has AMX."""
+        fast = self.dtype == torch.float32 or (self.dtype == torch.bfloat16 and has_amx())
+        return has_onednn(self.device) and not fast
+
+    @property
+    def faster_in_bfloat16(self) -> bool:
+        """Whether this is a CPU with AMX in float32; models would take a third of the time."""
+        return has_onednn(self.device) and self.number == "float32" and has_amx()
 
     @property
     def tokens_per_batch(self) -> int:
