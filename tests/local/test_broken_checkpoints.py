@@ -456,17 +456,6 @@ def test_a_plain_model_that_does_not_say_what_it_is_for_is_refused(tmp_path: Pat
     assert f"config.json: `{field}` must be " in refused(tmp_path)
 
 
-def test_a_tokenizer_that_is_written_in_python_is_refused_by_name(tmp_path: Path) -> None:
-    save_plain(tmp_path, "roberta", AutoModel, **SMALL)
-    (tmp_path / "tokenizer.json").unlink()
-    edit(tmp_path / "tokenizer_config.json", tokenizer_class="PhobertTokenizer")
-    write(tmp_path / "vocab.txt", "a 1\n")
-    write(tmp_path / "bpe.codes", "")
-
-    reason = "tokenizer.json: the tokenizer cannot be read: it is missing, and PhobertTokenizer cannot be converted"
-    assert reason in refused(tmp_path)
-
-
 @pytest.mark.parametrize("name", ["sparse_linear.pt", "colbert_linear.pt"])
 @pytest.mark.parametrize(
     ("layer", "reason"),

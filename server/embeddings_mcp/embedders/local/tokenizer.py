@@ -2,20 +2,25 @@
 
 The file is read by the tokenizers library itself: it is what the model was trained with, while transformers' classes
 rebuild parts of it for some families and then give other ids. One thing that they have always rebuilt, in training too,
-is how BERT's text is normalized.
+is how BERT's text is normalized. Where there is no such file, transformers makes the tokenizer from older ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenizers import AddedToken, normalizers
 from tokenizers import Tokenizer as FastTokenizer
 
 from embeddings_mcp.embedders.local.jsonfile import JsonObject, read_object
+from embeddings_mcp.embedders.local.python_tokenizer import PythonTokenizer
 from embeddings_mcp.errors import CheckpointInvalid, InputTooLong, InputUnusable, InvalidRequest
 from embeddings_mcp.models import Truncate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _CHARACTERS_PER_TOKEN = 16
 """Of a text with more characters than this for each token that the model takes, only one end is tokenized at first.
@@ -26,7 +31,8 @@ _MARGIN = 64
 
 _COUNTED = 1 << 20
 """A text of up to so many characters is counted to its end before it is refused, and cut as if all of it had been
-tokenized. In a longer one without any boundary, a run of one letter, an excerpt may begin with half a token."""
+tokenized. In a longer one without any boundary, a run of one letter, an excerpt may begin with half a token. Tokenizers
+in Python, which take the square of a word's length, are not asked for more than the excerpt."""
 
 _SHORT = 2048
 """Characters up to which a single text is tokenized without letting go of the interpreter lock: that takes less than to
@@ -51,20 +57,14 @@ class Tokenizer:
     """A model's tokenizer.
 
     Args:
-        tokenizer: the tokenizer of the tokenizers library; its own truncation and padding are switched off.
+        tokenizer: makes tokens of a text; never cuts, and never pads.
         max_tokens: longest text, special tokens and prompt included.
-        lowercase: whether texts are put in lower case first.
         suffix: what is put behind every text; truncation at the end drops it like the text.
     """
 
-    def __init__(self, tokenizer: FastTokenizer, *, max_tokens: int, lowercase: bool = False, suffix: str = "") -> None:
-        # Files may carry the settings of some training run: MiniLM's cuts at 128 and pads to 128.
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        if lowercase:
-            own = tokenizer.normalizer
-            tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *([own] if own else [])])
+    def __init__(self, tokenizer: FastTokenizer | PythonTokenizer, *, max_tokens: int, suffix: str = "") -> None:
         self._tokenizer = tokenizer
+        self._counted = 0 if isinstance(tokenizer, PythonTokenizer) else _COUNTED
         self._suffix = suffix
         self.max_tokens = max_tokens
         added = tokenizer.encode("a").special_tokens_mask
@@ -74,20 +74,26 @@ class Tokenizer:
     def from_folder(
         cls, folder: Path, *, max_tokens: int, lowercase: bool = False, suffix: str = "", special_tokens: bool = True
     ) -> Tokenizer:
-        """Read the tokenizer of a checkpoint; without `special_tokens` it puts none around a text.
+        """Read the tokenizer of a checkpoint.
+
+        Args:
+            folder: where it is.
+            max_tokens: see `Tokenizer`.
+            lowercase: whether texts are put in lower case first.
+            suffix: see `Tokenizer`.
+            special_tokens: whether any are put around a text.
 
         Raises:
             CheckpointInvalid: there is none, or it cannot be read.
         """
         path = folder / "tokenizer.json"
-        config = read_object(folder / "tokenizer_config.json", optional=True)
         try:
-            tokenizer = FastTokenizer.from_file(str(path)) if path.is_file() else _convert(folder)
-            _normalize_as_said(tokenizer, config, read_object(folder / "config.json", optional=True))
-            _add_tokens_as_said(tokenizer, config, read_object(folder / "added_tokens.json", optional=True))
-            if not special_tokens:
-                tokenizer.post_processor = None
-            return cls(tokenizer, max_tokens=max_tokens, lowercase=lowercase, suffix=suffix)
+            read = FastTokenizer.from_file(str(path)) if path.is_file() else _convert(folder)
+            if isinstance(read, FastTokenizer):
+                tokenizer = _as_said(read, folder, lowercase=lowercase, special_tokens=special_tokens)
+                return cls(tokenizer, max_tokens=max_tokens, suffix=suffix)
+            own = PythonTokenizer(read, lowercase=lowercase, special_tokens=special_tokens)
+            return cls(own, max_tokens=max_tokens, suffix=suffix)
         except BaseException as error:  # readers raise whatever comes, and a panic of tokenizers is no Exception
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
@@ -108,7 +114,7 @@ class Tokenizer:
             texts = [text + self._suffix for text in texts]
         reach = _CHARACTERS_PER_TOKEN * self.max_tokens
         if truncate == "NONE":
-            reach = max(reach, _COUNTED)
+            reach = max(reach, self._counted)
         rows = []
         for index, (text, first) in enumerate(zip(texts, self._look(texts, reach, prompt, truncate), strict=True)):
             ids, seen = first, reach
@@ -139,7 +145,7 @@ class Tokenizer:
         """
         if len(ids) < self.max_tokens + _MARGIN:
             return False
-        if truncate == "NONE" or reach >= _COUNTED:
+        if truncate == "NONE" or reach >= self._counted:
             return True
         (others,) = self._look([text], reach - 1, prompt, truncate)
         kept = slice(-self.max_tokens, None) if truncate == "START" else slice(self.max_tokens)
@@ -178,6 +184,24 @@ class Tokenizer:
         return next((count for count, (ours, theirs) in enumerate(pairs) if ours != theirs), len(alone))
 
 
+def _as_said(tokenizer: FastTokenizer, folder: Path, *, lowercase: bool, special_tokens: bool) -> FastTokenizer:
+    """The same, with what the files beside it say, and without truncation and padding.
+
+    Files may carry the settings of some training run: MiniLM's cuts at 128 and pads to 128.
+    """
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    config = read_object(folder / "tokenizer_config.json", optional=True)
+    _normalize_as_said(tokenizer, config, read_object(folder / "config.json", optional=True))
+    _add_tokens_as_said(tokenizer, config, read_object(folder / "added_tokens.json", optional=True))
+    if not special_tokens:
+        tokenizer.post_processor = None
+    if lowercase:
+        own = tokenizer.normalizer
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *([own] if own else [])])
+    return tokenizer
+
+
 def _normalize_as_said(tokenizer: FastTokenizer, config: JsonObject, model: JsonObject) -> None:
     """See to it that BERT's texts are normalized as its config says, or where that is silent, as transformers does."""
     kind = config.get("tokenizer_class", "") or model.get("tokenizer_class", "")
@@ -210,20 +234,21 @@ def _add_tokens_as_said(tokenizer: FastTokenizer, config: JsonObject, legacy: Js
     tokenizer.add_tokens([token for token in said if token.content not in known])
 
 
-def _convert(folder: Path) -> FastTokenizer:
-    """A tokenizer from the files that there were before ``tokenizer.json``.
+def _convert(folder: Path) -> FastTokenizer | PreTrainedTokenizerBase:
+    """A tokenizer from the files that there were before ``tokenizer.json``; of transformers, if it is one in Python.
 
     Raises:
         FileNotFoundError: they are not here; transformers would make an empty tokenizer then, which knows no word.
-        ValueError: they are for a tokenizer in Python, which the tokenizers library cannot be.
+        ImportError: it needs a package that is not installed.
     """
     from transformers import AutoTokenizer  # slow to import
 
     converted = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    if not hasattr(converted, "backend_tokenizer"):
-        raise ValueError(f"it is missing, and {type(converted).__name__} cannot be converted to one")
+    backend: FastTokenizer | None = getattr(converted, "backend_tokenizer", None)
+    if backend is None:
+        return converted
     files = {key: name for key, name in converted.vocab_files_names.items() if key != "tokenizer_file"}
     missing = [name for name in files.values() if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"it is missing, and so is {', '.join(missing)}")
-    return converted.backend_tokenizer
+    return backend
