@@ -43,6 +43,13 @@ _N_POSITIONS = frozenset({"codegen", "ctrl", "gpt-sw3", "gpt2", "gpt_bigcode", "
 M3_FILES = ("sparse_linear.pt", "colbert_linear.pt")
 """The layers that make BGE-M3's other two outputs."""
 
+FILES = ("*.json", "*.txt", "*.model", "*.codes", "*.safetensors", *M3_FILES)
+"""What is read of a checkpoint, pickled weights aside: descriptions, tokenizers, weights. A trainer leaves other things
+beside it, and larger ones."""
+
+PICKLES = "pytorch_model*.bin"
+"""Weights as they were saved before safetensors; read where there are no others."""
+
 _BY_LENGTH = frozenset({"dynamic", "longrope", "su"})
 """Kinds of rotary positions whose angles depend on how long a text is."""
 

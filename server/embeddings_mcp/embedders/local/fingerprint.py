@@ -14,13 +14,10 @@ from importlib import metadata
 from pathlib import Path
 
 from embeddings_mcp import __version__
-from embeddings_mcp.embedders.local.checkpoint import M3_FILES, Checkpoint
+from embeddings_mcp.embedders.local.checkpoint import FILES, PICKLES, Checkpoint
 from embeddings_mcp.embedders.local.pipeline import Dense, LayerNorm
 from embeddings_mcp.errors import CheckpointInvalid
 from embeddings_mcp.models import Precision
-
-_FILES = ("*.json", "*.txt", "*.model", "*.safetensors", "pytorch_model*.bin", *M3_FILES)
-"""What is read of a checkpoint; a trainer leaves larger things beside it that are not."""
 
 
 def fingerprint(checkpoint: Checkpoint, *, precision: str, digest: Callable[[Path], str]) -> str:
@@ -39,7 +36,7 @@ def fingerprint(checkpoint: Checkpoint, *, precision: str, digest: Callable[[Pat
     pipeline = checkpoint.pipeline
     modules = [stage.folder for stage in pipeline.stages if isinstance(stage, Dense | LayerNorm)]
     folders = {checkpoint.folder, pipeline.backbone, *modules}
-    paths = [path for folder in folders for pattern in _FILES for path in folder.glob(pattern)]
+    paths = [path for folder in folders for pattern in (*FILES, PICKLES) for path in folder.glob(pattern)]
     try:
         files = {os.path.relpath(path, checkpoint.folder): digest(path) for path in paths}
     except OSError as error:

@@ -9,12 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from embeddings_mcp.embedders.local.checkpoint import M3_FILES
+from embeddings_mcp.embedders.local.checkpoint import FILES, PICKLES
 from embeddings_mcp.errors import CheckpointInvalid, ModelUnavailable
 from embeddings_mcp.models import DEFAULT_MODEL
-
-_WANTED = ["*.json", "*.txt", "*.model", "*.safetensors", *M3_FILES]
-"""What is fetched of a repository; of pickles, only where there is nothing else."""
 
 _UNWANTED = ["onnx/*", "*/onnx/*", "openvino/*", "*/openvino/*"]
 """The same models for other programs."""
@@ -97,13 +94,13 @@ def _from_hub(model: str, repository: str) -> Path:
 
     with contextlib.suppress(Exception):  # not in the cache, or not all of it, for one of many reasons
         folder = Path(
-            snapshot_download(repository, allow_patterns=_WANTED, ignore_patterns=_UNWANTED, local_files_only=True)
+            snapshot_download(repository, allow_patterns=[*FILES], ignore_patterns=_UNWANTED, local_files_only=True)
         )
-        if any(folder.rglob("*.safetensors")) or any(folder.rglob("pytorch_model*.bin")):
+        if any(folder.rglob("*.safetensors")) or any(folder.rglob(PICKLES)):
             return folder
     try:
         files = [file.rfilename for file in HfApi().model_info(repository).siblings or ()]
-        wanted = [*_WANTED, *_pickles(files)]
+        wanted = [*FILES, *_pickles(files)]
         return Path(snapshot_download(repository, allow_patterns=wanted, ignore_patterns=_UNWANTED))
     except Exception as error:  # the hub, its HTTP library and the disk each raise classes of their own
         advice = "set HF_TOKEN if the repository asks for it, or " if isinstance(error, HfHubHTTPError) else ""
@@ -118,4 +115,4 @@ def _pickles(files: Sequence[str]) -> list[str]:
     """The weights that are not beside safer ones."""
     paths = [PurePosixPath(file) for file in files]
     safe = {path.parent for path in paths if path.suffix == ".safetensors"}
-    return [str(path) for path in paths if path.match("pytorch_model*.bin") and path.parent not in safe]
+    return [str(path) for path in paths if path.match(PICKLES) and path.parent not in safe]
