@@ -22,7 +22,7 @@ from benchmarks.workloads import texts
 from embeddings_mcp.embedders.base import Embedder, Embeddings, OnRows
 from embeddings_mcp.embedders.cache import Cache, CachedEmbedder, DiskStore, MemoryStore
 from embeddings_mcp.embedders.local.files import ModelFiles
-from embeddings_mcp.embedders.worker import LocalEmbedder
+from embeddings_mcp.embedders.local_embedder import LocalEmbedder
 from embeddings_mcp.models import DEFAULT_MODEL, ModelCard, find_card
 
 GIB = 1 << 30

@@ -19,7 +19,7 @@ from embeddings_mcp.embedders.batcher import Batcher
 from embeddings_mcp.errors import ModelUnavailable, Overloaded, ServerStopped
 
 SECONDS = 10
-STOPPED = ServerStopped("the server is shutting down")
+STOPPED = ServerStopped()
 """Longest that anything here may take."""
 
 BUDGET = 8

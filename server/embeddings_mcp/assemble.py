@@ -22,7 +22,7 @@ from embeddings_mcp.embedders.local.fingerprint import file_digest, file_state
 from embeddings_mcp.embedders.local.locate import find_bundled
 from embeddings_mcp.embedders.local.running.loaded import LoadedModel
 from embeddings_mcp.embedders.local.running.loading import Loading
-from embeddings_mcp.embedders.worker import LocalEmbedder
+from embeddings_mcp.embedders.local_embedder import LocalEmbedder
 from embeddings_mcp.errors import InvalidRequest, InvalidSetting, UnknownModel
 from embeddings_mcp.models import CARDS, ModelCard, find_card
 from embeddings_mcp.service import EmbeddingService

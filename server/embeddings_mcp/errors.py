@@ -175,6 +175,9 @@ class RequestTimeout(EmbeddingsError):
 class ServerStopped(EmbeddingsError):
     """The server is shutting down and takes no more work."""
 
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down")
+
 
 class ModelUnavailable(EmbeddingsError):
     """The model is known here but cannot answer now."""

@@ -19,7 +19,7 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from embeddings_mcp import logs, telemetry
-from embeddings_mcp.embedders.worker import LocalEmbedder
+from embeddings_mcp.embedders.local_embedder import LocalEmbedder
 from embeddings_mcp.errors import Overloaded
 from embeddings_mcp.faces import published, rest
 from embeddings_mcp.faces.http import create_app
@@ -30,7 +30,7 @@ from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
 from tests.faces.test_rest import FailingEmbedder
 from tests.support import ROOT, HashEmbedder, serving
-from tests.test_worker import EXACT, SteppedEncoder
+from tests.test_local_embedder import EXACT, SteppedEncoder
 
 TEXT = "heliotrope"
 KEY = "sk-marzipan"

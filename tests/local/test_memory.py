@@ -18,9 +18,9 @@ import torch
 from embeddings_mcp.embedders.local import memory
 from embeddings_mcp.embedders.local.memory import Returning, halving, out_of_memory
 from embeddings_mcp.embedders.local.running.in_process import InThisProcess
-from embeddings_mcp.embedders.worker import LocalEmbedder
+from embeddings_mcp.embedders.local_embedder import LocalEmbedder
 from embeddings_mcp.errors import ModelUnavailable
-from tests.test_worker import EXACT, ROUGH, SteppedEncoder
+from tests.test_local_embedder import EXACT, ROUGH, SteppedEncoder
 
 ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),

@@ -26,7 +26,7 @@ from benchmarks.process import family as family_of
 from embeddings_mcp.assemble import build_service
 from embeddings_mcp.embedders.local.running import model_process
 from embeddings_mcp.embedders.local.running.model_process import ModelProcess
-from embeddings_mcp.embedders.worker import LocalEmbedder
+from embeddings_mcp.embedders.local_embedder import LocalEmbedder
 from embeddings_mcp.errors import CheckpointInvalid, EmbeddingsError, ModelUnavailable
 from embeddings_mcp.settings import Settings
 from tests.local.golden import MODELS, FamilyName, family

@@ -139,7 +139,7 @@ class EndpointClient:
                 return await _call(again, self._attempt, account, method, path, read, body=body, asked=asked)
             finally:
                 self._in_flight.discard(scope)
-        raise ServerStopped("the server is shutting down")
+        raise ServerStopped
 
     async def check(self) -> None:
         """Return once the endpoint says on its own route that it is ready; on the hosted API, which has none, at once.
@@ -214,7 +214,7 @@ class EndpointClient:
     def _client(self) -> httpx.AsyncClient:
         """Made at the first request: loading the certificates takes a while."""
         if self._closed:
-            raise ServerStopped("the server is shutting down")
+            raise ServerStopped
         if self._http is None:
             connections = _MOST_CONNECTIONS if self.endpoint.caller_keys else self.endpoint.concurrency
             self._http = httpx.AsyncClient(

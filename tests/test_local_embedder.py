@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from embeddings_mcp.embedders.local.inputs import Tokens
-from embeddings_mcp.embedders.worker import LocalEmbedder
+from embeddings_mcp.embedders.local_embedder import LocalEmbedder
 from embeddings_mcp.errors import CheckpointInvalid, InputTooLong, ServerStopped
 from embeddings_mcp.models import InputType, ModelCard, Truncate
 

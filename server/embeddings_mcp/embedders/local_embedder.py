@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import functools
 import math
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.to_thread
@@ -21,18 +18,14 @@ from embeddings_mcp.caller import caller_name
 from embeddings_mcp.embedders.base import Embeddings, OnProgress, OnRows, Representations
 from embeddings_mcp.embedders.batcher import MAX_QUEUED_TOKENS, Batcher, OnResults
 from embeddings_mcp.embedders.cores import usable_cores
+from embeddings_mcp.embedders.once import Once
 from embeddings_mcp.errors import ModelUnavailable, ServerStopped
-from embeddings_mcp.garbage import nothing_collected
 from embeddings_mcp.models import InputType, ModelCard, Truncate
 from embeddings_mcp.vectors import FloatMatrix, FloatVector, SparseVector
 
 if TYPE_CHECKING:
     from embeddings_mcp.embedders.local.inputs import Row, Tokens
     from embeddings_mcp.embedders.local.running.loaded import LoadedModel
-
-_Made = TypeVar("_Made")
-
-_STOPPED = "the server is shutting down"
 
 _CHARACTERS_ON_LOOP = 2048
 """Texts of more characters than these, all together, are tokenized beside the event loop: half a millisecond of work,
@@ -101,8 +94,8 @@ class LocalEmbedder:
         self.card = card
         self._workers = workers
         self._max_queued_tokens = max_queued_tokens
-        self._loaded = _Once(f"load {card.id}", load, drop=lambda model: model.close())
-        self._identified = _Once(f"identify {card.id}", identify)
+        self._loaded = Once(f"load {card.id}", load, drop=lambda model: model.close())
+        self._identified = Once(f"identify {card.id}", identify)
         self._batcher: Batcher[_Kind, Any] | None = None
         self._tokens_of_character = _TOKENS_OF_CHARACTER
         self._closed = False
@@ -164,13 +157,13 @@ class LocalEmbedder:
         """Take no more work, and let the model go; a batch that is running ends by itself."""
         self._closed = True
         if self._batcher is not None:
-            self._batcher.close(ServerStopped(_STOPPED))
+            self._batcher.close(ServerStopped())
         self._loaded.close()
         self._identified.close()
 
     def _check_open(self) -> None:
         if self._closed:
-            raise ServerStopped(_STOPPED)
+            raise ServerStopped
 
     async def _compute(
         self,
@@ -246,80 +239,3 @@ def _batcher(model: LoadedModel, max_queued_tokens: int, workers: int | None) ->
         padded=not model.packed,
         prepare_worker=functools.partial(model.compute_on, max(1, cores // workers)),
     )
-
-
-class _Once(Generic[_Made]):
-    """Something that is made when it is first needed, and once for all who wait for it.
-
-    It is made on a daemon thread, since neither a download nor a disk that hangs may hold up the server's end. Who is
-    cancelled while waiting does not disturb the others.
-
-    Args:
-        name: of the thread.
-        make: makes it.
-        drop: called with what was made once it is no longer wanted.
-    """
-
-    def __init__(
-        self, name: str, make: Callable[[], _Made], *, drop: Callable[[_Made], object] = lambda _made: None
-    ) -> None:
-        self._name = name
-        self._make = make
-        self._drop = drop
-        self._made: asyncio.Future[_Made] | None = None
-
-    async def get(self) -> _Made:
-        """What was made; raises what making it raised."""
-        if self._made is None:
-            self._made = self._start()
-        return await asyncio.shield(self._made)
-
-    def close(self) -> None:
-        """Let it go; those who still wait for it are refused."""
-        made, self._made = self._made, None
-        if made is None:
-            return
-        if not made.done():
-            made.set_exception(ServerStopped(_STOPPED))
-        elif made.exception() is None:
-            self._drop(made.result())
-
-    def forget(self, made: _Made) -> bool:
-        """Have it made anew for the next who asks, if this is what there is; says whether it was."""
-        held = self._made
-        if held is None or not held.done() or held.exception() is not None or held.result() is not made:
-            return False
-        self.close()
-        return True
-
-    def _start(self) -> asyncio.Future[_Made]:
-        loop = asyncio.get_running_loop()
-        made: asyncio.Future[_Made] = loop.create_future()
-        made.add_done_callback(self._forget_failure)
-
-        def report(outcome: Callable[[Any], None], value: Any) -> None:  # noqa: ANN401 - what was made, or an error
-            def settle() -> None:
-                if not made.done():
-                    outcome(value)
-                elif not isinstance(value, Exception):  # this was closed meanwhile
-                    self._drop(value)
-
-            with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-                loop.call_soon_threadsafe(settle)
-
-        def work() -> None:
-            try:
-                with nothing_collected():
-                    value = self._make()
-            except Exception as error:  # noqa: BLE001 - raised again where it is awaited
-                report(made.set_exception, error)
-            else:
-                report(made.set_result, value)
-
-        threading.Thread(target=work, name=self._name, daemon=True).start()
-        return made
-
-    def _forget_failure(self, made: asyncio.Future[_Made]) -> None:
-        """What failed may be a network or a disk: whoever asks next tries again."""
-        if made.exception() is not None and self._made is made:
-            self._made = None
