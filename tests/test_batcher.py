@@ -19,8 +19,9 @@ from embeddings_mcp.embedders.batcher import Batcher
 from embeddings_mcp.errors import ModelUnavailable, Overloaded, ServerStopped
 
 SECONDS = 10
-STOPPED = ServerStopped()
 """Longest that anything here may take."""
+
+STOPPED = ServerStopped()
 
 BUDGET = 8
 
@@ -316,6 +317,24 @@ async def test_a_query_waits_for_two_batches_however_many_texts_another_caller_s
         callers.cancel_scope.cancel()
     assert [3] in begun[:3]
     steps.may_end.release(1)
+
+
+@pytest.mark.anyio
+async def test_what_a_caller_was_served_is_forgotten_once_nothing_of_his_is_left() -> None:
+    steps = Steps()
+    batcher = Batcher[str, object](steps, workers=1, budget=BUDGET)
+    steps.may_end.release(1)
+    await submit(batcher, [row(8)], caller="again")
+    await steps.next_batch()
+    async with anyio.create_task_group() as callers:
+        callers.start_soon(submit, batcher, [row(8)], "a", "who holds up the others")
+        await steps.next_batch()
+        callers.start_soon(submit, batcher, [row(5)], "a", "again")
+        await until_queued(batcher, 5)
+        callers.start_soon(submit, batcher, [row(6)], "a", "new")
+        await until_queued(batcher, 11)
+        steps.may_end.release(3)
+        assert [(await steps.next_batch())[1] for _ in range(2)] == [[5], [6]]
 
 
 @pytest.mark.anyio

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,15 @@ from mcp.types import (
 )
 
 from embeddings_mcp import __version__
+from embeddings_mcp.assemble import build_service
 from embeddings_mcp.embedders.base import Embeddings, OnProgress, OnRows
 from embeddings_mcp.errors import Overloaded
 from embeddings_mcp.faces.mcp import CARD_TEMPLATE, build_mcp_server
 from embeddings_mcp.models import InputType, ModelCard, Truncate
 from embeddings_mcp.operations import OPERATIONS
 from embeddings_mcp.service import EmbeddingService
+from embeddings_mcp.settings import EndpointSettings, Settings
+from tests.nim.standin import stand_in
 from tests.support import HashEmbedder
 
 pytestmark = pytest.mark.anyio
@@ -186,6 +189,14 @@ async def test_lists_may_be_cached_by_everybody_and_cards_by_nobody() -> None:
         card = await client.read_resource("embeddings://models/test/hash")
     assert {(listed.ttl_ms, listed.cache_scope) for listed in lists} == {(300_000, "public")}
     assert (card.ttl_ms, card.cache_scope) == (0, "private")
+
+
+async def test_the_list_of_cards_is_cached_by_nobody_where_endpoints_may_be_found_to_have_more() -> None:
+    async with stand_in() as standing:
+        service = build_service(Settings(endpoints=(EndpointSettings(url=standing.url),)))
+        async with aclosing(service), Client(build_mcp_server(service), mode="auto") as client:
+            tools, cards = await client.list_tools(), await client.list_resources()
+    assert (tools.ttl_ms, cards.ttl_ms) == (300_000, 0)
 
 
 # --- Embeddings ------------------------------------------------------------------------------------------------------
