@@ -13,7 +13,9 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize
 
 from embeddings_mcp.embedders.local.checkpoint import read_checkpoint
+from embeddings_mcp.embedders.local.encoder import load_encoder
 from embeddings_mcp.errors import InvalidRequest
+from embeddings_mcp.models import Precision
 from tests.local.checkpoints import (
     WIDTH,
     WORDS,
@@ -81,3 +83,14 @@ def test_token_vectors_may_be_laid_out_as_model2vec_does_or_in_half_precision(
 
     model = SentenceTransformer(str(tmp_path), device="cpu").float()
     assert_same(ours(tmp_path, WORDS), theirs(model, WORDS))
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16", "int8"])
+def test_token_vectors_are_looked_up_in_float32_whatever_the_precision(
+    tmp_path: Path, precision: Precision, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_static(tmp_path)
+    exact = ours(tmp_path, WORDS)
+    found = load_encoder("test/static", tmp_path, precision=precision).encode(WORDS).vectors
+    assert np.array_equal(found, exact)
+    assert not caplog.records

@@ -238,7 +238,8 @@ def load_encoder(
         card = replace(card, max_tokens=min(max_tokens, checkpoint.max_tokens))
     if card.non_commercial:
         _logger.warning("%s may not be used commercially: its licence is %s", card.id, card.licence)
-    placement = choose_placement("cpu" if checkpoint.pipeline.static else device, precision)
+    static = checkpoint.pipeline.static
+    placement = choose_placement("cpu", "float32") if static else choose_placement(device, precision)
     if placement.slower_than_float32:
         _logger.warning("%s computes in %s, which takes this CPU longer than float32", card.id, placement.number)
     if placement.quantized:
