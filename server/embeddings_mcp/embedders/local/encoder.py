@@ -18,6 +18,7 @@ import torch
 from embeddings_mcp.embedders.base import Embeddings
 from embeddings_mcp.embedders.local.bert import is_bert, load_bert
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint, read_checkpoint
+from embeddings_mcp.embedders.local.few_sizes import FewSizes
 from embeddings_mcp.embedders.local.graphs import record
 from embeddings_mcp.embedders.local.inputs import InputTokenizer, Row, Tokens
 from embeddings_mcp.embedders.local.latent_attention import LATENT_ATTENTION, LatentAttention
@@ -242,7 +243,7 @@ def load_encoder(
     placement = choose_placement("cpu", "float32") if static else choose_placement(device, precision)
     if placement.slower_than_float32:
         _logger.warning("%s computes in %s, which takes this CPU longer than float32", card.id, placement.number)
-    if placement.quantized:
+    if placement.quantized or placement.in_amx:
         keep_freed()
     with _checkpoint_errors(checkpoint, placement.device):
         encoder = _load(checkpoint, card, placement, cuda_graphs=cuda_graphs)
@@ -277,6 +278,8 @@ def _load(checkpoint: Checkpoint, card: ModelCard, placement: Placement, *, cuda
     inputs = InputTokenizer(checkpoint, card, vocabulary=transformer.vocabulary)
     if cuda_graphs and device.type == "cuda" and transformer.packed:
         transformer = record(transformer, most_tokens=placement.tokens_per_batch, longest=checkpoint.max_tokens)
+    if placement.in_amx and transformer.packed:
+        transformer = FewSizes(transformer)
     latent_attention = None
     if recipe and recipe.latent_attention:
         with torch.device("meta"):  # it has as many parameters as some whole models

@@ -18,9 +18,9 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from embeddings_mcp.embedders.local.attention import SHORT
-from embeddings_mcp.embedders.local.packing import PackedRow, Packing, lay_out
+from embeddings_mcp.embedders.local.packing import PackedRow, Packing, fill, lay_out
 from embeddings_mcp.embedders.local.placement import numbers_on
-from embeddings_mcp.embedders.local.transformer import Transformer
+from embeddings_mcp.embedders.local.transformer import Transformer, Wrapped
 
 _logger = logging.getLogger(__name__)
 
@@ -47,40 +47,20 @@ _Pool: TypeAlias = Any
 """What tells CUDA's memory pools apart: it has another type in every version of PyTorch."""
 
 
-class Graphed:
+class Graphed(Wrapped):
     """A transformer on CUDA with recordings of its smaller passes; in its use like the transformer itself.
 
     Args:
         transformer: what is recorded.
         recordings: passes through it, the smallest first.
         launching: seconds that Python takes to launch a pass without a recording.
-
-    Attributes:
-        packed: True.
     """
 
-    packed = True
-
     def __init__(self, transformer: Transformer, recordings: Sequence[Recording], *, launching: float) -> None:
-        self._transformer = transformer
+        super().__init__(transformer)
         self._recordings = recordings
         self._launching = launching
         self._lock = threading.Lock()  # the recordings share their memory, and each has its inputs in one place
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self._transformer.device
-
-    @property
-    def vocabulary(self) -> int:
-        """Tokens that it has vectors for."""
-        return self._transformer.vocabulary
-
-    @property
-    def first_position(self) -> int:
-        """Position id of a text's first token."""
-        return self._transformer.first_position
 
     def hidden_states(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, Packing]:
         """See `transformer.Transformer`."""
@@ -90,10 +70,6 @@ class Graphed:
             return self._transformer.hidden_states(rows)
         with self._lock, torch.cuda.device(self.device):
             return recording.replay(rows, lengths)
-
-    def forward(self, row: PackedRow) -> torch.Tensor:
-        """See `transformer.Transformer`; never from a recording."""
-        return self._transformer.forward(row)
 
     def recording_for(self, lengths: Sequence[int]) -> Recording | None:
         """The recording that texts of these lengths are best replayed from, if any."""
@@ -181,8 +157,7 @@ class Size:
 
     def fill(self, lengths: Sequence[int]) -> list[int]:
         """These lengths, and those of the texts that fill it up."""
-        whole, part = divmod(self.tokens - sum(lengths), self.longest)
-        filled = [*lengths, *[self.longest] * whole, *([part] if part else [])]
+        filled = [*lengths, *fill(self.tokens - sum(lengths), self.longest)]
         return [*filled, *[0] * (self.texts - len(filled))]
 
 

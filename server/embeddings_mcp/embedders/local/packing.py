@@ -48,6 +48,10 @@ class Packing:
             start += count * length
         return tuple(runs)
 
+    def of_first(self, texts: int) -> Packing:
+        """Where each of the first so many texts lies."""
+        return Packing(self.lengths[:texts], self.longest, self.cumulative[: texts + 1])
+
 
 @dataclass(frozen=True, slots=True)
 class PackedRow:
@@ -100,3 +104,9 @@ def lay_out(rows: Sequence[Sequence[int]], lengths: Sequence[int], first_positio
         places = first_position + before - before[np.repeat(starts, lengths)]
         numbers[tokens : 2 * tokens] = np.where(counted, places, padding)
     return numbers
+
+
+def fill(tokens: int, longest: int) -> list[int]:
+    """The lengths of the fewest texts, none longer than `longest`, that have so many tokens together."""
+    whole, part = divmod(tokens, longest)
+    return [*[longest] * whole, *([part] if part else [])]

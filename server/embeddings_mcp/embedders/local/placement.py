@@ -42,10 +42,14 @@ class Placement:
         return "int8" if self.quantized else str(self.dtype).removeprefix("torch.")
 
     @property
+    def in_amx(self) -> bool:
+        """Whether products are computed by a CPU's AMX in bfloat16: so fast that what is around them counts."""
+        return has_onednn(self.device) and self.dtype == torch.bfloat16 and has_amx()
+
+    @property
     def slower_than_float32(self) -> bool:
-        """Whether this is an x86 CPU in 16 bits, which only saves memory unless they are bfloat16 and it has AMX."""
-        fast = self.dtype == torch.float32 or (self.dtype == torch.bfloat16 and has_amx())
-        return has_onednn(self.device) and not fast
+        """Whether this is an x86 CPU in 16 bits, which only saves memory unless it is in AMX."""
+        return has_onednn(self.device) and self.dtype != torch.float32 and not self.in_amx
 
     @property
     def faster_in_bfloat16(self) -> bool:

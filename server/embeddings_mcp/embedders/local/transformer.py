@@ -47,3 +47,31 @@ class Transformer(Protocol):
     def forward(self, row: PackedRow) -> torch.Tensor:
         """From a packed row to its token vectors, ``[tokens, d]``; of a transformer that is packed."""
         ...
+
+
+class Wrapped:
+    """What a transformer keeps of another one that it stands before; texts go packed through both."""
+
+    packed = True
+
+    def __init__(self, transformer: Transformer) -> None:
+        self._transformer = transformer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._transformer.device
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that it has vectors for."""
+        return self._transformer.vocabulary
+
+    @property
+    def first_position(self) -> int:
+        """Position id of a text's first token."""
+        return self._transformer.first_position
+
+    def forward(self, row: PackedRow) -> torch.Tensor:
+        """See `Transformer`; this is the other one's own."""
+        return self._transformer.forward(row)
