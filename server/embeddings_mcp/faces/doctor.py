@@ -162,9 +162,9 @@ def _device(settings: Settings) -> Finding:
         return problem("device", error)
     if placement.device.type == "cuda":
         card = torch.cuda.get_device_properties(placement.device)
-        says = f"{placement.device}, {card.name}, {card.total_memory >> 30} GiB, {placement.number}"
+        says = f"{placement.device}, {card.name}, {card.total_memory >> 30} GiB, {placement.precision}"
         return Finding("device", "fine", says)
-    says = f"{placement.device}, {torch.get_num_threads()} threads, {placement.number}"
+    says = f"{placement.device}, {torch.get_num_threads()} threads, {placement.precision}"
     if placement.slower_than_float32:
         return Finding("device", "note", says, "float32 is faster on this CPU: --precision float32")
     if placement.faster_in_bfloat16:

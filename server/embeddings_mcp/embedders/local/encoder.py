@@ -242,7 +242,7 @@ def load_encoder(
     static = checkpoint.pipeline.static
     placement = choose_placement("cpu", "float32") if static else choose_placement(device, precision)
     if placement.slower_than_float32:
-        _logger.warning("%s computes in %s, which takes this CPU longer than float32", card.id, placement.number)
+        _logger.warning("%s computes in %s, which takes this CPU longer than float32", card.id, placement.precision)
     if placement.quantized or placement.in_amx:
         keep_freed()
     with _checkpoint_errors(checkpoint, placement.device):

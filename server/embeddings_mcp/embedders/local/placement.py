@@ -37,7 +37,7 @@ class Placement:
     quantized: bool = False
 
     @property
-    def number(self) -> str:
+    def precision(self) -> str:
         """What is computed in, by the name that the settings have for it."""
         return "int8" if self.quantized else str(self.dtype).removeprefix("torch.")
 
@@ -54,7 +54,7 @@ class Placement:
     @property
     def faster_in_bfloat16(self) -> bool:
         """Whether this is a CPU with AMX in float32; models would take a third of the time."""
-        return has_onednn(self.device) and self.number == "float32" and has_amx()
+        return has_onednn(self.device) and self.precision == "float32" and has_amx()
 
     @property
     def tokens_per_batch(self) -> int:
