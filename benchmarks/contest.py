@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,14 +141,17 @@ def contenders(names: Sequence[str], folder: Path, threads: int) -> Iterator[tup
 
 
 def take_turns(present: Sequence[Contender], job: Job, rounds: int) -> dict[str, list[Result]]:
-    """What the job took each contender in each round; who began a round ends the next."""
+    """What the job took each contender in each round; who began a round ends the next.
+
+    All have the same texts in a round, and others in the next.
+    """
     for contender in present:
-        contender.perform(Job(job.workload, max(1, job.count // 8), seed=1, apart=job.apart))  # to warm up
+        contender.perform(replace(job, count=max(1, job.count // 8), seed=rounds))  # to warm up
     results: dict[str, list[Result]] = {contender.name: [] for contender in present}
     order = list(present)
-    for _ in range(rounds):
+    for round_ in range(rounds):
         for contender in order:
-            results[contender.name].append(contender.perform(job))
+            results[contender.name].append(contender.perform(replace(job, seed=round_)))
         order.append(order.pop(0))
     return results
 

@@ -83,7 +83,13 @@ def _sections() -> dict[str, Section]:
             "One thread each, bfloat16",
             1,
             ["ours bfloat16", ST, f"{ST} bfloat16", ORT_INT8],
-            [(short, SHORT, None), (mixed, MIXED, None), (long, LONG, None), (queries, QUERIES, None)],
+            [
+                (short, SHORT, None),
+                (mixed, MIXED, None),
+                (f"{mixed}, other lengths in each round", Job("varied", 1000), None),
+                (long, LONG, None),
+                (queries, QUERIES, None),
+            ],
             onnx=ORT_INT8,
         ),
         "all": Section(

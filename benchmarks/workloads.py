@@ -62,6 +62,7 @@ def _query(random_: random.Random) -> int:
 _LENGTHS: Mapping[str, Callable[[random.Random], int]] = {
     "short": _short,
     "mixed": _mixed,
+    "varied": _mixed,
     "long": _long,
     "to512": _to_512,
     "query": _query,
@@ -74,9 +75,10 @@ def texts(workload: str, count: int, *, seed: int = 0) -> list[str]:
 
     Args:
         workload: ``short`` (5-30 tokens each), ``mixed`` (8-256, log-normal, median 55), ``long`` (256), ``query``
-            (6-16) or ``to512`` (16-512, log-normal, median 128).
+            (6-16), ``to512`` (16-512, log-normal, median 128) or ``varied`` (as ``mixed``).
         count: how many.
-        seed: others are other texts of the same lengths.
+        seed: others are other texts of the same lengths; of ``varied``, of other lengths too.
     """
-    lengths, words = random.Random(f"{workload} lengths"), random.Random(f"{workload} words {seed}")  # noqa: S311 - texts
+    drawn = f"{workload} lengths {seed}" if workload == "varied" else f"{workload} lengths"
+    lengths, words = random.Random(drawn), random.Random(f"{workload} words {seed}")  # noqa: S311 - texts
     return [text(_LENGTHS[workload](lengths), words) for _ in range(count)]
