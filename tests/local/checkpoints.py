@@ -24,6 +24,9 @@ from tests.local.golden import FamilyName, family
 WIDTH = 32
 """Length of the token vectors of the families that they are built from."""
 
+SMALL = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": WIDTH}
+"""As much of a config as makes a model of BERT's family tiny."""
+
 TEXTS = [
     "Water.",
     "",

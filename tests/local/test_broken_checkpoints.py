@@ -24,7 +24,7 @@ from transformers import AutoModel
 
 from embeddings_mcp.embedders.local.encoder import load_encoder
 from embeddings_mcp.errors import CheckpointInvalid, InvalidRequest
-from tests.local.checkpoints import WIDTH, edit, edit_tensors, save, save_plain, save_static
+from tests.local.checkpoints import SMALL, WIDTH, edit, edit_tensors, save, save_plain, save_static
 from tests.local.golden import FamilyName, family
 
 Damage = Callable[[Path], object]
@@ -431,9 +431,6 @@ def test_token_vectors_that_cannot_be_looked_up_are_refused(tmp_path: Path, dama
     damage(tmp_path)
 
     assert re.search(reason, refused(tmp_path))
-
-
-SMALL = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": WIDTH}
 
 
 @pytest.mark.parametrize("template", ["tokenizer_config.json", "chat_template.jinja"])

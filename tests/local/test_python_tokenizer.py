@@ -15,13 +15,8 @@ from embeddings_mcp.embedders.local.python_tokenizer import Encoded, PythonToken
 from embeddings_mcp.embedders.local.tokenizer import Tokenizer
 from embeddings_mcp.errors import CheckpointInvalid, InputTooLong
 from embeddings_mcp.models import Truncate
-from tests.local.checkpoints import (
-    WIDTH,
-    assert_as_sentence_transformers_reads_it,
-    save_plain,
-)
+from tests.local.checkpoints import SMALL, assert_as_sentence_transformers_reads_it, save_plain
 
-SMALL = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": WIDTH}
 LETTERS = "abcdefghijklmnopqrstuvwxyz.,?äñ猫水"
 TEXTS = ["water is wet.", "x", "wa ter <mask> Water </s> <pad>", "猫 水 água"]
 

@@ -7,6 +7,7 @@ batch is filled up to the next of a few sizes, with texts that nobody looks at.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,11 +15,10 @@ import torch
 from embeddings_mcp.embedders.local.packing import Packing, fill
 from embeddings_mcp.embedders.local.transformer import Wrapped
 
-_STEPS = ((32, 1), (128, 16), (256, 32), (512, 64), (2048, 128))
-"""Up to so many tokens, the sizes are multiples of this. There are 58, and four products of BERT in each: those in use
-are within what oneDNN keeps (see `linear`). Lone queries have sizes of their own, of which they share few."""
-
-_LAST_STEP = 512
+_STEPS = ((32, 1), (128, 16), (256, 32), (512, 64), (2048, 128), (math.inf, 512))
+"""Up to so many tokens, the sizes are multiples of this. There are 58 up to 2,048, and four products of BERT in each:
+those in use are within what oneDNN keeps (see `linear`). Lone queries have sizes of their own, of which they share
+few."""
 
 
 class FewSizes(Wrapped):
@@ -34,5 +34,5 @@ class FewSizes(Wrapped):
 
 def rounded_up(tokens: int) -> int:
     """The size that a batch of so many tokens is filled up to."""
-    step = next((step for most, step in _STEPS if tokens <= most), _LAST_STEP)
+    step = next(step for most, step in _STEPS if tokens <= most)
     return -(-tokens // step) * step

@@ -89,11 +89,12 @@ class Tokenizer:
         path = folder / "tokenizer.json"
         try:
             read = FastTokenizer.from_file(str(path)) if path.is_file() else _convert(folder)
-            if isinstance(read, FastTokenizer):
-                tokenizer = _as_said(read, folder, lowercase=lowercase, special_tokens=special_tokens)
-                return cls(tokenizer, max_tokens=max_tokens, suffix=suffix)
-            own = PythonTokenizer(read, lowercase=lowercase, special_tokens=special_tokens)
-            return cls(own, max_tokens=max_tokens, suffix=suffix)
+            tokenizer = (
+                _as_said(read, folder, lowercase=lowercase, special_tokens=special_tokens)
+                if isinstance(read, FastTokenizer)
+                else PythonTokenizer(read, lowercase=lowercase, special_tokens=special_tokens)
+            )
+            return cls(tokenizer, max_tokens=max_tokens, suffix=suffix)
         except BaseException as error:  # readers raise whatever comes, and a panic of tokenizers is no Exception
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
