@@ -102,7 +102,9 @@ async def test_a_model_without_the_mode_says_which_it_has() -> None:
     service = EmbeddingService([HashEmbedder()], default_model="test/hash")
     request = parse(SearchRequest, {"query": "a", "input": ["b"], "mode": "colbert"})
 
-    with pytest.raises(InvalidRequest, match="`mode` 'colbert' is not possible with test/hash, which has: dense"):
+    with pytest.raises(
+        InvalidRequest, match="`mode`: test/hash does not make what mode 'colbert' needs; its modes are: dense"
+    ):
         await service.search(request)
 
 
@@ -110,9 +112,13 @@ async def test_a_model_without_the_vectors_that_a_route_is_for_says_what_it_has(
     service = EmbeddingService([HashEmbedder()], default_model="test/hash")
     asked = {"model": "default", "input": ["a"]}
 
-    with pytest.raises(InvalidRequest, match="`model` test/hash has no mode sparse, only: dense"):
+    with pytest.raises(
+        InvalidRequest, match="`model`: test/hash does not make what mode 'sparse' needs; its modes are: dense"
+    ):
         await service.create_sparse_embedding(parse(SparseEmbeddingRequest, asked))
-    with pytest.raises(InvalidRequest, match="`model` test/hash has no mode colbert, only: dense"):
+    with pytest.raises(
+        InvalidRequest, match="`model`: test/hash does not make what mode 'colbert' needs; its modes are: dense"
+    ):
         await service.create_colbert_embedding(parse(ColbertEmbeddingRequest, asked))
 
 

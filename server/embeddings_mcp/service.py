@@ -262,7 +262,7 @@ class EmbeddingService:
             if embedder.card.dimensions is None:
                 await embedder.check()  # only a loaded model knows its length
             _check_dimensions(embedder.card, dimensions)
-        make = embedder.embed if mode == "dense" else _representing(embedder, mode).represent
+        make = embedder.embed if mode == "dense" else _representing(embedder, mode, field="mode").represent
         texts = [text for value in fields.values() for text in _as_list(value)]
         try:
             made = await make(texts, input_type=input_type, truncate=truncate, on_progress=on_progress)
@@ -290,10 +290,7 @@ class EmbeddingService:
         self, request: SparseEmbeddingRequest, on_progress: OnProgress | None, mode: Mode
     ) -> tuple[Embedder, Representations]:
         embedder, input_type = await self._resolve(request.model, request.input_type)
-        if mode not in embedder.card.modes:
-            raise InvalidRequest(
-                f"`model` {embedder.card.id} has no mode {mode}, only: {', '.join(embedder.card.modes)}", param="model"
-            )
+        _representing(embedder, mode, field="model")
         made = await self._embed(
             embedder,
             {"input": request.input},
@@ -346,13 +343,14 @@ def _check_input_type(card: ModelCard, input_type: InputType | None) -> None:
         )
 
 
-def _representing(embedder: Embedder, mode: Mode) -> MultiEmbedder:
-    """The embedder, found to make what `mode` compares."""
+def _representing(embedder: Embedder, mode: Mode, *, field: str) -> MultiEmbedder:
+    """The embedder, found to make what `mode` needs; `field` is what to change where it does not."""
     if mode in embedder.card.modes and isinstance(embedder, MultiEmbedder):
         return embedder
     raise InvalidRequest(
-        f"`mode` '{mode}' is not possible with {embedder.card.id}, which has: {', '.join(embedder.card.modes)}",
-        param="mode",
+        f"`{field}`: {embedder.card.id} does not make what mode '{mode}' needs; its modes are: "
+        f"{', '.join(embedder.card.modes)}",
+        param=field,
     )
 
 
