@@ -27,16 +27,23 @@ class Limits:
         inputs: texts in all of its arrays together; one alone, like a query, is not counted.
         characters: characters in one text.
         seconds: from its reading to its answer.
+        mcp_answer_bytes: of its answer over MCP where that travels over HTTP (see `faces.answer_size`).
     """
 
     inputs: int
     characters: int
     seconds: float
+    mcp_answer_bytes: int
 
     @classmethod
     def of(cls, settings: Settings) -> Limits:
         """Those that the settings say."""
-        return cls(settings.max_inputs, settings.max_input_characters, settings.request_seconds)
+        return cls(
+            settings.max_inputs,
+            settings.max_input_characters,
+            settings.request_seconds,
+            settings.max_mcp_answer_bytes,
+        )
 
     async def answer(
         self, service: EmbeddingService, operation: Operation, request: BaseModel, on_progress: OnProgress | None = None

@@ -46,7 +46,7 @@ _BIND = {"namespace", "description", "location", "keys"}
 _IMPORT = {"import", "from", "location"}
 
 _REQUEST_FIELDS = frozenset(
-    {"model", "input", "input_type", "encoding_format", "embedding_type", "truncate", "dimensions", "user"}
+    {"model", "input", "input_type", "encoding_format", "embedding_type", "modality", "truncate", "dimensions", "user"}
 )
 _NIM_FIELDS = frozenset({"input_type", "truncate"})
 

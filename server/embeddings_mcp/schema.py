@@ -70,6 +70,14 @@ def _texts(value: object) -> object:
     return value
 
 
+def _text_only(value: object) -> object:
+    if not value or any(kind != "text" for kind in (value if isinstance(value, list) else [value])):
+        raise PydanticCustomError(
+            "modality", "must be 'text', or an array of nothing else: only texts are embedded here"
+        )
+    return value
+
+
 def _is_token_array(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
 
@@ -143,7 +151,9 @@ class EmbeddingRequest(BaseModel):
     input_type: InputTypeField = None
     encoding_format: Annotated[
         EncodingFormat,
-        Field(description="`float`: arrays of numbers. `base64`: little-endian float32 bytes, a quarter of the size."),
+        Field(
+            description="`float`: arrays of numbers. `base64`: little-endian float32 bytes, less than half of the size."
+        ),
     ] = "float"
     truncate: TruncateField = "NONE"
     dimensions: DimensionsField = None
@@ -151,15 +161,22 @@ class EmbeddingRequest(BaseModel):
 
 
 class TypedEmbeddingRequest(EmbeddingRequest):
-    """The request as REST takes it: with the field that NIM 2.x added to the published one."""
+    """The request as REST takes it: with the fields that NIM 2.x added to the published one."""
 
     embedding_type: Annotated[
         EmbeddingType,
         Field(
             description="Number format of a vector: `float`, one byte a component (`int8`, `uint8`), or one bit "
-            "(`binary`, `ubinary`, packed into signed or unsigned bytes)."
+            "(`binary`, `ubinary`, packed into signed or unsigned bytes). In `base64` a vector is those bytes: "
+            "OpenAI's clients ask for that on their own and take it for float32, so that they need `encoding_format` "
+            "`float` with any other type."
         ),
     ] = "float"
+    modality: Annotated[
+        Optional[Literal["text"] | list[Literal["text"]]],
+        BeforeValidator(_text_only),
+        Field(description="What the inputs are, all of them or, in an array, each: `text`; nothing else is embedded."),
+    ] = None
 
 
 class SparseEmbeddingRequest(BaseModel):

@@ -249,6 +249,14 @@ class Settings(BaseSettings):
     max_input_characters: Annotated[
         int, Field(gt=0, description="Characters in one text, whether or not it may be truncated.")
     ] = 20_000_000
+    max_mcp_answer_bytes: Annotated[
+        int,
+        Field(
+            gt=0,
+            description="Largest answer over MCP and HTTP, in bytes; clients made with Python's SDK read 1 MiB unless "
+            "they are told otherwise.",
+        ),
+    ] = 1_000_000
     max_queued_tokens: Annotated[
         int, Field(gt=0, description="Tokens that may wait for one local model; who comes then is asked back later.")
     ] = 1_000_000

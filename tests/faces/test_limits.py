@@ -109,7 +109,7 @@ def test_a_text_may_have_so_many_characters_and_no_more(small: httpx.Client) -> 
 @pytest.mark.anyio
 async def test_the_limits_of_a_request_hold_for_tools_too() -> None:
     service = EmbeddingService([HashEmbedder()], default_model="test/hash")
-    limits = Limits(inputs=1, characters=10, seconds=SECONDS)
+    limits = Limits.of(Settings(max_inputs=1, max_input_characters=10, request_seconds=SECONDS))
     with anyio.fail_after(SECONDS):
         async with Client(build_mcp_server(service, limits)) as client:
             many = await client.call_tool("create_embedding", {"model": "default", "input": ["a", "b"]})
@@ -132,7 +132,7 @@ async def test_a_tool_call_that_takes_too_long_is_ended() -> None:
     embedder = HeldEmbedder()
     service = EmbeddingService([embedder], default_model="test/hash")
     with anyio.fail_after(SECONDS):
-        async with Client(build_mcp_server(service, Limits(inputs=1, characters=10, seconds=0.1))) as client:
+        async with Client(build_mcp_server(service, Limits.of(Settings(request_seconds=0.1)))) as client:
             result = await client.call_tool("create_embedding", {"model": "default", "input": "a"})
     assert result.is_error
     assert "longer than the 0.1 s" in str(result.content)

@@ -121,6 +121,15 @@ def test_each_text_gets_its_own_vector_at_its_own_index(client: httpx.Client) ->
     )
 
 
+@pytest.mark.parametrize("modality", ["text", ["text"], ["text", "text"]])
+def test_a_request_may_say_that_its_inputs_are_text(client: httpx.Client, modality: object) -> None:
+    ask = {"model": MODEL, "input": ["one", "two"]}
+
+    said = client.post("/v1/embeddings", json=ask | {"modality": modality})
+
+    assert said.json() == client.post("/v1/embeddings", json=ask).json()
+
+
 def test_base64_holds_the_same_floats(client: httpx.Client) -> None:
     ask = {"model": "default", "input": "one"}
 
@@ -316,6 +325,14 @@ ONE = {"model": MODEL, "input": "one"}
             "input[1]",
             ["102 tokens", "takes 64", "`truncate`"],
             id="too long with NONE",
+        ),
+        pytest.param(
+            ONE | {"modality": ["text", "image"]},
+            400,
+            "invalid_request",
+            "modality",
+            ["must be 'text'", "only texts"],
+            id="an image",
         ),
         pytest.param([ONE], 400, "invalid_request", None, ["JSON object", "array"], id="not an object"),
     ],

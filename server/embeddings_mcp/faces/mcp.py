@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
@@ -38,6 +39,7 @@ from pydantic import BaseModel, Field
 from embeddings_mcp import __version__
 from embeddings_mcp.embedders.base import OnProgress
 from embeddings_mcp.errors import EmbeddingsError, UnknownModel
+from embeddings_mcp.faces import answer_size
 from embeddings_mcp.faces.skills import SKILL_URI, SkillsExtension, use_embeddings
 from embeddings_mcp.limits import DEFAULT_LIMITS, Limits
 from embeddings_mcp.operations import CREATE_EMBEDDING, LIST_MODELS, OPERATIONS, SEARCH, SIMILARITY, Operation
@@ -132,16 +134,28 @@ class EmbeddingsServer(MCPServer[dict[str, Any]]):
             raise MCPError(INVALID_PARAMS, f"Unknown tool: {name!r}; the tools are {', '.join(self._operations)}")
         try:
             request = parse(operation.request, arguments)
+            most = self._limits.mcp_answer_bytes if _came_over_http(context) else sys.maxsize
+            if isinstance(request, EmbeddingRequest) and (length := await self._length_of_vectors(request)):
+                answer_size.check(request, answer_size.expected_bytes(request, length), most)
             response = await self._limits.answer(self._service, operation, request, _reporter(request, context))
+            text, structured = _READABLE[operation](request, response), dump_json(response)
+            answer_size.check(request, len(text) + len(structured), most)
         except EmbeddingsError as error:
             return CallToolResult(content=[TextContent(text=error.message)], is_error=True)
         except Exception as error:
             raise UnexpectedToolError(f"{name} failed inside the server; its log says why") from error
         return CallToolResult(
-            content=[TextContent(text=_READABLE[operation](request, response))],
+            content=[TextContent(text=text)],
             # By way of JSON, since a Python float read from the shortest digits of a float32 is written with the same.
-            structured_content=orjson.loads(dump_json(response)),
+            structured_content=orjson.loads(structured),
         )
+
+    async def _length_of_vectors(self, request: EmbeddingRequest) -> int | None:
+        """How long those asked for will be; None where nobody knows yet."""
+        if request.dimensions is not None:
+            return request.dimensions
+        embedder, _ = await self._service.catalogue.find(request.model)
+        return embedder.card.dimensions
 
     async def list_resources(self) -> list[Resource]:
         """The cards of the models known now, and what else has been added."""
@@ -230,6 +244,10 @@ def _instructions(service: EmbeddingService) -> str:
     )
 
 
+def _came_over_http(context: Context[dict[str, Any], Any] | None) -> bool:
+    return context is not None and context.request_context.request is not None
+
+
 def _reporter(request: BaseModel, context: Context[dict[str, Any], Any] | None) -> OnProgress | None:
     """Tells the client how many texts are done; the SDK sends nothing to one that has not asked for progress."""
     if context is None:
@@ -301,8 +319,8 @@ def _embeddings_as_text(request: EmbeddingRequest, response: EmbeddingResponse) 
         form = "each base64 of little-endian float32 bytes"
     else:
         form = (
-            "as arrays of numbers. `encoding_format` 'base64' takes a quarter of the room; to compare or rank texts, "
-            "`similarity` and `search` answer without vectors"
+            "as arrays of numbers. `encoding_format` 'base64' takes less than half of the room; to compare or rank "
+            "texts, `similarity` and `search` answer without vectors"
         )
     count = "1 vector" if len(vectors) == 1 else f"{len(vectors)} vectors"
     return f"{count} of {length} numbers by {response['model']} ({tokens} tokens) in the structured content, {form}."
