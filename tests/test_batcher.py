@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embeddings_mcp.caller import named
-from embeddings_mcp.embedders.batcher import Batcher
+from embeddings_mcp.embedders.batcher import Batcher, Claim
 from embeddings_mcp.errors import ModelUnavailable, Overloaded, ServerStopped
 
 SECONDS = 10
@@ -52,6 +53,7 @@ async def submit(
     caller: str = "",
     *,
     at_once: int = 100,
+    claim: Claim | None = None,
 ) -> list[object]:
     """The results in the rows' order, which are brought so many at once."""
     results: dict[int, object] = {}
@@ -66,7 +68,7 @@ async def submit(
         results.update(zip(places, made, strict=True))
 
     with anyio.fail_after(SECONDS), named(caller):
-        await batcher.submit(kind, pieces.pop(0), take, more=bring)
+        await batcher.submit(kind, pieces.pop(0), take, more=bring, claim=claim)
     return [results[index] for index in range(len(rows))]
 
 
@@ -260,8 +262,8 @@ def test_what_is_expected_takes_room_too_until_it_is_there() -> None:
         batcher.expecting("second", 8),
     ):
         pass
-    with batcher.expecting("first", 16) as come:
-        come(10)
+    with batcher.expecting("first", 16) as claim:
+        claim.expected -= 10
         with batcher.expecting("second", 8):
             pass
     with batcher.expecting("second", 20):
@@ -276,6 +278,26 @@ async def test_a_request_larger_than_the_queue_is_taken_when_nothing_waits() -> 
     with batcher.expecting("large", 48):
         pass
     assert len(await submit(batcher, [row(8)] * 6)) == 6
+
+
+@pytest.mark.anyio
+async def test_a_request_larger_than_the_queue_leaves_room_to_others() -> None:
+    steps = Steps()
+    batcher = Batcher[str, object](steps, workers=1, budget=BUDGET, max_queued_tokens=20)
+    async with anyio.create_task_group() as callers:
+        with batcher.expecting("large", 48) as claim:
+            callers.start_soon(functools.partial(submit, batcher, [row(8)] * 4, claim=claim))
+            await until_queued(batcher, 24)
+            claim.expected -= 32
+            with (
+                batcher.expecting("small", 5),
+                pytest.raises(Overloaded, match="45 tokens wait"),
+                batcher.expecting("another", 1),
+            ):
+                pass
+            steps.may_end.release(100)
+    with batcher.expecting("later", 20):
+        pass
 
 
 @pytest.mark.anyio
@@ -346,7 +368,8 @@ async def test_those_who_are_refused_are_asked_back_one_after_the_other() -> Non
     batcher._tokens_per_second = 4.0
     waits = []
     async with anyio.create_task_group() as callers:
-        callers.start_soon(submit, batcher, [row(8)] * 3)
+        for _ in range(3):
+            callers.start_soon(submit, batcher, [row(8)])
         await clock.next_batch()
         await clock.next_batch()
         for caller in ("first", "second", "third"):

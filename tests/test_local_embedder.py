@@ -6,6 +6,7 @@ A stand-in takes the encoder's place, so that a test decides when loading ends a
 from __future__ import annotations
 
 import asyncio
+import functools
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ import pytest
 
 from embeddings_mcp.embedders.local.inputs import Tokens
 from embeddings_mcp.embedders.local_embedder import LocalEmbedder
-from embeddings_mcp.errors import CheckpointInvalid, InputTooLong, ServerStopped
+from embeddings_mcp.errors import CheckpointInvalid, InputTooLong, Overloaded, ServerStopped
 from embeddings_mcp.models import InputType, ModelCard, Truncate
 
 pytestmark = pytest.mark.anyio
@@ -34,7 +35,8 @@ EXACT = ModelCard(id="test/rough", dimensions=1, max_tokens=8)
 
 @dataclass
 class SteppedEncoder:
-    """Six tokens a batch; each batch waits until the test lets it end. The vector of a text is its length.
+    """Six tokens a batch; each batch waits until the test lets it end. The vector of a text is its length: a token for
+    each character, and special ones if wanted.
 
     Texts are tokenized a hundred at a time; the first of a request at once, the others when the test says so.
     """
@@ -43,6 +45,7 @@ class SteppedEncoder:
     dimensions: int = 1
     packed: bool = True
     vocabulary: int = 1
+    special: int = 0
     tokens_per_batch: int = 6
     least_tokens_per_batch: int = 1
     alive: bool = True
@@ -52,7 +55,7 @@ class SteppedEncoder:
     may_tokenize: threading.Event = field(default_factory=threading.Event)
 
     def tokenize(self, texts: Sequence[str], *, input_type: InputType | None, truncate: Truncate) -> Iterator[Tokens]:
-        lengths = [len(text) for text in texts]
+        lengths = [len(text) + self.special for text in texts]
         for start in range(0, len(texts), 100):
             assert not start or self.may_tokenize.wait(SECONDS), "the test did not let the tokenizing go on"
             piece = lengths[start : start + 100]
@@ -349,6 +352,40 @@ async def test_those_who_wait_for_a_worker_share_the_next_batch() -> None:
         assert encoder.begun.empty()
         encoder.steps.release(2)
         assert await encoder.next_batch() == [3, 2]
+
+
+@pytest.mark.parametrize(
+    ("earlier", "special", "taken_for"),
+    [
+        pytest.param([], 0, "2,000", id="nothing seen yet"),
+        pytest.param([["x" * 6] * 6000], 0, "6,000", id="many texts"),
+        pytest.param([["x"]] * 100, 2, "2,000", id="queries, which are special tokens for the most part"),
+    ],
+)
+async def test_how_many_tokens_a_request_will_have_is_learnt_from_those_before_it(
+    earlier: list[list[str]], special: int, taken_for: str
+) -> None:
+    encoder = SteppedEncoder(tokens_per_batch=100_000, special=special)
+    encoder.may_tokenize.set()
+    loader = Loader(encoder)
+    loader.may_end.set()
+    load = cast("Callable[[], Any]", loader)
+    embedder = LocalEmbedder(ROUGH, load, lambda: ("rough", EXACT), max_queued_tokens=100, workers=1)
+    ask = functools.partial(embedder.embed, input_type=None, truncate="NONE")
+    with anyio.fail_after(SECONDS):
+        encoder.steps.release(1000)
+        for texts in earlier:
+            await ask(texts)
+        encoder.steps, encoder.begun = threading.Semaphore(0), queue.SimpleQueue()
+        async with anyio.create_task_group() as callers:
+            callers.start_soon(ask, ["a"])
+            await encoder.next_batch()
+            callers.start_soon(ask, ["b"] * 30)
+            while not waiting(embedder):
+                await anyio.lowlevel.checkpoint()
+            with pytest.raises(Overloaded, match=f"of these {taken_for} there is no room"):
+                await ask(["x" * 6] * 1000)
+            encoder.steps.release(2)
 
 
 async def test_as_many_batches_are_computed_at_once_as_was_asked_for() -> None:

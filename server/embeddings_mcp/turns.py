@@ -80,12 +80,12 @@ class Turns:
         Args:
             who: what he is known by when he comes again.
             size: how much room he wants. If it is more than there is in all, he finds some once little is used.
-            used: how much is taken already.
+            used: how much is taken already, of each as much as is `counted`.
             per_second: how much is made; 0 where nobody knows yet.
         """
         now = time.monotonic()
         self._forget_missed(now)
-        size = min(size, KEPT * self._room)
+        size = self.counted(size)
         promised_per_second = PROMISED * per_second
         places = self._places_of.get(who, [])
         if places and places[0].due - _EARLY_SECONDS <= now:
@@ -102,6 +102,10 @@ class Turns:
             return _whole(places[-1].due - now)
         excess = used + self._promised_size + size - self._room
         return self._ask_back(who, size, now, excess / promised_per_second, promised_per_second)
+
+    def counted(self, size: float) -> float:
+        """As how much a size counts, wanted or taken: whoever has more than `KEPT` leaves room to the others."""
+        return min(size, KEPT * self._room)
 
     def matters_who(self, size: float, *, used: float) -> bool:
         """Whether it makes a difference who comes: there is too little room, or some is kept."""

@@ -47,12 +47,27 @@ async def _no_more() -> Sequence[Row]:
 
 
 @dataclass(eq=False)
+class Claim:
+    """The room in the queue that one request takes.
+
+    Attributes:
+        expected: about how many tokens the texts have that are on their way here; whoever brings them takes off what
+            they stand for, right before they are submitted.
+        waiting: tokens of those that are here and in no batch yet.
+    """
+
+    expected: int = 0
+    waiting: int = 0
+
+
+@dataclass(eq=False)
 class _Job(Generic[Kind, Result]):
     """The texts of one request.
 
     Attributes:
         caller: whose they are.
         kind: what is to be made of them; only texts of one kind share a batch.
+        claim: the room that they take.
         rows: their token ids.
         waiting: positions of those that no batch holds yet, the longest last.
         fresh: positions and results of those that are made, and that the caller has not been given yet.
@@ -64,6 +79,7 @@ class _Job(Generic[Kind, Result]):
 
     caller: str
     kind: Kind
+    claim: Claim
     rows: list[Row] = field(default_factory=list)
     waiting: list[int] = field(default_factory=list)
     fresh: list[tuple[int, Result]] = field(default_factory=list)
@@ -119,7 +135,7 @@ class Batcher(Generic[Kind, Result]):
         self._least_served_first = itertools.cycle([True, True, True, False])
         self._tokens_per_second = 0.0  # of one worker
         self._turns = Turns(max_queued_tokens)
-        self._expected_tokens = 0
+        self._claims: set[Claim] = set()
         self._starting = False
         self._closed: EmbeddingsError | None = None  # what is told to who comes since
         self._lock = threading.Lock()  # of what waits, who was served, and who is idle
@@ -133,6 +149,7 @@ class Batcher(Generic[Kind, Result]):
         on_progress: OnProgress | None = None,
         *,
         more: Callable[[], Awaitable[Sequence[Row]]] = _no_more,
+        claim: Claim | None = None,
     ) -> None:
         """Have the results of `rows` made. Cancelling the call takes out of the queue what has not begun.
 
@@ -142,6 +159,7 @@ class Batcher(Generic[Kind, Result]):
             on_results: given every result once, as soon as it is there.
             on_progress: told how many are there.
             more: brings further rows of the same request, which come while others are run; none after the last.
+            claim: the room held for them, see `expecting`.
 
         Raises:
             EmbeddingsError: the queue is closed.
@@ -150,7 +168,8 @@ class Batcher(Generic[Kind, Result]):
         if self._closed is not None:
             raise self._closed
         came = time.perf_counter()
-        job = _Job[Kind, Result](caller_name(), kind)
+        job = _Job[Kind, Result](caller_name(), kind, claim or Claim())
+        self._claims.add(job.claim)
         with self._lock:
             self._jobs.append(job)
         try:
@@ -179,6 +198,7 @@ class Batcher(Generic[Kind, Result]):
                 self._jobs.remove(job)
                 if all(other.caller != job.caller for other in self._jobs):
                     del self._served[job.caller]
+            self._claims.discard(job.claim)
             ended = time.perf_counter()
             telemetry.record("wait", (job.began or ended) - came)
             if job.began is not None:
@@ -192,39 +212,31 @@ class Batcher(Generic[Kind, Result]):
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     @contextlib.contextmanager
-    def expecting(self, who: Hashable, tokens: int) -> Iterator[Callable[[int], None]]:
+    def expecting(self, who: Hashable, tokens: int) -> Iterator[Claim]:
         """Hold room for texts that are on their way here.
 
         Args:
             who: whose they are, if they are refused and come again.
             tokens: about how many they have.
 
-        Returns:
-            What is to be told, right before texts are submitted, for how many of these tokens they stand.
-
         Raises:
             Overloaded: too much waits already.
         """
-        used = self.queued_tokens + self._expected_tokens
+        taken = [claim.expected + claim.waiting for claim in self._claims]
+        used = sum(map(self._turns.counted, taken))
         if seconds := self._turns.wait(who, tokens, used=used, per_second=self._tokens_per_second * self._workers):
             raise Overloaded(
-                f"{used:,} tokens wait already, and of these {tokens:,} there is no room: try again in "
+                f"{sum(taken):,} tokens wait already, and of these {tokens:,} there is no room: try again in "
                 f"{seconds:.0f} s, or send fewer texts at once",
                 retry_after=seconds,
             )
         self._turns.came_in(who)
-        self._expected_tokens += tokens
-        coming = tokens
-
-        def come(some: int) -> None:
-            nonlocal coming
-            coming -= some
-            self._expected_tokens -= some
-
+        claim = Claim(expected=tokens)
+        self._claims.add(claim)
         try:
-            yield come
+            yield claim
         finally:
-            come(coming)
+            self._claims.discard(claim)
 
     def _add(self, job: _Job[Kind, Result], rows: Sequence[Row]) -> None:
         """Put rows in the queue."""
@@ -232,7 +244,7 @@ class Batcher(Generic[Kind, Result]):
             job.waiting += range(len(job.rows), len(job.rows) + len(rows))
             job.rows += rows
             job.waiting.sort(key=lambda index: len(job.rows[index]))
-            self._queue(sum(map(len, rows)))
+            self._queue(job, sum(map(len, rows)))
         # Requests that came in together are to share a batch: the loop goes through all of them first.
         if not self._starting:
             self._starting = True
@@ -300,8 +312,9 @@ class Batcher(Generic[Kind, Result]):
                 job.began = job.began or began
                 job.served += length
                 self._served[job.caller] += length
+                job.claim.waiting -= length
                 spent += length
-        self._queue(-spent)
+        self._count_queued(-spent)
         return sorted(batch, key=lambda entry: len(entry[0].rows[entry[1]]), reverse=True)
 
     def _finish(self, batch: _Batch[Kind, Result], seconds: float, outcome: Sequence[Result] | BaseException) -> None:
@@ -348,9 +361,13 @@ class Batcher(Generic[Kind, Result]):
         job.changed.set()
 
     def _drop_waiting(self, job: _Job[Kind, Result]) -> None:
-        self._queue(-sum(len(job.rows[index]) for index in job.waiting))
+        self._queue(job, -sum(len(job.rows[index]) for index in job.waiting))
         job.waiting.clear()
 
-    def _queue(self, tokens: int) -> None:
+    def _queue(self, job: _Job[Kind, Result], tokens: int) -> None:
+        job.claim.waiting += tokens
+        self._count_queued(tokens)
+
+    def _count_queued(self, tokens: int) -> None:
         self.queued_tokens += tokens
         telemetry.QUEUED_TOKENS.inc(tokens)

@@ -35,6 +35,11 @@ _TOKENS_OF_CHARACTER = 0.25
 """Tokens for each character, until texts were seen: in English one has four or five characters."""
 
 
+_CHARACTERS_REMEMBERED = 10_000
+"""Of how many characters, seen last, what was learnt counts as much as what is seen now: so that many short queries, of
+which every one has its special tokens too, do not make a large request seem larger than it is."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Kind:
     """What is to be made of some texts; only those of one kind go through the model together.
@@ -180,7 +185,7 @@ class LocalEmbedder:
         most = model.card.max_tokens or sys.maxsize
         expected = [min(most, math.ceil(len(text) * self._tokens_of_character)) for text in texts]
         # What finds no room is refused before it is tokenized; by its texts it is known when it comes again.
-        with batcher.expecting((caller_name(), hash(tuple(texts))), sum(expected)) as come:
+        with batcher.expecting((caller_name(), hash(tuple(texts))), sum(expected)) as claim:
             pieces = model.tokenize(texts, input_type=request.input_type, truncate=request.truncate)
             beside = sum(map(len, texts)) > _CHARACTERS_ON_LOOP
 
@@ -190,21 +195,23 @@ class LocalEmbedder:
                 piece = slice(len(counts), len(counts) + len(tokens.rows))
                 self._note_tokens(texts[piece], tokens.counts, most)
                 counts.extend(tokens.counts)
-                come(sum(expected[piece]))
+                claim.expected -= sum(expected[piece])
                 return tokens
 
             async def more() -> Sequence[Row]:
                 return (await read()).rows if len(counts) < len(texts) else ()
 
             first = await read()
-            await batcher.submit(_Kind(first.skip, every), first.rows, take, on_progress, more=more)
+            kind = _Kind(first.skip, every)
+            await batcher.submit(kind, first.rows, take, on_progress, more=more, claim=claim)
 
     def _note_tokens(self, texts: Sequence[str], counts: Sequence[int], most: int) -> None:
         """Learn how many tokens the characters of such texts make, of those texts that were not cut off."""
         whole = [(len(text), count) for text, count in zip(texts, counts, strict=True) if count < most]
         if characters := sum(length for length, _ in whole):
             seen = sum(count for _, count in whole) / characters
-            self._tokens_of_character += 0.1 * (seen - self._tokens_of_character)
+            weight = characters / (characters + _CHARACTERS_REMEMBERED)
+            self._tokens_of_character += weight * (seen - self._tokens_of_character)
 
     async def _ready(self) -> tuple[LoadedModel, Batcher[_Kind, Any]]:
         """The loaded model, and the queue before it."""
