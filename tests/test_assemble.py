@@ -105,4 +105,3 @@ def test_one_model_of_the_settings_is_taken_from_where_they_have_it() -> None:
     }.items():
         one = only(settings, asked)
         assert (one.models, one.default_model, one.device) == ((taken,), None, "cpu")
-    assert only(settings, "default") == settings

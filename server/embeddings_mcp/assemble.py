@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import os
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import SecretStr
 
-from embeddings_mcp.catalogue import ModelSource, meaning
+from embeddings_mcp.catalogue import DEFAULT, ModelSource, meaning
 from embeddings_mcp.embedders.base import Embedder
 from embeddings_mcp.embedders.cache import Cache, DiskStore, MemoryStore, cached
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint, read_checkpoint
@@ -24,7 +25,7 @@ from embeddings_mcp.embedders.local.running.loaded import LoadedModel
 from embeddings_mcp.embedders.local.running.loading import Loading
 from embeddings_mcp.embedders.local_embedder import LocalEmbedder
 from embeddings_mcp.errors import InvalidRequest, InvalidSetting, UnknownModel
-from embeddings_mcp.models import CARDS, ModelCard, find_card
+from embeddings_mcp.models import CARDS, DEFAULT_MODEL, ModelCard, find_card
 from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import EndpointSettings, Settings
 
@@ -45,8 +46,8 @@ def build_service(settings: Settings) -> EmbeddingService:
             default model, or an endpoint is not described as it should be.
     """
     cache = _open_cache(settings)
-    embedders = [_behind(cache)(_local(spec, settings, cache)) for spec in settings.models]
-    default = settings.default_model or embedders[0].card.id
+    embedders = [_behind(cache)(_local(spec, settings, cache)) for spec in _models_here(settings)]
+    default = settings.default_model or (embedders[0].card.id if embedders else DEFAULT_MODEL)
     return EmbeddingService(embedders, default_model=default, sources=endpoint_models(settings, cache))
 
 
@@ -58,15 +59,17 @@ async def service_for(settings: Settings, model: str | None, *, at_endpoint: boo
 
     Args:
         settings: where models are.
-        model: ``ID``, ``ID=PATH`` or ``default``; None for the default model or, `at_endpoint`, for the only one.
+        model: ``ID`` or ``ID=PATH``; ``default`` and None for the default model or, `at_endpoint`, for the only one.
         at_endpoint: an endpoint has to have it.
 
     Raises:
         InvalidRequest: no model was named, and the endpoints have several.
         EmbeddingsError: an endpoint cannot be asked, or none has the model; as `build_service`.
     """
+    if model is not None and model.lower() == DEFAULT:
+        model = None
     if not at_endpoint:
-        if model is None or model.lower() == "default":
+        if model is None:
             return build_service(settings)
         if "=" in model or _of_settings(model, settings):
             return build_service(only(settings, model))
@@ -91,10 +94,8 @@ def only(settings: Settings, model: str) -> Settings:
 
     Args:
         settings: if they have a model of that name, they also say where it is.
-        model: ``ID``, ``ID=PATH``, or ``default``.
+        model: ``ID`` or ``ID=PATH``.
     """
-    if model.lower() == "default":
-        return settings
     spec = model if "=" in model else _of_settings(model, settings) or model
     alone = {"models": (spec,), "default_model": None, "endpoints": (), "nvidia_api_key": None}
     return settings.model_copy(update=alone)
@@ -176,6 +177,20 @@ def _endpoint(described: EndpointSettings, settings: Settings) -> Endpoint:
     if endpoint.hosted:
         return replace(endpoint, api_key=settings.nvidia_api_key)
     return replace(endpoint, key_name="the endpoint's `api_key_env`")
+
+
+def _models_here(settings: Settings) -> tuple[str, ...]:
+    """The models that run here: beside endpoints not the one that nobody named, if there is nothing to run it with."""
+    named = "models" in settings.model_fields_set
+    beside_endpoints = bool(settings.endpoints) or settings.nvidia_api_key is not None
+    return settings.models if named or not beside_endpoints or _has_torch() else ()
+
+
+def _has_torch() -> bool:
+    try:
+        return importlib.util.find_spec("torch") is not None
+    except ModuleNotFoundError:  # as whoever keeps packages from being imported may answer
+        return False
 
 
 def _address(url: str) -> str:

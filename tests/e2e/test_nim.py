@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +64,9 @@ class Served:
 
 
 @asynccontextmanager
-async def serve(*flags: str, **environment: str) -> AsyncIterator[Served]:
+async def serve(*flags: str, command: Sequence[str] = (COMMAND,), **environment: str) -> AsyncIterator[Served]:
     """``embeddings-mcp serve`` over HTTP, listening."""
-    command = [COMMAND, "serve", "--transport", "http", "--port", "0", *flags]
+    command = [*command, "serve", "--transport", "http", "--port", "0", *flags]
     process = await anyio.open_process(command, cwd=ROOT, env={**os.environ, **environment})
     served, listening = Served(process), anyio.Event()
 
@@ -203,6 +203,19 @@ async def test_an_endpoint_may_have_the_default_model_and_then_no_encoder_is_imp
     imported = set(re.findall(r"^import time:.*\| +(\S+)$", served.said.decode(), re.MULTILINE))
     assert "httpx" in imported
     assert not imported & {"torch", "transformers", "tokenizers", "safetensors", "huggingface_hub"}
+
+
+async def test_without_the_encoder_s_packages_the_default_model_is_that_of_the_endpoint() -> None:
+    without_local = (sys.executable, "-m", "tests.e2e.without_local")
+    model = replace(SYMMETRIC, id=DEFAULT_MODEL, dimensions=384)
+    async with (
+        stand_in(models={model.id: model}) as standing,
+        serve("--endpoint", standing.url, command=without_local) as served,
+        openai_at(served.url) as client,
+    ):
+        answer = await client.embeddings.create(model="default", input="a text")
+        assert [entry.id for entry in (await client.models.list()).data] == [DEFAULT_MODEL]
+    np.testing.assert_array_equal(vectors_of(answer)[0], HashEmbedder(model).vector("a text"))
 
 
 # --- The end of a call, and of the server ----------------------------------------------------------------------------
@@ -423,7 +436,7 @@ async def test_a_model_of_an_endpoint_is_asked_from_the_command_line() -> None:
         async def ask(*arguments: str) -> subprocess.CompletedProcess[str]:
             return await anyio.to_thread.run_sync(lambda: run(*arguments, "--endpoint", standing.url))
 
-        for chosen in ([], ["--model", SYMMETRIC.id], ["--model", f"{SYMMETRIC.id}-query"]):
+        for chosen in ([], *(["--model", name] for name in (SYMMETRIC.id, f"{SYMMETRIC.id}-query", "default"))):
             answer = await ask("embed", "--json", *chosen, *TEXTS)
             assert answer.returncode == 0, answer.stderr
             rows = [row["embedding"] for row in json.loads(answer.stdout)["data"]]
