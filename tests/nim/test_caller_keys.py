@@ -38,10 +38,10 @@ def request() -> dict[str, str]:
 
 
 @contextmanager
-def served(standing: StandIn, **endpoint: Any) -> Iterator[str]:
+def served(standing: StandIn, *, default: str | None = None, **endpoint: Any) -> Iterator[str]:
     """Our server's address, with the stand-in as its endpoint."""
     described = EndpointSettings(url=standing.url, **{"api_key": OURS, "caller_keys": True, **endpoint})
-    settings = Settings(endpoints=(described,))
+    settings = Settings(endpoints=(described,), default_model=default)
     service = build_service(settings)
     with serving(create_app(service, build_mcp_server(service), settings)) as url:
         yield url
@@ -102,6 +102,15 @@ async def test_many_callers_at_once_keep_their_keys_apart() -> None:
         embedded = [seen for seen in standing.seen if seen.path == "/v1/embeddings"]
         assert len(embedded) == 2 * len(keys)
         assert all(seen.headers["authorization"] == f"Bearer {seen.json['input'][0].split()[0]}" for seen in embedded)
+
+
+async def test_a_probe_that_needs_no_key_carries_none_to_the_endpoint() -> None:
+    async with stand_in() as standing:
+        with served(standing, models=(SYMMETRIC.id,), default=SYMMETRIC.id, api_key=None) as url:
+            async with rest(url) as http:
+                await http.get("/v1/health/ready", headers={CALLER_KEY_HEADER: ALICES})
+        assert standing.seen
+        assert all("authorization" not in seen.headers for seen in standing.seen)
 
 
 async def test_a_server_that_takes_no_keys_of_callers_says_so_on_every_route() -> None:

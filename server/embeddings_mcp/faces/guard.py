@@ -101,7 +101,8 @@ class Guard:
                 # By this the MCP SDK sees to it that a session is its owner's only.
                 scope["user"] = AuthenticatedUser(caller)
                 stack.enter_context(named(_called(caller)))
-            if keys := values_of(scope, _CALLER_KEY):
+            # Whoever is asked for no key could try out those of others otherwise: a probe asks the endpoint, too.
+            if scope["path"] not in self._keyless_paths and (keys := values_of(scope, _CALLER_KEY)):
                 stack.enter_context(bringing(SecretStr(keys[0])))
             # A GET of MCP is a stream of what the server has to say, for as long as the client stays.
             if posts:
