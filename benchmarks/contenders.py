@@ -48,13 +48,13 @@ def ours(folder: Path, threads: int, *, precision: Precision = "float32") -> Emb
     return lambda batch: encoder.encode(batch, truncate="END").vectors
 
 
-def ours_served(folder: Path, _threads: int, *, precision: Precision = "float32") -> Embed:
+def ours_served(folder: Path, _threads: int, *, precision: Precision = "float32", device: str = "cpu") -> Embed:
     """Our embedder as the server runs it: the queue before the encoder, and as many workers as it finds good."""
     from embeddings_mcp.assemble import build_service
     from embeddings_mcp.settings import Settings
 
     loop = asyncio.new_event_loop()
-    settings = Settings(models=(f"benchmark={folder}",), device="cpu", precision=precision, cache="off")
+    settings = Settings(models=(f"benchmark={folder}",), device=device, precision=precision, cache="off")
     embedder = build_service(settings).catalogue.default
     assert embedder is not None, "the default model is served"
     loop.run_until_complete(embedder.check())

@@ -8,7 +8,6 @@ server's packages are missing, its queue is left out.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import statistics
 import sys
 import tempfile
@@ -23,6 +22,7 @@ import torch
 from tests.local.golden import MODELS, Case, Family, FamilyName, family
 from tokenizers import Tokenizer as FastTokenizer
 
+from benchmarks.contenders import ours_served
 from benchmarks.machine import describe
 from benchmarks.shapes import BERT_LARGE, BERT_SMALL, LLAMA_1B, TINY_BERT, TINY_LLAMA, Shape, write
 from benchmarks.table import number, ratio, show
@@ -220,20 +220,9 @@ def _tokens(encoder: Encoder, wanted: Sequence[str]) -> list[int]:
 def _served(folder: Path, device: str) -> dict[str, Embed]:
     """Our embedder as the server runs it, with the queue before the encoder; none where its packages are missing."""
     try:
-        from embeddings_mcp.assemble import build_service
-        from embeddings_mcp.settings import Settings
+        return {"ours, served": ours_served(folder, 0, precision="bfloat16", device=device)}
     except ImportError:
         return {}
-    loop = asyncio.new_event_loop()
-    settings = Settings(models=(f"random={folder}",), device=device, precision="bfloat16", cache="off")
-    embedder = build_service(settings).catalogue.default
-    assert embedder is not None, "the default model is served"
-    loop.run_until_complete(embedder.check())
-
-    def embed(batch: Sequence[str]) -> FloatMatrix:
-        return loop.run_until_complete(embedder.embed(batch, input_type=None, truncate="END")).vectors
-
-    return {"ours, served": embed}
 
 
 def _peers(folder: Path, shape: Shape, device: str) -> dict[str, Embed]:

@@ -13,10 +13,9 @@ from embeddings_mcp import telemetry
 from embeddings_mcp.embedders.base import OnProgress
 from embeddings_mcp.errors import InputTooLarge, RequestTimeout, TooManyInputs
 from embeddings_mcp.operations import Operation
+from embeddings_mcp.schema import texts_of
 from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
-
-_TEXT_FIELDS = ("query", "input", "other")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +68,7 @@ class Limits:
             )
 
     def _check(self, request: BaseModel) -> None:
-        given = vars(request)  # asking a pydantic model for what it has not costs as much as all of this
-        fields = {name: texts for name in _TEXT_FIELDS if (texts := given.get(name)) is not None}
+        fields = texts_of(request)
         count = sum(len(texts) for texts in fields.values() if not isinstance(texts, str))
         if count > self.inputs:
             raise TooManyInputs(

@@ -256,6 +256,22 @@ class ListModelsRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+# --- The texts of a request ------------------------------------------------------------------------------------------
+
+_TEXT_FIELDS = ("query", "input", "other")
+
+
+def texts_of(request: BaseModel) -> dict[str, str | list[str]]:
+    """What is to be embedded, by field, in the order in which it is."""
+    given = vars(request)  # asking a pydantic model for what it has not costs as much as counting a large request
+    return {name: texts for name in _TEXT_FIELDS if (texts := given.get(name)) is not None}
+
+
+def count_texts(texts: str | list[str]) -> int:
+    """How many texts a field holds."""
+    return 1 if isinstance(texts, str) else len(texts)
+
+
 # --- Responses -------------------------------------------------------------------------------------------------------
 # Plain dictionaries, since vectors go from numpy to bytes without a model in between (see `dump_json`).
 

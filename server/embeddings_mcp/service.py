@@ -40,6 +40,7 @@ from embeddings_mcp.schema import (
     SparseEmbeddingResponse,
     TypedEmbeddingRequest,
     Usage,
+    count_texts,
 )
 from embeddings_mcp.vectors import shorten
 
@@ -139,8 +140,8 @@ class EmbeddingService:
         Raises:
             EmbeddingsError: any of the tree in `errors`; ``param`` names the field to blame.
         """
-        rows = _count(request.input)
-        columns = None if request.other is None else _count(request.other)
+        rows = count_texts(request.input)
+        columns = None if request.other is None else count_texts(request.other)
         _check_scores(rows, columns, request.top_k)
         if request.mode != "dense" and request.metric != "cosine":
             raise InvalidRequest("`metric` is for mode 'dense' only: leave it out", param="metric")
@@ -223,7 +224,7 @@ class EmbeddingService:
         """Return once the default model can answer.
 
         Raises:
-            ModelUnavailable: it cannot, and why.
+            EmbeddingsError: it cannot, and why.
         """
         await (await self.catalogue.find(DEFAULT))[0].check()
 
@@ -277,7 +278,7 @@ class EmbeddingService:
         make = functools.partial(
             self._embed, embedder, mode=request.mode, truncate=request.truncate, dimensions=request.dimensions
         )
-        queries = _count(request.query)
+        queries = count_texts(request.query)
         if embedder.card.input_type == "ignored":
             fields = {"query": request.query, "input": request.input}
             made = await make(fields, input_type=None, on_progress=on_progress)
@@ -393,14 +394,10 @@ def _after(earlier: int, on_progress: OnProgress | None) -> OnProgress | None:
 def _place(fields: Mapping[str, str | list[str]], index: int) -> str:
     """The field, and the position in it, of the text at `index` of all the fields' texts."""
     for field, value in fields.items():
-        if index < _count(value):
+        if index < count_texts(value):
             return field if isinstance(value, str) else f"{field}[{index}]"
-        index -= _count(value)
+        index -= count_texts(value)
     raise IndexError(index)
-
-
-def _count(texts: str | list[str]) -> int:
-    return 1 if isinstance(texts, str) else len(texts)
 
 
 def _as_list(texts: str | list[str]) -> list[str]:

@@ -103,9 +103,11 @@ class Embedder(Protocol):
         Cancelling the call stops the work that has not begun.
 
         Raises:
-            InputTooLong: a text is too long and `truncate` is NONE; ``index`` says which.
+            InputUnusable: a text cannot be embedded, as one that is too long where `truncate` is NONE; ``index`` says
+                which.
             ModelUnavailable: the model cannot be loaded or reached.
             Overloaded: no room in the queue.
+            EmbeddingsError: what an endpoint refuses besides.
         """
         ...
 
@@ -113,7 +115,7 @@ class Embedder(Protocol):
         """Return once the model can answer.
 
         Raises:
-            ModelUnavailable: it cannot, and why.
+            EmbeddingsError: it cannot, and why.
         """
         ...
 
@@ -137,7 +139,8 @@ class MultiEmbedder(Embedder, Protocol):
         """All that the model makes of `texts`; in the rest as `Embedder.embed`.
 
         Raises:
-            InputTooLong: a text is too long and `truncate` is NONE; ``index`` says which.
+            InputUnusable: a text cannot be embedded; ``index`` says which.
             ModelUnavailable: the model cannot be loaded, or has only dense vectors.
+            Overloaded: no room in the queue.
         """
         ...

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pydantic import BaseModel
 
 from embeddings_mcp.errors import InvalidRequest, TooManyInputs
-from embeddings_mcp.schema import EmbeddingRequest
+from embeddings_mcp.schema import EmbeddingRequest, count_texts
 
 _NUMBER_BYTES = 13
 """A component in JSON: a comma, a sign or none, ``0.0`` and eight digits are the most that is usual."""
@@ -22,7 +22,7 @@ _ROW_BYTES = 64
 def expected_bytes(request: EmbeddingRequest, dimensions: int) -> int:
     """About how large the answer to a request for vectors of such length will be; rather more than less."""
     vector = -(-dimensions * 4 // 3) * 4 if request.encoding_format == "base64" else dimensions * _NUMBER_BYTES
-    return _count(request) * (vector + _ROW_BYTES)
+    return count_texts(request.input) * (vector + _ROW_BYTES)
 
 
 def check(request: BaseModel, size: int, most: int) -> None:
@@ -42,14 +42,10 @@ def check(request: BaseModel, size: int, most: int) -> None:
     too_large = f"the answer would have some {size:,} bytes, and one over MCP may have {most:,} here: "
     if not isinstance(request, EmbeddingRequest):
         raise InvalidRequest(f"{too_large}ask for less by `top_k`", param="top_k")
-    fitting = most * _count(request) // size
+    fitting = most * count_texts(request.input) // size
     fewer = f"send at most {fitting:,} texts at once" if fitting else "ask for shorter vectors (`dimensions`)"
     packed = "" if request.encoding_format == "base64" else ", take `encoding_format` 'base64', which needs 2/5 of that"
     raise TooManyInputs(
         f"{too_large}{fewer}{packed}, or send them to the REST route /v1/embeddings, which has no such limit",
         param="input",
     )
-
-
-def _count(request: EmbeddingRequest) -> int:
-    return 1 if isinstance(request.input, str) else len(request.input)

@@ -54,6 +54,8 @@ from embeddings_mcp.schema import (
     SearchResponse,
     SimilarityRequest,
     SimilarityResponse,
+    count_texts,
+    texts_of,
 )
 from embeddings_mcp.serialization import dump_json, parse
 from embeddings_mcp.service import EmbeddingService
@@ -252,9 +254,7 @@ def _reporter(request: BaseModel, context: Context[dict[str, Any], Any] | None) 
     """Tells the client how many texts are done; the SDK sends nothing to one that has not asked for progress."""
     if context is None:
         return None
-    fields = (getattr(request, field, None) for field in ("query", "input", "other"))
-    total = sum(1 if isinstance(texts, str) else len(texts) for texts in fields if texts is not None)
-
+    total = sum(map(count_texts, texts_of(request).values()))
     told = 0.0
 
     async def report(done: int) -> None:

@@ -12,6 +12,7 @@ import anyio
 from embeddings_mcp.embedders.base import OnProgress
 from embeddings_mcp.errors import InvalidRequest
 from embeddings_mcp.operations import Operation
+from embeddings_mcp.schema import count_texts, texts_of
 from embeddings_mcp.serialization import parse
 from embeddings_mcp.service import EmbeddingService
 
@@ -50,7 +51,7 @@ def ask(operation: Operation, make: Callable[[], Awaitable[EmbeddingService]], *
     if "model" in operation.request.model_fields:
         fields["model"] = "default"
     request = parse(operation.request, {name: value for name, value in fields.items() if value is not None})
-    count = sum(len(texts) for texts in fields.values() if isinstance(texts, list)) + ("query" in fields)
+    count = sum(map(count_texts, texts_of(request).values()))
 
     async def answer() -> Mapping[str, Any]:
         async with contextlib.aclosing(await make()) as service, _progress(count) as on_progress:
