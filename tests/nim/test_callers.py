@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 import anyio
+import httpx
 import numpy as np
 import openai
 import pytest
@@ -33,10 +34,10 @@ def embedder_at(standing: StandIn, **endpoint: int) -> NimEmbedder:
 
 
 @contextmanager
-def rest_over(embedder: Embedder) -> Iterator[str]:
+def rest_over(embedder: Embedder, **chosen: float) -> Iterator[str]:
     """The address of our REST face over this embedder, which is closed with it."""
     service = EmbeddingService([embedder], default_model=embedder.card.id)
-    with serving(create_app(service, build_mcp_server(service), Settings())) as url:
+    with serving(create_app(service, build_mcp_server(service), Settings(**chosen))) as url:  # type: ignore[arg-type]
         yield f"{url}/v1"
 
 
@@ -75,6 +76,16 @@ async def test_a_rest_caller_who_hangs_up_hangs_up_on_the_endpoint() -> None:
                     await standing.received(1)
                     calls.cancel_scope.cancel()
                 await standing.hung_up.wait()
+
+
+async def test_a_rest_caller_whose_time_is_over_before_his_turn_is_told_so() -> None:
+    async with stand_in() as standing:
+        with rest_over(embedder_at(standing), request_seconds=1e-9) as url:
+            async with httpx.AsyncClient(timeout=10) as client:
+                asked = {"model": MODEL, "input": TEXTS, "input_type": "query"}
+                answer = await client.post(f"{url}/embeddings", json=asked)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "request_timeout")
+    assert not standing.seen
 
 
 async def test_a_waiting_tool_call_reports_ever_more_progress(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,17 @@ async def test_nobody_waits_for_a_turn_after_his_deadline() -> None:
     assert len(times) == 1
 
 
+async def test_whose_time_is_over_is_not_told_that_others_are_before_him() -> None:
+    turnstile = Turnstile("it", concurrency=100, requests=1, window=60)
+    times: list[float] = []
+    await pass_through(turnstile, times)
+    with anyio.move_on_after(0) as scope:
+        turnstile.admit(1)
+        await pass_through(turnstile, times)
+    assert scope.cancelled_caught
+    assert len(times) == 1
+
+
 async def test_slow_requests_before_a_place_are_counted_in_the_wait() -> None:
     turnstile = Turnstile("it", concurrency=1, requests=math.inf)
     release = anyio.Event()

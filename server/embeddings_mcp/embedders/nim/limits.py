@@ -16,7 +16,8 @@ class Turnstile:
     """Lets requests through in the order in which they came: so many at the same time, so many in any window of time.
 
     The window slides: a bucket that refills would let twice the limit through in its first minute. Nobody waits for a
-    turn that would come after his deadline (that of the cancel scope he is in): he is told at once.
+    turn that would come after his deadline (that of the cancel scope he is in): he is told at once. Whose deadline
+    is past is told nothing: his scope ends what he does.
 
     Args:
         name: of what lies behind it, for the error.
@@ -94,10 +95,10 @@ class Turnstile:
 
     def _refuse_late(self, wait: float, requests: int) -> None:
         left = anyio.current_effective_deadline() - anyio.current_time()
-        if wait > left:
+        if 0 <= left < wait:  # whose time is over, or who is cancelled (-inf), learns so at his next await
             count = "the request" if requests == 1 else f"the last of {requests:,} requests"
             raise Overloaded(
-                f"{self._name} is busy: {count} to it would have to wait {wait:,.0f} s, and has {max(left, 0):,.0f} s; "
+                f"{self._name} is busy: {count} to it would have to wait {wait:,.0f} s, and has {left:,.0f} s; "
                 "try again later, or with fewer texts at once",
                 retry_after=max(wait - left, 1.0),
             )
