@@ -58,6 +58,7 @@ class Reply:
     """An answer, true or broken.
 
     Attributes:
+        headers: sent in UTF-8; ``surrogateescape`` stands for bytes that are none.
         length: what Content-Length says; the truth when None.
         cut_after: break the connection off after so many bytes of the body.
         held_by: send nothing before this event.
@@ -277,7 +278,7 @@ class StandIn:
         length = len(reply.body) if reply.length is None else reply.length
         head = [f"HTTP/1.1 {reply.status} ", f"Content-Length: {length}"]
         head += [f"{name}: {value}" for name, value in reply.headers.items()]
-        writer.write("\r\n".join([*head, "", ""]).encode() + reply.body[: reply.cut_after])
+        writer.write("\r\n".join([*head, "", ""]).encode(errors="surrogateescape") + reply.body[: reply.cut_after])
         await writer.drain()
         return reply.cut_after is None and length == len(reply.body)
 

@@ -215,6 +215,10 @@ def _embedding(value: object) -> Fault:
     return changing(change)
 
 
+def _served_by(place: str) -> Fault:
+    return lambda reply: replace(reply, headers={**reply.headers, "X-Served-By": place})
+
+
 def _no_data(payload: dict[str, Any]) -> None:
     del payload["data"]
 
@@ -224,6 +228,8 @@ def _no_data(payload: dict[str, Any]) -> None:
     [
         pytest.param(changing(_shuffle), 1, id="shuffled"),
         pytest.param(zipped, 1, id="gzip"),
+        pytest.param(_served_by("Zürich"), 1, id="a header in UTF-8"),
+        pytest.param(_served_by("Z\udcfcrich"), 1, id="a header in latin-1"),
         pytest.param(cut, 2, id="cut off in the middle of the body"),
         pytest.param(truncated, 2, id="JSON truncated"),
         pytest.param(overstated, 2, id="Content-Length too large"),

@@ -159,6 +159,8 @@ CASES = (
     Case("redirect", (307, b""), 502, "upstream_failed",
          ("redirects to https://elsewhere.example/v1/embeddings (307)", "not followed"),
          headers=(("Location", "https://elsewhere.example/v1/embeddings"),)),
+    Case("redirect to what is not ASCII", (307, b""), 502, "upstream_failed", ("redirects to https://zürich.example/v1",),
+         headers=(("Location", "https://zürich.example/v1"),)),
     Case("a server that repeats the key", (400, f"unexpected header Bearer {KEY}"), 400, "invalid_request",
          ("unexpected header Bearer ***",)),
 )  # fmt: skip

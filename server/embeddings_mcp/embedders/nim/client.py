@@ -242,11 +242,12 @@ async def _ask(
             content += piece
             if len(content) > MAX_ANSWER_BYTES:
                 raise AnswerInvalid(f"it is longer than {MAX_ANSWER_BYTES:,} bytes")
-        unpacked = [(name, value) for name, value in answer.headers.multi_items() if name not in _OF_TRANSFER]
+        # As bytes, for what is not ASCII can be read and not written.
+        unpacked = [(name, value) for name, value in answer.headers.raw if name.lower() not in _OF_TRANSFER]
         return httpx.Response(answer.status_code, headers=unpacked, content=bytes(content), request=answer.request)
 
 
-_OF_TRANSFER = frozenset({"content-encoding", "content-length", "transfer-encoding"})
+_OF_TRANSFER = frozenset({b"content-encoding", b"content-length", b"transfer-encoding"})
 
 
 def _turnstile(endpoint: Endpoint) -> Turnstile:
