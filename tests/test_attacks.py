@@ -209,3 +209,24 @@ async def test_an_endpoint_cannot_fill_the_memory(monkeypatch: pytest.MonkeyPatc
         if encoding == "identity":
             with anyio.fail_after(SECONDS):
                 await standing.hung_up.wait()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("encoding", ["zstd", "br", "gzip, gzip"])
+async def test_an_answer_is_not_unpacked_in_a_way_that_has_no_bound(encoding: str) -> None:
+    bomb = gzip.compress(gzip.compress(b" " * 50_000_000))
+    packed: dict[str, Any] = {"Content_Type": "application/json", "Content_Encoding": encoding}
+    async with (
+        stand_in(faults=iter([answering(200, bomb, **packed)])) as standing,
+        embedding_at(standing) as embedder,
+    ):
+        tracemalloc.start()
+        try:
+            with anyio.fail_after(SECONDS), pytest.raises(UpstreamFailed, match="none of those that were asked for"):
+                await embed(embedder)
+            most = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    [seen] = standing.seen
+    assert seen.headers["accept-encoding"] == "gzip, deflate"
+    assert most < 20_000_000

@@ -32,6 +32,13 @@ MOST_CALLERS = 1000
 MAX_ANSWER_BYTES = 256 * 1024 * 1024
 """Longest answer, unpacked: ten times that of a thousand texts in 2,048 dimensions. A few bytes can unpack to more."""
 
+_CODINGS = ("gzip", "deflate")
+"""How an answer may be packed: the 64 KiB that are read at a time unpack to 64 MiB at most, before they are counted.
+
+httpx asks for more where it finds their packages (zstd, br), in which a piece can be of any length, as it can in two
+codings one within the other.
+"""
+
 _MOST_CONNECTIONS = 100  # of all callers together, where they bring keys; else as many as the endpoint takes requests
 _CONNECT_TIMEOUT = 10.0
 _POLL_PAUSES = (0.1, 0.5, 2.0, 5.0)  # the last one again and again; the deadline ends it
@@ -222,7 +229,11 @@ class EndpointClient:
                 limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
                 follow_redirects=False,  # a redirect could carry the key to another host
                 trust_env=not self.endpoint.loopback,  # a proxy for the outside world has no way to this machine
-                headers={"User-Agent": f"embeddings-mcp/{__version__}", "Accept": "application/json"},
+                headers={
+                    "User-Agent": f"embeddings-mcp/{__version__}",
+                    "Accept": "application/json",
+                    "Accept-Encoding": ", ".join(_CODINGS),
+                },
             )
         return self._http
 
@@ -233,10 +244,12 @@ async def _ask(
     """The whole answer, as long as it is not longer than any can be.
 
     Raises:
-        AnswerInvalid: it is.
+        AnswerInvalid: it is, or it is packed in a way that was not asked for.
         httpx.RequestError: there is none.
     """
     async with http.stream(method, url, content=body, headers=headers) as answer:
+        if (answer.headers.get("Content-Encoding") or "identity").lower() not in {"identity", *_CODINGS}:
+            raise AnswerInvalid(f"its Content-Encoding is none of those that were asked for ({', '.join(_CODINGS)})")
         content = bytearray()
         async for piece in answer.aiter_bytes():
             content += piece
