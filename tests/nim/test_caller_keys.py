@@ -6,6 +6,8 @@ import itertools
 import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -23,7 +25,7 @@ from embeddings_mcp.errors import AuthenticationFailed, Overloaded
 from embeddings_mcp.faces.http import create_app
 from embeddings_mcp.faces.mcp import build_mcp_server
 from embeddings_mcp.settings import EndpointSettings, Settings
-from tests.nim.standin import SYMMETRIC, StandIn, answering, stand_in
+from tests.nim.standin import SYMMETRIC, Reply, StandIn, answering, changing, stand_in
 from tests.support import serving
 
 pytestmark = pytest.mark.anyio
@@ -38,10 +40,10 @@ def request() -> dict[str, str]:
 
 
 @contextmanager
-def served(standing: StandIn, *, default: str | None = None, **endpoint: Any) -> Iterator[str]:
+def served(standing: StandIn, *, default: str | None = None, cache: str = "memory", **endpoint: Any) -> Iterator[str]:
     """Our server's address, with the stand-in as its endpoint."""
     described = EndpointSettings(url=standing.url, **{"api_key": OURS, "caller_keys": True, **endpoint})
-    settings = Settings(endpoints=(described,), default_model=default)
+    settings = Settings(endpoints=(described,), default_model=default, cache=cache)
     service = build_service(settings)
     with serving(create_app(service, build_mcp_server(service), settings)) as url:
         yield url
@@ -61,6 +63,10 @@ async def ask(http: httpx.AsyncClient, key: str | None) -> httpx.Response:
 
 def keys_seen(standing: StandIn, path: str = "/v1/embeddings") -> list[str | None]:
     return [seen.headers.get("authorization") for seen in standing.seen if seen.path == path]
+
+
+def bytes_in(folder: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in folder.iterdir())
 
 
 async def test_a_callers_key_goes_out_in_place_of_the_servers_with_his_request_only() -> None:
@@ -247,3 +253,27 @@ async def test_no_key_is_in_anything_that_is_kept_or_printed(caplog: pytest.LogC
     told += [f"{record.getMessage()} {vars(record)}" for record in caplog.records]
     assert len(told) > 10
     assert not [line for line in told for key in (ALICES, OURS) if key in line]
+
+
+async def test_a_key_that_an_endpoint_repeats_in_its_answer_is_not_kept_logged_or_passed_on(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    caplog.set_level(logging.WARNING)
+    keys = {None: "a-key-of-the-server", "a-key-of-alice": "a-key-of-alice"}
+    async with stand_in() as standing:
+
+        def repeating(reply: Reply) -> Reply:
+            sent = standing.seen[-1].headers["authorization"]
+            reply = changing(lambda payload: payload.update(model=f"served for {sent}"))(reply)
+            return replace(reply, headers={**reply.headers, "Deprecation": sent})
+
+        standing.faults = itertools.repeat(repeating)
+        with served(standing, api_key=keys[None], cache=str(tmp_path)) as url:
+            async with rest(url) as http:
+                answers = [await ask(http, key) for key in keys]
+    assert keys_seen(standing) == [f"Bearer {key}" for key in keys.values()]
+    assert [answer.json()["model"] for answer in answers] == ["served for Bearer ***"] * 2
+    assert "end of life" in caplog.text
+    stored = bytes_in(tmp_path)
+    assert b"served for Bearer ***" in stored
+    assert not [key for key in keys.values() if key in caplog.text or key.encode() in stored]

@@ -149,12 +149,16 @@ class NimEmbedder:
             truncate: as in `embed`.
             once: do not try again.
         """
+        redact = self._client.account.endpoint.redact
 
         def read(response: httpx.Response) -> Embeddings:
             if retires := response.headers.get("Deprecation"):
-                self._tell(f"{self._model} reaches its end of life at {self.origin} on {retires}")
+                self._tell(f"{self._model} reaches its end of life at {self.origin} on {redact(retires)}")
             answer = read_answer(read_json(response.content), count=len(texts), dimensions=self._card.dimensions)
-            return Embeddings(answer.vectors, _shared_out(answer.prompt_tokens, texts), answer.model)
+            served = answer.model
+            if served is not None and served != self._model:  # what was asked for is no secret
+                served = redact(served)
+            return Embeddings(answer.vectors, _shared_out(answer.prompt_tokens, texts), served)
 
         body = request_body(
             texts,
