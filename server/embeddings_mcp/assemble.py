@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -169,6 +170,11 @@ def _endpoint(described: EndpointSettings, settings: Settings) -> Endpoint:
         return replace(endpoint, api_key=described.api_key, key_name="the endpoint's `api_key`")
     if (variable := described.api_key_env) is not None:
         key = os.environ.get(variable)
+        if not key and not re.fullmatch("[A-Z_][A-Z0-9_]*", variable):
+            raise InvalidSetting(
+                f"`api_key_env` of the endpoint {endpoint.url} takes the name of an environment variable, not the key; "
+                "what is given is no variable that is set, and not repeated, since it may be the key"
+            )
         if not key:
             raise InvalidSetting(
                 f"the endpoint {endpoint.url} has its key in the environment variable {variable}, which is not set"

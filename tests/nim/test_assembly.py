@@ -141,6 +141,28 @@ def test_a_key_that_is_not_where_it_is_said_to_be_is_missed(monkeypatch: pytest.
         build_service(settings_of(EndpointSettings(url=HERE, api_key_env="MINE")))
 
 
+@pytest.mark.parametrize(
+    ("endpoints", "lesson"),
+    [
+        (KEY, "must look like https://host"),
+        (f"localhost:{KEY}", "must look like https://host"),
+        (f"https://localhost:{KEY}", "must look like https://host"),
+        (json.dumps([{"url": HERE, "api_key_env": KEY}]), "takes the name of an environment variable, not the key"),
+        (
+            json.dumps([{"url": HERE, "api_key_env": KEY.replace("-", "_")}]),
+            "takes the name of an environment variable",
+        ),
+    ],
+)
+def test_a_key_in_the_place_of_an_address_or_of_a_name_is_refused_without_being_repeated(
+    monkeypatch: pytest.MonkeyPatch, endpoints: str, lesson: str
+) -> None:
+    monkeypatch.setenv("EMBEDDINGS_MCP_ENDPOINTS", endpoints)
+    with pytest.raises(InvalidSetting, match=lesson) as caught:
+        build_service(Settings())
+    assert "nvapi" not in str(caught.value)
+
+
 # --- Services --------------------------------------------------------------------------------------------------------
 
 

@@ -45,7 +45,7 @@ def test_an_address_is_completed_to_that_of_the_api(given: str, url: str) -> Non
         ("localhost:8000", "must look like https://host"),
         ("/v1", "must look like https://host"),
         ("", "must look like https://host"),
-        ("https://[::1", "is not a URL"),
+        ("https://[::1", "must look like https://host"),
         (f"https://user:{KEY}@nim.example", "hold neither user name nor password"),
         (f"https://nim.example/v1?api_key={KEY}", "must end with its path"),
     ],

@@ -129,11 +129,17 @@ class Endpoint:
         return re.sub(r"nvapi-[\w-]+", "***", text)
 
 
+_NO_ADDRESS = (
+    "an endpoint's address must look like https://host or http://localhost:8000; what is given in its place is not "
+    "repeated, since it may be a key"
+)
+
+
 def _checked_url(text: str, *, allow_http: bool) -> str:
     try:
         url = httpx.URL(text.strip())
-    except httpx.InvalidURL as error:
-        raise InvalidSetting(f"an endpoint's address is not a URL: {error}") from None
+    except httpx.InvalidURL:
+        raise InvalidSetting(_NO_ADDRESS) from None
     if url.port is not None and not 0 < url.port < 65536:
         raise InvalidSetting(f"the endpoint at {url.host!r} must have a port from 1 to 65535, not {url.port}")
     if url.userinfo or url.query or url.fragment:
@@ -143,9 +149,7 @@ def _checked_url(text: str, *, allow_http: bool) -> str:
             "password: a key goes where the endpoint's `api_key_env` says"
         )
     if url.scheme not in {"http", "https"} or not url.host:
-        raise InvalidSetting(
-            f"an endpoint's address must look like https://host or http://localhost:8000, not {text!r}"
-        )
+        raise InvalidSetting(_NO_ADDRESS)
     if url.scheme == "http" and not (allow_http or is_loopback(url.host)):
         raise InvalidSetting(
             f"the endpoint {text} must be reached over https, since texts and key would travel readable; if the "
