@@ -266,6 +266,7 @@ async def test_what_order_or_one_more_attempt_puts_right_is_put_right(fault: Fau
         (_embedding([]), "the vector of text 1 is empty or not flat"),
         (_embedding(None), "the vector of text 1 is neither numbers nor base64"),
         (changing(_no_data), "it holds no list `data`"),
+        (changing(lambda payload: payload.update(model="test/\ud83d")), "it holds half of a character"),
         (answering(200, [1, 2]), "it holds no list `data`"),
     ],
 )

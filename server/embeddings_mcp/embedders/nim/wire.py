@@ -76,7 +76,7 @@ def read_json(body: bytes) -> object:
     """The body as JSON.
 
     Raises:
-        AnswerInvalid: it is not JSON.
+        AnswerInvalid: it is not JSON, or holds what could not be written again.
     """
     try:
         return orjson.loads(body)
@@ -84,9 +84,13 @@ def read_json(body: bytes) -> object:
         pass
     try:
         # Slower, but takes the NaN and Infinity that some servers write, so that the right thing can be said of them.
-        return json.loads(body)
+        value = json.loads(body)
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise AnswerInvalid("it holds half of a character, which no text can") from None
     except (ValueError, RecursionError):  # the first includes UnicodeDecodeError
         raise AnswerInvalid(f"its {len(body):,} bytes are not JSON", damaged=True) from None
+    return value
 
 
 def read_answer(payload: object, *, count: int, dimensions: int | None) -> Answer:
