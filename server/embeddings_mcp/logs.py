@@ -6,13 +6,12 @@ nobody can forge a line or speak to a terminal.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import sys
 from contextvars import ContextVar
 from datetime import UTC, datetime
-
-import orjson
 
 from embeddings_mcp.settings import Settings
 
@@ -22,7 +21,8 @@ request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 ACCESS = "embeddings_mcp.access"
 """The logger that has a record, of level INFO, for every HTTP request."""
 
-_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+# And halves of characters, which cannot be written: a file's name that is no UTF-8 has them.
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _FIELDS = "fields"
 
 
@@ -68,8 +68,9 @@ class JsonLines(logging.Formatter):
         if record.exc_info:
             entry["traceback"] = self.formatException(record.exc_info)
         entry |= getattr(record, _FIELDS, {})
+        line = json.dumps(entry, ensure_ascii=False, separators=(",", ":"), default=str)
         # The others are escaped already; JSON knows no escape but this one for those that it need not escape.
-        return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", orjson.dumps(entry, default=str).decode())
+        return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", line)
 
 
 def _escaped(text: str) -> str:

@@ -250,7 +250,7 @@ def test_a_span_goes_on_the_callers_trace_and_never_records_an_exception(monkeyp
 
 # --- Logs ------------------------------------------------------------------------------------------------------------
 
-FORGED = "fine\r\nERROR root: forged\x1b[2J\u2028\x85end"
+FORGED = "fine\r\nERROR root: forged\x1b[2J\u2028\x85end, and half of a character: \ud83d"
 
 
 @pytest.mark.parametrize("formatter", [logs.TextLines(), logs.JsonLines()])
@@ -259,6 +259,7 @@ def test_no_message_makes_a_second_line_or_speaks_to_a_terminal(formatter: loggi
     line = formatter.format(record)
     assert len(line.splitlines()) == 1
     assert line.isprintable()
+    assert line.encode()
     if isinstance(formatter, logs.JsonLines):
         assert json.loads(line)["message"] == FORGED
 
