@@ -140,6 +140,8 @@ CASES = (
     Case("ours", (400, {"error": {"message": "`input[0]` has 1,300 tokens, and the model takes 512: shorten it, or ...",
          "type": "invalid_request_error", "param": "input[0]", "code": "input_too_long"}}), 400, "input_too_long",
          ("`input` has 1,300 tokens, and the model takes 512",), param="input"),
+    Case("ours, without the numbers", (400, "`input[0]` has , tokens, and the model takes ,"), 400, "invalid_request",
+         ("400: `input[0]` has , tokens",)),
     Case("text-embeddings-inference", (413, {"error": "Input validation error: `inputs` must have less than 512 tokens."
          " Given: 576", "error_type": "Validation"}), 400, "input_too_long", ("576 tokens, and the model takes 512",),
          param="input"),

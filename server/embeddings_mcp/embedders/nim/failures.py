@@ -231,7 +231,7 @@ _ABOUT_REQUESTS: tuple[tuple[Collection[int], str, Callable[[Refusal, Asked, re.
     # text-embeddings-inference, of vLLM and of Ollama.
     (_INVALID, r"Input length (?P<tokens>\d+) exceeds maximum allowed token size (?P<allowed>\d+)", _too_long),
     (_INVALID, r"exceeds maximum allowed token size", _too_long),
-    (_INVALID, r"`input\[(?P<index>\d+)\]` has (?P<tokens>[\d,]+) tokens, .* takes (?P<allowed>[\d,]+)", _too_long),
+    (_INVALID, r"`input\[(?P<index>\d+)\]` has (?P<tokens>\d[\d,]*) tokens, .* takes (?P<allowed>\d[\d,]*)", _too_long),
     (_INVALID, r"must have less than (?P<allowed>\d+) tokens\. Given: (?P<tokens>\d+)", _too_long),
     (_INVALID, r"maximum context length is (?P<allowed>\d+) tokens(.*?(?P<tokens>\d+) (input )?tokens)?", _too_long),
     (_INVALID | {500}, r"input length exceeds the context length", _too_long),  # Ollama takes the blame for it
