@@ -102,6 +102,8 @@ CASES = (
          attempts=8, retry_after="60"),
     Case("rate limit with a time", problem(429, "Too Many Requests", "Limit of model X"), 429, "overloaded",
          ("429: Limit of model X", "try again in 90 s"), headers=(("Retry-After", "90"),), retry_after="90"),
+    Case("rate limit for ever", (429, b""), 429, "overloaded", ("try again in 86,400 s",),
+         headers=(("Retry-After", "1e300"),), retry_after="86400"),
     Case("client went away", problem(499, "Client Closed Request"), 502, "upstream_failed", ("499",)),
     Case("upstream failed", problem(502, "Bad Gateway", "Upstream request failed."), 502, "upstream_failed",
          ("failed (502: Upstream request failed.)",), attempts=6),
@@ -250,6 +252,8 @@ def test_the_words_of_a_refusal_are_found_in_every_known_form(body: bytes, said:
         ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0),
         ("Wed, 21 Oct 2015 07:28:00 +99999999999999", None),
         ("Wed, 31 Dec 9999 23:59:59 -9999", None),
+        ("Fri, 31 Dec 9999 23:59:59 GMT", 86_400.0),
+        ("1e300", 86_400.0),
         ("1e999", None),
     ],
 )

@@ -40,6 +40,7 @@ _TRANSIENT = 6  # a failure inside the endpoint or on the way
 _RATE_LIMITED = 8  # the pauses last just over the minute by which such limits count
 
 _RATE_WINDOW = 60.0  # seconds
+_LONGEST_WAIT = 86_400.0  # seconds; a day on, nobody can know any more, whatever an endpoint says
 _LONGEST_QUOTE = 300
 
 
@@ -368,7 +369,7 @@ def _said(value: object) -> str:
 
 
 def retry_after(header: str | None) -> float | None:
-    """Seconds from a ``Retry-After`` header, which holds a number or a date (RFC 9110, section 10.2.3)."""
+    """Seconds, a day at most, from a ``Retry-After`` header: a number or a date (RFC 9110, section 10.2.3)."""
     if header is None:
         return None
     try:
@@ -379,7 +380,7 @@ def retry_after(header: str | None) -> float | None:
             seconds = (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
         except (ValueError, OverflowError):
             return None
-    return max(seconds, 0.0) if math.isfinite(seconds) else None
+    return min(max(seconds, 0.0), _LONGEST_WAIT) if math.isfinite(seconds) else None
 
 
 def _number(digits: str | None) -> int | None:
