@@ -147,6 +147,19 @@ def running(*command: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
             process.kill()
 
 
+@contextmanager
+def out_of_files() -> Iterator[None]:
+    """For the time of the block this process can open nothing more; what is open already stays so."""
+    import resource  # which Windows does not have
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 class Clock:
     """In the place of the module `time`: the time, which passes when a test says so."""
 

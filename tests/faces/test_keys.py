@@ -29,7 +29,7 @@ from embeddings_mcp.faces.http import create_app, serve_http
 from embeddings_mcp.faces.keys import Keyring, new_key
 from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
-from tests.support import HashEmbedder, running, serving
+from tests.support import HashEmbedder, out_of_files, running, serving
 
 SETTINGS = {"api_key": "plain", "api_keys": "alice=first bob=second alice=third"}
 
@@ -157,6 +157,22 @@ def test_a_file_that_breaks_leaves_the_keys_as_they_were(
     file.write_text(f"{other_line}  # again\n")
     assert keyring.owner(other.encode()) == "b"
     assert keyring.owner(key.encode()) is None
+
+
+def test_a_key_revoked_while_the_file_could_not_be_read_is_refused_once_it_can_be(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (old, old_line), (new, new_line) = new_key("old"), new_key("new")
+    file = tmp_path / "keys"
+    file.write_text(f"{old_line}\n{new_line}\n")
+    with client_of(api_keys_file=file) as client:
+        assert (status(client, old), status(client, new)) == (200, 200)
+        file.write_text(f"{new_line}\n")
+        with out_of_files():
+            assert [status(client, key) for key in (old, new, old)] == [200] * 3
+        assert (status(client, old), status(client, new)) == (401, 200)
+    assert caplog.text.count("stay as they were") == 1
+    assert caplog.text.count("were read anew") == 1
 
 
 def test_keys_are_compared_by_digest_every_one_and_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 Digests = tuple[tuple[str, bytes], ...]
 """The name of each key's owner, and the key's SHA-256."""
 
+_State = tuple[int, int, int]
+"""What changes whenever a file does."""
+
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 
 _LINE = re.compile(rf"({NAME.pattern})\s+sha256:([0-9a-f]{{64}})")
@@ -39,6 +42,7 @@ class Keyring:
         self._file = settings.api_keys_file
         self._state = None if self._file is None else _state(self._file)
         self._of_file: Digests = () if self._file is None else _read(self._file)
+        self._warned: tuple[_State | None, str] | None = None  # of which state of the file, and what was wrong
 
     @property
     def in_use(self) -> bool:
@@ -57,15 +61,18 @@ class Keyring:
         return found
 
     def _refresh(self) -> None:
-        """Read the file anew if it has changed; the keys stay as they are where it cannot be read."""
+        """Read the file anew if it has changed; the keys stay as they are for as long as it cannot be read."""
         if self._file is None or (state := _state(self._file)) == self._state:
             return
-        self._state = state
         try:
             self._of_file = _read(self._file)
         except InvalidSetting as error:
-            logger.warning("The API keys stay as they were: %s", error.message)
+            if self._warned != (state, error.message):
+                self._warned = state, error.message
+                logger.warning("The API keys stay as they were: %s", error.message)
         else:
+            self._state = state
+            self._warned = None
             logger.warning("The API keys were read anew from %s: %d", self._file, len(self._of_file))
 
 
@@ -118,8 +125,8 @@ def _read(file: Path) -> Digests:
     return tuple(digests)
 
 
-def _state(file: Path) -> tuple[int, int, int] | None:
-    """What changes whenever the file does; None where it is not there."""
+def _state(file: Path) -> _State | None:
+    """The state that the file is in; None where it is not there."""
     try:
         status = file.stat()
     except OSError:
