@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 
 import anyio
 import httpx
@@ -120,3 +125,45 @@ def test_a_port_that_is_taken_is_an_error_that_teaches() -> None:
         port = httpx.URL(url).port or 0
         with pytest.raises(InvalidSetting, match=f"127.0.0.1 port {port}: Address already in use; choose another"):
             serve_http(service, build_mcp_server(service), Settings(port=port))
+
+
+# --- Many connections ------------------------------------------------------------------------------------------------
+
+FEW = 64
+"""Files that a server may have open."""
+
+LIMITED = pytest.mark.skipif(os.name != "posix", reason="limits of open files are those of POSIX systems")
+
+
+def with_few_files(limit: str) -> tuple[str, ...]:
+    """The command that serves HTTP, under a limit of open files: a soft one (``-Sn``), or one that holds (``-n``)."""
+    serve = (sys.executable, "-m", "embeddings_mcp", "serve", "--transport", "http", "--port", "0", "--load", "lazy")
+    return ("sh", "-c", f'ulimit {limit} {FEW} && exec "$@"', "sh", *serve)
+
+
+@contextmanager
+def many_idle(url: str) -> Iterator[None]:
+    """More connections than such a server can have, of clients who say nothing."""
+    address = httpx.URL(url)
+    with ExitStack() as clients:
+        for _ in range(2 * FEW):
+            clients.enter_context(socket.create_connection((address.host, address.port or 0), timeout=10))
+        yield
+
+
+@LIMITED
+def test_a_server_has_as_many_connections_as_it_may_and_not_as_few_as_it_began_with() -> None:
+    with running(*with_few_files("-Sn")) as (_process, url), many_idle(url):
+        assert httpx.get(f"{url}/v1/health/live", timeout=10).status_code == 200
+
+
+@LIMITED
+def test_where_no_connection_can_be_accepted_that_is_said_once_and_those_that_wait_are_answered_later() -> None:
+    with ThreadPoolExecutor(1) as reader, running(*with_few_files("-n")) as (process, url):
+        assert process.stderr is not None
+        with many_idle(url):
+            said = reader.submit(process.stderr.readline).result(10)
+            assert "No connection can be accepted ([Errno 24] Too many open files)" in said
+        assert httpx.get(f"{url}/v1/health/live", timeout=10).status_code == 200
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=10)[1] == ""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import socket
 import sys
 from collections.abc import AsyncIterator
+from typing import Any
 
 import uvicorn
 from mcp.server.mcpserver import MCPServer
@@ -27,12 +29,30 @@ from embeddings_mcp.limits import Limits
 from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Load, Settings
 
+if sys.platform != "win32":
+    import resource
+
+logger = logging.getLogger(__name__)
+
 MCP_PATH = "/mcp"
 
 SHUTDOWN_SECONDS = 7
 """How long requests in progress may go on after the server was told to stop; then they are refused."""
 
 _LAST_SECONDS = 2  # for the refusals to be written; container managers kill what is still there 10 s after its signal
+
+_OPEN_FILES = 10_240
+"""Files that this process wants to have open, of which a connection is one; macOS allows no more to be asked for."""
+
+_ACCEPTED_AT_ONCE = 32
+"""Connections that asyncio accepts in one step. Where files run out it fails as often, and tries again a second later
+for each failure by itself: with many of them that is soon all that it does."""
+
+_WAITING = 2048
+"""Connections that may wait in the system until they are accepted."""
+
+_SILENCE = 60.0
+"""Seconds for which it is not said again that connections cannot be accepted."""
 
 
 def create_app(service: EmbeddingService, mcp_server: MCPServer, settings: Settings) -> ASGIApp:
@@ -109,6 +129,7 @@ def serve_http(service: EmbeddingService, mcp_server: MCPServer, settings: Setti
         log_config=None,  # what is logged and how is settled for the whole process, not here
         access_log=False,
         server_header=False,
+        backlog=_ACCEPTED_AT_ONCE,
         timeout_graceful_shutdown=SHUTDOWN_SECONDS + _LAST_SECONDS,
     )
     try:
@@ -119,25 +140,30 @@ def serve_http(service: EmbeddingService, mcp_server: MCPServer, settings: Setti
             "EMBEDDINGS_MCP_TLS_CERTIFICATE and, where that file does not hold it, EMBEDDINGS_MCP_TLS_KEY must name "
             "PEM files that belong together"
         ) from error
+    _allow_open_files()
     with _listen(settings.host, settings.port) as listener, contextlib.suppress(KeyboardInterrupt):
         _Server(config, listener, service, settings.load).run(sockets=[listener])
 
 
 class _Server(uvicorn.Server):
-    """Says where it listens once it does, and leaves no request without an answer."""
+    """Says where it listens once it does, and what keeps it from that; leaves no request without an answer."""
 
     def __init__(self, config: uvicorn.Config, listener: socket.socket, service: EmbeddingService, load: Load) -> None:
         super().__init__(config)
         self._load = load
+        self._listener = listener
+        self._silent_until = 0.0  # by the event loop's clock
         self._url = _url(listener, "https" if config.is_ssl else "http")
         self._service = service
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(self._on_error)
         async with loaded(self._service, self._load):
             await super().serve(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        self._listener.listen(_WAITING)  # for which, and for what is accepted at once, uvicorn has one number
         sys.stderr.write(f"embeddings-mcp: serving MCP at {self._url}{MCP_PATH} and REST at {self._url}/v1\n")
         sys.stderr.flush()
 
@@ -148,10 +174,29 @@ class _Server(uvicorn.Server):
         finally:
             refusing.cancel()
 
+    def _on_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Log what went wrong outside of all requests; that no connection can be accepted, once in a while only."""
+        if "socket" not in context:
+            loop.default_exception_handler(context)
+        elif loop.time() >= self._silent_until:
+            self._silent_until = loop.time() + _SILENCE
+            logger.error(
+                "No connection can be accepted (%s): raise the limit of open files (ulimit -n), or have a proxy before "
+                "the server that holds fewer",
+                context["exception"],
+            )
+
     async def _refuse_late(self) -> None:
         """Have the embedders fail what is still in progress: it gets an error, where uvicorn would only hang up."""
         await asyncio.sleep(SHUTDOWN_SECONDS)
         await self._service.aclose()
+
+
+def _allow_open_files() -> None:
+    """Raise the limit of open files, which is 1,024 or 256 on most systems, as far as it may be."""
+    if sys.platform != "win32":
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, _OPEN_FILES)), hard))
 
 
 def _listen(host: str, port: int) -> socket.socket:
