@@ -20,13 +20,13 @@ from embeddings_mcp.embedders.local import fingerprint
 from embeddings_mcp.embedders.local.encoder import Encoder
 from embeddings_mcp.embedders.local.files import ModelFiles
 from embeddings_mcp.embedders.local.fingerprint import file_digest, number_format
-from embeddings_mcp.errors import CheckpointInvalid
+from embeddings_mcp.errors import CheckpointInvalid, ModelUnavailable
 from embeddings_mcp.models import Precision
 from embeddings_mcp.schema import EmbeddingRequest
 from embeddings_mcp.settings import Settings
 from embeddings_mcp.vectors import FloatMatrix
 from tests.local.golden import GOLDEN
-from tests.support import ROOT
+from tests.support import ROOT, out_of_files
 
 pytestmark = pytest.mark.anyio
 
@@ -144,6 +144,15 @@ def test_a_file_that_cannot_be_read_is_named(folder: Path) -> None:
     (folder / "merges.txt").symlink_to("nowhere")
     with pytest.raises(CheckpointInvalid, match=r"merges\.txt cannot be read: No such file"):
         identity(folder)
+
+
+def test_a_system_that_can_open_no_file_now_makes_a_model_unavailable_until_it_can(folder: Path) -> None:
+    files = files_in(folder)
+    before = files.identify()
+    for method in (files.identify, files.load):
+        with out_of_files(), pytest.raises(ModelUnavailable, match="Too many open files"):
+            method()
+    assert files.identify() == before
 
 
 # --- From settings to vectors ----------------------------------------------------------------------------------------

