@@ -98,7 +98,9 @@ class HashEmbedder:
 @contextmanager
 def serving(app: ASGIApp) -> Iterator[str]:
     """Serves `app` on a free loopback port, in a thread; gives its address."""
-    config = uvicorn.Config(app, port=0, http=Connection, lifespan="on", ws="none", log_config=None, access_log=False)
+    config = uvicorn.Config(
+        app, port=0, http=Connection, lifespan="on", ws="none", log_config=None, access_log=False, proxy_headers=False
+    )
     server = _Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

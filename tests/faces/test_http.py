@@ -127,6 +127,12 @@ def test_a_port_that_is_taken_is_an_error_that_teaches() -> None:
             serve_http(service, build_mcp_server(service), Settings(port=port))
 
 
+def test_nobody_chooses_the_address_by_which_he_is_known() -> None:
+    with running("env", "EMBEDDINGS_MCP_REQUESTS_PER_MINUTE=1", *SERVER) as (_process, url):
+        answers = [httpx.get(f"{url}/v1/models", headers={"x-forwarded-for": f"10.0.0.{n}"}) for n in range(2)]
+    assert [answer.status_code for answer in answers] == [200, 429]
+
+
 # --- Many connections ------------------------------------------------------------------------------------------------
 
 FEW = 64

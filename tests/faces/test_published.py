@@ -60,6 +60,13 @@ def test_the_card_says_where_the_server_is(client: httpx.Client) -> None:
     assert remote["url"] == f"{str(client.base_url).rstrip('/')}/mcp"
 
 
+def test_behind_a_proxy_with_tls_addresses_are_those_of_its_callers(client: httpx.Client) -> None:
+    headers = {"host": "localhost", "x-forwarded-proto": "https"}
+    (remote,) = client.get("/mcp/server-card", headers=headers).json()["remotes"]
+    assert remote["url"] == "https://localhost/mcp"
+    assert client.get("/mcp/", headers=headers).headers["location"] == "https://localhost/mcp"
+
+
 def test_a_format_that_there_is_not_is_answered_with_those_that_there_are(client: httpx.Client) -> None:
     answer = client.get("/manifest", params={"format": "wsdl"})
     assert answer.status_code == 404

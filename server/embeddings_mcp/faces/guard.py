@@ -96,6 +96,10 @@ class Guard:
         except HTTPException as error:
             await http_error_response(error.status_code, error.detail, error.headers)(scope, receive, send)
             return
+        if values_of(scope, b"x-forwarded-proto") == ["https"]:
+            # By a proxy with TLS before us: addresses in our answers are for its callers. Of all that proxies say this
+            # alone is believed, since whoever makes it up only gets addresses that are of no use to him.
+            scope["scheme"] = "https"
         with contextlib.ExitStack() as stack:
             if caller is not None:
                 # By this the MCP SDK sees to it that a session is its owner's only.

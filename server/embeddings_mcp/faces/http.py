@@ -129,6 +129,7 @@ def serve_http(service: EmbeddingService, mcp_server: MCPServer, settings: Setti
         log_config=None,  # what is logged and how is settled for the whole process, not here
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # or whoever comes from loopback chooses his address, and with it his pace
         backlog=_ACCEPTED_AT_ONCE,
         timeout_graceful_shutdown=SHUTDOWN_SECONDS + _LAST_SECONDS,
     )
