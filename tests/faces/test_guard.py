@@ -96,8 +96,26 @@ def test_a_foreign_host_is_refused_on_every_route(client: httpx.Client, path: st
     assert "EMBEDDINGS_MCP_ALLOWED_HOSTS" in answer.json()["error"]["message"]
 
 
-def test_a_request_without_a_host_is_refused(client: httpx.Client) -> None:
-    assert raw(client, b"GET /v1/models HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 421 ")
+def test_a_probe_of_http_1_0_need_not_say_a_host(client: httpx.Client) -> None:
+    assert raw(client, b"GET /v1/health/ready HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+    assert raw(client, b"GET /v1/health/ready HTTP/1.0\r\nHost: evil.example\r\n\r\n").startswith(b"HTTP/1.1 421 ")
+
+
+@pytest.mark.parametrize(
+    ("hosts", "status"),
+    [(b"", 400), (b"Host:\r\n", 421), (b"Host: localhost\r\nHost: localhost\r\n", 400)],
+    ids=["none", "empty", "two"],
+)
+def test_in_http_1_1_a_host_is_said_once(client: httpx.Client, hosts: bytes, status: int) -> None:
+    answer = raw(client, b"GET /v1/health/ready HTTP/1.1\r\n" + hosts + b"\r\n")
+
+    assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+
+
+def test_without_a_host_the_key_is_asked_for_and_foreign_pages_are_refused_all_the_same(locked: httpx.Client) -> None:
+    assert raw(locked, b"GET /v1/models HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 401 ")
+    page = b"Origin: http://evil.example\r\n"
+    assert raw(locked, b"GET /v1/health/live HTTP/1.0\r\n" + page + b"\r\n").startswith(b"HTTP/1.1 403 ")
 
 
 @pytest.mark.parametrize("host", [*OURS, *OURS_BY_SETTING])

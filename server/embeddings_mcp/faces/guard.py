@@ -1,9 +1,9 @@
 """What every HTTP request must pass before any route sees it: host, origin, key or token, pace, room and size.
 
 Listening on loopback keeps other machines out, but not the web pages in this machine's browser: a page can post to
-``http://localhost`` as it likes, and by DNS rebinding reach 127.0.0.1 under a name of its own. So Host must name this
-server, and so must Origin where a browser sends one. This is the only place that checks it: the MCP SDK's own check
-knows neither our settings nor our other routes, and is switched off.
+``http://localhost`` as it likes, and by DNS rebinding reach 127.0.0.1 under a name of its own. So Host, which a browser
+always sends, must name this server, and so must Origin where it sends one. This is the only place that checks it: the
+MCP SDK's own check knows neither our settings nor our other routes, and is switched off.
 """
 
 from __future__ import annotations
@@ -153,7 +153,8 @@ class Guard:
     def _check_address(self, scope: Scope) -> None:
         """Refuse what is addressed to another server, or sent by a foreign page."""
         hosts = values_of(scope, b"host")
-        if len(hosts) != 1 or not self._is_ours(hosts[0], scope):
+        # Probes in HTTP/1.0 send none; and whatever sends none is no browser, so there is no page behind it.
+        if hosts and not self._is_ours(", ".join(hosts), scope):
             raise HTTPException(
                 HTTPStatus.MISDIRECTED_REQUEST,
                 f"this server has no name {', '.join(hosts)[:100]!r}; names to add to its own are set as allowed hosts "
