@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import socket
 import threading
@@ -174,3 +175,14 @@ def test_who_has_said_what_he_wants_is_waited_for_no_longer(
 ) -> None:
     with answered(monkeypatch):
         assert not hung_up.wait(2 * SOON)
+
+
+@pytest.mark.parametrize("protocol", [b"h2c", b"websocket"])
+def test_who_offers_another_protocol_too_is_answered_in_this_one_without_a_word_in_the_log(
+    caplog: pytest.LogCaptureFixture, protocol: bytes
+) -> None:
+    offer = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: %s\r\n" % protocol
+    with serving_long_vectors() as url, connected(url) as client:
+        client.sendall(b"GET /v1/health/live HTTP/1.1\r\nHost: localhost\r\n" + offer + b"\r\n")
+        assert client.recv(12) == b"HTTP/1.1 200"
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]

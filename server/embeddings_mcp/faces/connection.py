@@ -52,6 +52,10 @@ class Connection(H11Protocol):
             self._head.cancel()
             self._head = None
 
+    def _should_upgrade(self) -> bool:
+        """Answer in HTTP/1.1 who offers another protocol too; uvicorn would warn that a package for it is missing."""
+        return False
+
     def pause_writing(self) -> None:
         """Wait for the client to read what was written."""
         super().pause_writing()
