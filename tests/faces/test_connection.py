@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import queue
 import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -85,6 +86,16 @@ def read(client: socket.socket, count: int) -> bytes:
     return b"".join(pieces)
 
 
+def read_answer(client: socket.socket, some: bytes = b"") -> bytes:
+    """The body of an answer, of which the client has read the head and maybe more, or nothing."""
+    while b"\r\n\r\n" not in some:
+        some += read(client, 1)
+    head, _, body = some.partition(b"\r\n\r\n")
+    length = re.search(rb"content-length: (\d+)", head)
+    assert length is not None
+    return body + read(client, int(length[1]) - len(body))
+
+
 def test_who_does_not_read_his_answer_loses_his_place_to_others(
     monkeypatch: pytest.MonkeyPatch, hung_up: threading.Event
 ) -> None:
@@ -111,6 +122,34 @@ def test_who_does_not_read_his_answer_loses_his_place_to_others(
         assert status() == 400
 
 
+@pytest.mark.parametrize("then", ["reads it", "hangs up"])
+def test_an_answer_is_looked_after_until_it_is_read_or_nobody_reads_it(
+    monkeypatch: pytest.MonkeyPatch, then: str
+) -> None:
+    """Else who stays would be hung up on later, or a connection that is gone be asked what is left in it."""
+    came: queue.SimpleQueue[connection.Connection] = queue.SimpleQueue()
+
+    def telling(of: Callable[..., None]) -> Callable[..., None]:
+        def tell(self: connection.Connection, *arguments: object) -> None:
+            of(self, *arguments)
+            came.put(self)
+
+        return tell
+
+    for event in ("pause_writing", "resume_writing", "connection_lost"):
+        monkeypatch.setattr(connection.Connection, event, telling(getattr(connection.Connection, event)))
+    with serving_long_vectors() as url, connected(url) as client:
+        client.sendall(request("one"))
+        reading = came.get(timeout=SECONDS)._reading
+        assert reading is not None
+        if then == "reads it":
+            read_answer(client)
+        else:
+            client.close()
+        while not reading.cancelled():
+            came.get(timeout=SECONDS)
+
+
 def test_who_reads_slowly_gets_all_of_his_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "STALL_SECONDS", 2.0)
     waits, looked = threading.Event(), threading.Event()
@@ -129,12 +168,9 @@ def test_who_reads_slowly_gets_all_of_his_answer(monkeypatch: pytest.MonkeyPatch
     with serving_long_vectors() as url, connected(url) as client:
         client.sendall(request("one"))
         assert waits.wait(SECONDS)
-        answer = read(client, SOME)
+        some = read(client, SOME)
         assert looked.wait(SECONDS)
-        head, _, body = answer.partition(b"\r\n\r\n")
-        length = re.search(rb"content-length: (\d+)", head)
-        assert length is not None
-        body += read(client, int(length[1]) - len(body))
+        body = read_answer(client, some)
 
     assert len(json.loads(body)["data"][0]["embedding"]) == LENGTH
 

@@ -69,9 +69,10 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Wait for nothing any more."""
-        super().connection_lost(exc)  # which resumes writing
-        if self._head is not None:
-            self._head.cancel()
+        super().connection_lost(exc)
+        for timer in (self._head, self._reading):
+            if timer is not None:
+                timer.cancel()
 
     def _await_head(self) -> None:
         if self._head is None:
