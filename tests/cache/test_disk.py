@@ -75,12 +75,13 @@ async def test_the_next_process_finds_what_this_one_made(tmp_path: Path) -> None
 
 async def test_what_is_read_from_the_file_is_read_once(tmp_path: Path) -> None:
     source = await filled(tmp_path)
-    disk = DiskStore(tmp_path, MB)
-    embedder = cached(source, Cache(MemoryStore(MB), disk))
+    embedder = cached(source, Cache(MemoryStore(MB), DiskStore(tmp_path, MB)))
     await ask(embedder, TEXTS)
-    await disk.aclose()
+    with closing(sqlite3.connect(tmp_path / FILE, isolation_level=None)) as connection:
+        connection.execute("DELETE FROM vector")
     await ask(embedder, TEXTS)
     assert source.batches == [TEXTS]
+    await embedder.aclose()
 
 
 async def test_what_was_made_before_a_request_ended_badly_is_in_the_file(tmp_path: Path) -> None:

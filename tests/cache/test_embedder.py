@@ -94,7 +94,7 @@ async def test_what_decides_about_a_vector_is_never_mixed() -> None:
 
 def test_texts_that_differ_in_what_is_no_unicode_have_keys_of_their_own() -> None:
     texts = ["a\ud800", "a\ud801", "a", "A", "a\u0301", "\u00e1"]
-    keys = keys_of(texts, identity="", card=ASYMMETRIC, input_type=None, truncate="NONE")
+    keys = keys_of(texts, identity="", generation="", card=ASYMMETRIC, input_type=None, truncate="NONE")
     assert len(set(keys)) == len(texts)
 
 

@@ -5,19 +5,28 @@ from __future__ import annotations
 import json
 import sqlite3
 import sys
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import anyio
+import httpx
+import numpy as np
 import pytest
 
+from embeddings_mcp.assemble import build_service
 from embeddings_mcp.embedders.cache import DiskStore
 from embeddings_mcp.embedders.cache.database import FILE
 from embeddings_mcp.faces import cli
-from tests.cache.support import ASYMMETRIC, MB, TextByText, ask, on_disk
-from tests.support import HashEmbedder
+from embeddings_mcp.faces.http import create_app
+from embeddings_mcp.faces.mcp import build_mcp_server
+from embeddings_mcp.settings import EndpointSettings, Settings
+from embeddings_mcp.vectors import FloatMatrix
+from tests.cache.support import ASYMMETRIC, MB, SECONDS, TextByText, ask, on_disk
+from tests.nim.standin import SYMMETRIC, StandIn, held, stand_in
+from tests.support import HashEmbedder, serving
 
 Cache = Callable[..., str]
 
@@ -96,6 +105,85 @@ def test_what_a_server_uses_can_be_looked_into_and_cleared(cache: Cache, tmp_pat
     assert source.made == {"a": 2, "b": 2}
 
 
+@asynccontextmanager
+async def server(standing: StandIn, folder: Path) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a server of ours, whose cache is in the folder and whose models are the stand-in's."""
+    settings = Settings(endpoints=(EndpointSettings(url=standing.url),), cache=str(folder))
+    service = build_service(settings)
+    with serving(create_app(service, build_mcp_server(service), settings)) as url, anyio.fail_after(SECONDS):
+        async with httpx.AsyncClient(base_url=url, timeout=SECONDS) as http:
+            yield http
+
+
+async def embedded(http: httpx.AsyncClient, *texts: str, model: str = SYMMETRIC.id) -> FloatMatrix:
+    """The vectors that the server answers with."""
+    body = {"model": model, "input": texts, "input_type": "passage"}
+    answer = await http.post("/v1/embeddings", json=body)
+    return np.array([row["embedding"] for row in answer.raise_for_status().json()["data"]], np.float32)
+
+
+def swap(standing: StandIn) -> None:
+    """Another model from now on, under the same id."""
+    standing.models = {**standing.models, SYMMETRIC.id: replace(SYMMETRIC, default_prompt="another model: ")}
+
+
+def vectors_of(standing: StandIn, *texts: str) -> FloatMatrix:
+    """The vectors that the model makes now."""
+    return np.stack([standing.vector(text, SYMMETRIC.id) for text in texts])
+
+
+def damage(path: Path) -> None:
+    """Garbage over the first page of a file that a server has open."""
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # or it would be read from the log
+    with path.open("r+b") as file:
+        file.write(b"no database at all " * 200)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("model", [[], ["--model", SYMMETRIC.id]], ids=["all", "one model"])
+@pytest.mark.parametrize("damaged", [False, True], ids=["sound", "damaged"])
+async def test_a_running_server_forgets_what_is_cleared(
+    cache: Cache, tmp_path: Path, model: list[str], damaged: bool
+) -> None:
+    async with stand_in() as standing, server(standing, tmp_path) as http:
+        await embedded(http, "a")
+        swap(standing)
+        if damaged:
+            damage(tmp_path / FILE)
+        said = "0 vectors forgotten\n" if damaged else "1 vectors forgotten\n"
+        assert cache("clear", "--cache", tmp_path, *model) == said
+        for _ in range(2):
+            np.testing.assert_array_equal(await embedded(http, "a", "b"), vectors_of(standing, "a", "b"))
+        assert [seen.json["input"] for seen in standing.seen if seen.body] == [["a"], ["a", "b"]]
+
+
+@pytest.mark.anyio
+async def test_what_is_made_while_it_is_cleared_is_not_kept(cache: Cache, tmp_path: Path) -> None:
+    event = anyio.Event()
+    async with stand_in(faults=iter([None, held(event)])) as standing, server(standing, tmp_path) as http:
+        await embedded(http, "a")
+        async with anyio.create_task_group() as callers:
+            callers.start_soon(embedded, http, "b")
+            await standing.received(len(standing.seen) + 1)
+            swap(standing)
+            cache("clear", "--cache", tmp_path, "--model", SYMMETRIC.id)
+            np.testing.assert_array_equal(await embedded(http, "b"), vectors_of(standing, "b"))
+            event.set()
+        async with server(standing, tmp_path) as another:
+            for client in (http, another):
+                np.testing.assert_array_equal(await embedded(client, "a", "b"), vectors_of(standing, "a", "b"))
+
+
+@pytest.mark.anyio
+async def test_a_running_server_keeps_what_other_models_made(cache: Cache, tmp_path: Path) -> None:
+    async with stand_in() as standing, server(standing, tmp_path) as http:
+        await embedded(http, "a", model=ASYMMETRIC.id)
+        cache("clear", "--cache", tmp_path, "--model", SYMMETRIC.id)
+        await embedded(http, "a", model=ASYMMETRIC.id)
+        assert len([seen for seen in standing.seen if seen.body]) == 1
+
+
 def test_clear_gives_the_disk_its_space_back(cache: Cache, tmp_path: Path) -> None:
     async def fill() -> None:
         embedder = on_disk(TextByText(), DiskStore(tmp_path, 100 * MB))
@@ -115,7 +203,10 @@ def test_a_folder_without_a_cache_holds_nothing_and_stays_as_it_is(cache: Cache,
 
 
 def test_a_cache_without_a_folder_is_refused(cache: Cache, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    lesson = "embeddings-mcp: the cache has no folder: give it with --cache DIR, or in EMBEDDINGS_MCP_CACHE\n"
+    lesson = (
+        "embeddings-mcp: the cache has no folder: give it with --cache DIR, or in EMBEDDINGS_MCP_CACHE; what a server "
+        "remembers in memory only is forgotten when it is restarted\n"
+    )
     assert cache("info") == cache("clear", "--cache", "off") == lesson
     monkeypatch.setenv("EMBEDDINGS_MCP_CACHE", str(folder))
     assert "test/hash" in cache("info")

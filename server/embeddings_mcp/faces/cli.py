@@ -377,11 +377,14 @@ def keep_cache(
     model: Annotated[str | None, typer.Option(metavar="ID", help="Forget this model's vectors only.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Look into the folder of the cache, or clear it; servers that use it may go on."""
+    """Look into the folder of the cache, or clear it, also for running servers; restart those that have no folder."""
     settings = settings_of(cache=cache)
     chosen = settings.cache
     if chosen in {"memory", "off"}:
-        raise InvalidSetting("the cache has no folder: give it with --cache DIR, or in EMBEDDINGS_MCP_CACHE")
+        raise InvalidSetting(
+            "the cache has no folder: give it with --cache DIR, or in EMBEDDINGS_MCP_CACHE; what a server remembers in "
+            "memory only is forgotten when it is restarted"
+        )
     from embeddings_mcp.embedders.cache import upkeep
 
     place = Path(chosen)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import sqlite3
 import sys
 import time
@@ -26,6 +27,9 @@ _APPLICATION_ID = 0x456D4243
 
 _VERSION = 1
 """Of the tables below; files of other versions are left alone."""
+
+_CLEARED = "cleared"
+"""Subject of a note that is another one once everything was cleared; with a model's id, once that model was."""
 
 _TABLES = """
 CREATE TABLE source (
@@ -45,6 +49,7 @@ CREATE TABLE vector (
 );
 CREATE INDEX vector_used ON vector (used);
 CREATE TABLE note (subject TEXT PRIMARY KEY, text TEXT NOT NULL);
+INSERT INTO note VALUES ('cleared', hex(randomblob(8)));
 """
 
 _BUSY_SECONDS = 2.0
@@ -101,7 +106,10 @@ class Database:
 
     def __init__(self, path: Path, max_bytes: int = sys.maxsize) -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path.touch(mode=0o600)  # as private as the texts: vectors tell much about them
+        if not path.exists():
+            path.touch(mode=0o600)  # as private as the texts: vectors tell much about them
+        self._path = path
+        self._inode = path.stat().st_ino
         self._max_bytes = max_bytes
         self._connection = sqlite3.connect(
             path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False, cached_statements=32
@@ -187,6 +195,10 @@ class Database:
         with self._transaction("IMMEDIATE"):
             self._connection.execute("INSERT OR REPLACE INTO note VALUES (?, ?)", (subject, text))
 
+    def generation(self, model: str) -> str:
+        """What a model's rows have in common until they are cleared; no other file has the same."""
+        return f"{self.note(_CLEARED)} {self.note(f'{_CLEARED} {model}')}"
+
     def holdings(self) -> list[Holding]:
         """What is here, by model; reads the whole file."""
         return [
@@ -200,6 +212,8 @@ class Database:
     def clear(self, model: str | None = None) -> int:
         """Forget everything, or one model's rows, and give the disk its space back.
 
+        What was cleared has another `generation` from then on, and the file another time of change.
+
         Returns:
             How many rows there were.
         """
@@ -210,9 +224,20 @@ class Database:
                 forgotten = self._connection.execute(
                     "DELETE FROM vector WHERE source IN (SELECT id FROM source WHERE model = ?)", (model,)
                 ).rowcount
+            subject = _CLEARED if model is None else f"{_CLEARED} {model}"
+            self._connection.execute("INSERT OR REPLACE INTO note VALUES (?, hex(randomblob(8)))", (subject,))
+        now = time.time_ns()  # for that of files stands still for milliseconds
+        os.utime(self._path, ns=(now, now))
         self._shrink()
         self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         return forgotten
+
+    def is_in_place(self) -> bool:
+        """Whether this is still the file that the path leads to."""
+        try:
+            return self._path.stat().st_ino == self._inode
+        except FileNotFoundError:
+            return False
 
     def close(self) -> None:
         """Close the file."""

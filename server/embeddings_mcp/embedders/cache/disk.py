@@ -27,6 +27,9 @@ _Found = TypeVar("_Found")
 _PAUSE = 60.0
 """Seconds without the file after it could not be used, since a full disk or a lock passes."""
 
+_State = tuple[int, int] | None
+"""Which file it is and when it was changed last; None where there is none."""
+
 
 class DiskStore:
     """Rows in a folder, opened when it is first needed.
@@ -40,10 +43,26 @@ class DiskStore:
         self.path = folder / FILE
         self._max_bytes = max_bytes
         self._database: Database | None = None
+        self._generations: dict[str, tuple[_State, str]] = {}  # with the state in which each was read
         self._lock = threading.Lock()
         self._turn = anyio.CapacityLimiter(1)
         self._unused_until = 0.0
         self._warned = False
+
+    async def generation(self, model: str) -> str:
+        """What is another one once this model's rows were cleared; where the file has not changed, it costs a `stat`.
+
+        Where the file cannot be read, its state stands in, lest what was cleared meanwhile be found.
+        """
+        state = self._state()
+        read_at, generation = self._generations.get(model, (None, ""))
+        if state is not None and state == read_at:
+            return generation
+        read = await self._beside_loop(lambda database: database.generation(model), None)
+        if read is None:
+            return f"unread {state}"
+        self._generations[model] = state, read
+        return read
 
     async def get(self, keys: Iterable[Key]) -> dict[Key, Row]:
         """Those of the rows asked for that can be had."""
@@ -66,6 +85,13 @@ class DiskStore:
         """Close the file for good."""
         await anyio.to_thread.run_sync(self._close, limiter=self._turn)
 
+    def _state(self) -> _State:
+        try:
+            status = self.path.stat()
+        except OSError:
+            return None
+        return status.st_ino, status.st_mtime_ns
+
     async def _beside_loop(self, work: Callable[[Database], _Found], otherwise: _Found) -> _Found:
         if time.monotonic() < self._unused_until:
             return otherwise
@@ -76,6 +102,9 @@ class DiskStore:
             if time.monotonic() < self._unused_until:
                 return otherwise
             try:
+                if self._database is not None and not self._database.is_in_place():
+                    self._database.close()
+                    self._database = None
                 if self._database is None:
                     self._database = Database(self.path, self._max_bytes)
                 return work(self._database)

@@ -108,9 +108,17 @@ class CachedEmbedder:
         asks for itself; where the model was unavailable to it, this one is told so too.
         """
         identity = await self._embedder.identify()  # from here on the card is exact
+        generation = await self._cache.generation(self.card.id)
 
         def find_keys() -> list[Key]:
-            return keys_of(texts, identity=identity, card=self.card, input_type=input_type, truncate=truncate)
+            return keys_of(
+                texts,
+                identity=identity,
+                generation=generation,
+                card=self.card,
+                input_type=input_type,
+                truncate=truncate,
+            )
 
         async def make(wanted: list[Key]) -> None:
             await self._make(request, wanted, input_type=input_type, truncate=truncate)

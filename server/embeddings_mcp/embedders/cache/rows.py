@@ -40,19 +40,26 @@ class Row(NamedTuple):
 
 
 def keys_of(
-    texts: Sequence[str], *, identity: str, card: ModelCard, input_type: InputType | None, truncate: Truncate
+    texts: Sequence[str],
+    *,
+    identity: str,
+    generation: str,
+    card: ModelCard,
+    input_type: InputType | None,
+    truncate: Truncate,
 ) -> list[Key]:
     """The key of each text: the same only where the vectors are the same.
 
     Args:
         texts: taken as they are, to the character.
         identity: of the embedder (`Embedder.identify`).
+        generation: of its rows (`Cache.generation`): what is still being made while they are cleared is found no more.
         card: of the embedder, once it is exact.
         input_type: counts by itself beside its prompt, for an endpoint may put a prompt of its own before the text.
         truncate: counts for every text, since how long a text is for the model is not known here.
     """
     asked_type = None if card.input_type == "ignored" else input_type
-    context = json.dumps([identity, asked_type, card.prompt(input_type), truncate, card.max_tokens])
+    context = json.dumps([identity, generation, asked_type, card.prompt(input_type), truncate, card.max_tokens])
     salt = hashlib.blake2b(context.encode()).digest()
     return [hashlib.blake2b(text.encode("utf-8", "surrogatepass"), key=salt, digest_size=32).digest() for text in texts]
 

@@ -21,6 +21,10 @@ class Cache:
         self.memory = memory
         self.disk = disk
 
+    async def generation(self, model: str) -> str:
+        """Belongs in the keys of a model's rows: another one once the operator has cleared them in the file."""
+        return "" if self.disk is None else await self.disk.generation(model)
+
     async def get(self, keys: Sequence[Key]) -> dict[Key, Row]:
         """Those of the rows asked for that are here."""
         found = self.memory.get(keys)
