@@ -26,7 +26,7 @@ from embeddings_mcp.settings import EndpointSettings, Settings
 from embeddings_mcp.vectors import FloatMatrix
 from tests.cache.support import ASYMMETRIC, MB, SECONDS, TextByText, ask, on_disk
 from tests.nim.standin import SYMMETRIC, StandIn, held, stand_in
-from tests.support import HashEmbedder, serving
+from tests.support import Clock, HashEmbedder, serving
 
 Cache = Callable[..., str]
 
@@ -217,6 +217,36 @@ def test_a_damaged_file_is_named_and_clear_removes_it(cache: Cache, folder: Path
     assert "file is not a database: `embeddings-mcp cache clear` removes it" in cache("info", "--cache", folder)
     assert cache("clear", "--cache", folder) == "0 vectors forgotten\n"
     assert list(folder.iterdir()) == []
+
+
+def test_what_lies_beside_a_damaged_file_is_left_alone(cache: Cache, folder: Path) -> None:
+    beside = [folder / f"{FILE}.backup-2026", folder / f"{FILE}-walnuts"]
+    for path in (folder / FILE, *beside):
+        path.write_bytes(b"no database at all " * 1000)
+    assert json.loads(cache("clear", "--cache", folder, "--json")) == {"forgotten": 0}
+    assert sorted(folder.iterdir()) == sorted(beside)
+
+
+def test_a_server_remembers_again_once_a_damaged_file_was_cleared(
+    cache: Cache, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr("embeddings_mcp.embedders.cache.disk.time", clock)
+    (folder / FILE).write_bytes(b"no database at all " * 1000)
+    source = TextByText()
+    embedder = on_disk(source, DiskStore(folder, MB))
+
+    async def use() -> None:
+        await ask(embedder, ["a"])
+
+    anyio.run(use)
+    cache("clear", "--cache", folder)
+    clock.now += 60
+    for _ in range(2):
+        anyio.run(use)
+    anyio.run(embedder.aclose)
+    assert source.made == {"a": 2}
+    assert vectors_by_model(cache("info", "--cache", folder, "--json")) == {ASYMMETRIC.id: 1}
 
 
 def test_a_file_of_something_else_is_left_alone(cache: Cache, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ _logger = logging.getLogger(__name__)
 _Found = TypeVar("_Found")
 
 _PAUSE = 60.0
-"""Seconds without the file after it could not be used, since a full disk or a lock passes."""
+"""Seconds without the file after it could not be used: a full disk or a lock passes, and what is damaged is cleared."""
 
 _State = tuple[int, int] | None
 """Which file it is and when it was changed last; None where there is none."""
@@ -103,8 +103,7 @@ class DiskStore:
                 return otherwise
             try:
                 if self._database is not None and not self._database.is_in_place():
-                    self._database.close()
-                    self._database = None
+                    self._close_file()
                 if self._database is None:
                     self._database = Database(self.path, self._max_bytes)
                 return work(self._database)
@@ -114,23 +113,28 @@ class DiskStore:
 
     def _do_without(self, error: Exception) -> None:
         if isinstance(error, NotOurs):
-            remedy = "give it another folder"
+            remedy = ": give it another folder"
         elif is_damaged(error):
-            remedy = "`embeddings-mcp cache clear` removes it"
+            remedy = ": `embeddings-mcp cache clear` removes it"
         else:
-            remedy = "it is tried again every minute"
-        lasting = isinstance(error, NotOurs) or is_damaged(error)
-        self._unused_until = float("inf") if lasting else time.monotonic() + _PAUSE
-        if lasting and self._database is not None:
-            self._database.close()
-            self._database = None
+            remedy = ""
+        self._unused_until = time.monotonic() + _PAUSE
+        self._close_file()
         if not self._warned:
             self._warned = True
-            _logger.warning("the cache %s cannot be used: %s; requests go on without it, %s", self.path, error, remedy)
+            _logger.warning(
+                "the cache %s cannot be used: %s%s; requests go on without it, and it is tried again every minute",
+                self.path,
+                error,
+                remedy,
+            )
 
     def _close(self) -> None:
         with self._lock:
             self._unused_until = float("inf")
-            if self._database is not None:
-                self._database.close()
-                self._database = None
+            self._close_file()
+
+    def _close_file(self) -> None:
+        if self._database is not None:
+            self._database.close()
+            self._database = None

@@ -84,5 +84,6 @@ def _is_there(path: Path) -> bool:
 
 
 def _files(path: Path) -> list[Path]:
-    """The file, and SQLite's log and index beside it."""
-    return list(path.parent.glob(f"{path.name}*"))
+    """SQLite's journal, log and index, where they are, and the file: last, since once it is gone servers make anew."""
+    beside = [path.with_name(f"{path.name}{ending}") for ending in ("-journal", "-wal", "-shm")]
+    return [file for file in (*beside, path) if file.exists()]
