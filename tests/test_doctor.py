@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -159,6 +161,21 @@ async def test_the_cache_is_opened_where_there_is_one(
     assert cache.state == state
     assert says in cache.says
     assert folder.exists() == (there is not None)  # nothing is made
+
+
+async def test_only_a_cache_that_is_damaged_is_to_be_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embeddings_mcp.embedders.cache.database._BUSY_SECONDS", 0.01)
+    path = tmp_path / FILE
+    async with stand_in() as standing:
+        settings = at(standing.url).model_copy(update={"cache": str(tmp_path)})
+        with closing(sqlite3.connect(path, isolation_level=None)) as locking:
+            locking.execute("BEGIN EXCLUSIVE")
+            locked = (await findings(settings))["cache"]
+        path.write_bytes(b"This is a letter to my grandmother, and not a database. " * 99)
+        damaged = (await findings(settings))["cache"]
+    assert (locked.says, damaged.says) == (f"{path}: database is locked", f"{path}: file is not a database")
+    assert locked.advice.startswith("see that its disk has space, that this user may write there, and that no other")
+    assert damaged.advice == "`embeddings-mcp cache clear` makes a new one"
 
 
 async def test_a_cache_that_cannot_be_made_is_a_problem(tmp_path: Path) -> None:

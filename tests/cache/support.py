@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import anyio
 import anyio.lowlevel
@@ -90,6 +93,22 @@ def in_memory(embedder: HashEmbedder, megabytes: int = 16) -> CachedEmbedder:
 def on_disk(embedder: HashEmbedder, disk: DiskStore) -> CachedEmbedder:
     """The embedder behind a file, and nothing in memory."""
     return cached(embedder, Cache(MemoryStore(0), disk))
+
+
+@contextmanager
+def only_reading(folder: Path) -> Iterator[None]:
+    """Nothing in the folder, nor the folder itself, can be changed for the time of the block."""
+    for path in (*folder.iterdir(), folder):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    user = os.geteuid()
+    if user == 0:  # for whom permissions mean nothing
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+        for path in (folder, *folder.iterdir()):
+            path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 async def ask(

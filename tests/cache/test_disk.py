@@ -23,7 +23,7 @@ from embeddings_mcp.embedders.cache import Cache, DiskStore, MemoryStore, cached
 from embeddings_mcp.embedders.cache.database import FILE, Database
 from embeddings_mcp.embedders.cache.rows import Key, Row
 from embeddings_mcp.errors import ModelUnavailable
-from tests.cache.support import MB, TextByText, ask, expected, on_disk, until
+from tests.cache.support import MB, TextByText, ask, expected, on_disk, only_reading, until
 from tests.cache.writer import MAX_BYTES, batch
 from tests.support import ROOT
 
@@ -353,21 +353,6 @@ async def test_a_disk_that_is_full_is_done_without(tmp_path: Path, caplog: pytes
         np.testing.assert_array_equal(made.vectors, expected(source, many))
     assert ["full" in record.message for record in caplog.records] == [True]
     await embedder.aclose()
-
-
-@contextmanager
-def only_reading(folder: Path) -> Iterator[None]:
-    """Nothing in the folder, nor the folder itself, can be changed for the time of the block."""
-    for path in (*folder.iterdir(), folder):
-        path.chmod(0o555 if path.is_dir() else 0o444)
-    user = os.geteuid()
-    if user == 0:  # for whom permissions mean nothing
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(user)
-        folder.chmod(0o755)
 
 
 async def test_a_file_that_may_only_be_read_is_done_without(caplog: pytest.LogCaptureFixture) -> None:

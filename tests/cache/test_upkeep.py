@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
 from dataclasses import replace
@@ -24,7 +25,7 @@ from embeddings_mcp.faces.http import create_app
 from embeddings_mcp.faces.mcp import build_mcp_server
 from embeddings_mcp.settings import EndpointSettings, Settings
 from embeddings_mcp.vectors import FloatMatrix
-from tests.cache.support import ASYMMETRIC, MB, SECONDS, TextByText, ask, on_disk
+from tests.cache.support import ASYMMETRIC, MB, SECONDS, TextByText, ask, on_disk, only_reading
 from tests.nim.standin import SYMMETRIC, StandIn, held, stand_in
 from tests.support import Clock, HashEmbedder, serving
 
@@ -48,15 +49,15 @@ def cache(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Holds three vectors of one model, and two of another."""
-
-    async def fill() -> None:
-        for embedder, texts in ((TextByText(), ["a", "b", "c"]), (HashEmbedder(), ["a", "b"])):
-            behind = on_disk(embedder, DiskStore(tmp_path, MB))
-            await ask(behind, texts)
-            await behind.aclose()
-
-    anyio.run(fill)
+    anyio.run(remember, tmp_path)
     return tmp_path
+
+
+async def remember(folder: Path) -> None:
+    for embedder, texts in ((TextByText(), ["a", "b", "c"]), (HashEmbedder(), ["a", "b"])):
+        behind = on_disk(embedder, DiskStore(folder, MB))
+        await ask(behind, texts)
+        await behind.aclose()
 
 
 def vectors_by_model(said: str) -> dict[str, Any]:
@@ -217,6 +218,23 @@ def test_a_damaged_file_is_named_and_clear_removes_it(cache: Cache, folder: Path
     assert "file is not a database: `embeddings-mcp cache clear` removes it" in cache("info", "--cache", folder)
     assert cache("clear", "--cache", folder) == "0 vectors forgotten\n"
     assert list(folder.iterdir()) == []
+
+
+def test_what_may_only_be_read_is_left_as_it_is_in_one_line(cache: Cache) -> None:
+    # Not in tmp_path, into which only its owner may look.
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        anyio.run(remember, folder)
+        cache("info", "--cache", folder)  # so that what the commands need is imported, which may be its owner's too
+        with only_reading(folder):
+            for action, verb in (("info", "used"), ("clear", "cleared")):
+                said = cache(action, "--cache", folder)
+                assert said.startswith(f"embeddings-mcp: the cache {folder / FILE} cannot be {verb}: ")
+                assert said.count("\n") == 1
+        (folder / FILE).write_bytes(b"no database at all " * 1000)
+        with only_reading(folder):
+            lesson = f"embeddings-mcp: the cache {folder / FILE} cannot be cleared: Permission denied\n"
+            assert cache("clear", "--cache", folder) == lesson
 
 
 def test_what_lies_beside_a_damaged_file_is_left_alone(cache: Cache, folder: Path) -> None:

@@ -27,7 +27,7 @@ from embeddings_mcp import __version__
 from embeddings_mcp.assemble import build_service
 from embeddings_mcp.catalogue import DEFAULT, Catalogue, ModelSource
 from embeddings_mcp.embedders.base import Embedder
-from embeddings_mcp.embedders.cache.database import FILE, Database, NotOurs
+from embeddings_mcp.embedders.cache.database import FILE, Database, NotOurs, is_damaged
 from embeddings_mcp.embedders.local.locate import BUNDLES, find_bundled, locate
 from embeddings_mcp.errors import (
     AuthenticationFailed,
@@ -64,6 +64,8 @@ _MODELS_SHOWN = 5
 SAMPLE = "How do I find out whether embeddings work here?"
 
 _OTHER_FOLDER = "choose another folder (EMBEDDINGS_MCP_CACHE), or make this one writable"
+
+_DISK = "see that its disk has space, that this user may write there, and that no other process holds the file"
 
 _LOCAL_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub")
 
@@ -212,8 +214,9 @@ def _cache_file(path: Path, max_bytes: int) -> Finding:
             holdings = database.holdings()
     except NotOurs as error:
         return Finding("cache", "problem", f"{path} {error}", "move the file away, or choose another folder")
-    except sqlite3.DatabaseError as error:
-        return Finding("cache", "problem", f"{path}: {error}", "`embeddings-mcp cache clear` makes a new one")
+    except sqlite3.Error as error:
+        advice = "`embeddings-mcp cache clear` makes a new one" if is_damaged(error) else _DISK
+        return Finding("cache", "problem", f"{path}: {error}", advice)
     except OSError as error:
         return Finding("cache", "problem", f"{path}: {error.strerror}", _OTHER_FOLDER)
     vectors = sum(holding.vectors for holding in holdings)

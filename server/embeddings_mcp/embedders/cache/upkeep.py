@@ -38,10 +38,10 @@ def look_into(folder: Path) -> Contents:
     try:
         with closing(Database(path)) as database:
             holdings = database.holdings()
-    except (sqlite3.Error, NotOurs) as error:
-        advice = ": `embeddings-mcp cache clear` removes it" if is_damaged(error) else ""
-        raise InvalidSetting(f"the cache {path} cannot be used: {error}{advice}") from error
-    return Contents(str(path), sum(file.stat().st_size for file in _files(path)), holdings)
+        size = sum(file.stat().st_size for file in _files(path))
+    except (sqlite3.Error, NotOurs, OSError) as error:
+        raise _unusable(path, "used", error) from error
+    return Contents(str(path), size, holdings)
 
 
 def clear(folder: Path, model: str | None = None) -> int:
@@ -61,11 +61,18 @@ def clear(folder: Path, model: str | None = None) -> int:
     if not _is_there(path):
         return 0
     try:
+        return _clear(path, model)
+    except (sqlite3.Error, NotOurs, OSError) as error:
+        raise _unusable(path, "cleared", error) from error
+
+
+def _clear(path: Path, model: str | None) -> int:
+    try:
         with closing(Database(path)) as database:
             return database.clear(model)
-    except (sqlite3.Error, NotOurs) as error:
+    except sqlite3.Error as error:
         if not is_damaged(error):
-            raise InvalidSetting(f"the cache {path} cannot be cleared: {error}") from error
+            raise
     for file in _files(path):
         file.unlink(missing_ok=True)
     return 0
@@ -80,7 +87,13 @@ def _is_there(path: Path) -> bool:
     try:
         return path.exists()
     except OSError as error:
-        raise InvalidSetting(f"the cache {path} cannot be used: {error.strerror}") from error
+        raise _unusable(path, "used", error) from error
+
+
+def _unusable(path: Path, verb: str, error: Exception) -> InvalidSetting:
+    reason = error.strerror if isinstance(error, OSError) else error
+    advice = ": `embeddings-mcp cache clear` removes it" if is_damaged(error) else ""
+    return InvalidSetting(f"the cache {path} cannot be {verb}: {reason}{advice}")
 
 
 def _files(path: Path) -> list[Path]:
