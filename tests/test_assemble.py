@@ -9,7 +9,7 @@ import pytest
 from embeddings_mcp.assemble import build_service, only
 from embeddings_mcp.embedders.local.locate import find_bundled
 from embeddings_mcp.errors import CheckpointInvalid, EmbeddingsError, InvalidSetting
-from embeddings_mcp.models import DEFAULT_MODEL, ModelCard
+from embeddings_mcp.models import DEFAULT_MODEL, OwnCard
 from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
 
@@ -59,7 +59,7 @@ def test_a_model_of_the_hub_is_listed_before_anything_is_known_of_it() -> None:
 
 
 def test_a_card_in_the_settings_describes_a_model_before_the_built_in_ones_do() -> None:
-    card = ModelCard(id="somebody/something", aliases=("something",), dimensions=64, matryoshka=(32,))
+    card = OwnCard(id="somebody/something", aliases=("something",), dimensions=64, matryoshka=(32,))
     (entry,) = build_service(Settings(models=("SOMETHING",), cards=(card,))).known_models()
     assert (entry["id"], entry["dimensions"], entry["allowed_dimensions"]) == ("somebody/something", 64, [32])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from embeddings_mcp.errors import UnknownModel
 from embeddings_mcp.faces.cli import app
 from embeddings_mcp.faces.http import create_app
 from embeddings_mcp.faces.mcp import build_mcp_server
-from embeddings_mcp.models import InputType, ModelCard, find_card
+from embeddings_mcp.models import InputType, ModelCard, OwnCard
 from embeddings_mcp.settings import EndpointSettings, Settings
 from embeddings_mcp.vectors import FloatMatrix
 from embeddings_mcp.verification import SAMPLES, verify
@@ -99,9 +99,7 @@ async def test_vectors_are_the_same_up_to_rounding_and_no_farther(cosine: float,
 
 @pytest.mark.anyio
 async def test_forgotten_prompts_make_another_space(opened: AsyncExitStack) -> None:
-    known = find_card("e5")
-    assert known is not None
-    bare = Settings(cards=(replace(known, query_prompt="", passage_prompt=""),))
+    bare = Settings(cards=(OwnCard(id="nvidia/nv-embedqa-e5-v5", query_prompt="", passage_prompt=""),))
     verdict = await verify(await open_one(opened, E5), await open_one(opened, E5, settings=bare))
 
     assert not verdict.same
@@ -110,9 +108,7 @@ async def test_forgotten_prompts_make_another_space(opened: AsyncExitStack) -> N
 
 @pytest.mark.anyio
 async def test_one_wrong_prompt_is_told_from_two(opened: AsyncExitStack) -> None:
-    known = find_card("e5")
-    assert known is not None
-    half = Settings(cards=(replace(known, query_prompt="question: "),))
+    half = Settings(cards=(OwnCard(id="e5", query_prompt="question: "),))
     verdict = await verify(await open_one(opened, E5), await open_one(opened, E5, settings=half))
 
     assert not verdict.same

@@ -26,7 +26,7 @@ from embeddings_mcp.embedders.local.running.loaded import LoadedModel
 from embeddings_mcp.embedders.local.running.loading import Loading
 from embeddings_mcp.embedders.local_embedder import LocalEmbedder
 from embeddings_mcp.errors import InvalidRequest, InvalidSetting, UnknownModel
-from embeddings_mcp.models import CARDS, DEFAULT_MODEL, ModelCard, find_card
+from embeddings_mcp.models import DEFAULT_MODEL, ModelCard, OwnCard, find_card, find_cards
 from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import EndpointSettings, Settings
 
@@ -205,12 +205,16 @@ def _address(url: str) -> str:
 
 def _local(spec: str, settings: Settings, cache: Cache | None = None) -> LocalEmbedder:
     """The embedder of a model given as ``ID`` or ``ID=PATH``; what it is told apart by suits the cache."""
-    name, known, folder = _read(spec, settings)
-    described = folder or find_bundled(name)
-    card = read_checkpoint(described, known).card(name, known) if described else known or ModelCard(id=name)
+    name, known, own, folder = _read(spec, settings)
+    if described := folder or find_bundled(name):
+        card = read_checkpoint(described, known).card(name, known, own)
+    else:
+        card = known or ModelCard(id=name)
+        card = own.over(card) if own else card
     files = ModelFiles(
         name,
         known=known,
+        own=own,
         folder=folder,
         repository=card.repository,
         device=settings.device,
@@ -269,8 +273,8 @@ def _of_settings(model: str, settings: Settings) -> str | None:
     return next((spec for spec in settings.models if _read(spec, settings)[0].lower() == name), None)
 
 
-def _read(spec: str, settings: Settings) -> tuple[str, ModelCard | None, Path | None]:
-    """The name, the card if the name is known, and the folder if one is given, of ``ID`` or ``ID=PATH``.
+def _read(spec: str, settings: Settings) -> tuple[str, ModelCard | None, OwnCard | None, Path | None]:
+    """The name, its cards (built in, and the user's own) and the folder, as far as there are, of ``ID`` or ``ID=PATH``.
 
     Raises:
         InvalidSetting: it is neither.
@@ -280,9 +284,10 @@ def _read(spec: str, settings: Settings) -> tuple[str, ModelCard | None, Path | 
         raise InvalidSetting(f"the model {spec!r} must be given as ID or as ID=PATH")
     if name.startswith(("/", ".", "~")) or "\\" in name:
         raise InvalidSetting(f"the model {spec!r} is a path: give it a name to be asked for, as in my-model={spec}")
-    known = find_card(name, (*settings.cards, *CARDS))
+    own, known = find_cards(name, settings.cards)
     try:
         folder = Path(path).expanduser() if path else None
     except RuntimeError as error:
         raise InvalidSetting(f"the path of the model {spec!r} cannot be found: {error}") from None
-    return known.id if known else name, known, folder
+    card = own or known
+    return card.id if card else name, known, own, folder

@@ -2,7 +2,7 @@
 
 A card says what a request to the model may ask for, where its weights are, and what has become of NVIDIA's hosted
 endpoint. The table `CARDS` holds the models that the NIM embeddings API names; a checkpoint that is not in it describes
-itself (see `embedders.local.checkpoint`), and users add cards of their own in the settings.
+itself (see `embedders.local.checkpoint`), and users add cards of their own in the settings, which may say less.
 
 Sources: NVIDIA's support matrices 1.5 to 2.4 for lengths, limits and dimensions; the models' own cards and files for
 prompts and licences; answers of the hosted endpoint in August 2026 for the ends of life.
@@ -10,8 +10,8 @@ prompts and licences; answers of the hosted endpoint in August 2026 for the ends
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 InputType = Literal["query", "passage"]
@@ -85,6 +85,56 @@ class ModelCard:
     def repository(self) -> str | None:
         """The Hugging Face repository with the weights, or None where they are not on the hub."""
         return (self.id if self.hub is None else self.hub) or None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnCard:
+    """What a user says of a model; see `ModelCard`. Of what is None he says nothing."""
+
+    id: str
+    aliases: tuple[str, ...] | None = None
+    dimensions: int | None = None
+    matryoshka: tuple[int, ...] | None = None
+    max_tokens: int | None = None
+    input_type: InputTypeUse | None = None
+    query_prompt: str | None = None
+    passage_prompt: str | None = None
+    default_prompt: str | None = None
+    modes: tuple[Mode, ...] | None = None
+    licence: str | None = None
+    non_commercial: bool | None = None
+    hub: str | None = None
+    hosted_until: str | None = None
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Every name that it says, in lower case."""
+        return frozenset(name.lower() for name in (self.id, *(self.aliases or ())))
+
+    def over(self, card: ModelCard) -> ModelCard:
+        """The card with what this one says in its place; prompts that it says are used, unless it says otherwise."""
+        said = {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
+        # Under another id the model keeps the names that it had, and its weights are where they were.
+        names = tuple(name for name in (card.id, *card.aliases) if name.lower() != self.id.lower())
+        merged = replace(card, **{"aliases": names, "hub": card.repository or "", **said})
+        if self.input_type or card.input_type != "ignored" or not (self.query_prompt or self.passage_prompt):
+            return merged
+        default = merged.default_prompt or self.default_prompt
+        return replace(merged, input_type=input_type_use(merged.query_prompt, merged.passage_prompt, default))
+
+
+def input_type_use(query_prompt: str, passage_prompt: str, default_prompt: str | None) -> InputTypeUse:
+    """Whether a text's type has to be said: not where both have one prompt, or there is one for neither.
+
+    Args:
+        query_prompt: text before a query.
+        passage_prompt: text before a passage.
+        default_prompt: text before an input whose type was not said; None where there is nothing to do with such.
+    """
+    told_apart = query_prompt != passage_prompt
+    if not told_apart and query_prompt == (default_prompt or ""):
+        return "ignored"
+    return "required" if told_apart and default_prompt is None else "optional"
 
 
 # The example task of NVIDIA's model card; which one the hosted endpoint used for queries is not public.
@@ -218,3 +268,14 @@ def find_card(name: str, cards: Iterable[ModelCard] = CARDS) -> ModelCard | None
     """The first card that answers to `name` (id or alias, in any case), or None."""
     wanted = name.lower()
     return next((card for card in cards if wanted in card.names), None)
+
+
+def find_cards(
+    name: str, own: Sequence[OwnCard], cards: Iterable[ModelCard] = CARDS
+) -> tuple[OwnCard | None, ModelCard | None]:
+    """The user's card and the built-in one of a model, by any name that either gives it; None where there is none."""
+    mine = next((card for card in own if name.lower() in card.names), None)
+    known = find_card(mine.id if mine else name, cards)
+    if mine is None and known is not None:
+        mine = next((card for card in own if card.id.lower() in known.names), None)
+    return mine, known

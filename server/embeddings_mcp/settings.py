@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, fi
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from embeddings_mcp.models import DEFAULT_MODEL, ModelCard, Precision
+from embeddings_mcp.models import DEFAULT_MODEL, OwnCard, Precision
 
 PREFIX = "EMBEDDINGS_MCP_"
 """Begins the name of every environment variable that is a setting."""
@@ -98,9 +98,12 @@ class Settings(BaseSettings):
         str | None, Field(description="The model that `default` means; the first of the models when not set.")
     ] = None
     cards: Annotated[
-        tuple[ModelCard, ...],
+        tuple[OwnCard, ...],
         NoDecode,
-        Field(description="Cards of your own, as a JSON array; they go before those that are built in."),
+        Field(
+            description="Cards of your own, as a JSON array: what one says of a model goes before what is known of it "
+            "otherwise, except for lengths that its files do not allow."
+        ),
     ] = ()
     endpoints: Annotated[
         tuple[EndpointSettings, ...],
@@ -349,7 +352,7 @@ class Settings(BaseSettings):
         cards = _from_json(value)
         if not isinstance(cards, list) or not all(isinstance(card, dict) for card in cards):
             raise PydanticCustomError("cards", "must be a JSON array of objects, one for each card")
-        known = [field.name for field in fields(ModelCard)]
+        known = [field.name for field in fields(OwnCard)]
         for name in (name for card in cards for name in card if name not in known):
             # Of a dataclass pydantic drops what it does not know: a limit misspelt would be no limit.
             raise PydanticCustomError(
@@ -359,7 +362,7 @@ class Settings(BaseSettings):
 
     @field_validator("cards")
     @classmethod
-    def _check_cards(cls, cards: tuple[ModelCard, ...]) -> tuple[ModelCard, ...]:
+    def _check_cards(cls, cards: tuple[OwnCard, ...]) -> tuple[OwnCard, ...]:
         for card in cards:
             for name in ("dimensions", "max_tokens", "matryoshka"):
                 value = getattr(card, name)

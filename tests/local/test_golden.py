@@ -14,7 +14,7 @@ import pytest
 from embeddings_mcp.embedders.base import Embeddings
 from embeddings_mcp.embedders.local.encoder import Encoder
 from embeddings_mcp.errors import InputTooLong
-from embeddings_mcp.models import Truncate, find_card
+from embeddings_mcp.models import Truncate
 from embeddings_mcp.vectors import FloatMatrix, shorten
 from tests.local.golden import MODELS, Case, FamilyName, encoder, family
 from tests.support import running
@@ -93,15 +93,10 @@ def test_the_families_run_without_padding(name: FamilyName) -> None:
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     """A server of every family, with a card for the tiny Llama: its lengths are not those of the real one."""
-    llama = find_card(MODELS["llama-nemotron-embed"])
-    assert llama is not None
     card = {
-        "id": llama.id,
+        "id": MODELS["llama-nemotron-embed"],
         "matryoshka": family("llama-nemotron-embed").matryoshka,
         "max_tokens": family("llama-nemotron-embed").max_tokens,
-        "input_type": llama.input_type,
-        "query_prompt": llama.query_prompt,
-        "passage_prompt": llama.passage_prompt,
     }
     models = [argument for name in MODELS for argument in ("--model", f"{MODELS[name]}={family(name).folder}")]
     with pytest.MonkeyPatch.context() as environment:

@@ -13,7 +13,7 @@ from pydantic import SecretStr, ValidationError
 from embeddings_mcp.assemble import build_service, endpoint_models, open_embedder, service_for
 from embeddings_mcp.embedders.nim import HOSTED_DEFAULT_MODEL, HOSTED_MODELS, HOSTED_URL, EndpointModels
 from embeddings_mcp.errors import InvalidRequest, InvalidSetting, UnknownModel, UpstreamUnavailable
-from embeddings_mcp.models import DEFAULT_MODEL, ModelCard
+from embeddings_mcp.models import DEFAULT_MODEL, OwnCard
 from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import EndpointSettings, Settings
 from tests.nim.standin import ASYMMETRIC, SYMMETRIC, stand_in
@@ -175,7 +175,7 @@ def test_with_nvidias_key_alone_the_hosted_models_are_there_beside_the_default()
 
 
 def test_a_model_that_is_to_run_here_does_although_the_hosted_api_has_it() -> None:
-    card = ModelCard(id=HOSTED_DEFAULT_MODEL, dimensions=2048)
+    card = OwnCard(id=HOSTED_DEFAULT_MODEL, dimensions=2048)
     settings = Settings(models=(HOSTED_DEFAULT_MODEL,), nvidia_api_key=SecretStr(KEY), cards=(card,))
     assert served(build_service(settings)) == [(HOSTED_DEFAULT_MODEL, "local"), (HOSTED_MODELS[1], HOSTED_URL)]
 

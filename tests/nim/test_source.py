@@ -298,17 +298,6 @@ async def test_what_an_endpoint_says_of_a_model_is_known(entry: dict[str, Any], 
     assert {name: getattr(embedder.card, name) for name in known} == known
 
 
-async def test_a_card_of_the_users_own_goes_before_all() -> None:
-    card = ModelCard(id="own/model", aliases=("mine",), dimensions=8, max_tokens=7, input_type="required")
-    listing = answering(200, {"object": "list", "data": [{"id": "own/model", "max_tokens": 512}]})
-    async with (
-        stand_in(elsewhere={"/v1/models": listing}) as standing,
-        catalogue_of(models_of(standing, cards=[card])) as catalogue,
-    ):
-        embedder, _ = await catalogue.find("mine")
-    assert embedder.card is card
-
-
 async def test_a_nim_takes_shorter_texts_of_nemotron_3_than_other_servers() -> None:
     name = "nvidia/nemotron-3-embed-1b"
     async with stand_in(models={name: ModelCard(id=name)}) as standing:

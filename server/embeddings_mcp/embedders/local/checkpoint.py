@@ -15,7 +15,7 @@ from embeddings_mcp.embedders.local.jsonfile import JsonObject, read_object
 from embeddings_mcp.embedders.local.pipeline import Cut, Dense, Pipeline, plain_pipeline, read_pipeline
 from embeddings_mcp.embedders.local.recipes import RECIPES, Recipe
 from embeddings_mcp.errors import CheckpointInvalid, MissingDependency
-from embeddings_mcp.models import InputTypeUse, Mode, ModelCard
+from embeddings_mcp.models import Mode, ModelCard, OwnCard, input_type_use
 
 _logger = logging.getLogger(__name__)
 
@@ -145,41 +145,31 @@ class Checkpoint:
         every = all((self.folder / name).is_file() for name in M3_FILES)
         return ("dense", "sparse", "colbert", "hybrid") if every else ("dense",)
 
-    @property
-    def _input_type(self) -> InputTypeUse:
-        """Whether a text's type has to be said: not where both have one prompt, or there is one for neither."""
-        told_apart = self.query_prompt != self.passage_prompt
-        if not told_apart and self.query_prompt == (self.default_prompt or ""):
-            return "ignored"
-        return "required" if told_apart and self.default_prompt is None else "optional"
-
-    def card(self, name: str, known: ModelCard | None = None) -> ModelCard:
-        """The card of this checkpoint.
+    def card(self, name: str, known: ModelCard | None = None, own: OwnCard | None = None) -> ModelCard:
+        """The card of this checkpoint: of sizes the files are believed, of the rest the user, then the built-in card.
 
         Args:
             name: what its user calls it.
-            known: the card of that name, where there is one; of sizes the files are believed, of the rest the card.
+            known: the built-in card of that name, where there is one.
+            own: the user's, where there is one.
         """
-        described = ModelCard(
-            id=name,
-            dimensions=self.dimensions,
-            max_tokens=self.max_tokens,
-            input_type=self._input_type,
-            query_prompt=self.query_prompt,
-            passage_prompt=self.passage_prompt,
-            default_prompt=self.default_prompt or "",
-            modes=self._modes,
+        card = known or ModelCard(
+            id=name, input_type=input_type_use(self.query_prompt, self.passage_prompt, self.default_prompt)
         )
-        if known is None:
-            return described
+        card = replace(
+            card,
+            query_prompt=card.query_prompt or self.query_prompt,
+            passage_prompt=card.passage_prompt or self.passage_prompt,
+            default_prompt=card.default_prompt or self.default_prompt or "",
+        )
+        if own:
+            card = own.over(card)
         return replace(
-            known,
+            card,
             modes=self._modes,
             dimensions=self.dimensions,
-            max_tokens=min(self.max_tokens, known.max_tokens or self.max_tokens),
-            matryoshka=tuple(length for length in known.matryoshka if length < self.dimensions),
-            query_prompt=known.query_prompt or self.query_prompt,
-            passage_prompt=known.passage_prompt or self.passage_prompt,
+            max_tokens=min(self.max_tokens, card.max_tokens or self.max_tokens),
+            matryoshka=tuple(length for length in card.matryoshka if length < self.dimensions),
         )
 
 
@@ -188,7 +178,7 @@ def read_checkpoint(folder: Path, known: ModelCard | None = None) -> Checkpoint:
 
     Args:
         folder: the checkpoint.
-        known: the card of the model that the folder is said to hold, where it is in the table.
+        known: the built-in card of the model that the folder is said to hold, where there is one.
 
     Raises:
         CheckpointInvalid: a file is missing or broken, or asks for something that is not supported; names the file.

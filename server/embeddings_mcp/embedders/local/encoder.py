@@ -33,7 +33,7 @@ from embeddings_mcp.embedders.local.static import load_static
 from embeddings_mcp.embedders.local.transformer import Transformer
 from embeddings_mcp.embedders.local.weights import load_weights
 from embeddings_mcp.errors import CheckpointInvalid, ModelUnavailable
-from embeddings_mcp.models import InputType, ModelCard, Precision, Truncate
+from embeddings_mcp.models import InputType, ModelCard, OwnCard, Precision, Truncate
 from embeddings_mcp.vectors import FloatMatrix, SparseVector
 
 _logger = logging.getLogger(__name__)
@@ -213,6 +213,7 @@ def load_encoder(
     folder: Path,
     *,
     known: ModelCard | None = None,
+    own: OwnCard | None = None,
     device: str = "auto",
     precision: Precision = "auto",
     max_tokens: int | None = None,
@@ -223,7 +224,8 @@ def load_encoder(
     Args:
         name: what the model is called.
         folder: the checkpoint.
-        known: the card of that name, where there is one.
+        known: the built-in card of that name, where there is one.
+        own: the user's, where there is one.
         device: ``auto`` (cuda, then mps, then cpu), or a torch device such as ``cuda:1``.
         precision: number format of the weights.
         max_tokens: a lower limit than the checkpoint's own.
@@ -234,7 +236,7 @@ def load_encoder(
         ModelUnavailable: this machine has no such device.
     """
     checkpoint = read_checkpoint(folder, known)
-    card = checkpoint.card(name, known)
+    card = checkpoint.card(name, known, own)
     if max_tokens is not None:
         card = replace(card, max_tokens=min(max_tokens, checkpoint.max_tokens))
     if card.non_commercial:

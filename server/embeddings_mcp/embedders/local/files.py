@@ -14,7 +14,7 @@ from embeddings_mcp.embedders.local.locate import locate
 from embeddings_mcp.embedders.local.running.loaded import LoadedModel
 from embeddings_mcp.embedders.local.running.loading import Loading
 from embeddings_mcp.errors import CheckpointInvalid, MissingDependency, ModelUnavailable
-from embeddings_mcp.models import ModelCard, Precision
+from embeddings_mcp.models import ModelCard, OwnCard, Precision
 
 _Apart: TypeAlias = Callable[[Loading, Checkpoint], LoadedModel]
 
@@ -26,7 +26,8 @@ class ModelFiles:
 
     Args:
         name: what the model is called.
-        known: the card of that name, where there is one.
+        known: the built-in card of that name, where there is one.
+        own: the user's, where there is one.
         folder: where the files are; None where they are to be looked for.
         repository: where on the hub they are; None where they are not there.
         device: as for `load_encoder`; or several, separated by commas, that are to share the work.
@@ -41,6 +42,7 @@ class ModelFiles:
         name: str,
         *,
         known: ModelCard | None,
+        own: OwnCard | None = None,
         folder: Path | None,
         repository: str | None,
         device: str,
@@ -51,6 +53,7 @@ class ModelFiles:
     ) -> None:
         self._name = name
         self._known = known
+        self._own = own
         self._folder = folder
         self._repository = repository
         self._devices = tuple(name.strip() for name in device.split(","))
@@ -74,7 +77,7 @@ class ModelFiles:
             precision = number_format(self._precision, self._devices[0])
             identity = fingerprint(checkpoint, precision=precision, digest=self._digest)
             self._check_unchanged(checkpoint, state)
-        return identity, checkpoint.card(self._name, self._known)
+        return identity, checkpoint.card(self._name, self._known, self._own)
 
     def load(self) -> LoadedModel:
         """The model, ready to be used.
@@ -90,6 +93,7 @@ class ModelFiles:
                 name=self._name,
                 folder=checkpoint.folder,
                 known=self._known,
+                own=self._own,
                 devices=self._devices,
                 # All in the numbers of the first, or a text's vector would depend on which of them was free.
                 precision=number_format(self._precision, self._devices[0]),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -12,7 +12,7 @@ from embeddings_mcp.embedders.nim.client import EndpointClient
 from embeddings_mcp.embedders.nim.endpoint import Dialect
 from embeddings_mcp.embedders.nim.failures import Failure
 from embeddings_mcp.embedders.nim.wire import AnswerInvalid, read_json
-from embeddings_mcp.models import CARDS, InputTypeUse, ModelCard, find_card
+from embeddings_mcp.models import CARDS, InputTypeUse, ModelCard, OwnCard, find_card, find_cards
 
 _CARDS = (
     # Served by endpoints only: this server has no recipe for it.
@@ -34,7 +34,13 @@ _NIM_MAX_TOKENS = {"nvidia/nemotron-3-embed-1b": 4096}
 """Where a NIM takes shorter texts than the model itself does (support matrix 2.4)."""
 
 
-def card_for(name: str, *, dialect: Dialect = "nim", cards: Sequence[ModelCard] = ()) -> ModelCard:
+def card_for(
+    name: str,
+    *,
+    dialect: Dialect = "nim",
+    cards: Sequence[OwnCard] = (),
+    listed: Mapping[str, object] | None = None,
+) -> ModelCard:
     """What is known of a model by its name at an endpoint.
 
     One that no card names may or may not want ``input_type``: it is sent on when the caller gives it. Nor is it known
@@ -43,19 +49,19 @@ def card_for(name: str, *, dialect: Dialect = "nim", cards: Sequence[ModelCard] 
     Args:
         name: the model's, at the endpoint.
         dialect: the endpoint's.
-        cards: the user's own, which go before those that are built in.
+        cards: the user's own; what they say goes before all else.
+        listed: what the endpoint's list says of it.
     """
-    if card := find_card(name, cards):
-        return card
-    card = find_card(name, _CARDS)
+    own, card = find_cards(name, cards, _CARDS)
     if card is None:
-        return ModelCard(id=name, input_type="optional", hub="")
-    if dialect == "nim" and (limit := _NIM_MAX_TOKENS.get(card.id)):
-        return replace(card, max_tokens=limit)
-    return card
+        card = ModelCard(id=name, input_type="optional", hub="")
+    elif dialect == "nim" and (limit := _NIM_MAX_TOKENS.get(card.id)):
+        card = replace(card, max_tokens=limit)
+    card = _as_listed(card, listed or {})
+    return own.over(card) if own else card
 
 
-async def discover(client: EndpointClient, cards: Sequence[ModelCard] = ()) -> dict[str, ModelCard]:
+async def discover(client: EndpointClient, cards: Sequence[OwnCard] = ()) -> dict[str, ModelCard]:
     """The embedding models that the endpoint lists: each under its name there, with its card.
 
     The hosted API lists its whole catalogue, chat models included, and models that the account may not call. Those are
@@ -76,7 +82,7 @@ async def discover(client: EndpointClient, cards: Sequence[ModelCard] = ()) -> d
     else:
         dialect, hosted = client.endpoint.dialect, client.endpoint.hosted
         return {
-            name: _as_listed(card_for(name, dialect=dialect, cards=cards), entry, cards)
+            name: card_for(name, dialect=dialect, cards=cards, listed=entry)
             for entry in entries
             if _embeds(name := entry["id"]) or not hosted
         }
@@ -95,10 +101,8 @@ def _embeds(name: str) -> bool:
     return "embed" in name.lower() or find_card(name, _CARDS) is not None
 
 
-def _as_listed(card: ModelCard, entry: Mapping[str, object], own_cards: Iterable[ModelCard]) -> ModelCard:
+def _as_listed(card: ModelCard, entry: Mapping[str, object]) -> ModelCard:
     """The card, more exact by what some servers say of a model: this one, in what it lists, and vLLM of its length."""
-    if find_card(card.id, own_cards):
-        return card
     max_tokens = _length(entry.get("max_tokens")) or _length(entry.get("max_model_len"))
     dimensions = _length(entry.get("dimensions"))
     use: InputTypeUse | None = next((use for use in get_args(InputTypeUse) if use == entry.get("input_type")), None)

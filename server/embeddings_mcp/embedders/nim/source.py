@@ -13,7 +13,7 @@ from embeddings_mcp.embedders.nim.client import EndpointClient
 from embeddings_mcp.embedders.nim.discovery import card_for, discover
 from embeddings_mcp.embedders.nim.embedder import NimEmbedder
 from embeddings_mcp.errors import EmbeddingsError, UpstreamTimeout
-from embeddings_mcp.models import ModelCard
+from embeddings_mcp.models import ModelCard, OwnCard
 
 DISCOVERY_SECONDS = 10.0
 """Longest wait for an endpoint's list of models."""
@@ -29,7 +29,7 @@ class EndpointModels:
         client: the way to the endpoint.
         known: names of models that it has, by which they can be used before it is asked.
         complete: there are no others: it is never asked.
-        cards: the user's own, which go before those that are built in.
+        cards: the user's own; what they say goes before all else.
         wrap: puts something around each embedder, such as a cache.
     """
 
@@ -39,7 +39,7 @@ class EndpointModels:
         *,
         known: Sequence[str] = (),
         complete: bool = False,
-        cards: Sequence[ModelCard] = (),
+        cards: Sequence[OwnCard] = (),
         wrap: Callable[[Embedder], Embedder] = lambda embedder: embedder,
     ) -> None:
         self._client = client

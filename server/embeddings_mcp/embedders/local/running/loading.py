@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from embeddings_mcp.models import ModelCard, Precision
+from embeddings_mcp.models import ModelCard, OwnCard, Precision
 
 if TYPE_CHECKING:
     from embeddings_mcp.embedders.local.running.in_process import InThisProcess
@@ -19,7 +19,8 @@ class Loading:
     Attributes:
         name: what it is called.
         folder: its checkpoint.
-        known: the card of that name, where there is one.
+        known: the built-in card of that name, where there is one.
+        own: the user's, where there is one.
         devices: where it computes; several share the work.
         precision: in which numbers.
         cuda_graphs: whether passes over few tokens are recorded on CUDA.
@@ -28,6 +29,7 @@ class Loading:
     name: str
     folder: Path
     known: ModelCard | None
+    own: OwnCard | None
     devices: tuple[str, ...]
     precision: Precision
     cuda_graphs: bool
@@ -49,6 +51,7 @@ class Loading:
                 self.name,
                 self.folder,
                 known=self.known,
+                own=self.own,
                 device=device,
                 precision=self.precision,
                 cuda_graphs=self.cuda_graphs,
