@@ -406,6 +406,14 @@ def test_berts_texts_are_normalized_as_the_config_of_its_tokenizer_says(
     assert_same(ours(saved, texts), theirs(SentenceTransformer(str(saved), device="cpu"), texts))
 
 
+def test_a_token_that_only_the_config_puts_behind_a_text_is_the_last_which_is_pooled(tmp_path: Path) -> None:
+    # So e5-mistral was trained with transformers 4, and sentence-transformers on version 5 does not look there.
+    model = save(tmp_path, Pooling(WIDTH, pooling_mode="lasttoken"), base="nemotron-3-embed")
+    edit(tmp_path / "tokenizer_config.json", tokenizer_class="LlamaTokenizer", add_eos_token=True)
+
+    assert_same(ours(tmp_path, TEXTS), theirs(model, [f"{text}</s>" for text in TEXTS]))
+
+
 @pytest.mark.parametrize("base", ["e5", "bge-m3", "nemotron-3-embed"])
 def test_a_text_may_name_special_tokens(tmp_path: Path, base: FamilyName) -> None:
     save(tmp_path, Pooling(WIDTH), base=base)

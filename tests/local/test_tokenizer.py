@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +19,7 @@ from tokenizers import Encoding, models
 from tokenizers import Tokenizer as FastTokenizer
 
 from embeddings_mcp.embedders.local.tokenizer import Tokenizer
-from embeddings_mcp.errors import InputTooLong, InvalidRequest
+from embeddings_mcp.errors import CheckpointInvalid, InputTooLong, InvalidRequest
 from embeddings_mcp.models import Truncate
 from tests.local.golden import FamilyName, encoder, family
 
@@ -173,6 +175,61 @@ def test_a_limit_within_nv_embeds_prompt_is_refused_where_its_authors_code_divid
             encoder(name, limit).encode(["Where is the water?"], input_type="query", truncate="END")
     embedded = encoder(name, prompt_tokens).encode(["Where is the water?"], input_type="query", truncate="END")
     assert np.isfinite(embedded.vectors).all()
+
+
+# --- special tokens --------------------------------------------------------------------------------------------------
+
+LLAMA = {"tokenizer_class": "LlamaTokenizer"}
+OTHERS = {"bos_token": "<s>", "eos_token": "</s>"}
+WATER = [343, 424, 460]
+
+AROUND = [
+    (LLAMA | {"add_eos_token": True}, [1, *WATER, 2]),
+    (LLAMA | {"add_eos_token": True, "add_bos_token": False}, [*WATER, 2]),
+    (LLAMA | {"add_eos_token": True, "eos_token": {"__type": "AddedToken", "content": "<unk>"}}, [1, *WATER, 0]),
+    (LLAMA | {"add_bos_token": True}, [1, *WATER]),
+    (LLAMA | {"add_bos_token": False}, WATER),
+    (LLAMA | {"add_bos_token": None}, WATER),
+    (LLAMA, [1, *WATER]),
+    ({"tokenizer_class": "LlamaTokenizerFast", "add_eos_token": True}, [1, *WATER, 2]),
+    ({"tokenizer_class": "CodeLlamaTokenizer", "add_eos_token": True}, [1, *WATER, 2]),
+    (OTHERS | {"tokenizer_class": "CohereTokenizerFast", "add_eos_token": True}, [1, *WATER, 2]),
+    (OTHERS | {"tokenizer_class": "GemmaTokenizer", "add_eos_token": True}, [1, *WATER, 2]),
+    (OTHERS | {"tokenizer_class": "GPTNeoXTokenizerFast", "add_eos_token": True}, [*WATER, 2]),
+    (OTHERS | {"tokenizer_class": "Qwen2Tokenizer", "add_eos_token": True}, [1, *WATER]),
+    (OTHERS | {"tokenizer_class": "PreTrainedTokenizerFast", "add_eos_token": True}, [1, *WATER]),
+]
+"""What ``tokenizer_config.json`` says, and what transformers 4.48 makes of "Water." where ``tokenizer.json`` says that
+``<s>`` goes before a text."""
+
+
+def beside(folder: Path, config: dict[str, Any], *, max_tokens: int = LIMIT) -> Tokenizer:
+    """NV-Embed's tokenizer, with this config beside it."""
+    shutil.copy(KINDS["SentencePiece BPE"].path, folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return Tokenizer.from_folder(folder, max_tokens=max_tokens)
+
+
+@pytest.mark.parametrize(("config", "ids"), AROUND, ids=str)
+def test_around_a_text_are_the_special_tokens_that_transformers_4_put_there(
+    tmp_path: Path, config: dict[str, Any], ids: list[int]
+) -> None:
+    assert encode(beside(tmp_path, config), "Water.") == ids
+
+
+def test_special_tokens_that_the_config_asks_for_stay_where_a_text_is_cut(tmp_path: Path) -> None:
+    tokenizer = beside(tmp_path, LLAMA | {"add_eos_token": True}, max_tokens=6)
+
+    assert encode(tokenizer, "Water. Water.", truncate="END") == [1, *WATER, 343, 2]
+    assert encode(tokenizer, "Water. Water.", truncate="START") == [1, 460, *WATER, 2]
+    with pytest.raises(InputTooLong) as refused:
+        encode(tokenizer, "Water. Water.")
+    assert refused.value.tokens == 8
+
+
+def test_a_special_token_that_the_tokenizer_does_not_have_is_refused_by_file_and_field(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointInvalid, match=r"tokenizer_config\.json: `eos_token` must be a token .* not '<end>'"):
+        beside(tmp_path, LLAMA | {"add_eos_token": True, "eos_token": "<end>"})
 
 
 # --- what it costs ---------------------------------------------------------------------------------------------------

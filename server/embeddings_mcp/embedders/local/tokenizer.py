@@ -1,17 +1,18 @@
 """Texts to token ids, with the prompt before them and cut to the model's length, straight from ``tokenizer.json``.
 
 The file is read by the tokenizers library itself: it is what the model was trained with, while transformers' classes
-rebuild parts of it for some families and then give other ids. One thing that they have always rebuilt, in training too,
-is how BERT's text is normalized. Where there is no such file, transformers makes the tokenizer from older ones.
+rebuild parts of it for some families and then give other ids. Two things they rebuilt in training too, up to version 4:
+how BERT's text is normalized, and which special tokens stand around Llama's. Where there is no such file, transformers
+makes the tokenizer from older ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tokenizers import AddedToken, normalizers
+from tokenizers import AddedToken, normalizers, processors
 from tokenizers import Tokenizer as FastTokenizer
 
 from embeddings_mcp.embedders.local.jsonfile import JsonObject, read_object
@@ -51,6 +52,17 @@ _BERT_TYPES = frozenset(
     | {"nezha", "nomic_bert", "qdqbert", "retribert", "squeezebert", "visual_bert"}
 )
 """Model types that have one of these classes where none is named."""
+
+_LLAMA = {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}
+_ENDS: dict[str, dict[str, Any]] = {
+    "CodeLlamaTokenizer": _LLAMA,
+    "CohereTokenizer": {"add_bos_token": True, "bos_token": "<BOS_TOKEN>", "eos_token": "<|END_OF_TURN_TOKEN|>"},
+    "GPTNeoXTokenizer": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
+    "GemmaTokenizer": {"add_bos_token": True, "bos_token": "<bos>", "eos_token": "<eos>"},
+    "LlamaTokenizer": _LLAMA,
+}
+"""Classes of transformers 4 for which ``tokenizer_config.json`` goes before ``tokenizer.json`` in what stands around a
+text, and what they take for said in it that is not."""
 
 
 class Tokenizer:
@@ -193,8 +205,13 @@ def _as_said(tokenizer: FastTokenizer, folder: Path, *, lowercase: bool, special
     tokenizer.no_truncation()
     tokenizer.no_padding()
     config = read_object(folder / "tokenizer_config.json", optional=True)
-    _normalize_as_said(tokenizer, config, read_object(folder / "config.json", optional=True))
+    model = read_object(folder / "config.json", optional=True)
+    kind = (config.get("tokenizer_class", "") or model.get("tokenizer_class", "")).removesuffix("Fast")
+    if kind in _BERT if kind else model.get("model_type", "") in _BERT_TYPES:
+        _normalize_as_said(tokenizer, config)
     _add_tokens_as_said(tokenizer, config, read_object(folder / "added_tokens.json", optional=True))
+    if kind in _ENDS and config.fields.keys() & {"add_bos_token", "add_eos_token"}:
+        _put_around_as_said(tokenizer, JsonObject(config.path, _ENDS[kind] | config.fields))
     if not special_tokens:
         tokenizer.post_processor = None
     if lowercase:
@@ -203,18 +220,39 @@ def _as_said(tokenizer: FastTokenizer, folder: Path, *, lowercase: bool, special
     return tokenizer
 
 
-def _normalize_as_said(tokenizer: FastTokenizer, config: JsonObject, model: JsonObject) -> None:
+def _normalize_as_said(tokenizer: FastTokenizer, config: JsonObject) -> None:
     """See to it that BERT's texts are normalized as its config says, or where that is silent, as transformers does."""
-    kind = config.get("tokenizer_class", "") or model.get("tokenizer_class", "")
-    is_bert = kind.removesuffix("Fast") in _BERT if kind else model.get("model_type", "") in _BERT_TYPES
     own = tokenizer.normalizer
-    if is_bert and isinstance(own, normalizers.BertNormalizer):
+    if isinstance(own, normalizers.BertNormalizer):
         tokenizer.normalizer = normalizers.BertNormalizer(
             clean_text=own.clean_text,
             handle_chinese_chars=config.get("tokenize_chinese_chars", default=True),
             strip_accents=config.fields.get("strip_accents"),
             lowercase=config.get("do_lower_case", default=True),
         )
+
+
+def _put_around_as_said(tokenizer: FastTokenizer, config: JsonObject) -> None:
+    """Put those special tokens around a text that the config asks for.
+
+    transformers 5 neither reads this nor writes it: where it is said, version 4 did so when the model was trained.
+    """
+    first, last = (_end(tokenizer, config, name) for name in ("bos", "eos"))
+    single = [*(token for token, _ in first), "$A", *(token for token, _ in last)]
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=[*first, *last])
+
+
+def _end(tokenizer: FastTokenizer, config: JsonObject, name: str) -> list[tuple[str, int]]:
+    """The token that is to stand at one end of a text, and its id; none where there is to be none."""
+    if not config.get(f"add_{name}_token", default=False):
+        return []
+    token: Any = config.fields.get(f"{name}_token")
+    if isinstance(token, dict):
+        token = token.get("content")
+    number = tokenizer.token_to_id(token) if isinstance(token, str) else None
+    if number is None:
+        raise config.wrong(f"{name}_token", "a token of the tokenizer")
+    return [(token, number)]
 
 
 def _add_tokens_as_said(tokenizer: FastTokenizer, config: JsonObject, legacy: JsonObject) -> None:
