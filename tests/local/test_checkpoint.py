@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,6 +28,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForPreTraining,
     AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
 )
 
@@ -239,6 +241,69 @@ def test_a_head_that_a_model_was_saved_with_is_left_out(
     save_plain(tmp_path, kind, architecture, **config)
 
     assert_as_sentence_transformers_reads_it(tmp_path)
+
+
+GPT = {"n_embd": WIDTH, "n_layer": 2, "n_head": 2, "n_positions": 64}
+GPT_NEO = {
+    "hidden_size": WIDTH,
+    "num_layers": 2,
+    "num_heads": 2,
+    "attention_types": [[["global", "local"], 1]],
+    "window_size": 8,
+    "max_position_embeddings": 64,
+}
+LONGFORMER = ENCODER | {"attention_window": 8, "pad_token_id": 1, "max_position_embeddings": 66}
+T5 = {"d_model": WIDTH, "d_kv": 16, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+
+POSITIONS, MASK, MASKED = torch.arange(64)[None], torch.ones(1, 1, 64, 64).tril(), torch.tensor(-1e9)
+WITH_BUFFERS: dict[str, tuple[str, Any, dict[str, Any], dict[str, torch.Tensor]]] = {
+    "CodeGen's": ("codegen", AutoModel, GPT | {"n_head": 4, "rotary_dim": 8}, {"h.0.attn.causal_mask": MASK}),
+    "GPT's": ("openai-gpt", AutoModel, GPT, {"h.0.attn.bias": MASK}),
+    "GPT-2's": ("gpt2", AutoModel, GPT, {"h.0.attn.bias": MASK, "h.0.attn.masked_bias": MASKED}),
+    "GPT-J's": ("gptj", AutoModel, GPT | {"rotary_dim": 8}, {"h.0.attn.bias": MASK, "h.0.attn.masked_bias": MASKED}),
+    "GPT-Neo's": (
+        "gpt_neo",
+        AutoModel,
+        GPT_NEO,
+        {"h.0.attn.attention.bias": MASK, "h.0.attn.attention.masked_bias": MASKED},
+    ),
+    "GPT-Neo's, behind a head": (
+        "gpt_neo",
+        AutoModelForCausalLM,
+        GPT_NEO,
+        {"transformer.h.0.attn.attention.bias": MASK, "transformer.h.0.attn.attention.masked_bias": MASKED},
+    ),
+    "Longformer's": ("longformer", AutoModel, LONGFORMER, {"embeddings.position_ids": POSITIONS}),
+    "LUKE's": ("luke", AutoModel, ENCODER | {"entity_vocab_size": 10}, {"embeddings.position_ids": POSITIONS}),
+    "RoFormer's": ("roformer", AutoModel, ENCODER, {"embeddings.position_ids": POSITIONS}),
+}
+
+
+@pytest.mark.parametrize(("kind", "architecture", "config", "buffers"), WITH_BUFFERS.values(), ids=WITH_BUFFERS)
+def test_numbers_that_older_versions_of_transformers_saved_are_left_out(
+    tmp_path: Path, kind: str, architecture: Any, config: dict[str, Any], buffers: dict[str, torch.Tensor]
+) -> None:
+    save_plain(tmp_path, kind, architecture, **config)
+    edit_tensors(tmp_path / "model.safetensors", lambda tensors: tensors.update(buffers))
+
+    assert_as_sentence_transformers_reads_it(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["longt5", "mt5", "t5", "umt5"])
+@pytest.mark.parametrize("architecture", [AutoModel, AutoModelForSeq2SeqLM])
+def test_of_a_model_of_two_halves_that_which_writes_is_left_out(tmp_path: Path, kind: str, architecture: Any) -> None:
+    save_plain(tmp_path, kind, architecture, **T5)
+
+    assert_as_sentence_transformers_reads_it(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["h.0.attn.causal_mask", "decoder.weight", "h.0.attn.bias.masked"])
+def test_what_only_other_types_leave_out_is_refused(tmp_path: Path, name: str) -> None:
+    save_plain(tmp_path, "gptj", AutoModel, **GPT, rotary_dim=8)
+    edit_tensors(tmp_path / "model.safetensors", lambda tensors: tensors.update({name: MASK}))
+
+    with pytest.raises(CheckpointInvalid, match=rf"tensors are not part of the architecture: {re.escape(name)}$"):
+        load_encoder("test/tiny", tmp_path)
 
 
 def test_a_tensor_that_no_head_has_is_refused_in_a_model_that_was_saved_with_one(tmp_path: Path) -> None:

@@ -46,6 +46,14 @@ _ENCODER_HALVES = {
 }
 """Architectures of two halves, of which a sentence encoder is one."""
 
+_CAUSAL_MASKS = {
+    "codegen": ".attn.causal_mask",
+    "gpt_neo": ".attn.attention.bias",
+    "gptj": ".attn.bias",
+    "openai-gpt": ".attn.bias",
+}
+"""Ends of the names of masks that older versions of transformers saved, where this one does not know of them itself."""
+
 
 class Backbone:
     """A loaded transformer.
@@ -229,9 +237,16 @@ def _check(checkpoint: Checkpoint, report: Mapping[str, Any], prefix: str, *, na
     Raises:
         CheckpointInvalid: see `check_tensors`.
     """
+    model_type = checkpoint.backbone_config["model_type"]
     heads = set(names) - without_heads(names, (f"{prefix}.",))
     ours = (LATENT_ATTENTION,) if checkpoint.recipe and checkpoint.recipe.latent_attention else ()
-    extra = [name for name in report["unexpected_keys"] if name not in heads and not name.startswith(ours)]
+    other_half = ("decoder.",) if model_type in _ENCODER_HALVES else ()
+    mask = _CAUSAL_MASKS.get(model_type, ())
+    extra = [
+        name
+        for name in report["unexpected_keys"]
+        if name not in heads and not name.startswith((*ours, *other_half)) and not name.endswith(mask)
+    ]
     check_tensors(
         checkpoint.pipeline.backbone,
         missing=report["missing_keys"],

@@ -29,10 +29,6 @@ _PREFIXES = ("bert.", "roberta.", "camembert.", "model.")
 
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
-_BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
-"""Numbers in a row, which older versions of transformers saved."""
-
-
 _LAYER = "encoder.layer.{}"
 _PROJECTIONS = ("attention.self.query", "attention.self.key", "attention.self.value")
 _OUTPUT, _OUTPUT_NORM = "attention.output.dense", "attention.output.LayerNorm"
@@ -132,7 +128,7 @@ def load_bert(checkpoint: Checkpoint, placement: Placement) -> Bert:
     check_tensors(
         folder,
         missing=shapes.keys() - tensors.keys(),
-        extra=tensors.keys() - shapes.keys() - set(_BUFFERS),
+        extra=tensors.keys() - shapes.keys(),
         misshapen={name for name in shapes.keys() & tensors.keys() if tensors[name].shape != shapes[name]},
     )
     placed = {name: tensors[name].to(placement.device, placement.dtype) for name in shapes}

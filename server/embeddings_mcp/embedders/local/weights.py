@@ -17,6 +17,9 @@ from embeddings_mcp.errors import CheckpointInvalid
 SPARE = ("pooler.", "lm_head.", "cls.", "classifier.")
 """Starts of the names of heads that a checkpoint may have or not: no embedding is made with them."""
 
+_BUFFERS = frozenset({"position_ids", "token_type_ids", "masked_bias"})
+"""Last parts of the names of numbers that are the same in every model, which older versions of transformers saved."""
+
 _FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -139,14 +142,16 @@ def load_weights(module: torch.nn.Module, path: Path, *, prefix: str = "") -> No
 def check_tensors(
     folder: Path, *, missing: Collection[str], extra: Collection[str], misshapen: Collection[str]
 ) -> None:
-    """Refuse a checkpoint whose tensors are not those that its config calls for; heads may be there or not.
+    """Refuse a checkpoint whose tensors are not those that its config calls for.
+
+    Heads may be there or not, and so may numbers that older versions of transformers saved.
 
     Raises:
         CheckpointInvalid: names the folder, the tensors, and what is wrong with them.
     """
     for finding, names in (
         ("are missing", missing),
-        ("are not part of the architecture", extra),
+        ("are not part of the architecture", {name for name in extra if name.rpartition(".")[2] not in _BUFFERS}),
         ("have another shape than config.json says", misshapen),
     ):
         wrong = sorted(name for name in names if not name.startswith(SPARE))
