@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, LayerNorm,
 from transformers import AutoModel
 
 from embeddings_mcp.embedders.local.encoder import load_encoder
-from embeddings_mcp.errors import CheckpointInvalid, InvalidRequest
+from embeddings_mcp.errors import CheckpointInvalid, InvalidRequest, MissingDependency
 from tests.local.checkpoints import SMALL, WIDTH, edit, edit_tensors, save, save_plain, save_static
 from tests.local.golden import FamilyName, family
 
@@ -470,6 +471,22 @@ def test_a_layer_of_bge_m3_that_is_not_what_it_should_be_is_refused(
     torch.save(layer, folder / name)
 
     assert f"{name}{reason}" in refused(folder)
+
+
+@pytest.mark.parametrize("package", ["sentencepiece", "google.protobuf"])
+def test_a_tokenizer_that_no_package_here_reads_is_refused_with_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    folder = Path(shutil.copytree(family("bge-m3").folder, tmp_path / "model"))
+    (folder / "tokenizer.json").unlink()
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+
+    with pytest.raises(MissingDependency) as error:
+        load_encoder("test/sentencepiece", folder)
+    assert error.value.message == (
+        f"{folder / 'tokenizer.json'}: the tokenizer cannot be read: it is missing, and sentencepiece.bpe.model needs "
+        "packages: pip install sentencepiece protobuf"
+    )
 
 
 def test_a_tokenizer_of_another_model_is_refused_with_the_first_token_that_is_not_the_models(folder: Path) -> None:

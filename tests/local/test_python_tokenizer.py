@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoTokenizer
 from embeddings_mcp.embedders.local.encoder import load_encoder
 from embeddings_mcp.embedders.local.python_tokenizer import Encoded, PythonTokenizer
 from embeddings_mcp.embedders.local.tokenizer import Tokenizer
-from embeddings_mcp.errors import CheckpointInvalid, InputTooLong
+from embeddings_mcp.errors import InputTooLong, MissingDependency
 from embeddings_mcp.models import Truncate
 from tests.local.checkpoints import SMALL, assert_as_sentence_transformers_reads_it, save_plain
 
@@ -96,5 +96,5 @@ def test_a_package_that_a_tokenizer_needs_is_named_where_it_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "fugashi", None)  # as if it were not installed
-    with pytest.raises(CheckpointInvalid, match="You need to install fugashi"):
+    with pytest.raises(MissingDependency, match="You need to install fugashi"):
         load_encoder("test/japanese", save(tmp_path, japanese(word_tokenizer_type="mecab")))

@@ -9,6 +9,7 @@ makes the tokenizer from older ones.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from embeddings_mcp.embedders.local.jsonfile import JsonObject, read_object
 from embeddings_mcp.embedders.local.python_tokenizer import PythonTokenizer
-from embeddings_mcp.errors import CheckpointInvalid, InputTooLong, InputUnusable, InvalidRequest
+from embeddings_mcp.errors import CheckpointInvalid, InputTooLong, InputUnusable, InvalidRequest, MissingDependency
 from embeddings_mcp.models import Truncate
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ class Tokenizer:
 
         Raises:
             CheckpointInvalid: there is none, or it cannot be read.
+            MissingDependency: it needs a package that is not installed.
         """
         path = folder / "tokenizer.json"
         try:
@@ -110,7 +112,8 @@ class Tokenizer:
         except BaseException as error:  # readers raise whatever comes, and a panic of tokenizers is no Exception
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
-            raise CheckpointInvalid(f"{path}: the tokenizer cannot be read: {error}") from error
+            kind = MissingDependency if isinstance(error, ImportError) else CheckpointInvalid
+            raise kind(f"{path}: the tokenizer cannot be read: {error}") from error
 
     def encode(self, texts: Sequence[str], *, prompt: str, truncate: Truncate) -> list[list[int]]:
         """The token ids of each text, prompt and special tokens included, never more than the model takes.
@@ -282,7 +285,12 @@ def _convert(folder: Path) -> FastTokenizer | PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer  # slow to import
 
-    converted = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    try:
+        converted = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception:  # where a format's packages are missing, it tries the next, and says what is wrong with that
+        for path in folder.glob("*.model"):
+            _check_sentencepiece(path)
+        raise
     backend: FastTokenizer | None = getattr(converted, "backend_tokenizer", None)
     if backend is None:
         return converted
@@ -291,3 +299,18 @@ def _convert(folder: Path) -> FastTokenizer | PreTrainedTokenizerBase:
     if missing:
         raise FileNotFoundError(f"it is missing, and so is {', '.join(missing)}")
     return backend
+
+
+def _check_sentencepiece(path: Path) -> None:
+    """See that there is what reads SentencePiece's files, of which this is one.
+
+    Raises:
+        ImportError: there is not; says what to install.
+    """
+    try:
+        for package in ("sentencepiece", "google.protobuf"):
+            import_module(package)
+    except ImportError as error:
+        raise ImportError(
+            f"it is missing, and {path.name} needs packages: pip install sentencepiece protobuf"
+        ) from error
