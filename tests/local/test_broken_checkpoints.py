@@ -255,7 +255,7 @@ DESCRIPTIONS: dict[str, tuple[Damage, str]] = {
     ),
     "a layer whose output nobody reads": (
         field("2_Dense/config.json", module_output_name="other"),
-        r"2_Dense/config\.json: a Dense module is supported on the pooled vector only",
+        r"2_Dense/config\.json: `module_output_name` must be 'sentence_embedding': .* pooled vector only",
     ),
     "an activation of somebody else's": (
         field("2_Dense/config.json", activation_function="os.system"),
@@ -269,10 +269,18 @@ DESCRIPTIONS: dict[str, tuple[Damage, str]] = {
         field("2_Dense/config.json", activation_function="torch.nn.Linear"),
         r"2_Dense/config\.json: .*Linear",
     ),
-    "a residual": (field("2_Dense/config.json", use_residual=True), r"2_Dense/config\.json: .* without residual"),
+    "a residual": (field("2_Dense/config.json", use_residual=True), r"2_Dense/config\.json: .* without residual only"),
     "a layer over token vectors": (
         field("2_Dense/config.json", module_input_name="token_embeddings"),
-        r"2_Dense/config\.json: .* pooled vector only",
+        r"2_Dense/config\.json: `module_input_name` must be 'sentence_embedding': .* pooled vector only",
+    ),
+    "a length of token vectors": (
+        field("4_Normalize/config.json", module_input_name="token_embeddings"),
+        r"4_Normalize/config\.json: `module_input_name` must be 'sentence_embedding': .* pooled vector only",
+    ),
+    "a length whose result nobody reads": (
+        field("4_Normalize/config.json", module_output_name="other"),
+        r"4_Normalize/config\.json: `module_output_name` must be 'sentence_embedding': .* pooled vector only",
     ),
     "a length that is a text": (field("2_Dense/config.json", out_features="16"), r"`out_features` must be a whole"),
     "a length of nothing": (field("3_LayerNorm/config.json", dimension=0), r"`dimension` must be a whole number"),

@@ -123,6 +123,7 @@ def read_pipeline(folder: Path) -> Pipeline | None:
             case "LayerNorm":
                 pipeline = pipeline.then(LayerNorm(place, read_object(place / "config.json").size("dimension")))
             case "Normalize":
+                _check_pooled(read_object(place / "config.json", optional=True))
                 pipeline = pipeline.then(Normalize())
             case "Dropout":
                 pass  # does nothing outside training
@@ -186,11 +187,9 @@ def _read_dense(folder: Path) -> Dense:
         raise CheckpointInvalid(
             f"{config.path}: the activation {activation!r} is not one of torch.nn, and is not loaded"
         )
-    names = {config.get(key, _POOLED) for key in ("module_input_name", "module_output_name")}
-    if config.get("use_residual", default=False) or names != {_POOLED}:
-        raise CheckpointInvalid(
-            f"{config.path}: a Dense module is supported on the pooled vector only, without residual"
-        )
+    _check_pooled(config)
+    if config.get("use_residual", default=False):
+        raise config.wrong("use_residual", "false: a Dense module is supported without residual only")
     return Dense(
         folder,
         in_features=config.size("in_features"),
@@ -198,3 +197,10 @@ def _read_dense(folder: Path) -> Dense:
         bias=config.get("bias", default=True),
         activation=name,
     )
+
+
+def _check_pooled(config: JsonObject) -> None:
+    """Refuse a module that takes something else than the pooled vector, or puts its result elsewhere."""
+    for key in ("module_input_name", "module_output_name"):
+        if config.get(key, _POOLED) != _POOLED:
+            raise config.wrong(key, f"{_POOLED!r}: modules behind the pooling are supported on the pooled vector only")
