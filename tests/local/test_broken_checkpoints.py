@@ -462,6 +462,28 @@ def test_a_plain_model_that_does_not_say_what_it_is_for_is_refused(tmp_path: Pat
     assert f"config.json: `{field}` must be " in refused(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"model_type": "clip", "text_config": {}, "vision_config": {}},
+        {"model_type": "vision-encoder-decoder", "encoder": {}, "decoder": {}},
+        {"model_type": "t5gemma", "encoder": {"hidden_size": WIDTH}, "decoder": {"hidden_size": WIDTH}},
+    ],
+    ids=lambda parts: parts["model_type"],
+)
+def test_a_model_of_several_parts_is_refused_as_that(tmp_path: Path, parts: dict[str, object]) -> None:
+    write(tmp_path / "config.json", json.dumps(parts))
+
+    assert "config.json: a model of several parts, such as one for texts and images, is not" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["blenderbot", "pegasus"])
+def test_a_model_of_two_halves_that_runs_only_as_a_whole_is_refused_by_name(tmp_path: Path, kind: str) -> None:
+    save_plain(tmp_path, kind, AutoModel, d_model=WIDTH, encoder_layers=1, decoder_layers=1, pad_token_id=0)
+
+    assert f"config.json: encoder halves of '{kind}' are not supported; supported are those of" in refused(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["sparse_linear.pt", "colbert_linear.pt"])
 @pytest.mark.parametrize(
     ("layer", "reason"),

@@ -218,7 +218,15 @@ def load_backbone(checkpoint: Checkpoint, placement: Placement) -> Backbone:
     )
     _check(checkpoint, report, model.base_model_prefix, names=names)
     model.pooler = torch.nn.Identity()  # where there is one, its output is not used
-    backbone = Backbone(model.eval().to(placement.device), first_position=checkpoint.first_position)
+    try:
+        backbone = Backbone(model.eval().to(placement.device), first_position=checkpoint.first_position)
+    except ValueError as error:
+        if not config.is_encoder_decoder:
+            raise
+        raise CheckpointInvalid(
+            f"{folder / 'config.json'}: encoder halves of {model_type!r} are not supported; supported are those of "
+            f"{', '.join(_ENCODER_HALVES)}"
+        ) from error
     if model_type in PROVEN:  # others may look into their linear layers
         _fuse_norms(model)
         prepack(model, quantized=placement.quantized)

@@ -53,6 +53,9 @@ PICKLES = "pytorch_model*.bin"
 _BY_LENGTH = frozenset({"dynamic", "longrope", "su"})
 """Kinds of rotary positions whose angles depend on how long a text is."""
 
+_PARTS = ("text_config", "encoder", "vision_config")
+"""Where the sizes of a model of several parts are."""
+
 _UNKNOWN_LENGTH = 512
 
 _STATIC_LENGTH = 32_768
@@ -329,5 +332,9 @@ def _first_position(config: JsonObject) -> int:
 
 
 def _hidden_size(config: JsonObject) -> int:
-    key = next((key for key in ("hidden_size", "d_model", "dim", "n_embd") if key in config.fields), "hidden_size")
-    return config.size(key)
+    key = next((key for key in ("hidden_size", "d_model", "dim", "n_embd") if key in config.fields), None)
+    if key is None and any(part in config.fields for part in _PARTS):
+        raise CheckpointInvalid(
+            f"{config.path}: a model of several parts, such as one for texts and images, is not supported"
+        )
+    return config.size(key or "hidden_size")
