@@ -210,7 +210,8 @@ def _as_said(tokenizer: FastTokenizer, folder: Path, *, lowercase: bool, special
     config = read_object(folder / "tokenizer_config.json", optional=True)
     model = read_object(folder / "config.json", optional=True)
     kind = (config.get("tokenizer_class", "") or model.get("tokenizer_class", "")).removesuffix("Fast")
-    if kind in _BERT if kind else model.get("model_type", "") in _BERT_TYPES:
+    is_bert = kind in _BERT if kind else model.get("model_type", "") in _BERT_TYPES
+    if is_bert:
         _normalize_as_said(tokenizer, config)
     _add_tokens_as_said(tokenizer, config, read_object(folder / "added_tokens.json", optional=True))
     if kind in _ENDS and config.fields.keys() & {"add_bos_token", "add_eos_token"}:
