@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PYTEST := $(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 PEERS := .venv-peers
 MODEL_FOLDER := from embeddings_mcp.embedders.local.locate import find_bundled; from embeddings_mcp.models import DEFAULT_MODEL; print(find_bundled(DEFAULT_MODEL))
 
@@ -25,10 +26,10 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 unit: $(STAMP)
-	$(BIN)/pytest -m "not node and not bench"
+	$(PYTEST) -m "not node and not bench"
 
 test-all: lint types $(STAMP) ## The same, the benchmarks on tiny sizes, and the checks of the protocol's makers (npm)
-	$(BIN)/pytest
+	$(PYTEST)
 
 test-gpu: $(STAMP) ## What needs an NVIDIA GPU
 	$(BIN)/pytest -m gpu
