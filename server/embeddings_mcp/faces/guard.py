@@ -20,6 +20,7 @@ from pydantic import SecretStr
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from embeddings_mcp import paths
 from embeddings_mcp.addresses import is_loopback, numeric_address
 from embeddings_mcp.caller import CALLER_KEY_HEADER, bringing, named
 from embeddings_mcp.errors import (
@@ -38,7 +39,7 @@ from embeddings_mcp.faces.tokens import TokenVerifier
 from embeddings_mcp.settings import Settings
 
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
-_PATHS = {"health": frozenset({"/v1/health/live", "/v1/health/ready"}), "metrics": frozenset({"/v1/metrics"})}
+_PATHS = {"health": frozenset({paths.LIVE, paths.READY}), "metrics": frozenset({paths.METRICS})}
 _CALLER_KEY = CALLER_KEY_HEADER.lower().encode()
 _AUTHORITY = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\s:/?#@\[\]]+))(?::[0-9]*)?", re.IGNORECASE)
 

@@ -18,6 +18,7 @@ from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
+from embeddings_mcp import paths
 from embeddings_mcp.errors import InvalidSetting
 from embeddings_mcp.faces import published, rest
 from embeddings_mcp.faces.connection import Connection
@@ -33,8 +34,6 @@ if sys.platform != "win32":
     import resource
 
 logger = logging.getLogger(__name__)
-
-MCP_PATH = "/mcp"
 
 SHUTDOWN_SECONDS = 7
 """How long requests in progress may go on after the server was told to stop; then they are refused."""
@@ -62,7 +61,7 @@ def create_app(service: EmbeddingService, mcp_server: MCPServer, settings: Setti
         InvalidSetting: the server would be open to other machines without a key.
     """
     mcp_app = mcp_server.streamable_http_app(
-        streamable_http_path=MCP_PATH,
+        streamable_http_path=paths.MCP,
         # Up to protocol 2025-11-25 a client cancels a call by a second request, which finds the first only through
         # their session; later protocols have none, whatever is set here. Answers in JSON only would leave out the
         # progress of long calls.
@@ -165,7 +164,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._listener.listen(_WAITING)  # for which, and for what is accepted at once, uvicorn has one number
-        sys.stderr.write(f"embeddings-mcp: serving MCP at {self._url}{MCP_PATH} and REST at {self._url}/v1\n")
+        sys.stderr.write(f"embeddings-mcp: serving MCP at {self._url}{paths.MCP} and REST at {self._url}/v1\n")
         sys.stderr.flush()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

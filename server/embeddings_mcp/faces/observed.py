@@ -17,10 +17,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from embeddings_mcp import logs, telemetry
+from embeddings_mcp import logs, paths, telemetry
 from embeddings_mcp.operations import ROUTES
-
-METRICS_PATH = "/v1/metrics"
 
 REQUEST_ID = "X-Request-Id"
 
@@ -31,13 +29,13 @@ _PATHS = frozenset(
         *(operation.path for operation in ROUTES if operation.path is not None),
         "/apis.json",
         "/manifest",
-        "/mcp",
+        paths.MCP,
         "/mcp/server-card",
         "/openapi.json",
         "/v1/models",
-        "/v1/health/live",
-        "/v1/health/ready",
-        METRICS_PATH,
+        paths.LIVE,
+        paths.READY,
+        paths.METRICS,
     }
 )
 _PREFIXES = ("/v1/models/", "/skills", "/.well-known/")
@@ -115,4 +113,4 @@ def metrics_route() -> Route:
     async def metrics(_request: Request) -> Response:
         return Response(generate_latest(telemetry.REGISTRY), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
-    return Route(METRICS_PATH, metrics)
+    return Route(paths.METRICS, metrics)

@@ -28,7 +28,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ExceptionHandler, Receive
 
-from embeddings_mcp import telemetry
+from embeddings_mcp import paths, telemetry
 from embeddings_mcp.errors import AuthenticationFailed, EmbeddingsError, InvalidRequest, http_form, wire_form
 from embeddings_mcp.limits import DEFAULT_LIMITS, Limits
 from embeddings_mcp.operations import ROUTES, Operation
@@ -85,8 +85,8 @@ def routes(service: EmbeddingService, limits: Limits = DEFAULT_LIMITS) -> list[R
         ),
         Route("/v1/models", list_models),
         Route("/v1/models/{model:path}", get_model),
-        Route("/v1/health/live", live),
-        Route("/v1/health/ready", ready),
+        Route(paths.LIVE, live),
+        Route(paths.READY, ready),
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from embeddings_mcp import __version__
+from embeddings_mcp import __version__, paths
 from embeddings_mcp.errors import HTTP_ERRORS, WIRE_FORMS, EmbeddingsError, http_form
 from embeddings_mcp.models import DEFAULT_MODEL
 from embeddings_mcp.operations import (
@@ -124,10 +124,8 @@ def openapi_document() -> dict[str, Any]:
                 ],
                 "get": _get("getModel", "Describe one model", "Models", ModelObject, 404),
             },
-            "/v1/health/live": {"get": _health("healthLive", "Tell whether the server is up")},
-            "/v1/health/ready": {
-                "get": _health("healthReady", "Tell whether the default model can answer", unready=True)
-            },
+            paths.LIVE: {"get": _health("healthLive", "Tell whether the server is up")},
+            paths.READY: {"get": _health("healthReady", "Tell whether the default model can answer", unready=True)},
         },
         "components": {
             "securitySchemes": {"BearerAuth": {"type": "http", "scheme": "bearer"}},
