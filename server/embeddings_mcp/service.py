@@ -235,8 +235,10 @@ class EmbeddingService:
     # --- The steps ---------------------------------------------------------------------------------------------------
 
     async def _resolve(self, model: str, input_type: InputType | None) -> tuple[Embedder, InputType | None]:
-        """The embedder that a model name means, and the input type, which the name's suffix may say."""
+        """The embedder that a model name means, its card exact, and the input type, which the name's suffix may say."""
         embedder, implied = await self.catalogue.find(model)
+        # Of a model of the hub only the name is known before, and a wrong prompt would show in no error.
+        await embedder.identify()
         if implied is None:
             return embedder, input_type
         if input_type not in {None, implied}:
@@ -261,7 +263,7 @@ class EmbeddingService:
         _check_input_type(embedder.card, input_type)
         if dimensions is not None:
             if embedder.card.dimensions is None:
-                await embedder.check()  # only a loaded model knows its length
+                await embedder.check()  # an endpoint tells its model's length with the first vector
             _check_dimensions(embedder.card, dimensions)
         make = embedder.embed if mode == "dense" else _representing(embedder, mode, field="mode").represent
         texts = [text for value in fields.values() for text in _as_list(value)]

@@ -303,11 +303,16 @@ def test_a_hub_that_refuses_or_is_away_is_told_with_what_to_do(tmp_path: Path, h
     assert "cannot be fetched" in str(located(tmp_path, hub, HF_HUB_OFFLINE="1"))
 
 
-def test_a_model_in_the_cache_is_embedded_with_without_a_word_to_the_hub(tmp_path: Path, hub: Hub) -> None:
-    cached = tmp_path / "hub" / f"models--{REPOSITORY.replace('/', '--')}"
+def keep(home: Path, repository: str, folder: Path) -> None:
+    """Have a repository of these files in the cache."""
+    cached = home / "hub" / f"models--{repository.replace('/', '--')}"
     (cached / "refs").mkdir(parents=True)
     (cached / "refs" / "main").write_text(COMMIT, encoding="utf-8")
-    shutil.copytree(family("bge-m3").folder, cached / "snapshots" / COMMIT)
+    shutil.copytree(folder, cached / "snapshots" / COMMIT)
+
+
+def test_a_model_in_the_cache_is_embedded_with_without_a_word_to_the_hub(tmp_path: Path, hub: Hub) -> None:
+    keep(tmp_path, REPOSITORY, family("bge-m3").folder)
     case = next(case for case in family("bge-m3").cases if case.name == "plain")
     command = str(Path(sys.executable).with_name("embeddings-mcp"))
 
@@ -318,3 +323,29 @@ def test_a_model_in_the_cache_is_embedded_with_without_a_word_to_the_hub(tmp_pat
     assert answer["model"] == MODELS["bge-m3"]
     np.testing.assert_allclose(answer["data"][0]["embedding"], case.vector, rtol=0, atol=family("bge-m3").tolerance)
     assert hub.asked == []
+
+
+def test_the_first_request_to_a_model_of_the_hub_is_answered_as_those_after_it(tmp_path: Path, hub: Hub) -> None:
+    keep(tmp_path, "somebody/something", family("nemotron-3-embed").folder)
+    program = (
+        "import anyio\n"
+        "from embeddings_mcp.assemble import build_service\n"
+        "from embeddings_mcp.errors import InvalidRequest\n"
+        "from embeddings_mcp.schema import EmbeddingRequest, SearchRequest\n"
+        "from embeddings_mcp.settings import Settings\n"
+        "async def main():\n"
+        "    settings = Settings(models=('somebody/something',), model_process=False)\n"
+        "    search = SearchRequest(query='where is water?', input=['Water.', 'The committee met.'])\n"
+        "    untyped = EmbeddingRequest(model='default', input='Water.')\n"
+        "    service = build_service(settings)\n"
+        "    first, second = [await service.search(search) for _ in range(2)]\n"
+        "    assert first == second, (first, second)\n"
+        "    try: await build_service(settings).create_embedding(untyped)\n"
+        "    except InvalidRequest as error: print(error.message)\n"
+        "anyio.run(main)\n"
+    )
+
+    done = run([sys.executable, "-c", program], tmp_path, hub)
+
+    assert done.returncode == 0, done.stderr
+    assert "`input_type` is required by somebody/something" in done.stdout
