@@ -200,6 +200,7 @@ def names(folder: Path | str) -> set[str]:
 
 def test_of_a_repository_only_what_the_model_needs_is_fetched_and_only_once(tmp_path: Path, hub: Hub) -> None:
     hub.files |= {"vocab.txt": b"a tokenizer's", "bpe.codes": b"PhoBERT's tokenizer's"}
+    hub.files["chat_template.jinja"] = b"what plain models are refused for"
     wanted = set(hub.files)
     hub.files |= {
         "pytorch_model.bin": b"weights once more",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from embeddings_mcp.embedders.local.jsonfile import JsonObject, read_object
-from embeddings_mcp.embedders.local.pipeline import Cut, Dense, Pipeline, plain_pipeline, read_pipeline
+from embeddings_mcp.embedders.local.pipeline import CHAT_TEMPLATE, Cut, Dense, Pipeline, plain_pipeline, read_pipeline
 from embeddings_mcp.embedders.local.recipes import RECIPES, Recipe
 from embeddings_mcp.errors import CheckpointInvalid, MissingDependency
 from embeddings_mcp.models import Mode, ModelCard, OwnCard, input_type_use
@@ -43,7 +43,7 @@ _N_POSITIONS = frozenset({"codegen", "ctrl", "gpt-sw3", "gpt2", "gpt_bigcode", "
 M3_FILES = ("sparse_linear.pt", "colbert_linear.pt")
 """The layers that make BGE-M3's other two outputs."""
 
-FILES = ("*.json", "*.txt", "*.model", "*.codes", "*.safetensors", *M3_FILES)
+FILES = ("*.json", "*.txt", "*.model", "*.codes", "*.safetensors", CHAT_TEMPLATE, *M3_FILES)
 """What is read of a checkpoint, pickled weights aside: descriptions, tokenizers, weights. A trainer leaves other things
 beside it, and larger ones."""
 

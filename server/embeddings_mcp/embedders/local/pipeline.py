@@ -15,6 +15,9 @@ from embeddings_mcp.embedders.local.recipes import PLAIN, POOLING_WORDS, Pooling
 from embeddings_mcp.errors import CheckpointInvalid
 from embeddings_mcp.models import ModelCard
 
+CHAT_TEMPLATE = "chat_template.jinja"
+"""Where a chat template is that is not in ``tokenizer_config.json``."""
+
 _FIRST = ("StaticEmbedding", "Transformer", "Pooling")
 _LATER = ("Dense", "LayerNorm", "Dropout", "Normalize")
 """Classes of sentence-transformers that are understood: those that make a vector of a text, and that change it."""
@@ -158,7 +161,7 @@ def plain_pipeline(folder: Path, config: JsonObject, recipe: Recipe | None, know
         # To guess here would be to give vectors of a space that nobody asked for.
         raise CheckpointInvalid(f"{folder / 'modules.json'} is missing, which says how {known.id} pools its tokens")
     tokenizer = read_object(folder / "tokenizer_config.json", optional=True)
-    if "chat_template" in tokenizer.fields or (folder / "chat_template.jinja").is_file():
+    if "chat_template" in tokenizer.fields or (folder / CHAT_TEMPLATE).is_file():
         raise CheckpointInvalid(
             f"{folder} has a chat template and no modules.json: sentence-transformers would put every text into the "
             "template, which is not supported; say how it is pooled in modules.json"
