@@ -340,6 +340,18 @@ async def test_an_answer_that_is_not_ready_is_fetched_when_it_is() -> None:
         assert {seen.headers["authorization"] for seen in standing.seen} == {"Bearer nvapi-secret"}
 
 
+@pytest.mark.parametrize("ticket", ["", "tab\tbed", "../models", "1" * 1000])
+async def test_an_answer_that_is_not_ready_and_cannot_be_asked_for_is_refused(ticket: str) -> None:
+    fault = answering(202, **{"NVCF-REQID": ticket})
+    async with (
+        stand_in(faults=itertools.repeat(fault)) as standing,
+        embedding_at(standing, status_url=f"{standing.url}/status") as embedder,
+    ):
+        with pytest.raises(UpstreamFailed, match="202"):
+            await embed(embedder)
+        assert [seen.path for seen in standing.seen] == ["/v1/embeddings"]
+
+
 # --- Failures --------------------------------------------------------------------------------------------------------
 
 

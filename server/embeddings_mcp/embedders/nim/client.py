@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,6 +43,9 @@ codings one within the other.
 _MOST_CONNECTIONS = 100  # of all callers together, where they bring keys; else as many as the endpoint takes requests
 _CONNECT_TIMEOUT = 10.0
 _POLL_PAUSES = (0.1, 0.5, 2.0, 5.0)  # the last one again and again; the deadline ends it
+
+_TICKET = re.compile(r"[\w-]{1,100}", re.ASCII)
+"""What an answer is fetched by that was not ready: an id, which becomes a part of an address."""
 
 _Read = TypeVar("_Read")
 
@@ -210,8 +214,8 @@ class EndpointClient:
         response = await _ask(http, method, self.endpoint.url + path, {**headers, **content_type}, body)
         polls = 0
         while response.status_code == httpx.codes.ACCEPTED and self.endpoint.status_url is not None:
-            ticket = response.headers.get("NVCF-REQID")
-            if not ticket:
+            ticket = response.headers.get("NVCF-REQID", "")
+            if not _TICKET.fullmatch(ticket):
                 break
             await anyio.sleep(_POLL_PAUSES[min(polls, len(_POLL_PAUSES) - 1)])
             polls += 1
