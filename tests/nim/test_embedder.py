@@ -330,6 +330,20 @@ async def test_a_coming_end_of_life_is_logged(caplog: pytest.LogCaptureFixture) 
     assert "2027-01-31" in caplog.text
 
 
+async def test_an_endpoint_that_says_something_new_each_time_is_not_listened_to_without_end(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    numbers = itertools.count()
+
+    def deprecated(reply: Any) -> Any:
+        return replace(reply, headers={**reply.headers, "Deprecation": f"@{next(numbers)}"})
+
+    async with stand_in(faults=itertools.repeat(deprecated)) as standing, embedding_at(standing) as embedder:
+        for _ in range(150):
+            await embed(embedder, ["one"])
+    assert len([record for record in caplog.records if record.levelno == logging.WARNING]) == 100
+
+
 async def test_an_answer_that_is_not_ready_is_fetched_when_it_is() -> None:
     async with stand_in() as standing:
         standing.faults = iter([standing.accepting(polls=2)])

@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 SIGN_OF_LIFE = 5.0
 """Seconds between two reports of progress while nothing gets done: clients give up on a call that says nothing."""
 
+_MOST_TOLD = 100
+"""Different warnings about a model: what an endpoint says may hold the time, or a number of the request."""
+
 
 class NimEmbedder:
     """Embeds with one model of an endpoint; follows `embedders.base.Embedder`.
@@ -204,8 +207,8 @@ class NimEmbedder:
             self._tell(f"{self.origin} was asked for {self._model} and says that it serves {served}")
 
     def _tell(self, message: str) -> None:
-        """Log a warning, but the same one only once."""
-        if message not in self._told:
+        """Log a warning, but the same one only once, and not new ones without end."""
+        if message not in self._told and len(self._told) < _MOST_TOLD:
             self._told.add(message)
             logger.warning(message)
 
