@@ -385,6 +385,14 @@ async def test_a_text_that_is_too_long_is_named_by_its_place_in_the_call() -> No
             assert "probably `input[7]`, the longest of those sent together" in named.message
 
 
+@pytest.mark.parametrize("key", ["x", "token", "64"])
+async def test_a_refusal_that_has_the_letters_of_a_short_key_in_it_means_the_same(key: str) -> None:
+    async with stand_in() as standing, embedding_at(standing, api_key=SecretStr(key)) as embedder:
+        with pytest.raises(InputTooLong) as caught:
+            await embed(embedder, ["word " * 70])
+        assert (caught.value.tokens, caught.value.allowed) == (70, 64)
+
+
 async def test_texts_that_are_too_much_for_one_request_go_out_in_smaller_ones() -> None:
     def at_most_two(reply: Any) -> Any:
         too_many = "batch size 50 > maximum allowed batch size 2"

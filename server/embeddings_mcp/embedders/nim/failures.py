@@ -86,7 +86,7 @@ class Refusal:
     Attributes:
         endpoint: who refused.
         status: of the answer.
-        said: the endpoint's own words in one line; empty where it had none.
+        said: the endpoint's own words in one line, without the key; empty where it had none.
         retry_after: seconds it asks to wait; None where it does not say.
         location: where a redirect leads.
     """
@@ -113,16 +113,18 @@ class Refusal:
 
 def understand(response: httpx.Response, *, endpoint: Endpoint, asked: Asked | None) -> Failure:
     """What an answer that is no success means; `asked` is None for a request that is not for embeddings."""
+    told = words(response.content)
     refusal = Refusal(
         endpoint=endpoint,
         status=response.status_code,
-        said=endpoint.redact(words(response.content))[:_LONGEST_QUOTE],
+        said=endpoint.redact(told)[:_LONGEST_QUOTE],
         retry_after=retry_after(response.headers.get("Retry-After")),
         location=response.headers.get("Location"),
     )
     if asked is not None:
+        read = told[:_LONGEST_QUOTE]  # a key of few letters, such as vLLM's users make up, may be part of any word
         for statuses, pattern, about_request in _ABOUT_REQUESTS:
-            if refusal.status in statuses and (found := re.search(pattern, refusal.said, re.IGNORECASE)):
+            if refusal.status in statuses and (found := re.search(pattern, read, re.IGNORECASE)):
                 return about_request(refusal, asked, found)
     for statuses, about_endpoint in _ABOUT_ENDPOINTS:
         if refusal.status in statuses:
