@@ -35,24 +35,23 @@ DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
-    """What a model takes and gives.
+    """What a model takes and gives. What is not known of it, or does not apply, is None.
 
     Attributes:
         id: canonical name, the one that responses carry.
         aliases: other names for the same vector space; all names are matched without regard to case.
-        dimensions: length of a full vector; None while it is not known (a hub model before its first use).
+        dimensions: length of a full vector; of a hub model it is not known before its first use.
         matryoshka: the shorter lengths that ``dimensions`` may ask for; empty where a cut vector would be meaningless.
-        max_tokens: longest text in tokens, special tokens and prompt included; None while it is not known.
+        max_tokens: longest text in tokens, special tokens and prompt included.
         input_type: whether the model needs to be told queries from passages.
         query_prompt: text put before a query.
         passage_prompt: text put before a passage.
         default_prompt: text put before an input whose type was not said.
         modes: what its texts can be compared by.
-        licence: SPDX id or the licence's own name, None where unknown.
+        licence: SPDX id or the licence's own name.
         non_commercial: whether the licence forbids commercial use.
         hub: the Hugging Face repository with the weights, where it is not `id`; empty where there is none.
-        hosted_until: day (ISO 8601) on which NVIDIA's hosted endpoint stopped or stops; None where it goes on or never
-            was.
+        hosted_until: day (ISO 8601) on which NVIDIA's hosted endpoint stopped, or will stop, serving it.
     """
 
     id: str

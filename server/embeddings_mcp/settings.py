@@ -101,7 +101,7 @@ class Settings(BaseSettings):
         tuple[OwnCard, ...],
         NoDecode,
         Field(
-            description="Cards of your own, as a JSON array: what one says of a model goes before what is known of it "
+            description="Cards of your own, as a JSON array. What a card says of a model overrides what is known of it "
             "otherwise, except for lengths that its files do not allow."
         ),
     ] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -11,9 +12,11 @@ import orjson
 import pytest
 import yaml
 
+from embeddings_mcp.models import OwnCard
 from embeddings_mcp.publish import identity
 from embeddings_mcp.publish.documents import FORMATS
 from embeddings_mcp.publish.files import FILES
+from embeddings_mcp.settings import EndpointSettings
 from tests.support import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
@@ -55,3 +58,12 @@ def test_who_we_are_is_what_the_package_says() -> None:
     assert project["urls"]["Documentation"] == f"{identity.REPOSITORY}#readme"
     assert set(identity.EXTRAS.split(",")) < set(project["optional-dependencies"])
     assert len(identity.DESCRIPTION) <= 100
+
+
+def test_every_field_of_a_card_and_of_an_endpoint_is_explained() -> None:
+    page = (ROOT / "docs" / "configuration.md").read_text("utf-8")
+    for section, names in (("Endpoints", EndpointSettings.model_fields), ("Cards", OwnCard.__dataclass_fields__)):
+        _, _, after = page.partition(f"\n## {section}\n")
+        rows = re.findall(r"^\| `(\w+)` \|.* \| (.*) \|$", after.partition("\n## ")[0], flags=re.MULTILINE)
+        assert [name for name, _ in rows] == list(names)
+        assert all(meaning for _, meaning in rows)

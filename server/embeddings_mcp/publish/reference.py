@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from pydantic import TypeAdapter
 from pydantic.fields import FieldInfo
 
 from embeddings_mcp.caller import CALLER_KEY_HEADER
 from embeddings_mcp.errors import HTTP_ERRORS, WIRE_FORMS, http_form
 from embeddings_mcp.faces.cli import serve
 from embeddings_mcp.faces.observed import REQUEST_ID
-from embeddings_mcp.models import CARDS, DEFAULT_MODEL, ModelCard
+from embeddings_mcp.models import CARDS, DEFAULT_MODEL, ModelCard, OwnCard
 from embeddings_mcp.operations import CREATE_EMBEDDING
 from embeddings_mcp.publish.install import environment_variable, is_secret
 from embeddings_mcp.publish.openapi import openapi_document
@@ -91,6 +93,13 @@ _ENDPOINTS = """\
 ## Endpoints
 
 `EMBEDDINGS_MCP_ENDPOINTS` holds addresses, or a JSON array of objects with these fields:
+"""
+
+_CARDS = """\
+## Cards
+
+`EMBEDDINGS_MCP_CARDS` is a JSON array of objects with these fields. What a card leaves out is taken from the built-in
+card of that name, the checkpoint's files or what the endpoint says.
 """
 
 _MODELS = """\
@@ -224,7 +233,21 @@ def configuration() -> str:
         _table(("Variable", "Flag", "When not set", "Meaning"), settings),
         _ENDPOINTS,
         _table(("Field", "", "Meaning"), endpoint),
+        _CARDS,
+        _table(("Field", "Type", "", "Meaning"), _card_fields()),
     )
+
+
+def _card_fields() -> Iterable[Sequence[str]]:
+    """A row for each field of a card, in the words of the class that says what a card is."""
+    _, _, said = (inspect.getdoc(ModelCard) or "").partition("Attributes:\n")
+    meanings = dict(re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", said, flags=re.MULTILINE))
+    schema = TypeAdapter(OwnCard).json_schema()
+    for name, field in schema["properties"].items():
+        meaning = " ".join(meanings[name].split()).replace("``", "`")
+        needed = "required" if name in schema["required"] else ""
+        # Of two types the other one is null: what a card does not say.
+        yield f"`{name}`", _type(field.get("anyOf", [field])[0]), needed, f"{meaning[0].upper()}{meaning[1:]}"
 
 
 def _default(field: FieldInfo) -> str:
