@@ -401,7 +401,7 @@ class ModelEntry(TypedDict):
     served_from: Annotated[str, Field(description="`local`, or the address of the endpoint that makes the vectors.")]
     licence: NotRequired[Annotated[str, Field(description="The licence of its weights.")]]
     hosted_until: NotRequired[
-        Annotated[str, Field(description="Day on which NVIDIA's hosted endpoint stopped, or will stop, to serve it.")]
+        Annotated[str, Field(description="Day on which NVIDIA's hosted endpoint stopped, or will stop, serving it.")]
     ]
 
 

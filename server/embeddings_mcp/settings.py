@@ -256,12 +256,16 @@ class Settings(BaseSettings):
         int,
         Field(
             gt=0,
-            description="Largest answer over MCP and HTTP, in bytes; clients made with Python's SDK read 1 MiB unless "
-            "they are told otherwise.",
+            description="Largest answer of MCP over HTTP, in bytes; clients made with Python's SDK read 1 MiB unless "
+            "they are told otherwise. REST has no such limit.",
         ),
     ] = 1_000_000
     max_queued_tokens: Annotated[
-        int, Field(gt=0, description="Tokens that may wait for one local model; who comes then is asked back later.")
+        int,
+        Field(
+            gt=0,
+            description="Tokens that may wait for one local model; requests beyond that are told when to come back.",
+        ),
     ] = 1_000_000
     request_seconds: Annotated[
         float, Field(gt=0, description="Seconds that one request may take, waiting included.")

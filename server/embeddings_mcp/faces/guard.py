@@ -158,8 +158,8 @@ class Guard:
         if hosts and not self._is_ours(", ".join(hosts), scope):
             raise HTTPException(
                 HTTPStatus.MISDIRECTED_REQUEST,
-                f"this server has no name {', '.join(hosts)[:100]!r}; names to add to its own are set as allowed hosts "
-                "(EMBEDDINGS_MCP_ALLOWED_HOSTS)",
+                f"this server is not called {', '.join(hosts)[:100]!r}; if it should be, have whoever runs it add that "
+                "name to its allowed hosts (EMBEDDINGS_MCP_ALLOWED_HOSTS)",
             )
         for origin in values_of(scope, b"origin"):
             scheme, _, authority = origin.partition("://")
@@ -167,8 +167,9 @@ class Guard:
             if not ours and origin.lower() not in self._origins:
                 raise HTTPException(
                     HTTPStatus.FORBIDDEN,
-                    f"pages of {origin[:100]!r} may not use this server; the hosts whose pages may are set as allowed "
-                    "hosts (EMBEDDINGS_MCP_ALLOWED_HOSTS), other origins by EMBEDDINGS_MCP_CORS_ORIGINS",
+                    f"pages of {origin[:100]!r} may not use this server; if they should, have whoever runs it add the "
+                    "origin to EMBEDDINGS_MCP_CORS_ORIGINS or, where it is a name of this server's own, to its allowed "
+                    "hosts (EMBEDDINGS_MCP_ALLOWED_HOSTS)",
                 )
 
     def _is_ours(self, authority: str, scope: Scope) -> bool:
