@@ -103,10 +103,3 @@ def test_every_host_is_told_to_start_the_server_as_it_is_started() -> None:
             started = command if isinstance(command, list) else [command, *server["args"]]
             assert started == [identity.NAME, "serve"]
     assert set(re.findall(r"-- (embeddings-mcp .*)", HOSTS)) == {"embeddings-mcp serve"}
-
-
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
-def test_every_link_of_a_page_leads_somewhere(page: Any) -> None:
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
-        if "://" not in target:
-            assert (page.parent / target).exists(), target
