@@ -111,6 +111,8 @@ def test_a_misspelt_variable_is_told_from_settings_keys_and_those_of_kubernetes(
         ("PORT", "65536", "less than or equal to 65535"),
         ("PORT", "http", "valid integer"),
         ("PRECISION", "int4", "'auto', 'float32', 'bfloat16', 'float16' or 'int8'"),
+        ("WITHOUT_KEY", "off", "must be `health`, `metrics`, both, or `none`"),
+        ("WITHOUT_KEY", "health none", "must be `health`, `metrics`, both, or `none`"),
         ("MAX_BODY_BYTES", "0", "greater than 0"),
         ("CARDS", "{", "must be JSON"),
         ("CARDS", '{"id": "mine"}', "must be a JSON array of objects"),

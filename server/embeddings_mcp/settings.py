@@ -285,7 +285,11 @@ class Settings(BaseSettings):
     @field_validator("without_key", mode="before")  # of several, pydantic calls the last first
     @classmethod
     def _read_none(cls, value: object) -> object:
-        return () if value == "none" else value
+        if value == "none":
+            return ()
+        if isinstance(value, str) and not set(value.split()) <= {"health", "metrics"}:
+            raise PydanticCustomError("without_key", "must be `health`, `metrics`, both, or `none`")
+        return value
 
     @field_validator("port", mode="before")
     @classmethod
