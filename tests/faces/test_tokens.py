@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import anyio
 import httpx
 import httpx2
 import jwt
@@ -15,7 +16,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from mcp import Client
 from mcp.client.streamable_http import streamable_http_client
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from embeddings_mcp.errors import InvalidSetting, IssuerUnavailable
 from embeddings_mcp.faces import tokens
@@ -230,6 +231,22 @@ def test_a_new_key_of_the_issuer_is_found_but_nobody_can_have_him_asked_at_will(
         assert ask(url, issuer.token("ec")).status_code == 200
 
 
+@pytest.mark.anyio
+async def test_who_comes_while_the_issuer_is_asked_waits_for_his_answer_too(issuer: Issuer) -> None:
+    verifier = TokenVerifier(issuer.url, RESOURCE)
+    found: list[bool] = []
+
+    async def verify() -> None:
+        found.append(await verifier.verify_token(issuer.token()) is not None)
+
+    async with anyio.create_task_group() as callers:
+        for _ in range(3):
+            callers.start_soon(verify)
+    await verifier.aclose()
+    assert found == [True] * 3
+    assert issuer.asked == 1
+
+
 def test_a_key_that_the_issuer_has_withdrawn_opens_no_more_once_the_keys_are_old(
     issuer: Issuer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,6 +290,22 @@ def test_an_issuer_that_does_not_say_its_keys_is_no_fault_of_the_token(
         assert refused.json()["error"]["code"] == "issuer_unavailable"
         assert int(refused.headers["Retry-After"]) > 0
         assert ask(url, "plain").status_code == 200
+
+
+def test_an_issuer_that_is_never_done_with_his_answer_is_not_waited_for(
+    issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def answer() -> AsyncIterator[bytes]:
+        while True:
+            yield b" "
+            await anyio.sleep(0.05)
+
+    monkeypatch.setattr(tokens, "_TIMEOUT_SECONDS", 0.5)
+    issuer.answer = StreamingResponse(answer())
+    with serving_for(issuer) as url:
+        refused = ask(url, issuer.token())
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "issuer_unavailable"
 
 
 def test_a_known_key_goes_on_to_open_while_the_issuer_is_down(issuer: Issuer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlsplit
 
+import anyio
 import httpx
 import jwt
 import orjson
@@ -43,6 +44,7 @@ _LEEWAY_SECONDS = 30
 """By which the clocks of the issuer and of this machine may differ."""
 
 _TIMEOUT_SECONDS = 10.0
+"""Longest that an answer of the issuer may take in all: who shows a token with a new key waits for it."""
 
 _MOST_BYTES = 1 << 20
 """Largest answer of an issuer that is read."""
@@ -185,9 +187,9 @@ class TokenVerifier:
 
     async def _key(self, name: str | None) -> _IssuerKey | None:
         """The issuer's key of this name; where it has only one, a token need not name it."""
-        if self._stale(name):
-            async with self._asking:
-                if self._stale(name):  # and has not been asked for while we waited
+        if self._stale(name) or (name not in self._keys and self._asking.locked()):
+            async with self._asking:  # or wait for the answer that another token needed
+                if self._stale(name):
                     await self._refresh()
         if name not in self._keys and self._failure is not None:
             raise self._failure.with_traceback(None)  # which would grow with each raise
@@ -230,16 +232,17 @@ class TokenVerifier:
         if urlsplit(url).scheme != "https" and not is_loopback(urlsplit(url).hostname or ""):
             raise self._unavailable(f"it refers to {url[:200]!r}, which is not https")
         try:
-            async with self._http.stream("GET", url, headers={"Accept": "application/json"}) as response:
-                if response.status_code != HTTPStatus.OK:
-                    raise self._unavailable(f"{url} answers {response.status_code}")
-                body = bytearray()
-                async for piece in response.aiter_bytes():
-                    body += piece
-                    if len(body) > _MOST_BYTES:
-                        raise self._unavailable(f"{url} answers with more than {_MOST_BYTES:,} bytes")
+            with anyio.fail_after(_TIMEOUT_SECONDS):
+                async with self._http.stream("GET", url, headers={"Accept": "application/json"}) as response:
+                    if response.status_code != HTTPStatus.OK:
+                        raise self._unavailable(f"{url} answers {response.status_code}")
+                    body = bytearray()
+                    async for piece in response.aiter_bytes():
+                        body += piece
+                        if len(body) > _MOST_BYTES:
+                            raise self._unavailable(f"{url} answers with more than {_MOST_BYTES:,} bytes")
             value = orjson.loads(body)
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, TimeoutError) as error:
             raise self._unavailable(f"{url[:200]} cannot be read: {type(error).__name__} {error}") from error
         if not isinstance(value, dict):
             raise self._unavailable(f"{url} answers with something that is no JSON object")
