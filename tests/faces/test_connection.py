@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -120,6 +121,20 @@ def test_who_does_not_read_his_answer_loses_his_place_to_others(
         while status() == 503:  # the place is free once the request has heard of it
             assert time.monotonic() < deadline
         assert status() == 400
+
+
+@pytest.mark.parametrize("system", ["darwin", "freebsd14", "win32"])
+def test_who_does_not_read_is_hung_up_on_by_other_systems_too(
+    monkeypatch: pytest.MonkeyPatch, hung_up: threading.Event, system: str
+) -> None:
+    """Of which none is asked what only Linux tells."""
+    monkeypatch.setattr(connection, "sys", SimpleNamespace(platform=system))
+    monkeypatch.setattr(connection, "_SO_NWRITE", socket.SO_ERROR)  # where the option is unknown; 0 while all is well
+    monkeypatch.delattr(connection, "termios", raising=False)
+    monkeypatch.setattr(connection, "STALL_SECONDS", SOON)
+    with serving_long_vectors() as url, connected(url) as client:
+        client.sendall(request("one"))
+        assert hung_up.wait(SECONDS)
 
 
 @pytest.mark.parametrize("then", ["reads it", "hangs up"])

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import sys
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-if sys.platform != "win32":
+if sys.platform == "linux":
     import fcntl
     import termios
 
@@ -27,6 +28,10 @@ STALL_SECONDS = 60.0
 
 _LEAST_READ = 16 * 1024
 """Bytes that it must have read in between: a slow line has 50 times as much."""
+
+
+_SO_NWRITE = 0x1024
+"""The option by which macOS tells how much of what was sent a client has not taken; Python has no name for it."""
 
 
 class Connection(H11Protocol):
@@ -82,12 +87,17 @@ class Connection(H11Protocol):
         self._reading = self.loop.call_later(STALL_SECONDS, self._check_reader, self._unread())
 
     def _unread(self) -> int:
-        """Bytes that the client has not taken yet: those held here, and by the system, which may be megabytes more."""
-        held = self.transport.get_write_buffer_size()
-        if sys.platform == "win32":
-            return held
-        queued = fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
-        return held + int.from_bytes(queued, sys.byteorder)
+        """Bytes that the client has not taken yet: those held here, and by the system, which may be megabytes more.
+
+        Of the system's, only Linux and macOS tell.
+        """
+        unread = self.transport.get_write_buffer_size()
+        way: socket.socket = self.transport.get_extra_info("socket")
+        if sys.platform == "linux":
+            unread += int.from_bytes(fcntl.ioctl(way.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+        elif sys.platform == "darwin":
+            unread += way.getsockopt(socket.SOL_SOCKET, _SO_NWRITE)
+        return unread
 
     def _check_reader(self, before: int) -> None:
         if before - self._unread() >= _LEAST_READ:
