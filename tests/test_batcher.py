@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import queue
 import threading
@@ -12,7 +13,7 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embeddings_mcp.caller import named
@@ -78,6 +79,12 @@ async def until_queued(batcher: Batcher[str, object], tokens: int) -> None:
             await anyio.lowlevel.checkpoint()
 
 
+async def checkpoints(count: int) -> None:
+    """Let the event loop go on so often."""
+    for _ in range(count):
+        await anyio.lowlevel.checkpoint()
+
+
 def row(length: int) -> list[int]:
     return [1] * length
 
@@ -119,6 +126,72 @@ def test_every_caller_gets_the_results_of_his_own_rows_in_their_order(
 
     anyio.run(ask_all)
     assert answers == {caller: [(kind, row) for row in rows] for caller, (kind, rows) in enumerate(requests)}
+
+
+@settings(max_examples=50)
+@given(
+    requests=st.lists(
+        st.tuples(
+            st.lists(st.lists(st.integers(1, 13), min_size=1, max_size=9), min_size=1, max_size=9),
+            st.integers(1, 4),  # rows that are brought at once
+            st.integers(0, 12),  # steps of the event loop until it comes
+            st.integers(0, 12) | st.none(),  # steps until it is cancelled
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+    workers=st.integers(1, 3),
+    closed_after=st.integers(0, 30) | st.none(),
+)
+def test_nothing_of_a_request_is_left_in_the_queue_however_it_ends(
+    requests: list[tuple[list[list[int]], int, int, int | None]], workers: int, closed_after: int | None
+) -> None:
+    claims: list[Claim] = []
+
+    def run(kind: str, rows: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+        if any(13 in row for row in rows):
+            raise ValueError("thirteen")
+        return list(rows)
+
+    async def ask(batcher: Batcher[str, object], rows: list[list[int]], at_once: int) -> None:
+        left = list(rows)
+
+        async def bring() -> list[list[int]]:
+            await checkpoints(1)
+            piece, left[:] = left[:at_once], left[at_once:]
+            claim.expected -= sum(map(len, piece))
+            return piece
+
+        with (
+            contextlib.suppress(ValueError, Overloaded, ServerStopped),
+            batcher.expecting(id(rows), sum(map(len, rows))) as claim,
+        ):
+            claims.append(claim)
+            await batcher.submit("a", await bring(), lambda _places, _made: None, more=bring, claim=claim)
+
+    async def ask_all() -> None:
+        batcher = Batcher[str, object](run, workers=workers, budget=BUDGET, max_queued_tokens=40)
+
+        async def come_and_go(rows: list[list[int]], at_once: int, comes: int, goes: int | None) -> None:
+            await checkpoints(comes)
+            async with anyio.create_task_group() as caller:
+                caller.start_soon(ask, batcher, rows, at_once)
+                if goes is not None:
+                    await checkpoints(goes)
+                    caller.cancel_scope.cancel()
+
+        with anyio.fail_after(SECONDS):
+            async with anyio.create_task_group() as callers:
+                for request in requests:
+                    callers.start_soon(come_and_go, *request)
+                if closed_after is not None:
+                    await checkpoints(closed_after)
+                    batcher.close(STOPPED)
+        assert batcher.queued_tokens == 0
+        batcher.close(STOPPED)
+
+    anyio.run(ask_all)
+    assert all(claim.waiting == 0 for claim in claims)
 
 
 @pytest.mark.anyio
