@@ -1,4 +1,4 @@
-"""What a host sends over stdio that is no message is answered, for whoever sent it waits."""
+"""What a host sends over stdio that is no message is answered, for whoever sent it waits; and how a host may go."""
 
 from __future__ import annotations
 
@@ -75,3 +75,21 @@ def test_a_line_that_is_no_message_is_answered(line: str, asked: int | str | Non
     assert answer["error"]["code"] == code
     assert answer["error"]["message"].startswith("the line is no")
     assert "emoji" not in answer["error"]["message"]
+
+
+def test_a_host_that_goes_before_its_answer_is_no_fault() -> None:
+    request = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "tools/list", "params": {"_meta": ENVELOPE}})
+    with subprocess.Popen(
+        [sys.executable, "-m", "embeddings_mcp", "serve", "--load", "lazy"],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        _, said = process.communicate(f"{request}\n", timeout=START_SECONDS)
+
+    assert said == ""
+    assert process.returncode == 0

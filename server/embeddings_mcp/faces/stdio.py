@@ -28,7 +28,7 @@ _WRITTEN_SECONDS = 0.1
 
 
 def serve_stdio(service: EmbeddingService, server: EmbeddingsServer, settings: Settings) -> None:
-    """Serve until the host closes stdin.
+    """Serve until the host closes stdin, or reads no answer any more.
 
     Raises:
         ModelUnavailable: the default model is to be loaded first, and cannot be.
@@ -52,7 +52,10 @@ def serve_stdio(service: EmbeddingService, server: EmbeddingsServer, settings: S
 
     # Ctrl-C ends the process at once: a thread of it waits for stdin, and nothing but its end would wake it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    anyio.run(serve)
+    try:
+        anyio.run(serve)
+    except* BrokenPipeError:
+        pass  # the host is gone, and with it whoever waits for an answer
 
 
 async def _pass_on(
