@@ -190,6 +190,32 @@ async def test_however_often_it_is_killed_nothing_of_it_stays() -> None:
     assert models[1]() is None
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="open files are read from /proc")
+async def test_one_that_is_killed_while_it_loads_leaves_no_file_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the system does where memory is too little for the model, at every request again."""
+    start = model_process._start
+
+    def start_and_kill(order: model_process.Order) -> subprocess.Popen[bytes]:
+        process = start(order)
+        process.kill()
+        return process
+
+    monkeypatch.setattr(model_process, "_start", start_and_kill)
+    async with served("e5", model_process=True, workers=8) as embedder:
+
+        async def ask() -> None:
+            with contextlib.suppress(ModelUnavailable):
+                await embedder.embed(TEXTS, input_type="query", truncate="END")
+
+        seen: list[int] = []
+        for _ in range(4):
+            async with anyio.create_task_group() as callers:
+                for _ in range(3):
+                    callers.start_soon(ask)
+            seen.append(open_files())
+    assert max(seen) <= seen[0]
+
+
 @pytest.mark.parametrize(
     ("fault", "told"),
     [

@@ -140,6 +140,8 @@ class ModelProcess:
             self.tokenize = InputTokenizer(checkpoint, ready.card, vocabulary=ready.vocabulary).tokenize
         except BaseException:
             self.close()
+            for end in ours:  # which the error holds, and it may stay for good, see `nothing_collected`
+                end.close()
             raise
         self.card = ready.card
         self.dimensions = ready.dimensions
@@ -238,7 +240,7 @@ class ModelProcess:
 
     def _listen(self, log: Connection) -> None:
         """Log what is logged there, and its end if `close` did not bring that about."""
-        with contextlib.suppress(EOFError, OSError):
+        with log, contextlib.suppress(EOFError, OSError):
             while True:
                 name, level, message = log.recv()
                 logging.getLogger(name).log(level, "%s", message)
