@@ -273,9 +273,12 @@ async def test_workers_share_what_waits(texts: list[list[int]], batches: list[in
     batcher = Batcher[str, object](steps, workers=2, budget=2048, least_share=256)
     async with anyio.create_task_group() as callers:
         callers.start_soon(submit, batcher, texts)
-        for size in batches:
-            assert len((await steps.next_batch())[1]) == size
+        first = [len((await steps.next_batch())[1]) for _ in batches[:2]]
+        assert sorted(first, reverse=True) == batches[:2], "side by side, and begun in any order"
+        for size in batches[2:]:
             steps.may_end.release()
+            assert len((await steps.next_batch())[1]) == size
+        steps.may_end.release(2)
 
 
 @pytest.mark.anyio
