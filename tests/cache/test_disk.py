@@ -282,6 +282,24 @@ async def test_a_file_that_cannot_be_used_is_done_without_and_said_once(
     assert "requests go on without it" in warning.message
 
 
+def empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+
+
+async def test_what_is_removed_is_forgotten_by_who_has_it_open_and_a_new_file_takes_its_place(tmp_path: Path) -> None:
+    source = TextByText()
+    embedder = on_disk(source, DiskStore(tmp_path, MB))
+    await ask(embedder, TEXTS)
+    empty(tmp_path)
+    for _ in range(2):
+        await ask(embedder, TEXTS)
+    assert source.batches == [TEXTS] * 2
+    await embedder.aclose()
+    await answered(source, tmp_path)
+    assert source.batches == [TEXTS] * 2
+
+
 async def test_a_row_is_not_believed_when_its_checksum_is_wrong(tmp_path: Path) -> None:
     source = await filled(tmp_path)
     one, latest = "(SELECT min(rowid) FROM vector)", "(SELECT max(rowid) FROM source)"

@@ -331,9 +331,9 @@ async def test_a_single_text_does_not_wait_for_its_turn_in_a_long_call() -> None
         callers.start_soon(answers, embedder, many)
         await until(lambda: source.batches)
         callers.start_soon(answers, embedder, many)
+        await until(lambda: waits(embedder))
         await answers(embedder, ["77"])
         assert source.made == {"77": 1}
-        await until(lambda: waits(embedder))
         source.held["0"].set()
     assert source.batches == [many, ["77"]]
 

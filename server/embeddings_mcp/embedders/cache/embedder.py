@@ -182,8 +182,6 @@ class CachedEmbedder:
         failure: ModelUnavailable | None = None
 
         def take(positions: Sequence[int], made: Embeddings) -> None:
-            if not positions:
-                return
             rows = dict(zip([wanted[position] for position in positions], rows_of(made), strict=True))
             request.add(rows)
             self._latest = next(iter(rows.values())).kind
@@ -197,7 +195,7 @@ class CachedEmbedder:
                 request.texts_of(wanted),
                 input_type=input_type,
                 truncate=truncate,
-                on_progress=request.tell if request.watched else None,
+                on_progress=request.tell,
                 on_rows=take,
             )
         except InputUnusable as error:

@@ -65,11 +65,6 @@ class Request:
             self._done -= len(self._places[key])
         return strays
 
-    @property
-    def watched(self) -> bool:
-        """Whether anybody wants to know how far it is."""
-        return self._on_progress is not None
-
     async def tell(self, _done: int = 0) -> None:
         """Say how many texts are done, which may be as many as before, but never fewer."""
         self._told = max(self._told, self._done)
