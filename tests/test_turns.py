@@ -52,11 +52,13 @@ def test_a_place_is_kept_for_who_is_due_and_newcomers_get_what_is_left(clock: Cl
 def test_who_is_due_is_let_in_also_where_a_little_more_came_in_than_there_is_room(clock: Clock) -> None:
     asked = Turns(20)
     (due, *_) = refused(asked)
-    clock.now += due
+    clock.now += due - 0.05  # clocks differ
     assert asked.wait("a", 8, used=17, per_second=4) == 0
-    assert asked.wait("a", 8, used=18, per_second=4) == 1, "too much is too much; but nobody else is before him"
-    clock.now += 1
+    assert asked.wait("a", 8, used=24, per_second=4) == 3, "too much is too much; but nobody else is before him"
+    clock.now += 3
     assert asked.wait("a", 8, used=17, per_second=4) == 0
+    asked.came_in("a")
+    assert asked.wait("newcomer", 4, used=4, per_second=4) == 0, "one place was kept for him, not two"
 
 
 def test_who_is_refused_later_waits_no_longer_than_from_then_on(clock: Clock) -> None:
@@ -84,6 +86,12 @@ def test_a_place_is_not_kept_for_long(clock: Clock) -> None:
     (due, *_) = refused(asked)
     clock.now += due + turns.LATE_SECONDS + 20
     assert asked.wait("newcomer", 8, used=12, per_second=4) == 0
+
+
+@pytest.mark.usefixtures("clock")
+def test_so_many_places_are_kept_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "_MOST_PLACES", 2)
+    assert refused(Turns(20)) == [3, 6, 8, 8]
 
 
 def test_those_who_never_come_back_cannot_keep_all_others_out(clock: Clock) -> None:
