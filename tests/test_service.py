@@ -199,6 +199,13 @@ async def test_scores_are_those_of_the_cut_vectors() -> None:
     np.testing.assert_allclose(scores, cut @ cut.T, atol=5.1e-5)
 
 
+async def test_passages_are_ranked_by_their_cut_vectors() -> None:
+    (query,) = vectors_of(await embed(service_of(), "q", model="test/nested-query", dimensions=4))
+    passages = vectors_of(await embed(service_of(), ["a", "b"], model="test/nested-passage", dimensions=4))
+    for hit in (await search(service_of(), "q", ["a", "b"], model="test/nested", dimensions=4))["results"]:
+        assert hit["score"] == pytest.approx(passages[hit["index"]] @ query, abs=5.1e-5)
+
+
 async def test_the_full_length_may_be_asked_for_by_number() -> None:
     for model, dimensions in (("default", 8), ("test/nested-query", 16)):
         whole = vectors_of(await embed(service_of(), "a", model=model))
@@ -467,9 +474,9 @@ async def test_a_matrix_that_nobody_could_read_is_refused() -> None:
     side = math.isqrt(MAX_SCORES)
     texts = [str(number) for number in range(side + 1)]
     assert len((await compare(service_of(), texts[:side]))["scores"]) == side
-    for fields in ({}, {"other": texts[:side]}):
+    for one, fields in ((texts, {}), (texts[:side], {"other": texts})):
         with pytest.raises(InvalidRequest, match="`top_k` is required here") as caught:
-            await compare(service_of(), texts, **fields)
+            await compare(service_of(), one, **fields)
         assert caught.value.param == "top_k"
     assert len((await compare(service_of(), texts, top_k=MAX_SCORES))["pairs"]) == (side + 1) * side // 2
     with pytest.raises(InvalidRequest, match=f"`top_k` must be at most {MAX_SCORES:,} here") as caught:
