@@ -15,6 +15,7 @@ from transformers import AutoModel
 
 from embeddings_mcp.assemble import build_service
 from embeddings_mcp.embedders.local.checkpoint import read_checkpoint
+from embeddings_mcp.errors import InputTooLong
 from embeddings_mcp.models import InputType, ModelCard
 from embeddings_mcp.schema import EmbeddingRequest
 from embeddings_mcp.service import EmbeddingService
@@ -79,6 +80,14 @@ async def test_what_the_card_says_holds_also_where_it_is_what_is_usual(folder: P
     assert await described(here(folder, input_type="ignored")) == await described(bare) | {"input_type": "ignored"}
     assert await embedded(unprompted, "query") != await embedded(bare, "query")
     assert await embedded(unprompted, "passage") == await embedded(bare, "passage")
+
+
+async def test_a_text_may_be_as_long_as_the_card_says(folder: Path) -> None:
+    async with opened(here(folder, max_tokens=8)) as service:
+        request = EmbeddingRequest(model="acme/legal", input="water " * 20, input_type="query")
+        with pytest.raises(InputTooLong) as caught:
+            await service.create_embedding(request)
+    assert caught.value.allowed == 8
 
 
 async def test_a_card_that_brings_the_prompts_need_not_say_that_they_are_used(tmp_path: Path) -> None:

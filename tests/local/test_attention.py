@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from embeddings_mcp.embedders.local import attention
-from embeddings_mcp.embedders.local.attention import attend
-from embeddings_mcp.embedders.local.packing import Packing
+from embeddings_mcp.embedders.local.attention import attend, packed_attention
+from embeddings_mcp.embedders.local.packing import Packing, PackingUnsupported
 
 LENGTHS = (7, 7, 3, 1)
 PACKING = Packing(LENGTHS, max(LENGTHS), torch.tensor([0, *np.cumsum(LENGTHS)], dtype=torch.int32))
@@ -138,6 +138,13 @@ def test_the_kernels_take_what_they_are_given(kernel: str, documented: Any) -> N
 
     assert tuple(theirs[: len(positional)]) == positional
     assert set(by_name) <= set(theirs)
+
+
+@pytest.mark.parametrize("asked", ["softcap", "s_aux", "position_bias"])
+def test_what_would_change_the_scores_and_cannot_be_had_is_refused(asked: str) -> None:
+    tensor = torch.zeros(1, 2, sum(LENGTHS), 8)
+    with pytest.raises(PackingUnsupported, match=asked):
+        packed_attention(torch.nn.Identity(), tensor, tensor, tensor, None, packing=PACKING, **{asked: tensor})
 
 
 def test_on_the_cpu_texts_attend_by_runs() -> None:

@@ -95,8 +95,17 @@ def test_a_text_with_no_tokens_besides_an_unpooled_prompt_is_refused(tmp_path: P
     # Its tokenizer puts nothing behind a text; sentence-transformers would answer with zeros.
     save(tmp_path, Pooling(WIDTH, include_prompt=False), base="nemotron-3-embed", prompts={"query": "query: "})
 
-    with pytest.raises(InvalidRequest, match="`text 1` has no tokens of its own behind the prompt"):
-        ours(tmp_path, ["Water.", ""], "query")
+    with pytest.raises(InvalidRequest, match="`text 256` has no tokens of its own behind the prompt"):
+        ours(tmp_path, [*["Water."] * 256, ""], "query")
+
+
+def test_nv_embeds_prompt_is_left_out_also_where_no_file_says_so(tmp_path: Path) -> None:
+    said = Path(shutil.copytree(family("nv-embed-v2").folder, tmp_path / "said"))
+    edit(said / "config_sentence_transformers.json", prompts={"query": "the question: "})
+    silent = Path(shutil.copytree(said, tmp_path / "silent"))
+    (silent / "modules.json").unlink()
+
+    assert_same(ours(silent, TEXTS, "query"), ours(said, TEXTS, "query"))
 
 
 def test_prompts_go_before_queries_and_passages(tmp_path: Path) -> None:
@@ -433,7 +442,7 @@ def test_texts_are_put_in_lower_case_where_the_checkpoint_says_so(tmp_path: Path
     said = {"max_seq_length": 64, "do_lower_case": True}
     (tmp_path / "sentence_bert_config.json").write_text(json.dumps(said), encoding="utf-8")
     model = SentenceTransformer(str(tmp_path), device="cpu")
-    texts = ["WATER and Coffee", "ΣΊΣΥΦΟΣ İstanbul", "Water </s> COFFEE"]
+    texts = ["WATER and Coffee", "ΣΊΣΥΦΟΣ İstanbul", "Water </s> COFFEE", "ＷＡＴＥＲ with ﬁsh"]  # noqa: RUF001
 
     assert_same(ours(tmp_path, texts, "query"), theirs(model, texts, prompt_name="query"))
     assert_same(
