@@ -86,6 +86,13 @@ def test_the_servers_own_names_are_answered(client: httpx.Client, host: str) -> 
     assert client.get("/v1/models", headers={"host": host}).status_code == 200
 
 
+def test_what_it_listens_on_is_one_of_its_names() -> None:
+    with client_of(host="Embeddings.example", api_key=KEY) as client:
+        headers = authorization(f"Bearer {KEY}")
+        headers["host"] = "embeddings.example:8000"
+        assert client.get("/v1/models", headers=headers).status_code == 200
+
+
 @pytest.mark.parametrize("path", EVERYWHERE)
 @pytest.mark.parametrize("host", FOREIGN)
 def test_a_foreign_host_is_refused_on_every_route(client: httpx.Client, path: str, host: str) -> None:

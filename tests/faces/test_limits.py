@@ -19,6 +19,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from embeddings_mcp import turns
+from embeddings_mcp.caller import caller_name
 from embeddings_mcp.embedders.base import Embeddings, OnProgress, OnRows
 from embeddings_mcp.faces import room
 from embeddings_mcp.faces.guard import Guard
@@ -274,6 +275,20 @@ def test_each_key_has_a_pace_of_its_own() -> None:
     assert 1 <= int(answers[-1].headers["retry-after"]) <= 20
     assert other.status_code == 200
     assert {answer.status_code for answer in unknown} == {401}
+
+
+def test_the_queue_of_a_model_is_told_whose_the_texts_are() -> None:
+    callers: list[str] = []
+
+    class Noting(HashEmbedder):
+        async def embed(self, texts: Sequence[str], **options: Any) -> Embeddings:
+            callers.append(caller_name())
+            return await super().embed(texts, **options)
+
+    with client_of(Noting(), api_keys="one=first two=second") as client:
+        for key in ("first", "second"):
+            assert ask(client, authorization=f"Bearer {key}").status_code == 200
+    assert callers == ["one", "two"]
 
 
 def test_nobody_uses_up_the_pace_of_those_who_watch_the_server() -> None:

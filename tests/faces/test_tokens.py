@@ -92,6 +92,12 @@ async def test_an_mcp_client_with_a_token_calls_tools(issuer: Issuer, era: str) 
     assert not answer.is_error
 
 
+def test_whom_a_token_speaks_for_has_a_pace_of_his_own_also_where_he_shares_a_program(issuer: Issuer) -> None:
+    with serving_for(issuer, requests_per_minute=1) as url:
+        statuses = [ask(url, issuer.token(sub=who)).status_code for who in ("alice", "alice", "bob")]
+    assert statuses == [200, 429, 200]
+
+
 def test_api_keys_open_beside_tokens(issuer: Issuer) -> None:
     with serving_for(issuer, api_key="plain") as url:
         assert ask(url, "plain").status_code == ask(url, issuer.token()).status_code == 200
