@@ -196,6 +196,7 @@ def test_those_who_find_no_place_are_asked_back_as_fast_as_others_have_ended(clo
 
 def test_who_comes_back_in_his_time_finds_a_place_before_newcomers_do(clock: Clock) -> None:
     embedder = HeldEmbedder()
+    mine, anothers = "x" * 900_000, "y" * 900_000  # which arrive in several pieces
     with client_of(embedder, max_requests_in_work=2) as client, ThreadPoolExecutor(3) as others:
         for _ in range(3):
             have_one_answered(client, embedder)
@@ -203,7 +204,7 @@ def test_who_comes_back_in_his_time_finds_a_place_before_newcomers_do(clock: Clo
         in_work = [others.submit(ask, client) for _ in range(2)]
         for _ in in_work:
             assert embedder.asked.acquire(timeout=SECONDS)
-        refused = ask(client, "to come back")
+        refused = ask(client, mine)
         assert refused.status_code == 503
         clock.now += int(refused.headers["retry-after"])
         embedder.may_answer.set()
@@ -213,11 +214,16 @@ def test_who_comes_back_in_his_time_finds_a_place_before_newcomers_do(clock: Clo
         in_work = [others.submit(ask, client)]
         assert embedder.asked.acquire(timeout=SECONDS)
 
-        assert ask(client, "a newcomer with another text").status_code == 503
-        in_work.append(others.submit(ask, client, "to come back"))
+        assert ask(client, anothers).status_code == 503
+        in_work.append(others.submit(ask, client, mine))
         assert embedder.asked.acquire(timeout=SECONDS)
         embedder.may_answer.set()
         assert [request.result().status_code for request in in_work] == [200, 200]
+        embedder.may_answer.clear()
+        in_work = [others.submit(ask, client) for _ in range(2)]
+        for _ in in_work:
+            assert embedder.asked.acquire(timeout=SECONDS), "his place is kept no longer"
+        embedder.may_answer.set()
 
 
 def test_bodies_in_work_have_so_many_bytes_together_and_their_end_makes_room() -> None:
