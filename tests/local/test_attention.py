@@ -143,8 +143,9 @@ def test_the_kernels_take_what_they_are_given(kernel: str, documented: Any) -> N
 @pytest.mark.parametrize("asked", ["softcap", "s_aux", "position_bias"])
 def test_what_would_change_the_scores_and_cannot_be_had_is_refused(asked: str) -> None:
     tensor = torch.zeros(1, 2, sum(LENGTHS), 8)
+    more: dict[str, Any] = {asked: tensor}
     with pytest.raises(PackingUnsupported, match=asked):
-        packed_attention(torch.nn.Identity(), tensor, tensor, tensor, None, packing=PACKING, **{asked: tensor})
+        packed_attention(torch.nn.Identity(), tensor, tensor, tensor, None, packing=PACKING, **more)
 
 
 def test_on_the_cpu_texts_attend_by_runs() -> None:
