@@ -61,6 +61,19 @@ async def test_as_many_vectors_as_the_refusal_of_too_many_names_reach_the_client
     assert count * size > 0.9e6, "hardly less than there is room for"
 
 
+async def test_more_vectors_fit_where_shorter_ones_are_asked_for() -> None:
+    embedder = HashEmbedder(card=ModelCard(id="test/hash", dimensions=4096, matryoshka=(64,)))
+    service = EmbeddingService([embedder], default_model="test/hash")
+    with serving(create_app(service, build_mcp_server(service), Settings())) as url, anyio.fail_after(SECONDS):
+        async with Client(f"{url}/mcp") as client:
+            texts = [f"text {index}" for index in range(200)]
+            whole = await call(client, "create_embedding", input=texts)
+            cut = await call(client, "create_embedding", input=texts, dimensions=64)
+
+    assert whole.is_error
+    assert not cut.is_error
+
+
 async def test_where_the_length_of_vectors_is_not_known_before_too_many_are_refused_all_the_same() -> None:
     embedder = HashEmbedder(card=ModelCard(id="test/hash", dimensions=8))
     service = EmbeddingService([embedder], default_model="test/hash")
