@@ -401,6 +401,9 @@ async def test_texts_that_are_too_much_for_one_request_go_out_in_smaller_ones() 
     async with stand_in(faults=itertools.repeat(at_most_two)) as standing, embedding_at(standing) as embedder:
         np.testing.assert_array_equal(await embed(embedder), expected(standing))
         assert [len(seen.json["input"]) for seen in standing.seen] == [7, 3, 1, 2, 4, 2, 2]
+        with pytest.raises(InputTooLong) as caught:
+            await embed(embedder, [*TEXTS, "word " * 70])
+        assert caught.value.index == 7
     async with stand_in(faults=itertools.repeat(answering(413))) as standing, embedding_at(standing) as embedder:
         with pytest.raises(PayloadTooLarge, match="the text is too much for one request"):
             await embed(embedder)
