@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
@@ -136,12 +135,13 @@ class EmbeddingsServer(MCPServer[dict[str, Any]]):
             raise MCPError(INVALID_PARAMS, f"Unknown tool: {name!r}; the tools are {', '.join(self._operations)}")
         try:
             request = parse(operation.request, arguments)
-            most = self._limits.mcp_answer_bytes if _came_over_http(context) else sys.maxsize
-            if isinstance(request, EmbeddingRequest) and (length := await self._length_of_vectors(request)):
-                answer_size.check(request, answer_size.expected_bytes(request, length), most)
+            over_http = _came_over_http(context)
+            if over_http and isinstance(request, EmbeddingRequest):
+                await self._check_expected(request)
             response = await self._limits.answer(self._service, operation, request, _reporter(request, context))
             text, structured = _READABLE[operation](request, response), dump_json(response)
-            answer_size.check(request, len(text) + len(structured), most)
+            if over_http:
+                answer_size.check(request, len(text) + len(structured), self._limits.mcp_answer_bytes)
         except EmbeddingsError as error:
             return CallToolResult(content=[TextContent(text=error.message)], is_error=True)
         except Exception as error:
@@ -152,12 +152,14 @@ class EmbeddingsServer(MCPServer[dict[str, Any]]):
             structured_content=orjson.loads(structured),
         )
 
-    async def _length_of_vectors(self, request: EmbeddingRequest) -> int | None:
-        """How long those asked for will be; None where nobody knows yet."""
-        if request.dimensions is not None:
-            return request.dimensions
-        embedder, _ = await self._service.catalogue.find(request.model)
-        return embedder.card.dimensions
+    async def _check_expected(self, request: EmbeddingRequest) -> None:
+        """Refuse vectors that would be too large together, where it is known how long they will be."""
+        length = request.dimensions
+        if length is None:
+            embedder, _ = await self._service.catalogue.find(request.model)
+            length = embedder.card.dimensions
+        if length is not None:
+            answer_size.check(request, answer_size.expected_bytes(request, length), self._limits.mcp_answer_bytes)
 
     async def list_resources(self) -> list[Resource]:
         """The cards of the models known now, and what else has been added."""
