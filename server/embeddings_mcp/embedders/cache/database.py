@@ -49,7 +49,6 @@ CREATE TABLE vector (
 );
 CREATE INDEX vector_used ON vector (used);
 CREATE TABLE note (subject TEXT PRIMARY KEY, text TEXT NOT NULL);
-INSERT INTO note VALUES ('cleared', hex(randomblob(8)));
 """
 
 _BUSY_SECONDS = 2.0
@@ -224,13 +223,16 @@ class Database:
                 forgotten = self._connection.execute(
                     "DELETE FROM vector WHERE source IN (SELECT id FROM source WHERE model = ?)", (model,)
                 ).rowcount
-            subject = _CLEARED if model is None else f"{_CLEARED} {model}"
-            self._connection.execute("INSERT OR REPLACE INTO note VALUES (?, hex(randomblob(8)))", (subject,))
+            self._renew(_CLEARED if model is None else f"{_CLEARED} {model}")
         now = time.time_ns()  # for that of files stands still for milliseconds
         os.utime(self._path, ns=(now, now))
         self._shrink()
         self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         return forgotten
+
+    def _renew(self, subject: str) -> None:
+        """Note something that was never noted before."""
+        self._connection.execute("INSERT OR REPLACE INTO note VALUES (?, hex(randomblob(8)))", (subject,))
 
     def is_in_place(self) -> bool:
         """Whether this is still the file that the path leads to."""
@@ -267,6 +269,7 @@ class Database:
                 if not self._is_ours():
                     for statement in _TABLES.split(";\n"):
                         self._connection.execute(statement)
+                    self._renew(_CLEARED)
                     self._connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
                     self._connection.execute(f"PRAGMA user_version = {_VERSION}")
         self._connection.execute("PRAGMA synchronous = NORMAL")  # a power cut may cost the last rows, and no others
