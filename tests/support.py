@@ -30,6 +30,9 @@ ENVELOPE = {
 }
 """What a request of MCP says of its client, in ``_meta``; there is no handshake from this protocol version on."""
 
+LIST_TOOLS = {"jsonrpc": "2.0", "id": 1, "method": "tools/list", "params": {"_meta": ENVELOPE}}
+"""A request that every server of MCP answers."""
+
 START_SECONDS = 60
 """Longest that a server process may take to listen, on a machine that is busy."""
 

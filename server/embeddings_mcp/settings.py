@@ -284,7 +284,7 @@ class Settings(BaseSettings):
 
     @field_validator("without_key", mode="before")  # of several, pydantic calls the last first
     @classmethod
-    def _read_none(cls, value: object) -> object:
+    def _read_keyless(cls, value: object) -> object:
         if value == "none":
             return ()
         if isinstance(value, str) and not set(value.split()) <= {"health", "metrics"}:

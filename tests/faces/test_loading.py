@@ -18,10 +18,9 @@ from embeddings_mcp.faces.loading import loaded
 from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Load
 from tests.local.golden import GOLDEN
-from tests.support import ENVELOPE, ROOT, START_SECONDS, HashEmbedder, running
+from tests.support import LIST_TOOLS, ROOT, START_SECONDS, HashEmbedder, running
 
 SERVE = [sys.executable, "-m", "embeddings_mcp", "serve"]
-LIST_TOOLS = {"jsonrpc": "2.0", "id": 1, "method": "tools/list", "params": {"_meta": ENVELOPE}}
 
 
 @dataclass

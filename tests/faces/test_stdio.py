@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 
-from tests.support import ENVELOPE, ROOT, START_SECONDS
+from tests.support import ENVELOPE, LIST_TOOLS, ROOT, START_SECONDS
+
+SERVE = [sys.executable, "-m", "embeddings_mcp", "serve", "--load", "lazy"]
 
 
 def answers_to(*lines: str) -> list[dict[str, Any]]:
     """What a server answers to these lines, then to a list of tools that is asked for behind them as id 99."""
-    last = json.dumps({"jsonrpc": "2.0", "id": 99, "method": "tools/list", "params": {"_meta": ENVELOPE}})
+    last = json.dumps(LIST_TOOLS | {"id": 99})
     with subprocess.Popen(
-        [sys.executable, "-m", "embeddings_mcp", "serve", "--load", "lazy"],
+        SERVE,
         cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -78,9 +80,8 @@ def test_a_line_that_is_no_message_is_answered(line: str, asked: int | str | Non
 
 
 def test_a_host_that_goes_before_its_answer_is_no_fault() -> None:
-    request = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "tools/list", "params": {"_meta": ENVELOPE}})
     with subprocess.Popen(
-        [sys.executable, "-m", "embeddings_mcp", "serve", "--load", "lazy"],
+        SERVE,
         cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -89,7 +90,7 @@ def test_a_host_that_goes_before_its_answer_is_no_fault() -> None:
     ) as process:
         assert process.stdout is not None
         process.stdout.close()
-        _, said = process.communicate(f"{request}\n", timeout=START_SECONDS)
+        _, said = process.communicate(json.dumps(LIST_TOOLS) + "\n", timeout=START_SECONDS)
 
     assert said == ""
     assert process.returncode == 0

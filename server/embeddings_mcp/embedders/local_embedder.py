@@ -34,7 +34,6 @@ and as long as it takes to hand it to a thread and back."""
 _TOKENS_OF_CHARACTER = 0.25
 """Tokens for each character, until texts were seen: in English one has four or five characters."""
 
-
 _CHARACTERS_REMEMBERED = 10_000
 """Of how many characters, seen last, what was learnt counts as much as what is seen now: so that many short queries, of
 which every one has its special tokens too, do not make a large request seem larger than it is."""

@@ -29,7 +29,6 @@ STALL_SECONDS = 60.0
 _LEAST_READ = 16 * 1024
 """Bytes that it must have read in between: a slow line has 50 times as much."""
 
-
 _SO_NWRITE = 0x1024
 """The option by which macOS tells how much of what was sent a client has not taken; Python has no name for it."""
 
