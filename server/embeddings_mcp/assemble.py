@@ -26,7 +26,7 @@ from embeddings_mcp.embedders.local.running.loaded import LoadedModel
 from embeddings_mcp.embedders.local.running.loading import Loading
 from embeddings_mcp.embedders.local_embedder import LocalEmbedder
 from embeddings_mcp.errors import InvalidRequest, InvalidSetting, UnknownModel
-from embeddings_mcp.models import DEFAULT_MODEL, ModelCard, OwnCard, find_card, find_cards
+from embeddings_mcp.models import DEFAULT_MODEL, ModelCard, find_card, find_cards, find_id
 from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import EndpointSettings, Settings
 
@@ -205,7 +205,9 @@ def _address(url: str) -> str:
 
 def _local(spec: str, settings: Settings, cache: Cache | None = None) -> LocalEmbedder:
     """The embedder of a model given as ``ID`` or ``ID=PATH``; what it is told apart by suits the cache."""
-    name, known, own, folder = _read(spec, settings)
+    given, folder = _read(spec)
+    name = find_id(given, settings.cards)
+    own, known = find_cards(given, settings.cards)
     if described := folder or find_bundled(name):
         card = read_checkpoint(described, known).card(name, known, own)
     else:
@@ -269,12 +271,16 @@ def _noted_digest(disk: DiskStore) -> Callable[[Path], str]:
 
 def _of_settings(model: str, settings: Settings) -> str | None:
     """How the settings give the model of this name."""
-    name = _read(model, settings)[0].lower()
-    return next((spec for spec in settings.models if _read(spec, settings)[0].lower() == name), None)
+
+    def meant(spec: str) -> str:
+        name, _ = _read(spec)
+        return find_id(name, settings.cards).lower()
+
+    return next((spec for spec in settings.models if meant(spec) == meant(model)), None)
 
 
-def _read(spec: str, settings: Settings) -> tuple[str, ModelCard | None, OwnCard | None, Path | None]:
-    """The name, its cards (built in, and the user's own) and the folder, as far as there are, of ``ID`` or ``ID=PATH``.
+def _read(spec: str) -> tuple[str, Path | None]:
+    """The name and the folder, where there is one, of ``ID`` or ``ID=PATH``.
 
     Raises:
         InvalidSetting: it is neither.
@@ -284,10 +290,7 @@ def _read(spec: str, settings: Settings) -> tuple[str, ModelCard | None, OwnCard
         raise InvalidSetting(f"the model {spec!r} must be given as ID or as ID=PATH")
     if name.startswith(("/", ".", "~")) or "\\" in name:
         raise InvalidSetting(f"the model {spec!r} is a path: give it a name to be asked for, as in my-model={spec}")
-    own, known = find_cards(name, settings.cards)
     try:
-        folder = Path(path).expanduser() if path else None
+        return name, Path(path).expanduser() if path else None
     except RuntimeError as error:
         raise InvalidSetting(f"the path of the model {spec!r} cannot be found: {error}") from None
-    card = own or known
-    return card.id if card else name, known, own, folder

@@ -278,3 +278,10 @@ def find_cards(
     if mine is None and known is not None:
         mine = next((card for card in own if card.id.lower() in known.names), None)
     return mine, known
+
+
+def find_id(name: str, own: Sequence[OwnCard]) -> str:
+    """The id of the model that `name` means: that of its card, the user's before the built-in one, or else the name."""
+    mine, known = find_cards(name, own)
+    card = mine or known
+    return card.id if card else name

@@ -41,7 +41,7 @@ from embeddings_mcp.faces.options import (
 from embeddings_mcp.faces.terminal import ask, lines_of, write
 from embeddings_mcp.garbage import nothing_collected
 from embeddings_mcp.limits import Limits
-from embeddings_mcp.models import find_cards
+from embeddings_mcp.models import find_id
 from embeddings_mcp.operations import CREATE_EMBEDDING, LIST_MODELS, SEARCH, SIMILARITY
 from embeddings_mcp.publish import identity
 from embeddings_mcp.schema import EncodingFormat
@@ -389,9 +389,7 @@ def keep_cache(
 
     place = Path(chosen)
     if action == "clear":
-        own, known = (None, None) if model is None else find_cards(model, settings.cards)
-        card = own or known
-        forgotten = upkeep.clear(place, model if card is None else card.id)
+        forgotten = upkeep.clear(place, None if model is None else find_id(model, settings.cards))
         said = f"{forgotten:,} vectors forgotten"
         if not forgotten and (left := {holding.model for holding in upkeep.look_into(place).holdings}):
             said += f": the cache has none of {model}, only of {', '.join(sorted(left))}"
