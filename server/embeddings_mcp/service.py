@@ -41,6 +41,7 @@ from embeddings_mcp.schema import (
     TypedEmbeddingRequest,
     Usage,
     count_texts,
+    texts_of,
 )
 from embeddings_mcp.vectors import shorten
 
@@ -86,7 +87,7 @@ class EmbeddingService:
         embedder, input_type = await self._resolve(request.model, request.input_type)
         made = await self._embed(
             embedder,
-            {"input": request.input},
+            texts_of(request),
             input_type=input_type,
             truncate=request.truncate,
             dimensions=request.dimensions,
@@ -148,7 +149,7 @@ class EmbeddingService:
         embedder, input_type = await self._resolve(request.model, request.input_type)
         made = await self._embed(
             embedder,
-            {"input": request.input} if request.other is None else {"input": request.input, "other": request.other},
+            texts_of(request),
             mode=request.mode,
             input_type=input_type,
             truncate=request.truncate,
@@ -257,7 +258,7 @@ class EmbeddingService:
         input_type: InputType | None,
         truncate: Truncate,
         dimensions: int | None,
-        on_progress: OnProgress | None = None,
+        on_progress: OnProgress | None,
     ) -> answers.Made:
         """What `mode` needs, at the length asked for, of the texts in these fields, one field after the other."""
         _check_input_type(embedder.card, input_type)
@@ -282,8 +283,7 @@ class EmbeddingService:
         )
         queries = count_texts(request.query)
         if embedder.card.input_type == "ignored":
-            fields = {"query": request.query, "input": request.input}
-            made = await make(fields, input_type=None, on_progress=on_progress)
+            made = await make(texts_of(request), input_type=None, on_progress=on_progress)
             return answers.part(made, slice(queries)), answers.part(made, slice(queries, None)), answers.usage(made)
         query = await make({"query": request.query}, input_type="query", on_progress=on_progress)
         found = await make({"input": request.input}, input_type="passage", on_progress=_after(queries, on_progress))
@@ -296,7 +296,7 @@ class EmbeddingService:
         _representing(embedder, mode, field="model")
         made = await self._embed(
             embedder,
-            {"input": request.input},
+            texts_of(request),
             mode=mode,
             input_type=input_type,
             truncate=request.truncate,
