@@ -150,5 +150,9 @@ CREATE_COLBERT_EMBEDDING = Operation(
 OPERATIONS = (CREATE_EMBEDDING, SIMILARITY, SEARCH, LIST_MODELS)
 """What agents are offered as tools: the published request, and what spares them vectors."""
 
-ROUTES = (CREATE_TYPED_EMBEDDING, CREATE_SPARSE_EMBEDDING, CREATE_COLBERT_EMBEDDING, SIMILARITY, SEARCH)
-"""What programs may POST, each at its path: more than agents need."""
+ROUTES: Mapping[str, Operation] = {
+    operation.path: operation
+    for operation in (CREATE_TYPED_EMBEDDING, CREATE_SPARSE_EMBEDDING, CREATE_COLBERT_EMBEDDING, SIMILARITY, SEARCH)
+    if operation.path is not None
+}
+"""What programs may POST, by its path: more than agents need."""

@@ -439,11 +439,11 @@ _likely_values = (
     st.sampled_from([MODEL, "default", "one", "float", "base64", "NONE", "END", "query", "cosine", 8, 3.0])
     | _json_values
 )
-_fields = st.sampled_from(sorted({name for operation in ROUTES for name in operation.request.model_fields}))
+_fields = st.sampled_from(sorted({name for operation in ROUTES.values() for name in operation.request.model_fields}))
 
 
 @given(
-    path=st.sampled_from([operation.path for operation in ROUTES if operation.path is not None]),
+    path=st.sampled_from([*ROUTES]),
     body=_json_values | st.dictionaries(_fields, _likely_values, max_size=6),
 )
 @settings(max_examples=300, deadline=None)

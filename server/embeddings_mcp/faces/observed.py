@@ -26,7 +26,7 @@ _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "DELETE", "OPTIONS"})
 _PATHS = frozenset(
     {
-        *(operation.path for operation in ROUTES if operation.path is not None),
+        *ROUTES,
         "/apis.json",
         "/manifest",
         paths.MCP,

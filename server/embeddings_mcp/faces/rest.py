@@ -11,7 +11,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -74,14 +74,8 @@ def routes(service: EmbeddingService, limits: Limits = DEFAULT_LIMITS) -> list[R
 
     return [
         *(
-            Route(
-                operation.path,
-                partial(_post, partial(limits.answer, service, operation), operation),
-                methods=["POST"],
-                name=operation.name,
-            )
-            for operation in ROUTES
-            if operation.path is not None
+            Route(path, partial(_post, service, limits, operation), methods=["POST"], name=operation.name)
+            for path, operation in ROUTES.items()
         ),
         Route("/v1/models", list_models),
         Route("/v1/models/{model:path}", get_model),
@@ -90,9 +84,7 @@ def routes(service: EmbeddingService, limits: Limits = DEFAULT_LIMITS) -> list[R
     ]
 
 
-async def _post(
-    answer: Callable[[BaseModel], Awaitable[Mapping[str, Any]]], operation: Operation, request: Request
-) -> Response:
+async def _post(service: EmbeddingService, limits: Limits, operation: Operation, request: Request) -> Response:
     """Answer one operation."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise HTTPException(
@@ -110,7 +102,7 @@ async def _post(
     asked = read() if len(body) <= _LARGE_BODY else await anyio.to_thread.run_sync(read)
     with telemetry.staged() as stages:
         began = time.perf_counter()
-        response = await _unless_gone(request.receive, answer(asked))
+        response = await _unless_gone(request.receive, limits.answer(service, operation, asked))
         response.headers["Server-Timing"] = _timing(stages, time.perf_counter() - began)
     return response
 

@@ -110,7 +110,7 @@ def openapi_document() -> dict[str, Any]:
             {"name": "Health", "description": "For orchestrators; asks for no key"},
         ],
         "paths": {
-            **{operation.path: {"post": _post(operation)} for operation in ROUTES if operation.path is not None},
+            **{path: {"post": _post(operation)} for path, operation in ROUTES.items()},
             "/v1/models": {"get": _get("listModels", "List the models served", "Models", ModelList)},
             "/v1/models/{model}": {
                 "parameters": [
