@@ -29,7 +29,7 @@ from starlette.routing import Route
 from starlette.types import ExceptionHandler, Receive
 
 from embeddings_mcp import paths, telemetry
-from embeddings_mcp.errors import AuthenticationFailed, EmbeddingsError, InvalidRequest, http_form, wire_form
+from embeddings_mcp.errors import AuthenticationFailed, EmbeddingsError, InvalidRequest, WireForm, http_form, wire_form
 from embeddings_mcp.limits import DEFAULT_LIMITS, Limits
 from embeddings_mcp.operations import ROUTES, Operation
 from embeddings_mcp.schema import ErrorResponse, HealthResponse, ModelEntry, ModelList, ModelObject
@@ -207,15 +207,9 @@ def _at_once(rows: Sequence[object]) -> int:
     return max(1, min(_ROWS_AT_ONCE, _NUMBERS_AT_ONCE // max(1, vector.size)))
 
 
-def error_body(error: EmbeddingsError) -> ErrorResponse:
-    """The error in OpenAI's envelope."""
-    form = wire_form(error)
-    return {"error": {"message": error.message, "type": form.type, "param": error.param, "code": form.code}}
-
-
 def error_response(error: EmbeddingsError) -> Response:
     """The error as an answer, with the headers that belong to it."""
-    response = _json(error_body(error), wire_form(error).status)
+    response = _envelope(wire_form(error), error.message, error.param)
     if error.retry_after is not None:
         response.headers["Retry-After"] = str(math.ceil(error.retry_after))
     if isinstance(error, AuthenticationFailed):
@@ -225,11 +219,15 @@ def error_response(error: EmbeddingsError) -> Response:
 
 def http_error_response(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
     """An error of HTTP itself (no such route, wrong method) in the same envelope."""
-    form = http_form(status)
-    error: ErrorResponse = {"error": {"message": message, "type": form.type, "param": None, "code": form.code}}
-    response = _json(error, status)
+    response = _envelope(http_form(status), message)
     response.headers.update(headers or {})
     return response
+
+
+def _envelope(form: WireForm, message: str, param: str | None = None) -> Response:
+    """An error as OpenAI writes it."""
+    error: ErrorResponse = {"error": {"message": message, "type": form.type, "param": param, "code": form.code}}
+    return _json(error, form.status)
 
 
 def _nobody_there() -> Response:
