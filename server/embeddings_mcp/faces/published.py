@@ -6,7 +6,7 @@ agentskills.io, version 0.2.0. Files are looked up among those that the skill ha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import lru_cache, partial
 from http import HTTPStatus
 from typing import Any
@@ -36,10 +36,10 @@ def routes() -> list[Route]:
         *(Route(path, partial(_document, name)) for path, name in _DOCUMENTS.items()),
         Route("/manifest", _manifest),
         Route("/skills", _catalogue),
-        Route("/skills/{name}", _detail),
-        Route("/skills/{name}/download", _download),
-        Route("/skills/{name}/contents", _contents),
-        Route("/skills/{name}/contents/{file:path}", _file),
+        Route("/skills/{name}", _of_skill(_detail)),
+        Route("/skills/{name}/download", _of_skill(_download)),
+        Route("/skills/{name}/contents", _of_skill(_contents)),
+        Route("/skills/{name}/contents/{file:path}", _of_skill(_file)),
         Route("/.well-known/agent-skills/index.json", _index),
     ]
 
@@ -74,10 +74,19 @@ async def _catalogue(_request: Request) -> Response:
     return _json({"count": 1, "skills": [entry]})
 
 
-async def _detail(request: Request) -> Response:
-    skill = read_skill()
-    if request.path_params["name"] != skill.name:
-        return _no_such_skill(request)
+def _of_skill(answer: Callable[[Skill, Request], Response]) -> Callable[[Request], Awaitable[Response]]:
+    """The endpoint of a route below ``/skills/{name}``: ours is the only name that there is."""
+
+    async def endpoint(request: Request) -> Response:
+        skill, name = read_skill(), request.path_params["name"]
+        if name != skill.name:
+            return _not_found(f"there is no skill {name[:100]!r}; GET /skills lists them")
+        return answer(skill, request)
+
+    return endpoint
+
+
+def _detail(skill: Skill, _request: Request) -> Response:
     tools = [
         {
             "name": operation.name,
@@ -90,10 +99,7 @@ async def _detail(request: Request) -> Response:
     return _json({**_about(skill, "description", "license", "compatibility", "metadata"), "tools": tools})
 
 
-async def _download(request: Request) -> Response:
-    skill = read_skill()
-    if request.path_params["name"] != skill.name:
-        return _no_such_skill(request)
+def _download(skill: Skill, _request: Request) -> Response:
     return Response(
         skill.archive,
         media_type="application/zip",
@@ -101,18 +107,12 @@ async def _download(request: Request) -> Response:
     )
 
 
-async def _contents(request: Request) -> Response:
-    skill = read_skill()
-    if request.path_params["name"] != skill.name:
-        return _no_such_skill(request)
+def _contents(skill: Skill, _request: Request) -> Response:
     files = [{"path": path, "size": len(file.content), "type": file.media_type} for path, file in skill.files.items()]
     return _json({"name": skill.name, "files": files})
 
 
-async def _file(request: Request) -> Response:
-    skill = read_skill()
-    if request.path_params["name"] != skill.name:
-        return _no_such_skill(request)
+def _file(skill: Skill, request: Request) -> Response:
     wanted = request.path_params["file"]
     if wanted not in skill.files:
         return _not_found(f"the skill has no file {wanted[:100]!r}; it has {', '.join(skill.files)}")
@@ -134,10 +134,6 @@ async def _index(_request: Request) -> Response:
 
 def _about(skill: Skill, *fields: str) -> dict[str, Any]:
     return {"name": skill.name, **{field: skill.frontmatter[field] for field in fields}}
-
-
-def _no_such_skill(request: Request) -> Response:
-    return _not_found(f"there is no skill {request.path_params['name'][:100]!r}; GET /skills lists them")
 
 
 def _not_found(message: str) -> Response:
