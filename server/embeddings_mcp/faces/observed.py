@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import time
 import uuid
-from contextlib import ExitStack
 
 from opentelemetry import trace
 from opentelemetry.propagate import extract
@@ -75,16 +74,13 @@ class Observed:
 
         token = logs.request_id.set(request_id)
         try:
-            with ExitStack() as stack:
-                span = stack.enter_context(
-                    _tracer.start_as_current_span(
-                        f"{method} {route}",
-                        context=extract(dict(headers)),
-                        kind=SpanKind.SERVER,
-                        attributes={"http.request.method": method, "http.route": route, "request.id": request_id},
-                        record_exception=False,  # its message may quote a caller
-                    )
-                )
+            with _tracer.start_as_current_span(
+                f"{method} {route}",
+                context=extract(dict(headers)),
+                kind=SpanKind.SERVER,
+                attributes={"http.request.method": method, "http.route": route, "request.id": request_id},
+                record_exception=False,  # its message may quote a caller
+            ) as span:
                 await self._app(scope, receive, send_with_id)
                 span.set_attribute("http.response.status_code", status)
                 if status >= 500:
