@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import SecretStr
 
-from embeddings_mcp.catalogue import DEFAULT, ModelSource, meaning
+from embeddings_mcp.catalogue import DEFAULT, ModelSource, ids_of, meaning
 from embeddings_mcp.embedders.base import Embedder
 from embeddings_mcp.embedders.cache import Cache, DiskStore, MemoryStore, cached
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint, read_checkpoint
@@ -80,7 +80,7 @@ async def service_for(settings: Settings, model: str | None, *, at_endpoint: boo
             stack.push_async_callback(source.aclose)
             await source.discover(0)
         places = [source.models for source in sources]
-        ids = list(dict.fromkeys(embedder.card.id for models in places for embedder in models.values()))
+        ids = ids_of(*places)
         if model is None and len(ids) != 1:
             raise InvalidRequest(f"say which model with --model: the endpoint has {', '.join(ids) or 'none'}")
         name = ids[0] if model is None else model
@@ -128,8 +128,7 @@ async def open_embedder(where: str, model: str, settings: Settings) -> Embedder:
         if found is not None:
             stack.pop_all()
             return found
-    ids = dict.fromkeys(embedder.card.id for embedder in source.models.values())
-    raise UnknownModel(f"{where} has no model {model!r}; it has: {', '.join(ids) or 'none'}")
+    raise UnknownModel(f"{where} has no model {model!r}; it has: {', '.join(ids_of(source.models)) or 'none'}")
 
 
 def endpoint_models(settings: Settings, cache: Cache | None = None, *, ask_hosted: bool = True) -> list[ModelSource]:

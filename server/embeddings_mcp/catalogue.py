@@ -187,6 +187,11 @@ def meaning(model: str, models: Mapping[str, Embedder]) -> Meant | None:
     return None
 
 
+def ids_of(*places: Mapping[str, Embedder]) -> list[str]:
+    """The ids of these models, each once, however many names it answers to."""
+    return list(dict.fromkeys(embedder.card.id for models in places for embedder in models.values()))
+
+
 async def _ask(source: ModelSource, name: str, max_age: float) -> None:
     try:
         await source.discover(max_age)
