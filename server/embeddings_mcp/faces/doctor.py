@@ -25,7 +25,7 @@ import anyio.to_thread
 
 from embeddings_mcp import __version__
 from embeddings_mcp.assemble import build_service
-from embeddings_mcp.catalogue import DEFAULT, Catalogue, ModelSource
+from embeddings_mcp.catalogue import DEFAULT, Catalogue, ModelSource, ids_of
 from embeddings_mcp.embedders.base import Embedder
 from embeddings_mcp.embedders.cache.database import FILE, Database, NotOurs, is_damaged
 from embeddings_mcp.embedders.local.locate import BUNDLES, find_bundled, locate
@@ -110,10 +110,11 @@ async def examine(settings: Settings) -> AsyncIterator[Finding]:
             yield Finding("hosted API", "note", "NVIDIA_API_KEY is not set, so none of its models are served")
         default: Finding | None = None
         for source in catalogue.sources:
-            async for embedder, finding in _endpoint(source, catalogue):
-                yield finding
-                if embedder is not None and embedder is catalogue.default:
-                    default = finding
+            yield (reached := await _endpoint(source))
+            if reached.state == "fine" and (chosen := _of_endpoint(source, catalogue)):
+                yield (tried := await _embedding_there(source, chosen))
+                if chosen is catalogue.default:
+                    default = tried
         subject = f"default model {catalogue.default_name}"
         yield await _default_model(subject, catalogue) if default is None else replace(default, subject=subject)
 
@@ -258,36 +259,39 @@ async def _issuer(subject: str, tokens: TokenVerifier) -> Finding:
 # --- Endpoints and models --------------------------------------------------------------------------------------------
 
 
-async def _endpoint(source: ModelSource, catalogue: Catalogue) -> AsyncIterator[tuple[Embedder | None, Finding]]:
-    """Whether an endpoint is there, which models it has, and whether it embeds with one of them, which is given too."""
+async def _endpoint(source: ModelSource) -> Finding:
+    """Whether an endpoint is there, and which models it has."""
     subject = f"endpoint {source.origin}"
     began = time.perf_counter()
     try:
         await source.check()
         await source.discover(0)
     except EmbeddingsError as error:
-        yield None, problem(subject, error)
-        return
-    models = list(dict.fromkeys(embedder.card.id for embedder in source.models.values()))
+        return problem(subject, error)
+    models = ids_of(source.models)
     shown = ", ".join(models[:_MODELS_SHOWN]) + (", ..." if len(models) > _MODELS_SHOWN else "")
-    yield None, Finding(subject, "fine", f"answers in {_since(began)} and has {shown or 'no models'}")
-    if chosen := _of_endpoint(source, catalogue, models):
-        finding = await _embedding(f"{subject}, {chosen.card.id}", chosen, ENDPOINT_SECONDS)
-        if finding.state == "fine" and source.key_name is not None:
-            finding = replace(finding, says=f"{finding.says}; the key in {source.key_name} is accepted")
-        yield chosen, finding
+    return Finding(subject, "fine", f"answers in {_since(began)} and has {shown or 'no models'}")
 
 
-def _of_endpoint(source: ModelSource, catalogue: Catalogue, models: list[str]) -> Embedder | None:
+def _of_endpoint(source: ModelSource, catalogue: Catalogue) -> Embedder | None:
     """The model to try an endpoint with: the default one, or one that is likely to be an embedding model."""
     if (default := catalogue.default) is not None and any(default is model for model in source.models.values()):
         return default
     from embeddings_mcp.embedders.nim import HOSTED_DEFAULT_MODEL
 
+    models = ids_of(source.models)
     likely = [model for model in models if model == HOSTED_DEFAULT_MODEL] or [
         model for model in models if "embed" in model.lower() or find_card(model) or len(models) == 1
     ]
     return source.models[likely[0].lower()] if likely else None
+
+
+async def _embedding_there(source: ModelSource, embedder: Embedder) -> Finding:
+    """A real embedding with a model of an endpoint; where that has a key, whether it is accepted."""
+    finding = await _embedding(f"endpoint {source.origin}, {embedder.card.id}", embedder, ENDPOINT_SECONDS)
+    if finding.state == "fine" and source.key_name is not None:
+        return replace(finding, says=f"{finding.says}; the key in {source.key_name} is accepted")
+    return finding
 
 
 async def _default_model(subject: str, catalogue: Catalogue) -> Finding:
