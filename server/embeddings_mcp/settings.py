@@ -271,7 +271,7 @@ class Settings(BaseSettings):
         float, Field(gt=0, description="Seconds that one request may take, waiting included.")
     ] = 600
 
-    @field_validator("models", "allowed_hosts", "without_key", "cors_origins", "oauth_scopes", mode="before")
+    @field_validator("models", "allowed_hosts", "cors_origins", "oauth_scopes", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(value.split()) if isinstance(value, str) else value
@@ -282,14 +282,15 @@ class Settings(BaseSettings):
         """A key in a file, as secrets are mounted, ends with a line."""
         return value.strip() if isinstance(value, str) else value
 
-    @field_validator("without_key", mode="before")  # of several, pydantic calls the last first
+    @field_validator("without_key", mode="before")
     @classmethod
     def _read_keyless(cls, value: object) -> object:
-        if value == "none":
-            return ()
-        if isinstance(value, str) and not set(value.split()) <= {"health", "metrics"}:
+        if not isinstance(value, str):
+            return value
+        named = () if value == "none" else tuple(value.split())
+        if not {*named} <= {"health", "metrics"}:
             raise PydanticCustomError("without_key", "must be `health`, `metrics`, both, or `none`")
-        return value
+        return named
 
     @field_validator("port", mode="before")
     @classmethod
