@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
 from embeddings_mcp.publish import identity
 from embeddings_mcp.publish.apis_json import apis_index
-from embeddings_mcp.publish.capability import capability
-from embeddings_mcp.publish.json_schema import json_schema_document
-from embeddings_mcp.publish.openapi import openapi_document
+from embeddings_mcp.publish.capability import Dialect, capability
+from embeddings_mcp.publish.openapi import json_schema_document, openapi_document
 from embeddings_mcp.publish.server_card import MEDIA_TYPE as SERVER_CARD_TYPE
 from embeddings_mcp.publish.server_card import server_card
 
@@ -57,7 +56,7 @@ def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _text)
 
 
-def _capability(dialect: Literal["ikanos", "naftiko"]) -> Callable[[str], str]:
+def _capability(dialect: Dialect) -> Callable[[str], str]:
     def text(url: str) -> str:
         made = f"# Made by `{identity.NAME} manifest --format {dialect}`; `--url` writes it for another address.\n"
         return made + to_yaml(capability(dialect, url))

@@ -1,4 +1,4 @@
-"""The OpenAPI document of the REST face."""
+"""The OpenAPI document of the REST face, and of its types alone the JSON Schema."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from embeddings_mcp.operations import (
     SIMILARITY,
     Operation,
 )
+from embeddings_mcp.publish import identity
 from embeddings_mcp.publish.schemas import json_schema
 from embeddings_mcp.schema import (
     EmbeddingRequest,
@@ -138,6 +139,17 @@ def openapi_document() -> dict[str, Any]:
     }
 
 
+def json_schema_document() -> dict[str, Any]:
+    """The JSON Schema of every wire type: a definition for each, under the name that it has in the OpenAPI document."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": f"{identity.DOCUMENTS}/docs/schema.json",
+        "title": identity.NAME,
+        "description": "The requests and responses of the embeddings API, e.g. #/$defs/EmbeddingRequest.",
+        "$defs": openapi_document()["components"]["schemas"],
+    }
+
+
 def _post(operation: Operation) -> dict[str, Any]:
     request, response = _EXAMPLES[operation]
     first, *rest = operation.name.split("_")
@@ -216,5 +228,5 @@ def _error(status: int) -> dict[str, Any]:
 
 
 def _component(wire_type: type) -> str:
-    """The name of a type in the document; the request keeps its published one, though REST takes a field more."""
+    """The name of a type in the document; the request keeps its published one, though REST takes more fields."""
     return EmbeddingRequest.__name__ if wire_type is TypedEmbeddingRequest else wire_type.__name__
