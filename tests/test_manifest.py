@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from embeddings_mcp.embedders.nim import HOSTED_URL
 from embeddings_mcp.errors import InvalidSetting
-from embeddings_mcp.manifest import HOSTED, KNOWN_VERSIONS, Manifest, read_manifest
+from embeddings_mcp.manifest import KNOWN_VERSIONS, Manifest, read_manifest
 from embeddings_mcp.publish.capability import VERSIONS
 from embeddings_mcp.settings import EndpointSettings, Settings
 from tests.nim.standin import ASYMMETRIC, SYMMETRIC, stand_in
@@ -113,10 +113,6 @@ def test_an_endpoint_of_which_nothing_is_said_is_not_sent_what_only_nim_knows(tm
     manifest = read(text, tmp_path)
     assert manifest.endpoints[0].dialect == "openai"
     assert "nothing says that https://e.io/v1 knows `input_type`" in manifest.notes[0]
-
-
-def test_the_hosted_api_is_where_its_embedder_says() -> None:
-    assert f"https://{HOSTED}/v1" == HOSTED_URL
 
 
 @pytest.mark.parametrize(

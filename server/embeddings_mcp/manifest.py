@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import SecretStr
 
+from embeddings_mcp.embedders.nim import HOSTED_URL
 from embeddings_mcp.errors import InvalidSetting
 from embeddings_mcp.located import Members, Part, read_yaml
 from embeddings_mcp.settings import EndpointSettings, Settings
@@ -30,9 +31,6 @@ KNOWN_VERSIONS: Mapping[str, tuple[str, ...]] = {
     "naftiko": ("1.0.0-alpha2", "1.0.0-alpha3"),
 }
 """Root keys and the versions that are read; Naftiko's engine became Ikanos in 1.0.0-alpha3."""
-
-HOSTED = "integrate.api.nvidia.com"
-"""The host of NVIDIA's own API; said here, since its embedder would load an HTTP client."""
 
 _DOCUMENT = {"ikanos", "naftiko", "info", "consumes", "exposes", "aggregates", "binds", "capability"}
 _CAPABILITY = {"consumes", "exposes", "aggregates", "binds"}
@@ -236,7 +234,7 @@ class _Reader:
 
     def _knows_nim(self, request: _Request, url: str, place: Part) -> bool:
         """Whether requests can say what NIM alone understands."""
-        if urlsplit(url).hostname == HOSTED or request.fields & _NIM_FIELDS:
+        if urlsplit(url).hostname == urlsplit(HOSTED_URL).hostname or request.fields & _NIM_FIELDS:
             return True
         if not request.fields:
             self._note(
