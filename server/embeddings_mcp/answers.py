@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -22,6 +21,7 @@ from embeddings_mcp.vectors import (
     EmbeddingType,
     FloatMatrix,
     Metric,
+    ScoreBlock,
     Scores,
     best_first,
     best_of_rows,
@@ -35,9 +35,6 @@ from embeddings_mcp.vectors import (
 )
 
 Made = Embeddings | Representations
-
-ScoreBlock = Callable[[slice], Scores]
-"""The scores ``[k, m]`` of k texts of one side with all m of the other."""
 
 
 # --- Vectors ---------------------------------------------------------------------------------------------------------

@@ -19,6 +19,9 @@ FloatVector = npt.NDArray[np.float32]
 Scores = npt.NDArray[np.float32]
 Positions = npt.NDArray[np.intp]
 
+ScoreBlock = Callable[[slice], Scores]
+"""The scores ``[k, m]`` of k texts of one side with all m of the other."""
+
 Metric = Literal["cosine", "dot", "euclidean"]
 
 EmbeddingType = Literal["float", "int8", "uint8", "binary", "ubinary"]
@@ -95,10 +98,10 @@ def compare(left: FloatMatrix, right: FloatMatrix, metric: Metric) -> FloatMatri
     return distances
 
 
-def best_first(scores: Scores, metric: Metric, top_k: int | None) -> Positions:
+def best_first(scores: Scores, metric: Metric, top_k: int) -> Positions:
     """Positions in the flat array `scores`, closest first, at most `top_k` of them; ties keep their order."""
     closeness = scores if metric == "euclidean" else -scores
-    if top_k is None or top_k >= len(scores):
+    if top_k >= len(scores):
         return np.argsort(closeness, kind="stable")
     # Only what is as close as the last to be kept needs sorting.
     last = np.partition(closeness, top_k - 1)[top_k - 1]
@@ -107,7 +110,7 @@ def best_first(scores: Scores, metric: Metric, top_k: int | None) -> Positions:
 
 
 def closest_pairs(
-    score: Callable[[slice], Scores], rows: int, columns: int | None, metric: Metric, top_k: int
+    score: ScoreBlock, rows: int, columns: int | None, metric: Metric, top_k: int
 ) -> tuple[Positions, Positions, Scores]:
     """The `top_k` closest of all pairs of one of `rows` and one of `columns`, closest first.
 
@@ -144,7 +147,7 @@ def closest_pairs(
     return left[pairs], right[pairs], scores[pairs]
 
 
-def best_of_rows(score: Callable[[slice], Scores], rows: int, columns: int) -> Scores:
+def best_of_rows(score: ScoreBlock, rows: int, columns: int) -> Scores:
     """The highest score of each column, ``[columns]``, made a block at a time as those of `closest_pairs`."""
     step = max(1, _SCORES_AT_ONCE // columns)
     return functools.reduce(np.maximum, (score(slice(start, start + step)).max(0) for start in range(0, rows, step)))
