@@ -68,9 +68,9 @@ class HashEmbedder:
         self.batches.append(list(texts))
         counts = [len(text.split()) + 2 for text in texts]
         allowed = self.card.max_tokens
-        for index, tokens in enumerate(counts):
-            if truncate == "NONE" and allowed is not None and tokens > allowed:
-                raise InputTooLong(index=index, tokens=tokens, allowed=allowed)
+        if truncate == "NONE" and allowed is not None and max(counts) > allowed:
+            index, *others = [index for index, tokens in enumerate(counts) if tokens > allowed]
+            raise InputTooLong(index=index, tokens=counts[index], allowed=allowed, others=others)
         if self.gate is not None:
             try:
                 await self.gate.wait()

@@ -239,6 +239,10 @@ def test_long_work_shows_its_progress_on_stderr(run: Run, monkeypatch: pytest.Mo
         (["embed", ""], "`input[0]` must not be an empty string"),
         (["embed", "-"], "`input` must not be an empty array: give at least one text"),
         (["embed", CAT, "word " * 300], "`input[1]` has 302 tokens, and the model takes 256"),
+        (
+            ["similarity", "word " * 300, CAT, "word " * 400, "--other", NAP, "--other", "word " * 500],
+            "`input[0]` has 302 tokens, and the model takes 256 (too long as well: `input[2]`, `other[1]`)",
+        ),
         (["embed", CAT, "--dimensions", "128"], "`dimensions` 128 is not possible"),
         (["embed", CAT, "--model", "mine=/no/such/folder"], "/no/such/folder is not a folder"),
         (["embed", CAT, "--model", "./model"], "the model './model' is a path: give it a name"),

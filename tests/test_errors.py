@@ -46,6 +46,9 @@ def test_an_error_without_a_form_looks_like_its_nearest_ancestor() -> None:
     assert wire_form(errors.InvalidSetting("no")) == WIRE_FORMS[EmbeddingsError]
 
 
+NEXT_TWENTY = ", ".join(f"`text {index}`" for index in range(2, 22))
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [
@@ -55,6 +58,10 @@ def test_an_error_without_a_form_looks_like_its_nearest_ancestor() -> None:
             "`text 0` has more than the 8,192 tokens that the model takes: shorten it",
         ),
         (InputTooLong(index=0, tokens=None, allowed=None), "`text 0` has more tokens than the model takes: shorten it"),
+        (
+            InputTooLong(index=0, tokens=9, allowed=8, others=range(2, 24)),
+            f"`text 0` has 9 tokens, and the model takes 8 (too long as well: {NEXT_TWENTY}, and 2 more): shorten them",
+        ),
         (InputTooLong(index=0, tokens=9, allowed=8, certain=False), "a text (probably `text 0`, the longest of those"),
     ],
 )
@@ -65,9 +72,10 @@ def test_a_text_that_is_too_long_is_described_by_what_is_known(error: InputTooLo
 
 
 def test_a_text_that_is_too_long_can_be_named_by_its_field() -> None:
-    error = InputTooLong(index=5, tokens=9, allowed=8, certain=False)
-    named = error.about(2, "other[2]")
+    error = InputTooLong(index=5, tokens=9, allowed=8, certain=False, others=[6])
+    named = error.about(lambda index: index - 3, "other[{}]".format)
     assert named.param == "other[2]"
     assert "(probably `other[2]`" in named.message
+    assert "(too long as well: `other[3]`)" in named.message
     assert (named.index, named.tokens, named.allowed, named.certain) == (2, 9, 8, False)
     assert error.param is None

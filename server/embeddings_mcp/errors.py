@@ -33,8 +33,16 @@ it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
+
+_MOST_NAMED = 20
+"""Texts besides the first that a message names: enough to put right at once what a caller can hold in mind."""
+
+
+def _same(index: int) -> int:
+    return index
 
 
 class EmbeddingsError(Exception):
@@ -73,15 +81,22 @@ class InputUnusable(InvalidRequest):
             of the longest.
     """
 
-    def __init__(self, reason: str, *, index: int, param: str | None = None, certain: bool = True) -> None:
-        text = f"`{param or f'text {index}'}`"
+    def __init__(
+        self, reason: str, *, index: int, name: Callable[[int], str] | None = None, certain: bool = True
+    ) -> None:
+        text = _named(index, name)
         subject = text if certain else f"a text (probably {text}, the longest of those sent together)"
-        super().__init__(f"{subject} {reason}", param=param)
+        super().__init__(f"{subject} {reason}", param=None if name is None else name(index))
         self.reason, self.index, self.certain = reason, index, certain
 
-    def about(self, index: int, param: str | None = None) -> InputUnusable:
-        """The same error about the text at another position, and about the request's field `param` if that is known."""
-        return InputUnusable(self.reason, index=index, param=param, certain=self.certain)
+    def about(self, place: Callable[[int], int] = _same, name: Callable[[int], str] | None = None) -> InputUnusable:
+        """The same error for whoever has the texts in another list.
+
+        Args:
+            place: the position there of the text at a position here.
+            name: the request's field, and the position in it, of the text at a position there; if that is known.
+        """
+        return InputUnusable(self.reason, index=place(self.index), name=name, certain=self.certain)
 
 
 class InputTooLong(InputUnusable):
@@ -91,10 +106,18 @@ class InputTooLong(InputUnusable):
         tokens: its length as the model counts it, special tokens and prompt included; None where an endpoint did not
             say.
         allowed: the model's limit; None where it is not known.
+        others: positions of further texts that are too long, as far as they were looked at.
     """
 
     def __init__(
-        self, *, index: int, tokens: int | None, allowed: int | None, param: str | None = None, certain: bool = True
+        self,
+        *,
+        index: int,
+        tokens: int | None,
+        allowed: int | None,
+        others: Sequence[int] = (),
+        name: Callable[[int], str] | None = None,
+        certain: bool = True,
     ) -> None:
         if tokens is not None:
             length = f"{tokens:,} tokens{'' if allowed is None else f', and the model takes {allowed:,}'}"
@@ -102,17 +125,34 @@ class InputTooLong(InputUnusable):
             length = f"more than the {allowed:,} tokens that the model takes"
         else:
             length = "more tokens than the model takes"
+        if others:
+            named = [_named(other, name) for other in others[:_MOST_NAMED]]
+            if len(others) > _MOST_NAMED:
+                named.append(f"and {len(others) - _MOST_NAMED} more")
+            length += f" (too long as well: {', '.join(named)})"
         super().__init__(
-            f"has {length}: shorten it, or set `truncate` to 'END' or 'START' to drop what is too much",
+            f"has {length}: shorten {'them' if others else 'it'}, or set `truncate` to 'END' or 'START' to drop what "
+            "is too much",
             index=index,
-            param=param,
+            name=name,
             certain=certain,
         )
-        self.tokens, self.allowed = tokens, allowed
+        self.tokens, self.allowed, self.others = tokens, allowed, others
 
-    def about(self, index: int, param: str | None = None) -> InputTooLong:
+    def about(self, place: Callable[[int], int] = _same, name: Callable[[int], str] | None = None) -> InputTooLong:
         """See `InputUnusable.about`."""
-        return InputTooLong(index=index, tokens=self.tokens, allowed=self.allowed, param=param, certain=self.certain)
+        return InputTooLong(
+            index=place(self.index),
+            tokens=self.tokens,
+            allowed=self.allowed,
+            others=[*map(place, self.others)],
+            name=name,
+            certain=self.certain,
+        )
+
+
+def _named(index: int, name: Callable[[int], str] | None) -> str:
+    return f"`text {index}`" if name is None else f"`{name(index)}`"
 
 
 class TooManyInputs(InvalidRequest):

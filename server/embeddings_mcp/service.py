@@ -271,7 +271,7 @@ class EmbeddingService:
         try:
             made = await make(texts, input_type=input_type, truncate=truncate, on_progress=on_progress)
         except InputUnusable as error:
-            raise error.about(error.index, _place(fields, error.index)) from None
+            raise error.about(name=functools.partial(_place, fields)) from None
         return await _compute(made, lambda: _finished(made, embedder.card, fields, dimensions))
 
     async def _query_and_passages(

@@ -176,9 +176,10 @@ async def test_an_error_about_a_text_is_about_its_place_in_the_request() -> None
     long = "word " * 70
     await service.create_embedding(service_request(["a", "b"]))
     with pytest.raises(InputTooLong) as caught:
-        await service.create_embedding(service_request(["a", "c", "c", "b", long, long]))
+        await service.create_embedding(service_request(["a", "c", "c", "b", long, long, long + "d"]))
     assert caught.value.param == "input[4]"
     assert (caught.value.tokens, caught.value.allowed) == (72, 64)
+    assert "(too long as well: `input[6]`)" in caught.value.message
 
 
 async def test_a_text_that_cannot_be_embedded_is_named_by_its_place_in_the_request() -> None:

@@ -152,7 +152,7 @@ def test_the_text_that_is_too_long_is_named_by_its_place() -> None:
     with pytest.raises(InputTooLong) as refused:
         limited(KINDS["WordPiece"]).encode(["water", "water " * 50, "water " * 60], prompt="", truncate="NONE")
 
-    assert (refused.value.index, refused.value.tokens) == (1, 52)
+    assert (refused.value.index, refused.value.tokens, refused.value.others) == (1, 52, [2])
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)

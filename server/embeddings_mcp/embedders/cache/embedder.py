@@ -199,7 +199,7 @@ class CachedEmbedder:
                 on_rows=take,
             )
         except InputUnusable as error:
-            raise error.about(request.place_of(wanted[error.index])) from None
+            raise error.about(lambda index: request.place_of(wanted[index])) from None
         except ModelUnavailable as error:
             failure = error
             raise

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import add
 
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint
 from embeddings_mcp.embedders.local.tokenizer import Tokenizer
@@ -78,7 +80,7 @@ class InputTokenizer:
             try:
                 rows = self._tokenizer.encode(texts[start : start + _AT_ONCE], prompt=prompt, truncate=truncate)
             except InputUnusable as error:
-                raise error.about(start + error.index) from None
+                raise error.about(partial(add, start)) from None
             self._check(rows, skip, start)
             yield Tokens(rows, skip)
 

@@ -122,7 +122,7 @@ class Tokenizer:
         than the model takes costs about as much as the part that is kept.
 
         Raises:
-            InputTooLong: a text is too long and `truncate` is NONE.
+            InputTooLong: texts are too long and `truncate` is NONE.
             InputUnusable: the tokenizer leaves nothing of a text.
             InvalidRequest: the model's limit behind the prompt leaves nothing of any text.
         """
@@ -131,7 +131,8 @@ class Tokenizer:
         reach = _CHARACTERS_PER_TOKEN * self.max_tokens
         if truncate == "NONE":
             reach = max(reach, self._counted)
-        rows = []
+        rows: list[list[int]] = []
+        too_long: dict[int, int | None] = {}
         for index, (text, first) in enumerate(zip(texts, self._look(texts, reach, prompt, truncate), strict=True)):
             ids, seen = first, reach
             while seen < len(text) and not self._settled(ids, text, seen, prompt, truncate):
@@ -139,12 +140,15 @@ class Tokenizer:
                 (ids,) = self._look([text], seen, prompt, truncate)
             if len(ids) > self.max_tokens:
                 if truncate == "NONE":
-                    tokens = len(ids) if seen >= len(text) else None
-                    raise InputTooLong(index=index, tokens=tokens, allowed=self.max_tokens)
+                    too_long[index] = len(ids) if seen >= len(text) else None
+                    continue
                 ids = self._cut(ids, prompt, truncate)
             if not ids:
                 raise InputUnusable("holds nothing that the model's tokenizer keeps", index=index)
             rows.append(ids)
+        if too_long:
+            index, *others = too_long
+            raise InputTooLong(index=index, tokens=too_long[index], allowed=self.max_tokens, others=others)
         return rows
 
     def _look(self, texts: Sequence[str], reach: int, prompt: str, truncate: Truncate) -> list[list[int]]:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from operator import add
 
 import anyio
 import httpx
@@ -306,4 +307,4 @@ def _shared_out(tokens: int, texts: Sequence[str]) -> list[int]:
 
 def _shifted(error: EmbeddingsError, start: int) -> EmbeddingsError:
     """The error about a text of a sub-batch as one about a text of the call."""
-    return error.about(start + error.index) if isinstance(error, InputUnusable) else error
+    return error.about(partial(add, start)) if isinstance(error, InputUnusable) else error
