@@ -195,12 +195,27 @@ def test_an_unknown_field_brings_the_known_ones_and_a_guess() -> None:
     error = refusal(EmbeddingRequest, {**EMBED, "dimension": 8})
     assert error.param == "dimension"
     assert error.message == (
-        "`dimension` is not a field of this request, which has model, input, input_type, encoding_format, truncate, "
-        "dimensions, user; did you mean `dimensions`?"
+        "`dimension` is not a field of this request (did you mean `dimensions`?); accepted are model, input, "
+        "input_type, encoding_format, truncate, dimensions, user"
     )
     assert "did you mean" not in refusal(EmbeddingRequest, {**EMBED, "zzz": 8}).message
     assert (
-        refusal(ListModelsRequest, {"model": "a"}).message == "`model` is not a field of this request, which has none"
+        refusal(ListModelsRequest, {"model": "a"}).message
+        == "`model` is not a field of this request; accepted are no fields"
+    )
+
+
+def test_a_field_that_is_there_already_was_not_meant_by_an_unknown_one() -> None:
+    search = {"query": "a", "input": "b", "input_type": "query"}
+    assert "did you mean" not in refusal(SearchRequest, search).message
+
+
+def test_the_known_fields_come_once_however_many_are_unknown() -> None:
+    message = refusal(SearchRequest, {"queries": "a", "inputs": "b", "limit": 3}).message
+    assert "`queries` is not a field of this request (did you mean `query`?); `inputs` is not" in message
+    assert message.count("top_k") == 1
+    assert message.endswith(
+        "; `limit` is not a field of this request; accepted are " + ", ".join(SearchRequest.model_fields)
     )
 
 

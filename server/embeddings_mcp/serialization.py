@@ -30,9 +30,12 @@ def parse(request_type: type[_Request], value: object) -> _Request:
         return request_type.model_validate(value)
     except ValidationError as error:
         details = error.errors(include_url=False)
-        problems = [_teach(request_type, detail) for detail in details[:_MOST_PROBLEMS]]
+        left_out = [name for name in request_type.model_fields if name not in value]
+        problems = [_teach(request_type, detail, left_out) for detail in details[:_MOST_PROBLEMS]]
         if len(details) > _MOST_PROBLEMS:
             problems.append(f"and {len(details) - _MOST_PROBLEMS} more")
+        if any(detail["type"] == "extra_forbidden" for detail in details):
+            problems.append(f"accepted are {', '.join(request_type.model_fields) or 'no fields'}")
         raise InvalidRequest("; ".join(problems), param=_place(details[0])) from None
 
 
@@ -41,17 +44,15 @@ def _place(detail: ErrorDetails) -> str:
     return str(detail["loc"][0])[:_LONGEST_QUOTE] + str(detail.get("ctx", {}).get("at", ""))
 
 
-def _teach(request_type: type[BaseModel], detail: ErrorDetails) -> str:
-    """One sentence: the field, what was wrong with it, what is accepted."""
+def _teach(request_type: type[BaseModel], detail: ErrorDetails, left_out: list[str]) -> str:
+    """One sentence: the field, what was wrong with it, what is accepted; `left_out` may be meant by an unknown one."""
     field, value, context = _place(detail), detail["input"], detail.get("ctx", {})
     match detail["type"]:
         case "missing":
             problem = f"is required: {(request_type.model_fields[field].description or '').rstrip('.')}"
         case "extra_forbidden":
-            known = list(request_type.model_fields)
-            guess = difflib.get_close_matches(field, known, n=1)
-            meant = f"; did you mean `{guess[0]}`?" if guess else ""
-            problem = f"is not a field of this request, which has {', '.join(known) or 'none'}{meant}"
+            guess = difflib.get_close_matches(field, left_out, n=1)
+            problem = f"is not a field of this request{f' (did you mean `{guess[0]}`?)' if guess else ''}"
         case "literal_error":
             given = f"'{value[:_LONGEST_QUOTE]}'" if isinstance(value, str) else json_kind(value)
             problem = f"must be {context['expected']}, not {given}"

@@ -347,7 +347,8 @@ async def test_structured_content_is_what_the_output_schema_promises(
         ("similarity", {"model": "default", "input": ["a"] * 101}, "`top_k` is required here"),
         ("search", {"input": "a"}, "`query` is required"),
         ("search", {"query": "a", "input": "b", "model": "asymmetric-query"}, "without the suffix"),
-        ("list_models", {"model": "a"}, "`model` is not a field of this request, which has none"),
+        ("search", {"query": "a", "input": "b", "input_type": "query"}, "of this request; accepted are query, input,"),
+        ("list_models", {"model": "a"}, "`model` is not a field of this request; accepted are no fields"),
     ],
 )
 async def test_a_wrong_call_is_answered_with_what_would_be_right(
