@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
+import shutil
+import socket
 import subprocess
 import sys
 import zipfile
@@ -26,7 +29,7 @@ from embeddings_mcp.publish.skill import read_skill
 from embeddings_mcp.serialization import parse
 from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
-from tests.support import ROOT, HashEmbedder
+from tests.support import ROOT, START_SECONDS, HashEmbedder
 
 FOLDER = ROOT / "skills" / "embeddings"
 TEXT = (FOLDER / "SKILL.md").read_text("utf-8")
@@ -151,6 +154,24 @@ def test_a_statement_and_its_negation_do_look_alike(service: EmbeddingService) -
     scores = ask(service, SIMILARITY, {"model": "default", "input": texts})["scores"]
     assert scores[0][1] > 0.75
     assert scores[2][3] > 0.75
+
+
+def test_the_commands_that_start_a_server_and_ask_it_can_be_run_in_one_go() -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("there is no curl here")
+    (commands,) = [block for block in re.findall(r"```bash\n(.*?)```", TEXT, flags=re.DOTALL) if "curl" in block]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        commands = commands.replace("8000", str(free.getsockname()[1]))
+    done = subprocess.run(
+        ["/bin/sh", "-c", f"{commands}code=$?; kill $!; exit $code"],
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=START_SECONDS,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [hit["index"] for hit in json.loads(done.stdout)["results"]] == [1, 0]
 
 
 # --- Errors ----------------------------------------------------------------------------------------------------------
