@@ -230,6 +230,12 @@ def test_long_work_shows_its_progress_on_stderr(run: Run, monkeypatch: pytest.Mo
     assert "embedding" in run("similarity", *texts, "--top-k", "1").err
 
 
+@pytest.mark.parametrize("command", ["embed", "similarity", "search", "demo"])
+def test_the_help_says_once_that_there_may_be_many_texts(run: Run, command: str) -> None:
+    (usage,) = [line for line in run(command, "--help").out.splitlines() if "Usage:" in line]
+    assert usage.count("...") == 1
+
+
 # --- Refusals --------------------------------------------------------------------------------------------------------
 
 

@@ -310,7 +310,7 @@ def manifest(
 
 @app.command()
 def demo(
-    texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT...]", help="Texts to try it on.")] = None,
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts to try it on.")] = None,
 ) -> None:
     """Start the server over stdio as an MCP host would, and ask it a few things."""
     from embeddings_mcp.faces.demo import run_demo

@@ -10,9 +10,7 @@ from embeddings_mcp.models import InputType, Mode, Precision, Truncate
 
 Transport = Literal["stdio", "http"]
 
-TextsArgument = Annotated[
-    list[str], typer.Argument(metavar="TEXT...", help="Texts; `-` stands for the lines of stdin.")
-]
+TextsArgument = Annotated[list[str], typer.Argument(help="Texts; `-` stands for the lines of stdin.")]
 ModelOption = Annotated[
     str | None,
     typer.Option("--model", metavar="ID[=PATH]", help="The model: of an endpoint, or run here, with its folder."),
