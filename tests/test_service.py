@@ -171,7 +171,7 @@ def test_a_default_model_that_is_not_served_is_refused() -> None:
 async def test_an_asymmetric_model_asks_what_the_text_is_for() -> None:
     for ask in (embed, compare):
         with pytest.raises(InvalidRequest, match="`input_type` is required by test/nested") as caught:
-            await ask(service_of(), "a", model="test/nested")
+            await ask(service_of(), ["a"], model="test/nested")
         assert caught.value.param == "input_type"
         assert "'query' for what is searched with, 'passage' for what is searched" in caught.value.message
 
@@ -454,8 +454,8 @@ async def test_duplicates_are_the_closest_pair() -> None:
 
 
 async def test_one_text_alone_has_no_pair() -> None:
-    assert (await compare(service_of(), "a", top_k=3))["pairs"] == []
-    assert (await compare(service_of(), "a"))["scores"] == [[1.0]]
+    assert (await compare(service_of(), ["a"], top_k=3))["pairs"] == []
+    assert (await compare(service_of(), ["a"]))["scores"] == [[1.0]]
 
 
 async def test_scores_are_rounded_and_zero_has_no_sign() -> None:

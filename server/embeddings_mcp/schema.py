@@ -209,7 +209,10 @@ class SimilarityRequest(BaseModel):
     input: Annotated[Texts, Field(description="The text to compare, or an array of texts.")]
     other: Annotated[
         Optional[Texts],
-        Field(description="Compare every `input` with each of these; left out, the texts of `input` with each other."),
+        Field(
+            description="Compare every `input` with each of these; left out, the texts of the array `input` with each "
+            "other."
+        ),
     ] = None
     metric: Annotated[
         Metric,

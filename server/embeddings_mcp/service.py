@@ -141,6 +141,12 @@ class EmbeddingService:
         Raises:
             EmbeddingsError: any of the tree in `errors`; ``param`` names the field to blame.
         """
+        if request.other is None and isinstance(request.input, str):
+            # Its score with itself would be 1, also where it is several texts by mistake, as an array written as JSON.
+            raise InvalidRequest(
+                "`other` is required where `input` is one string; several texts are given as an array of strings",
+                param="other",
+            )
         rows = count_texts(request.input)
         columns = None if request.other is None else count_texts(request.other)
         _check_scores(rows, columns, request.top_k)

@@ -345,6 +345,7 @@ async def test_structured_content_is_what_the_output_schema_promises(
         ("similarity", {"model": "default", "input": "a", "encoding_format": "float"}, "is not a field"),
         ("similarity", {"model": "default", "input": "a", "top_k": 0}, "`top_k` must be at least 1, not 0"),
         ("similarity", {"model": "default", "input": ["a"] * 101}, "`top_k` is required here"),
+        ("similarity", {"model": "default", "input": '["a", "b"]'}, "`other` is required where `input` is one string"),
         ("search", {"input": "a"}, "`query` is required"),
         ("search", {"query": "a", "input": "b", "model": "asymmetric-query"}, "without the suffix"),
         ("search", {"query": "a", "input": "b", "input_type": "query"}, "of this request; accepted are query, input,"),
