@@ -181,6 +181,7 @@ def test_a_limit_within_nv_embeds_prompt_is_refused_where_its_authors_code_divid
 
 LLAMA = {"tokenizer_class": "LlamaTokenizer"}
 OTHERS = {"bos_token": "<s>", "eos_token": "</s>"}
+GTE = {"auto_map": {"AutoTokenizer": ["tokenization_qwen.Qwen2Tokenizer", "tokenization_qwen.Qwen2TokenizerFast"]}}
 WATER = [343, 424, 460]
 
 AROUND = [
@@ -197,10 +198,12 @@ AROUND = [
     (OTHERS | {"tokenizer_class": "GemmaTokenizer", "add_eos_token": True}, [1, *WATER, 2]),
     (OTHERS | {"tokenizer_class": "GPTNeoXTokenizerFast", "add_eos_token": True}, [*WATER, 2]),
     (OTHERS | {"tokenizer_class": "Qwen2Tokenizer", "add_eos_token": True}, [1, *WATER]),
+    (OTHERS | GTE | {"tokenizer_class": "Qwen2Tokenizer", "add_eos_token": True}, [*WATER, 2]),
+    (OTHERS | GTE | {"tokenizer_class": "Qwen2Tokenizer", "add_eos_token": False}, WATER),
     (OTHERS | {"tokenizer_class": "PreTrainedTokenizerFast", "add_eos_token": True}, [1, *WATER]),
 ]
-"""What ``tokenizer_config.json`` says, and what transformers 4.48 makes of "Water." where ``tokenizer.json`` says that
-``<s>`` goes before a text."""
+"""What ``tokenizer_config.json`` says, and what transformers 4.48, or the code that it names, makes of "Water." where
+``tokenizer.json`` says that ``<s>`` goes before a text."""
 
 
 def beside(folder: Path, config: dict[str, Any], *, max_tokens: int = LIMIT) -> Tokenizer:
@@ -211,7 +214,7 @@ def beside(folder: Path, config: dict[str, Any], *, max_tokens: int = LIMIT) -> 
 
 
 @pytest.mark.parametrize(("config", "ids"), AROUND, ids=str)
-def test_around_a_text_are_the_special_tokens_that_transformers_4_put_there(
+def test_around_a_text_are_the_special_tokens_that_the_model_was_trained_with(
     tmp_path: Path, config: dict[str, Any], ids: list[int]
 ) -> None:
     assert encode(beside(tmp_path, config), "Water.") == ids

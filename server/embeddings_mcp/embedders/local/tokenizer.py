@@ -2,8 +2,8 @@
 
 The file is read by the tokenizers library itself: it is what the model was trained with, while transformers' classes
 rebuild parts of it for some families and then give other ids. Two things they rebuilt in training too, up to version 4:
-how BERT's text is normalized, and which special tokens stand around Llama's. Where there is no such file, transformers
-makes the tokenizer from older ones.
+how BERT's text is normalized, and which special tokens stand around Llama's. The latter gte-Qwen2's own code does too.
+Where there is no such file, transformers makes the tokenizer from older ones.
 """
 
 from __future__ import annotations
@@ -54,6 +54,9 @@ _BERT_TYPES = frozenset(
 )
 """Model types that have one of these classes where none is named."""
 
+_GTE = "tokenization_qwen.Qwen2TokenizerFast"
+"""What gte-Qwen2, and models that were made from it, call the tokenizer of their own code."""
+
 _LLAMA = {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}
 _ENDS: dict[str, dict[str, Any]] = {
     "CodeLlamaTokenizer": _LLAMA,
@@ -61,9 +64,10 @@ _ENDS: dict[str, dict[str, Any]] = {
     "GPTNeoXTokenizer": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
     "GemmaTokenizer": {"add_bos_token": True, "bos_token": "<bos>", "eos_token": "<eos>"},
     "LlamaTokenizer": _LLAMA,
+    _GTE: {"eos_token": "<|endoftext|>"},
 }
-"""Classes of transformers 4 for which ``tokenizer_config.json`` goes before ``tokenizer.json`` in what stands around a
-text, and what they take for said in it that is not."""
+"""Classes, all but the last of transformers 4, for which ``tokenizer_config.json`` goes before ``tokenizer.json`` in
+what stands around a text, and what they take for said in it that is not."""
 
 
 class Tokenizer:
@@ -218,6 +222,8 @@ def _as_said(tokenizer: FastTokenizer, folder: Path, *, lowercase: bool, special
     if is_bert:
         _normalize_as_said(tokenizer, config)
     _add_tokens_as_said(tokenizer, config, read_object(folder / "added_tokens.json", optional=True))
+    if _GTE in str(config.fields.get("auto_map")):
+        kind = _GTE
     if kind in _ENDS and config.fields.keys() & {"add_bos_token", "add_eos_token"}:
         _put_around_as_said(tokenizer, JsonObject(config.path, _ENDS[kind] | config.fields))
     if not special_tokens:
