@@ -302,7 +302,8 @@ DESCRIPTIONS: dict[str, tuple[Damage, str]] = {
         field("sentence_bert_config.json", transformer_task="fill-mask"),
         r"`transformer_task` must be 'feature-extraction'",
     ),
-    "an adapter": (lambda folder: write(folder / "adapter_config.json", "{}"), r"holds an adapter"),
+    "an adapter beside its model": (lambda folder: write(folder / "adapter_config.json", "{}"), r"holds an adapter"),
+    "an adapter": (lambda folder: (folder / "config.json").rename(folder / "adapter_config.json"), r"holds an adapter"),
 }
 
 

@@ -190,13 +190,13 @@ def read_checkpoint(folder: Path, known: ModelCard | None = None) -> Checkpoint:
         raise CheckpointInvalid(f"{folder} is not a folder: a checkpoint is a folder that holds config.json")
     pipeline = read_pipeline(folder)
     backbone = pipeline.backbone if pipeline else folder
+    if (backbone / "adapter_config.json").is_file():
+        raise CheckpointInvalid(f"{backbone} holds an adapter: merge it into its model, and serve that")
     static = pipeline is not None and pipeline.static
     config = _static_config(backbone) if static else read_object(backbone / "config.json")
     model_type = config.get("model_type", "")
     if not model_type:
         raise CheckpointInvalid(f"{config.path}: no `model_type`, so its architecture is unknown")
-    if (backbone / "adapter_config.json").is_file():
-        raise CheckpointInvalid(f"{backbone} holds an adapter: merge it into its model, and serve that")
     recipe = RECIPES.get(model_type)
     for part in recipe.parts if recipe else ():
         if not config.get(part, {}):
