@@ -21,7 +21,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers.sentence_transformer.modules import Dense, LayerNorm, Normalize, Pooling
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 from embeddings_mcp.embedders.local.encoder import load_encoder
 from embeddings_mcp.errors import CheckpointInvalid, InvalidRequest, MissingDependency
@@ -453,6 +453,21 @@ def test_a_plain_model_with_a_chat_template_is_refused(tmp_path: Path, template:
         write(tmp_path / template, said)
 
     assert "has a chat template and no modules.json" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama_bidirec"])
+def test_a_plain_model_that_gives_a_pair_of_texts_one_score_is_refused(tmp_path: Path, kind: str) -> None:
+    save_plain(tmp_path, "bert", AutoModelForSequenceClassification, num_labels=1, **SMALL)
+    edit(tmp_path / "config.json", model_type=kind)
+
+    assert "config.json: a model that gives one score, such as a reranker, makes no vectors" in refused(tmp_path)
+
+
+def test_colbert_is_refused_where_the_mean_of_its_token_vectors_would_be_pooled(tmp_path: Path) -> None:
+    save_plain(tmp_path, "bert", AutoModel, **SMALL)
+    edit(tmp_path / "config.json", architectures=["HF_ColBERT"])
+
+    assert "config.json: ColBERT makes a vector of every token, and none of a text" in refused(tmp_path)
 
 
 @pytest.mark.parametrize("field", ["architectures", "is_causal"])

@@ -31,6 +31,9 @@ _LEGACY_MODES: dict[str, PoolingMode] = {
     "pooling_mode_lasttoken": "lasttoken",
 }
 
+_COLBERT = "HF_ColBERT"
+"""What ColBERT's own library calls its models."""
+
 _POOLED = "sentence_embedding"
 """What sentence-transformers calls the pooled vector."""
 
@@ -154,6 +157,12 @@ def _place(folder: Path, module: JsonObject) -> Path:
 
 def plain_pipeline(folder: Path, config: JsonObject, recipe: Recipe | None, known: ModelCard | None) -> Pipeline:
     """The steps where no ``modules.json`` says them."""
+    architectures: list[object] = config.get("architectures", [])
+    architecture = str(*architectures[:1])
+    if architecture == _COLBERT:
+        raise CheckpointInvalid(f"{config.path}: ColBERT makes a vector of every token, and none of a text")
+    if architecture.endswith("ForSequenceClassification") and len(config.get("id2label", {})) == 1:
+        raise CheckpointInvalid(f"{config.path}: a model that gives one score, such as a reranker, makes no vectors")
     if recipe or (known and known.id in PLAIN):
         pooling = POOLING_WORDS.get(str(config.fields.get("pooling")), "mean")
         return Pipeline(backbone=folder, pooling=(pooling,), stages=(Normalize(),))
@@ -166,8 +175,7 @@ def plain_pipeline(folder: Path, config: JsonObject, recipe: Recipe | None, know
             f"{folder} has a chat template and no modules.json: sentence-transformers would put every text into the "
             "template, which is not supported; say how it is pooled in modules.json"
         )
-    architectures: list[object] = config.get("architectures", [])
-    causal = str(*architectures[:1]).endswith("ForCausalLM") and config.get("is_causal", default=True)
+    causal = architecture.endswith("ForCausalLM") and config.get("is_causal", default=True)
     return Pipeline(backbone=folder, pooling=("lasttoken" if causal else "mean",))
 
 
