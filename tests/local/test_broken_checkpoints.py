@@ -146,7 +146,7 @@ def narrow(folder: Path) -> None:
 MODULE = "sentence_transformers.models."
 
 WEIGHTS: dict[str, tuple[Damage, str]] = {
-    "no weights": (remove("model.safetensors"), r"model\.safetensors"),
+    "no weights": (remove("model.safetensors"), r"model\.safetensors is missing; weights for other programs \(ONNX"),
     "a tensor is missing": (
         tensors("model.safetensors", lambda found: found.pop(first(found))),
         r"tensors are missing: \S*layer\S*weight",

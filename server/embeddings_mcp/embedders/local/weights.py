@@ -31,7 +31,9 @@ def find_weights(folder: Path) -> list[Path]:
     """
     path = next((folder / name for name in _FILES if (folder / name).is_file()), None)
     if path is None:
-        raise CheckpointInvalid(f"{folder / _FILES[0]} is missing")
+        raise CheckpointInvalid(
+            f"{folder / _FILES[0]} is missing; weights for other programs (ONNX, GGUF) are not read"
+        )
     files = _shards(path) if path.name.endswith(".index.json") else [path]
     for file in files:
         if not file.is_file():
