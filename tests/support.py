@@ -11,16 +11,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import anyio
+import httpx
 import numpy as np
 import uvicorn
 from starlette.types import ASGIApp
 
-from embeddings_mcp.embedders.base import Embeddings, OnProgress, OnRows
+from embeddings_mcp.embedders.base import Embedder, Embeddings, OnProgress, OnRows
 from embeddings_mcp.errors import InputTooLong
 from embeddings_mcp.faces.connection import Connection
+from embeddings_mcp.faces.http import create_app
+from embeddings_mcp.faces.mcp import build_mcp_server
+from embeddings_mcp.limits import Limits
 from embeddings_mcp.models import InputType, ModelCard, Truncate
+from embeddings_mcp.service import EmbeddingService
+from embeddings_mcp.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 
@@ -96,6 +103,27 @@ class HashEmbedder:
 
     async def aclose(self) -> None:
         self.closed = True
+
+
+def service_of(*embedders: Embedder) -> EmbeddingService:
+    """A service over these embedders, the first being the default; over a `HashEmbedder` where none is given."""
+    embedders = embedders or (HashEmbedder(),)
+    return EmbeddingService(embedders, default_model=embedders[0].card.id)
+
+
+@contextmanager
+def client_of(*embedders: Embedder, **chosen: Any) -> Iterator[httpx.Client]:
+    """A client of an HTTP server over these embedders, with these settings."""
+    with served(service_of(*embedders), **chosen) as url, httpx.Client(base_url=url, timeout=10) as client:
+        yield client
+
+
+@contextmanager
+def served(service: EmbeddingService, **chosen: Any) -> Iterator[str]:
+    """The address of an HTTP server of this service, with these settings."""
+    settings = Settings(**chosen)
+    with serving(create_app(service, build_mcp_server(service, Limits.of(settings)), settings)) as url:
+        yield url
 
 
 @contextmanager

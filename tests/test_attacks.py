@@ -18,27 +18,19 @@ from mcp.shared.exceptions import MCPError
 
 from embeddings_mcp.embedders.nim import client
 from embeddings_mcp.errors import UpstreamFailed
-from embeddings_mcp.faces.http import create_app
 from embeddings_mcp.faces.mcp import build_mcp_server
 from embeddings_mcp.publish.skill import read_skill
-from embeddings_mcp.service import EmbeddingService
-from embeddings_mcp.settings import Settings
 from tests.nim.standin import answering, stand_in
 from tests.nim.test_embedder import embed, embedding_at
-from tests.support import ROOT, HashEmbedder, serving
+from tests.support import ROOT, served, service_of
 
 KEY = "the-key"
 SECONDS = 10
 
 
-def service() -> EmbeddingService:
-    return EmbeddingService([HashEmbedder()], default_model="test/hash")
-
-
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    served = service()
-    with serving(create_app(served, build_mcp_server(served), Settings(api_key=KEY))) as url:  # type: ignore[arg-type]
+    with served(service_of(), api_key=KEY) as url:
         yield url
 
 
@@ -94,7 +86,7 @@ def test_no_path_leads_out_of_what_is_published(url: str, place: str, path: str)
 @pytest.mark.parametrize("place", ["skill://embeddings/", "embeddings://models/", "file://", ""])
 async def test_no_resource_lies_outside_of_what_is_published(place: str, path: str) -> None:
     with anyio.fail_after(SECONDS):
-        async with Client(build_mcp_server(service())) as session:
+        async with Client(build_mcp_server(service_of())) as session:
             with pytest.raises(MCPError):
                 await session.read_resource(f"{place}{path}")
 

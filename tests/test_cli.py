@@ -21,11 +21,9 @@ from embeddings_mcp import __version__
 from embeddings_mcp.assemble import build_service
 from embeddings_mcp.embedders.local.locate import find_bundled
 from embeddings_mcp.faces import cli, terminal
-from embeddings_mcp.faces.http import create_app
-from embeddings_mcp.faces.mcp import build_mcp_server
 from embeddings_mcp.models import DEFAULT_MODEL
 from embeddings_mcp.settings import Settings
-from tests.support import serving
+from tests.support import served
 
 COMMAND = str(Path(sys.executable).with_name("embeddings-mcp"))
 ROOT = Path(__file__).parents[1]
@@ -100,8 +98,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_json_is_what_rest_answers(run: Run) -> None:
-    service = build_service(Settings())
-    with serving(create_app(service, build_mcp_server(service), Settings())) as address:
+    with served(build_service(Settings())) as address:
 
         def ask(path: str, **fields: object) -> Any:
             response = httpx.post(f"{address}/v1/{path}", json={"model": "default", **fields}, timeout=SECONDS)

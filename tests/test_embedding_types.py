@@ -12,9 +12,8 @@ from hypothesis.extra import numpy as some
 
 from embeddings_mcp.schema import TypedEmbeddingRequest
 from embeddings_mcp.serialization import parse
-from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.vectors import FloatMatrix, normalize, quantize
-from tests.support import HashEmbedder
+from tests.support import service_of
 
 VECTORS = some.arrays(
     np.float32,
@@ -75,7 +74,7 @@ def test_cosines_survive_one_byte_a_component(embedding_type: str, least: float)
     [("float", "<f4"), ("int8", "i1"), ("uint8", "u1"), ("binary", "i1"), ("ubinary", "u1")],
 )
 async def test_base64_holds_the_bytes_of_the_numbers(embedding_type: str, number: str) -> None:
-    service = EmbeddingService([HashEmbedder()], default_model="test/hash")
+    service = service_of()
     asked = {"model": "default", "input": ["one", "two"], "embedding_type": embedding_type}
     as_numbers = await service.create_embedding(parse(TypedEmbeddingRequest, asked))
     as_base64 = await service.create_embedding(parse(TypedEmbeddingRequest, asked | {"encoding_format": "base64"}))

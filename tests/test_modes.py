@@ -16,7 +16,7 @@ from embeddings_mcp.schema import ColbertEmbeddingRequest, SearchRequest, Simila
 from embeddings_mcp.serialization import parse
 from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
-from tests.support import HashEmbedder
+from tests.support import service_of
 
 pytestmark = pytest.mark.anyio
 
@@ -99,7 +99,7 @@ async def test_top_k_keeps_the_closest_pairs_of_any_mode(service: EmbeddingServi
 
 
 async def test_a_model_without_the_mode_says_which_it_has() -> None:
-    service = EmbeddingService([HashEmbedder()], default_model="test/hash")
+    service = service_of()
     request = parse(SearchRequest, {"query": "a", "input": ["b"], "mode": "colbert"})
 
     with pytest.raises(
@@ -109,7 +109,7 @@ async def test_a_model_without_the_mode_says_which_it_has() -> None:
 
 
 async def test_a_model_without_the_vectors_that_a_route_is_for_says_what_it_has() -> None:
-    service = EmbeddingService([HashEmbedder()], default_model="test/hash")
+    service = service_of()
     asked = {"model": "default", "input": ["a"]}
 
     with pytest.raises(

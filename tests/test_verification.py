@@ -16,13 +16,11 @@ from embeddings_mcp.assemble import build_service, open_embedder
 from embeddings_mcp.embedders.base import Embedder
 from embeddings_mcp.errors import UnknownModel
 from embeddings_mcp.faces.cli import app
-from embeddings_mcp.faces.http import create_app
-from embeddings_mcp.faces.mcp import build_mcp_server
 from embeddings_mcp.models import InputType, ModelCard, OwnCard
 from embeddings_mcp.settings import EndpointSettings, Settings
 from embeddings_mcp.vectors import FloatMatrix
 from embeddings_mcp.verification import SAMPLES, verify
-from tests.support import HashEmbedder, serving
+from tests.support import HashEmbedder, served
 
 GOLDEN = Path(__file__).parent / "golden"
 E5 = f"e5={GOLDEN / 'e5' / 'model'}"
@@ -43,9 +41,7 @@ async def open_one(opened: AsyncExitStack, where: str, model: str = "e5", settin
 @pytest.mark.anyio
 async def test_a_model_and_a_server_of_it_make_the_same_vectors(opened: AsyncExitStack) -> None:
     model = f"tiny/nemotron={GOLDEN / 'nemotron-3-embed' / 'model'}"
-    settings = Settings(models=(model,))
-    service = build_service(settings)
-    with serving(create_app(service, build_mcp_server(service), settings)) as url:
+    with served(build_service(Settings(models=(model,)))) as url:
         verdict = await verify(await open_one(opened, model), await open_one(opened, url, "tiny/nemotron"))
 
     assert verdict.same
@@ -56,8 +52,7 @@ async def test_a_model_and_a_server_of_it_make_the_same_vectors(opened: AsyncExi
 @pytest.mark.anyio
 async def test_an_endpoint_that_cannot_truncate_is_compared_on_what_is_short_enough(opened: AsyncExitStack) -> None:
     model = f"tiny/m3={GOLDEN / 'bge-m3' / 'model'}"
-    service = build_service(Settings(models=(model,)))
-    with serving(create_app(service, build_mcp_server(service), Settings())) as url:
+    with served(build_service(Settings(models=(model,)))) as url:
         settings = Settings(endpoints=(EndpointSettings(url=url, dialect="openai"),))
         verdict = await verify(await open_one(opened, model), await open_one(opened, url, "tiny/m3", settings=settings))
 
@@ -117,10 +112,8 @@ async def test_one_wrong_prompt_is_told_from_two(opened: AsyncExitStack) -> None
 
 @pytest.mark.anyio
 async def test_an_endpoint_without_the_model_says_which_it_has(opened: AsyncExitStack) -> None:
-    settings = Settings(models=(E5,))
-    service = build_service(settings)
     with (
-        serving(create_app(service, build_mcp_server(service), settings)) as url,
+        served(build_service(Settings(models=(E5,)))) as url,
         pytest.raises(UnknownModel, match=r"has no model 'bge-m3'; it has: nvidia/nv-embedqa-e5-v5"),
     ):
         await open_one(opened, url, "bge-m3")

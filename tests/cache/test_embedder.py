@@ -18,9 +18,8 @@ from embeddings_mcp.embedders.cache.rows import Row, keys_of
 from embeddings_mcp.errors import InputTooLong, InputUnusable, ModelUnavailable, Overloaded, UpstreamFailed
 from embeddings_mcp.models import InputType, ModelCard, Truncate
 from embeddings_mcp.schema import EmbeddingRequest
-from embeddings_mcp.service import EmbeddingService
 from tests.cache.support import ASYMMETRIC, SECONDS, TextByText, ask, expected, in_memory, until
-from tests.support import HashEmbedder
+from tests.support import HashEmbedder, service_of
 
 pytestmark = pytest.mark.anyio
 
@@ -172,7 +171,7 @@ async def test_what_was_made_before_the_caller_left_is_not_made_again() -> None:
 
 
 async def test_an_error_about_a_text_is_about_its_place_in_the_request() -> None:
-    service = EmbeddingService([in_memory(HashEmbedder())], default_model="test/hash")
+    service = service_of(in_memory(HashEmbedder()))
     long = "word " * 70
     await service.create_embedding(service_request(["a", "b"]))
     with pytest.raises(InputTooLong) as caught:
@@ -184,7 +183,7 @@ async def test_an_error_about_a_text_is_about_its_place_in_the_request() -> None
 
 async def test_a_text_that_cannot_be_embedded_is_named_by_its_place_in_the_request() -> None:
     source = TextByText(failures={"nothing": InputUnusable("holds nothing", index=1)})
-    service = EmbeddingService([in_memory(source)], default_model=ASYMMETRIC.id)
+    service = service_of(in_memory(source))
     await service.create_embedding(service_request(["a"]))
     with pytest.raises(InputUnusable) as caught:
         await service.create_embedding(service_request(["a", "b", "a", "nothing"]))
@@ -201,7 +200,7 @@ async def test_vectors_that_are_not_numbers_are_not_kept() -> None:
             return super().vector(text, input_type) * np.float32(self.value)
 
     source = Broken()
-    service = EmbeddingService([in_memory(source)], default_model="test/hash")
+    service = service_of(in_memory(source))
     for value in (math.nan, math.inf, math.nan):
         source.value = value
         with pytest.raises(ModelUnavailable, match="not finite for `input"):

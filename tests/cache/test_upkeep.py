@@ -21,13 +21,11 @@ from embeddings_mcp.assemble import build_service
 from embeddings_mcp.embedders.cache import DiskStore
 from embeddings_mcp.embedders.cache.database import FILE
 from embeddings_mcp.faces import cli
-from embeddings_mcp.faces.http import create_app
-from embeddings_mcp.faces.mcp import build_mcp_server
 from embeddings_mcp.settings import EndpointSettings, Settings
 from embeddings_mcp.vectors import FloatMatrix
 from tests.cache.support import ASYMMETRIC, MB, SECONDS, TextByText, ask, on_disk, only_reading
 from tests.nim.standin import SYMMETRIC, StandIn, held, stand_in
-from tests.support import Clock, HashEmbedder, serving
+from tests.support import Clock, HashEmbedder, served
 
 Cache = Callable[..., str]
 
@@ -110,8 +108,7 @@ def test_what_a_server_uses_can_be_looked_into_and_cleared(cache: Cache, tmp_pat
 async def server(standing: StandIn, folder: Path) -> AsyncIterator[httpx.AsyncClient]:
     """A client of a server of ours, whose cache is in the folder and whose models are the stand-in's."""
     settings = Settings(endpoints=(EndpointSettings(url=standing.url),), cache=str(folder))
-    service = build_service(settings)
-    with serving(create_app(service, build_mcp_server(service), settings)) as url, anyio.fail_after(SECONDS):
+    with served(build_service(settings)) as url, anyio.fail_after(SECONDS):
         async with httpx.AsyncClient(base_url=url, timeout=SECONDS) as http:
             yield http
 

@@ -15,9 +15,8 @@ from embeddings_mcp.embedders.base import Embeddings, OnProgress, OnRows
 from embeddings_mcp.faces.http import serve_http
 from embeddings_mcp.faces.mcp import build_mcp_server
 from embeddings_mcp.models import InputType, Truncate
-from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
-from tests.support import HashEmbedder
+from tests.support import HashEmbedder, service_of
 
 WAIT = "wait"
 
@@ -46,8 +45,7 @@ class TalkingEmbedder(HashEmbedder):
 
 
 if __name__ == "__main__":
-    embedder = TalkingEmbedder()
-    service = EmbeddingService([embedder], default_model=embedder.card.id)
+    service = service_of(TalkingEmbedder())
     server = build_mcp_server(service)
     if sys.argv[1] == "http":
         serve_http(service, server, Settings(port=0))

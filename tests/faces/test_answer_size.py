@@ -10,13 +10,11 @@ import pytest
 from mcp import Client
 from mcp.types import CallToolResult
 
-from embeddings_mcp.faces.http import create_app
 from embeddings_mcp.faces.mcp import build_mcp_server
 from embeddings_mcp.limits import Limits
 from embeddings_mcp.models import ModelCard
-from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
-from tests.support import HashEmbedder, serving
+from tests.support import HashEmbedder, served, service_of
 
 pytestmark = pytest.mark.anyio
 
@@ -43,8 +41,7 @@ async def test_as_many_vectors_as_the_refusal_of_too_many_names_reach_the_client
     mode: str, encoding_format: str, dimensions: int
 ) -> None:
     embedder = HashEmbedder(card=ModelCard(id="test/hash", dimensions=dimensions))
-    service = EmbeddingService([embedder], default_model="test/hash")
-    with serving(create_app(service, build_mcp_server(service), Settings())) as url, anyio.fail_after(SECONDS):
+    with served(service_of(embedder)) as url, anyio.fail_after(SECONDS):
         async with Client(f"{url}/mcp", mode=mode) as client:
             texts = [f"text {index}" for index in range(600)]
             refused = await call(client, "create_embedding", input=texts, encoding_format=encoding_format)
@@ -63,8 +60,7 @@ async def test_as_many_vectors_as_the_refusal_of_too_many_names_reach_the_client
 
 async def test_more_vectors_fit_where_shorter_ones_are_asked_for() -> None:
     embedder = HashEmbedder(card=ModelCard(id="test/hash", dimensions=4096, matryoshka=(64,)))
-    service = EmbeddingService([embedder], default_model="test/hash")
-    with serving(create_app(service, build_mcp_server(service), Settings())) as url, anyio.fail_after(SECONDS):
+    with served(service_of(embedder)) as url, anyio.fail_after(SECONDS):
         async with Client(f"{url}/mcp") as client:
             texts = [f"text {index}" for index in range(200)]
             whole = await call(client, "create_embedding", input=texts)
@@ -76,9 +72,7 @@ async def test_more_vectors_fit_where_shorter_ones_are_asked_for() -> None:
 
 async def test_where_the_length_of_vectors_is_not_known_before_too_many_are_refused_all_the_same() -> None:
     embedder = HashEmbedder(card=ModelCard(id="test/hash", dimensions=8))
-    service = EmbeddingService([embedder], default_model="test/hash")
-    server = build_mcp_server(service, Limits.of(Settings(max_mcp_answer_bytes=500)))
-    with serving(create_app(service, server, Settings())) as url, anyio.fail_after(SECONDS):
+    with served(service_of(embedder), max_mcp_answer_bytes=500) as url, anyio.fail_after(SECONDS):
         async with Client(f"{url}/mcp") as client:
             embedder.card = ModelCard(id="test/hash")
             refused = await call(client, "create_embedding", input=["a", "b", "c", "d", "e"])
@@ -89,9 +83,7 @@ async def test_where_the_length_of_vectors_is_not_known_before_too_many_are_refu
 
 
 async def test_a_ranking_that_is_too_long_is_refused_by_its_top_k() -> None:
-    service = EmbeddingService([HashEmbedder()], default_model="test/hash")
-    server = build_mcp_server(service, Limits.of(Settings(max_mcp_answer_bytes=1000)))
-    with serving(create_app(service, server, Settings())) as url, anyio.fail_after(SECONDS):
+    with served(service_of(), max_mcp_answer_bytes=1000) as url, anyio.fail_after(SECONDS):
         async with Client(f"{url}/mcp") as client:
             texts = [f"text {index}" for index in range(100)]
             refused = await call(client, "search", query="a", input=texts, top_k=100)
@@ -102,8 +94,7 @@ async def test_a_ranking_that_is_too_long_is_refused_by_its_top_k() -> None:
 
 
 async def test_answers_that_do_not_travel_over_http_may_be_of_any_size() -> None:
-    service = EmbeddingService([HashEmbedder()], default_model="test/hash")
-    server = build_mcp_server(service, Limits.of(Settings(max_mcp_answer_bytes=1)))
+    server = build_mcp_server(service_of(), Limits.of(Settings(max_mcp_answer_bytes=1)))
     with anyio.fail_after(SECONDS):
         async with Client(server) as client:
             assert not (await call(client, "create_embedding", input=["a", "b"])).is_error

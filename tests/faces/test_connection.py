@@ -19,12 +19,8 @@ import httpx
 import pytest
 
 from embeddings_mcp.faces import connection
-from embeddings_mcp.faces.http import create_app
-from embeddings_mcp.faces.mcp import build_mcp_server
 from embeddings_mcp.models import ModelCard
-from embeddings_mcp.service import EmbeddingService
-from embeddings_mcp.settings import Settings
-from tests.support import HashEmbedder, serving
+from tests.support import HashEmbedder, served, service_of
 
 SECONDS = 20
 """Longest that anything here may take."""
@@ -55,10 +51,8 @@ def hung_up(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
 @contextmanager
 def serving_long_vectors(**chosen: Any) -> Iterator[str]:
-    settings = Settings(**chosen)
     embedder = HashEmbedder(card=ModelCard(id="test/hash", dimensions=LENGTH))
-    service = EmbeddingService([embedder], default_model="test/hash")
-    with serving(create_app(service, build_mcp_server(service), settings)) as url:
+    with served(service_of(embedder), **chosen) as url:
         yield url
 
 

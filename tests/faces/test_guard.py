@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -16,9 +15,8 @@ from starlette.types import ASGIApp, Message, Scope
 from embeddings_mcp.errors import InvalidSetting
 from embeddings_mcp.faces.guard import Guard
 from embeddings_mcp.faces.http import create_app
-from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
-from tests.support import HashEmbedder, serving
+from tests.support import client_of, service_of
 
 KEY = "kéy-of-this-server"
 LIMIT = 10_000
@@ -30,16 +28,6 @@ INITIALIZE = {
     "params": {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "test", "version": "0"}},
 }
 MCP_HEADERS = {"accept": "application/json, text/event-stream"}
-
-
-@contextmanager
-def client_of(**chosen: Any) -> Iterator[httpx.Client]:
-    service = EmbeddingService([HashEmbedder()], default_model="test/hash")
-    with (
-        serving(create_app(service, MCPServer("test"), Settings(**chosen))) as url,
-        httpx.Client(base_url=url, timeout=10) as client,
-    ):
-        yield client
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +224,7 @@ def test_health_probes_need_no_key(locked: httpx.Client, path: str) -> None:
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "embeddings.example"])
 @pytest.mark.parametrize("key", [None, ""])
 def test_a_server_that_others_can_reach_does_not_start_without_a_key(host: str, key: str | None) -> None:
-    service = EmbeddingService([HashEmbedder()], default_model="test/hash")
+    service = service_of()
 
     with pytest.raises(InvalidSetting, match="EMBEDDINGS_MCP_API_KEY"):
         create_app(service, MCPServer("test"), Settings(host=host, api_key=key))  # type: ignore[arg-type]
@@ -245,9 +233,7 @@ def test_a_server_that_others_can_reach_does_not_start_without_a_key(host: str, 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
 def test_a_server_on_loopback_needs_no_key(host: str) -> None:
-    service = EmbeddingService([HashEmbedder()], default_model="test/hash")
-
-    create_app(service, MCPServer("test"), Settings(host=host))
+    create_app(service_of(), MCPServer("test"), Settings(host=host))
 
 
 # --- The body --------------------------------------------------------------------------------------------------------

@@ -20,39 +20,32 @@ from mcp import Client
 from mcp.client.streamable_http import streamable_http_client
 
 from embeddings_mcp.errors import InvalidSetting
-from embeddings_mcp.faces.http import create_app, serve_http
+from embeddings_mcp.faces.http import serve_http
 from embeddings_mcp.faces.mcp import build_mcp_server
 from embeddings_mcp.publish.openapi import openapi_document
-from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
-from tests.support import HashEmbedder, running, serving
+from tests.support import HashEmbedder, client_of, running, served, service_of
 
 SCRIPT = """
 from embeddings_mcp.faces.http import serve_http
 from embeddings_mcp.faces.mcp import build_mcp_server
-from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
-from tests.support import HashEmbedder
+from tests.support import HashEmbedder, service_of
 
 class Closing(HashEmbedder):
     async def aclose(self):
         print("closed", flush=True)
 
-service = EmbeddingService([Closing()], default_model="test/hash")
+service = service_of(Closing())
 serve_http(service, build_mcp_server(service), Settings(port=0))
 """
 SERVER = (sys.executable, "-c", SCRIPT)
 
 
-def service_of(embedder: HashEmbedder) -> EmbeddingService:
-    return EmbeddingService([embedder], default_model=embedder.card.id)
-
-
 @pytest.mark.anyio
 @pytest.mark.parametrize("mode", ["legacy", "auto"])
 async def test_both_faces_give_the_same_vector(mode: str) -> None:
-    service = service_of(HashEmbedder())
-    with serving(create_app(service, build_mcp_server(service), Settings(api_key="key"))) as url:  # type: ignore[arg-type]
+    with served(service_of(), api_key="key") as url:
         async with httpx2.AsyncClient(headers={"authorization": "Bearer key"}) as http:
             ask = {"model": "default", "input": "one"}
             rest = (await http.post(f"{url}/v1/embeddings", json=ask)).json()
@@ -65,16 +58,14 @@ async def test_both_faces_give_the_same_vector(mode: str) -> None:
 
 
 def test_the_openapi_document_is_served() -> None:
-    service = service_of(HashEmbedder())
-    with serving(create_app(service, build_mcp_server(service), Settings())) as url:
-        assert httpx.get(f"{url}/openapi.json").json() == openapi_document()
+    with client_of() as client:
+        assert client.get("/openapi.json").json() == openapi_document()
 
 
 def test_the_embedders_are_closed_when_the_server_stops() -> None:
     embedder = HashEmbedder()
-    service = service_of(embedder)
-    with serving(create_app(service, build_mcp_server(service), Settings())) as url:
-        assert httpx.get(f"{url}/v1/health/live").status_code == 200
+    with client_of(embedder) as client:
+        assert client.get("/v1/health/live").status_code == 200
         assert not embedder.closed
 
     assert embedder.closed
@@ -120,8 +111,8 @@ def test_answers_are_not_held_back_by_the_network() -> None:
 
 
 def test_a_port_that_is_taken_is_an_error_that_teaches() -> None:
-    service = service_of(HashEmbedder())
-    with serving(create_app(service, build_mcp_server(service), Settings())) as url:
+    service = service_of()
+    with served(service) as url:
         port = httpx.URL(url).port or 0
         with pytest.raises(InvalidSetting, match=f"127.0.0.1 port {port}: Address already in use; choose another"):
             serve_http(service, build_mcp_server(service), Settings(port=port))

@@ -6,8 +6,6 @@ import hashlib
 import hmac
 import ssl
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,28 +25,14 @@ from embeddings_mcp.errors import InvalidSetting
 from embeddings_mcp.faces.cli import app
 from embeddings_mcp.faces.http import create_app, serve_http
 from embeddings_mcp.faces.keys import Keyring, new_key
-from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
-from tests.support import HashEmbedder, out_of_files, running, serving
+from tests.support import client_of, out_of_files, running, service_of
 
 SETTINGS = {"api_key": "plain", "api_keys": "alice=first bob=second alice=third"}
 
 
 def settings(**chosen: Any) -> Settings:
     return Settings(**chosen)
-
-
-def service() -> EmbeddingService:
-    return EmbeddingService([HashEmbedder()], default_model="test/hash")
-
-
-@contextmanager
-def client_of(**chosen: Any) -> Iterator[httpx.Client]:
-    with (
-        serving(create_app(service(), MCPServer("test"), settings(**chosen))) as url,
-        httpx.Client(base_url=url, timeout=10) as client,
-    ):
-        yield client
 
 
 def status(client: httpx.Client, key: str, path: str = "/v1/models") -> int:
@@ -201,7 +185,7 @@ def test_health_too_may_ask_for_a_key() -> None:
 
 
 def test_a_server_that_others_can_reach_may_be_keyless_if_that_is_said() -> None:
-    create_app(service(), MCPServer("test"), settings(host="0.0.0.0", allow_keyless=True))
+    create_app(service_of(), MCPServer("test"), settings(host="0.0.0.0", allow_keyless=True))
 
 
 def test_settings_of_access_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,11 +236,10 @@ SCRIPT = """
 import sys
 from embeddings_mcp.faces.http import serve_http
 from embeddings_mcp.faces.mcp import build_mcp_server
-from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
-from tests.support import HashEmbedder
+from tests.support import service_of
 
-service = EmbeddingService([HashEmbedder()], default_model="test/hash")
+service = service_of()
 serve_http(service, build_mcp_server(service), Settings(port=0, tls_certificate=sys.argv[1], tls_key=sys.argv[2]))
 """
 
@@ -301,6 +284,6 @@ def test_a_certificate_that_cannot_be_used_is_an_error_that_teaches(tmp_path: Pa
     chain, _key = certificate(tmp_path)
     for wrong in (tmp_path / "none.pem", chain):
         with pytest.raises(InvalidSetting, match="EMBEDDINGS_MCP_TLS_KEY"):
-            serve_http(service(), MCPServer("test"), settings(port=0, tls_certificate=chain, tls_key=wrong))
+            serve_http(service_of(), MCPServer("test"), settings(port=0, tls_certificate=chain, tls_key=wrong))
     with pytest.raises(ValidationError, match="of no use without a certificate"):
         settings(tls_key=chain)

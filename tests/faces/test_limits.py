@@ -6,7 +6,6 @@ import socket
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,14 +22,12 @@ from embeddings_mcp.caller import caller_name
 from embeddings_mcp.embedders.base import Embeddings, OnProgress, OnRows
 from embeddings_mcp.faces import room
 from embeddings_mcp.faces.guard import Guard
-from embeddings_mcp.faces.http import create_app
 from embeddings_mcp.faces.mcp import build_mcp_server
 from embeddings_mcp.faces.rate import Rate
 from embeddings_mcp.limits import Limits
 from embeddings_mcp.models import InputType, Truncate
-from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
-from tests.support import Clock, HashEmbedder, serving
+from tests.support import Clock, HashEmbedder, client_of, service_of
 
 SECONDS = 10
 """Longest that anything here may take."""
@@ -61,17 +58,6 @@ class HeldEmbedder(HashEmbedder):
             self.left.release()
             raise
         return await super().embed(texts, input_type=input_type, truncate=truncate)
-
-
-@contextmanager
-def client_of(embedder: HashEmbedder | None = None, **chosen: Any) -> Iterator[httpx.Client]:
-    settings = Settings(**chosen)
-    service = EmbeddingService([embedder or HashEmbedder()], default_model="test/hash")
-    with (
-        serving(create_app(service, build_mcp_server(service, Limits.of(settings)), settings)) as url,
-        httpx.Client(base_url=url, timeout=SECONDS) as client,
-    ):
-        yield client
 
 
 def ask(client: httpx.Client, texts: str | list[str] = "one", **headers: str) -> httpx.Response:
@@ -109,10 +95,9 @@ def test_a_text_may_have_so_many_characters_and_no_more(small: httpx.Client) -> 
 
 @pytest.mark.anyio
 async def test_the_limits_of_a_request_hold_for_tools_too() -> None:
-    service = EmbeddingService([HashEmbedder()], default_model="test/hash")
     limits = Limits.of(Settings(max_inputs=1, max_input_characters=10, request_seconds=SECONDS))
     with anyio.fail_after(SECONDS):
-        async with Client(build_mcp_server(service, limits)) as client:
+        async with Client(build_mcp_server(service_of(), limits)) as client:
             many = await client.call_tool("create_embedding", {"model": "default", "input": ["a", "b"]})
             large = await client.call_tool("search", {"model": "default", "query": "x" * 11, "input": ["a"]})
     assert many.is_error
@@ -131,9 +116,9 @@ def test_a_request_that_takes_too_long_is_ended() -> None:
 @pytest.mark.anyio
 async def test_a_tool_call_that_takes_too_long_is_ended() -> None:
     embedder = HeldEmbedder()
-    service = EmbeddingService([embedder], default_model="test/hash")
+    limits = Limits.of(Settings(request_seconds=0.1))
     with anyio.fail_after(SECONDS):
-        async with Client(build_mcp_server(service, Limits.of(Settings(request_seconds=0.1)))) as client:
+        async with Client(build_mcp_server(service_of(embedder), limits)) as client:
             result = await client.call_tool("create_embedding", {"model": "default", "input": "a"})
     assert result.is_error
     assert "longer than the 0.1 s" in str(result.content)

@@ -15,10 +15,9 @@ import pytest
 
 from embeddings_mcp.errors import CheckpointInvalid, ModelUnavailable
 from embeddings_mcp.faces.loading import loaded
-from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Load
 from tests.local.golden import GOLDEN
-from tests.support import LIST_TOOLS, ROOT, START_SECONDS, HashEmbedder, running
+from tests.support import LIST_TOOLS, ROOT, START_SECONDS, HashEmbedder, running, service_of
 
 SERVE = [sys.executable, "-m", "embeddings_mcp", "serve"]
 
@@ -34,10 +33,6 @@ class Loadable(HashEmbedder):
         self.asked.set()
         if self.failure is not None:
             raise self.failure
-
-
-def service_of(embedder: HashEmbedder) -> EmbeddingService:
-    return EmbeddingService([embedder], default_model=embedder.card.id)
 
 
 @pytest.fixture

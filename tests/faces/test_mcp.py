@@ -41,10 +41,9 @@ from embeddings_mcp.errors import Overloaded
 from embeddings_mcp.faces.mcp import CARD_TEMPLATE, build_mcp_server
 from embeddings_mcp.models import InputType, ModelCard, Truncate
 from embeddings_mcp.operations import OPERATIONS
-from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import EndpointSettings, Settings
 from tests.nim.standin import stand_in
-from tests.support import HashEmbedder
+from tests.support import HashEmbedder, service_of
 
 pytestmark = pytest.mark.anyio
 
@@ -75,10 +74,7 @@ def era(request: pytest.FixtureRequest) -> str:
 @asynccontextmanager
 async def connected(*embedders: HashEmbedder, era: str = "2026-07-28", **options: Any) -> AsyncIterator[Client]:
     """A client of a server over these embedders, the first being the default."""
-    service = EmbeddingService(
-        embedders or (HashEmbedder(PLAIN), HashEmbedder(MATRYOSHKA)),
-        default_model=embedders[0].card.id if embedders else PLAIN.id,
-    )
+    service = service_of(*(embedders or (HashEmbedder(PLAIN), HashEmbedder(MATRYOSHKA))))
     with anyio.fail_after(10):
         async with Client(build_mcp_server(service), mode=ERAS[era], **options) as client:
             assert client.protocol_version == era

@@ -7,8 +7,6 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Self, cast
 
 import anyio
@@ -22,29 +20,15 @@ from embeddings_mcp import logs, telemetry
 from embeddings_mcp.embedders.local_embedder import LocalEmbedder
 from embeddings_mcp.errors import Overloaded
 from embeddings_mcp.faces import published, rest
-from embeddings_mcp.faces.http import create_app
 from embeddings_mcp.faces.mcp import build_mcp_server
 from embeddings_mcp.faces.observed import route_of
 from embeddings_mcp.models import ModelCard
-from embeddings_mcp.service import EmbeddingService
-from embeddings_mcp.settings import Settings
 from tests.faces.test_rest import FailingEmbedder
-from tests.support import ROOT, HashEmbedder, serving
+from tests.support import ROOT, client_of, service_of
 from tests.test_local_embedder import EXACT, SteppedEncoder
 
 TEXT = "heliotrope"
 KEY = "sk-marzipan"
-
-
-@contextmanager
-def client_of(embedder: Any = None, **chosen: Any) -> Iterator[httpx.Client]:
-    embedder = embedder or HashEmbedder()
-    service = EmbeddingService([embedder], default_model=embedder.card.id)
-    with (
-        serving(create_app(service, build_mcp_server(service), Settings(**chosen))) as url,
-        httpx.Client(base_url=url, timeout=10) as client,
-    ):
-        yield client
 
 
 def local_embedder() -> LocalEmbedder:
@@ -127,7 +111,7 @@ def test_what_waits_and_works_is_back_where_it_was_when_all_is_done() -> None:
 
 @pytest.mark.anyio
 async def test_calls_over_mcp_are_counted_too() -> None:
-    service = EmbeddingService([FailingEmbedder(error=Overloaded("later", retry_after=3))], default_model="test/hash")
+    service = service_of(FailingEmbedder(error=Overloaded("later", retry_after=3)))
     counter = telemetry.CALLS.labels("search", "overloaded")
     before = counter._value.get()
     with anyio.fail_after(10):
@@ -160,8 +144,7 @@ def test_no_caller_makes_a_label_of_his_own(path: str, route: str) -> None:
 
 
 def test_every_route_has_a_label() -> None:
-    service = EmbeddingService([HashEmbedder()], default_model="test/hash")
-    for route in (*rest.routes(service), *published.routes()):
+    for route in (*rest.routes(service_of()), *published.routes()):
         assert route_of(re.sub(r"\{[^}]*\}", "x", route.path)) != "other", route.path
 
 

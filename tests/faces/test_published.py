@@ -11,24 +11,16 @@ import httpx
 import pytest
 import yaml
 
-from embeddings_mcp.faces.http import create_app
-from embeddings_mcp.faces.mcp import build_mcp_server
 from embeddings_mcp.operations import OPERATIONS
 from embeddings_mcp.publish.capability import capability
 from embeddings_mcp.publish.documents import FORMATS
 from embeddings_mcp.publish.skill import read_skill
-from embeddings_mcp.service import EmbeddingService
-from embeddings_mcp.settings import Settings
-from tests.support import HashEmbedder, serving
+from tests.support import client_of
 
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[httpx.Client]:
-    service = EmbeddingService([HashEmbedder()], default_model="test/hash")
-    with (
-        serving(create_app(service, build_mcp_server(service), Settings())) as url,
-        httpx.Client(base_url=url) as client,
-    ):
+    with client_of() as client:
         yield client
 
 
@@ -146,7 +138,6 @@ def test_all_of_it_can_only_be_read(client: httpx.Client, path: str) -> None:
 
 
 def test_a_server_with_a_key_wants_it_here_too() -> None:
-    service = EmbeddingService([HashEmbedder()], default_model="test/hash")
-    with serving(create_app(service, build_mcp_server(service), Settings(api_key="key"))) as url:  # type: ignore[arg-type]
-        assert httpx.get(f"{url}/skills").status_code == 401
-        assert httpx.get(f"{url}/skills", headers={"Authorization": "Bearer key"}).status_code == 200
+    with client_of(api_key="key") as client:
+        assert client.get("/skills").status_code == 401
+        assert client.get("/skills", headers={"Authorization": "Bearer key"}).status_code == 200

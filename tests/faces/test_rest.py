@@ -8,7 +8,6 @@ import json
 import socket
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,18 +19,14 @@ import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mcp.server.mcpserver import MCPServer
 
 from embeddings_mcp.embedders.base import Embeddings, OnProgress, OnRows
 from embeddings_mcp.errors import CheckpointInvalid, Overloaded
 from embeddings_mcp.faces import rest
-from embeddings_mcp.faces.http import create_app
 from embeddings_mcp.models import InputType, ModelCard, Truncate
 from embeddings_mcp.operations import ROUTES
 from embeddings_mcp.serialization import dump_json
-from embeddings_mcp.service import EmbeddingService
-from embeddings_mcp.settings import Settings
-from tests.support import HashEmbedder, serving
+from tests.support import HashEmbedder, client_of
 
 MODEL = "test/hash"
 
@@ -84,20 +79,9 @@ class StuckEmbedder(HashEmbedder):
             self.let_go.set()
 
 
-@contextmanager
-def client_of(*embedders: HashEmbedder) -> Iterator[httpx.Client]:
-    """A client of a server over these embedders, the first of which is the default."""
-    service = EmbeddingService(embedders, default_model=embedders[0].card.id)
-    with (
-        serving(create_app(service, MCPServer("test"), Settings())) as url,
-        httpx.Client(base_url=url, timeout=10) as client,
-    ):
-        yield client
-
-
 @pytest.fixture(scope="module")
 def client() -> Iterator[httpx.Client]:
-    with client_of(HashEmbedder()) as client:
+    with client_of() as client:
         yield client
 
 

@@ -13,12 +13,8 @@ import yaml
 from mcp import Client
 from mcp.types import EmbeddedResource, TextContent, TextResourceContents
 
-from embeddings_mcp.faces.http import create_app
-from embeddings_mcp.faces.mcp import build_mcp_server
 from embeddings_mcp.publish.skill import read_skill
-from embeddings_mcp.service import EmbeddingService
-from embeddings_mcp.settings import Settings
-from tests.support import HashEmbedder, serving
+from tests.support import served, service_of
 
 ERAS = {"2025-11-25": "legacy", "2026-07-28": "auto"}
 SKILL = "skill://embeddings/SKILL.md"
@@ -26,8 +22,7 @@ SKILL = "skill://embeddings/SKILL.md"
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    service = EmbeddingService([HashEmbedder()], default_model="test/hash")
-    with serving(create_app(service, build_mcp_server(service), Settings())) as url:
+    with served(service_of()) as url:
         yield url
 
 

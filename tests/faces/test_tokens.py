@@ -23,10 +23,9 @@ from embeddings_mcp.faces import tokens
 from embeddings_mcp.faces.http import create_app
 from embeddings_mcp.faces.mcp import build_mcp_server
 from embeddings_mcp.faces.tokens import TokenVerifier
-from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
 from tests.faces.issuer import PRIVATE, RESOURCE, Issuer, issuing
-from tests.support import HashEmbedder, serving
+from tests.support import served, service_of
 
 METADATA = "https://embeddings.example/.well-known/oauth-protected-resource/mcp"
 STRANGER = rsa.generate_private_key(65537, 2048)
@@ -41,9 +40,7 @@ def issuer() -> Iterator[Issuer]:
 @contextmanager
 def serving_for(issuer: Issuer, **chosen: Any) -> Iterator[str]:
     """The address of a server that takes this issuer's tokens."""
-    settings = Settings(oauth_issuer=issuer.url, oauth_resource=RESOURCE, **chosen)
-    service = EmbeddingService([HashEmbedder()], default_model="test/hash")
-    with serving(create_app(service, build_mcp_server(service), settings)) as url:
+    with served(service_of(), oauth_issuer=issuer.url, oauth_resource=RESOURCE, **chosen) as url:
         yield url
 
 
@@ -105,7 +102,7 @@ def test_api_keys_open_beside_tokens(issuer: Issuer) -> None:
 
 
 def test_with_an_issuer_a_server_may_listen_to_other_machines(issuer: Issuer) -> None:
-    service = EmbeddingService([HashEmbedder()], default_model="test/hash")
+    service = service_of()
     settings = Settings(oauth_issuer=issuer.url, oauth_resource=RESOURCE, host="0.0.0.0")
     create_app(service, build_mcp_server(service), settings)
 
@@ -346,6 +343,6 @@ async def test_keys_come_from_where_the_issuer_says_over_https_and_from_nowhere_
     ],
 )
 def test_settings_that_cannot_be_are_refused_by_name(chosen: dict[str, str], named: str) -> None:
-    service = EmbeddingService([HashEmbedder()], default_model="test/hash")
+    service = service_of()
     with pytest.raises(InvalidSetting, match=named):
         create_app(service, build_mcp_server(service), Settings.model_validate(chosen))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from embeddings_mcp.faces.http import serve_http
 from embeddings_mcp.faces.mcp import build_mcp_server
-from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
-from tests.support import HashEmbedder
+from tests.support import service_of
 
 if __name__ == "__main__":
-    service = EmbeddingService([HashEmbedder()], default_model="test/hash")
+    service = service_of()
     serve_http(service, build_mcp_server(service), Settings(port=0))

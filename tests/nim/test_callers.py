@@ -16,12 +16,9 @@ from mcp import Client
 
 from embeddings_mcp.embedders.base import Embedder
 from embeddings_mcp.embedders.nim import Endpoint, EndpointClient, NimEmbedder
-from embeddings_mcp.faces.http import create_app
 from embeddings_mcp.faces.mcp import build_mcp_server
-from embeddings_mcp.service import EmbeddingService
-from embeddings_mcp.settings import Settings
 from tests.nim.standin import ASYMMETRIC, StandIn, held, stand_in
-from tests.support import HashEmbedder, serving
+from tests.support import HashEmbedder, served, service_of
 
 pytestmark = pytest.mark.anyio
 
@@ -36,14 +33,13 @@ def embedder_at(standing: StandIn, **endpoint: int) -> NimEmbedder:
 @contextmanager
 def rest_over(embedder: Embedder, **chosen: float) -> Iterator[str]:
     """The address of our REST face over this embedder, which is closed with it."""
-    service = EmbeddingService([embedder], default_model=embedder.card.id)
-    with serving(create_app(service, build_mcp_server(service), Settings(**chosen))) as url:  # type: ignore[arg-type]
+    with served(service_of(embedder), **chosen) as url:
         yield f"{url}/v1"
 
 
 @asynccontextmanager
 async def mcp_over(embedder: Embedder) -> AsyncIterator[Client]:
-    service = EmbeddingService([embedder], default_model=embedder.card.id)
+    service = service_of(embedder)
     async with Client(build_mcp_server(service)) as client:
         yield client
     await service.aclose()

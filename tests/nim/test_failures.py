@@ -20,9 +20,9 @@ from embeddings_mcp.embedders.nim.failures import retry_after, words
 from embeddings_mcp.faces.http import create_app
 from embeddings_mcp.faces.mcp import build_mcp_server
 from embeddings_mcp.models import ModelCard
-from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
 from tests.nim.standin import StandIn, answering, stand_in
+from tests.support import service_of
 
 pytestmark = pytest.mark.anyio
 
@@ -175,7 +175,7 @@ async def faces_of(standing: StandIn, case: Case) -> AsyncIterator[tuple[httpx.A
     """The REST and the MCP face of a service whose model is at the stand-in."""
     endpoint = Endpoint(url=standing.url, api_key=SecretStr(KEY) if case.with_key else None)
     embedder = NimEmbedder(EndpointClient(endpoint), case.model)
-    service = EmbeddingService([embedder], default_model=case.model.id)
+    service = service_of(embedder)
     server = build_mcp_server(service)
     app = httpx.ASGITransport(create_app(service, server, Settings()))
     with anyio.fail_after(20):

@@ -20,8 +20,8 @@ from embeddings_mcp.embedders.nim.limits import Turnstile
 from embeddings_mcp.errors import InvalidRequest
 from embeddings_mcp.schema import EmbeddingRequest
 from embeddings_mcp.serialization import parse
-from embeddings_mcp.service import EmbeddingService
 from tests.nim.standin import ASYMMETRIC, SYMMETRIC, Fault, Reply, StandIn, answering, cut, stand_in, truncated
+from tests.support import service_of
 
 pytestmark = pytest.mark.anyio
 
@@ -69,7 +69,7 @@ async def test_a_thousand_texts_of_five_callers_are_each_embedded_once_past_a_fa
     async with stand_in() as standing:
         faults = OneInFive(standing)
         standing.faults = itertools.repeat(faults)
-        service = EmbeddingService([behind_cache(standing, batch_size=10)], default_model=ASYMMETRIC.id)
+        service = service_of(behind_cache(standing, batch_size=10))
         vectors: dict[int, np.ndarray[Any, Any]] = {}
 
         async def call(caller: int) -> None:

@@ -19,9 +19,8 @@ from embeddings_mcp.models import DEFAULT_MODEL
 from embeddings_mcp.operations import ROUTES
 from embeddings_mcp.publish.openapi import openapi_document
 from embeddings_mcp.serialization import dump_json, parse
-from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
-from tests.support import HashEmbedder
+from tests.support import service_of
 
 PUBLISHED = yaml.safe_load((Path(__file__).parents[1] / "data" / "nim-embeddings-openapi.yaml").read_text("utf-8"))
 
@@ -68,10 +67,9 @@ def test_the_embeddings_operation_is_the_published_one(document: dict[str, Any])
 
 
 def test_every_route_is_described_and_every_description_is_a_route(document: dict[str, Any]) -> None:
-    service = EmbeddingService([HashEmbedder()], default_model="test/hash")
     routes = {
         (route.path.replace(":path", ""), method.lower())
-        for route in rest.routes(service)
+        for route in rest.routes(service_of())
         for method in (route.methods or set()) - {"HEAD"}
     }
 

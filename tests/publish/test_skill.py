@@ -29,7 +29,7 @@ from embeddings_mcp.publish.skill import read_skill
 from embeddings_mcp.serialization import parse
 from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
-from tests.support import ROOT, START_SECONDS, HashEmbedder
+from tests.support import ROOT, START_SECONDS, HashEmbedder, service_of
 
 FOLDER = ROOT / "skills" / "embeddings"
 TEXT = (FOLDER / "SKILL.md").read_text("utf-8")
@@ -199,7 +199,7 @@ def test_an_error_is_known_by_the_words_that_the_skill_gives(
 ) -> None:
     asymmetric = ModelCard(id="test/asymmetric", dimensions=8, max_tokens=256, input_type="required")
     plain = ModelCard(id="test/hash", dimensions=8, max_tokens=256)
-    service = EmbeddingService([HashEmbedder(plain), HashEmbedder(asymmetric)], default_model=plain.id)
+    service = service_of(HashEmbedder(plain), HashEmbedder(asymmetric))
 
     with pytest.raises(EmbeddingsError) as caught:
         ask(service, *refused)
