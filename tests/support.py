@@ -7,13 +7,14 @@ import re
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import httpx
 import numpy as np
 import uvicorn
@@ -39,6 +40,9 @@ ENVELOPE = {
 
 LIST_TOOLS = {"jsonrpc": "2.0", "id": 1, "method": "tools/list", "params": {"_meta": ENVELOPE}}
 """A request that every server of MCP answers."""
+
+SECONDS = 10
+"""Longest that anything may take for which no process is started."""
 
 START_SECONDS = 60
 """Longest that a server process may take to listen, on a machine that is busy."""
@@ -114,7 +118,7 @@ def service_of(*embedders: Embedder) -> EmbeddingService:
 @contextmanager
 def client_of(*embedders: Embedder, **chosen: Any) -> Iterator[httpx.Client]:
     """A client of an HTTP server over these embedders, with these settings."""
-    with served(service_of(*embedders), **chosen) as url, httpx.Client(base_url=url, timeout=10) as client:
+    with served(service_of(*embedders), **chosen) as url, httpx.Client(base_url=url, timeout=SECONDS) as client:
         yield client
 
 
@@ -191,6 +195,13 @@ def out_of_files() -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Let the other tasks run until they have brought about `condition`."""
+    with anyio.fail_after(SECONDS):
+        while not condition():
+            await anyio.lowlevel.checkpoint()
 
 
 class Clock:

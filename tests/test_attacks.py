@@ -22,10 +22,9 @@ from embeddings_mcp.faces.mcp import build_mcp_server
 from embeddings_mcp.publish.skill import read_skill
 from tests.nim.standin import answering, stand_in
 from tests.nim.test_embedder import embed, embedding_at
-from tests.support import ROOT, served, service_of
+from tests.support import ROOT, SECONDS, served, service_of
 
 KEY = "the-key"
-SECONDS = 10
 
 
 @pytest.fixture(scope="module")

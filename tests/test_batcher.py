@@ -19,10 +19,7 @@ from hypothesis import strategies as st
 from embeddings_mcp.caller import named
 from embeddings_mcp.embedders.batcher import Batcher, Claim
 from embeddings_mcp.errors import ModelUnavailable, Overloaded, ServerStopped
-from tests.support import Clock
-
-SECONDS = 10
-"""Longest that anything here may take."""
+from tests.support import SECONDS, Clock, until
 
 STOPPED = ServerStopped()
 
@@ -75,9 +72,7 @@ async def submit(
 
 
 async def until_queued(batcher: Batcher[str, object], tokens: int) -> None:
-    with anyio.fail_after(SECONDS):
-        while batcher.queued_tokens != tokens:
-            await anyio.lowlevel.checkpoint()
+    await until(lambda: batcher.queued_tokens == tokens)
 
 
 async def checkpoints(count: int) -> None:

@@ -23,11 +23,9 @@ from embeddings_mcp.embedders.local.inputs import Tokens
 from embeddings_mcp.embedders.local_embedder import LocalEmbedder
 from embeddings_mcp.errors import CheckpointInvalid, InputTooLong, Overloaded, ServerStopped
 from embeddings_mcp.models import InputType, ModelCard, Truncate
+from tests.support import SECONDS, until
 
 pytestmark = pytest.mark.anyio
-
-SECONDS = 10
-"""Longest that anything here may take."""
 
 ROUGH = ModelCard(id="test/rough")
 EXACT = ModelCard(id="test/rough", dimensions=1, max_tokens=8)
@@ -119,13 +117,6 @@ def waiting(embedder: LocalEmbedder) -> int:
     """Tokens that wait for a worker."""
     assert embedder._batcher is not None
     return embedder._batcher.queued_tokens
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Let the other tasks run until they have brought about `condition`."""
-    with anyio.fail_after(SECONDS):
-        while not condition():
-            await anyio.lowlevel.checkpoint()
 
 
 # --- Loading ---------------------------------------------------------------------------------------------------------
@@ -381,8 +372,7 @@ async def test_how_many_tokens_a_request_will_have_is_learnt_from_those_before_i
             callers.start_soon(ask, ["a"])
             await encoder.next_batch()
             callers.start_soon(ask, ["b"] * 30)
-            while not waiting(embedder):
-                await anyio.lowlevel.checkpoint()
+            await until(lambda: waiting(embedder))
             with pytest.raises(Overloaded, match=f"of these {taken_for} there is no room"):
                 await ask(["x" * 6] * 1000)
             encoder.steps.release(2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +17,7 @@ from embeddings_mcp.embedders.base import Embeddings, OnProgress, OnRows
 from embeddings_mcp.embedders.cache import Cache, CachedEmbedder, DiskStore, MemoryStore, cached
 from embeddings_mcp.models import InputType, ModelCard, Truncate
 from embeddings_mcp.vectors import FloatMatrix
-from tests.support import HashEmbedder
-
-SECONDS = 10
-"""Longest that anything here may take."""
+from tests.support import SECONDS, HashEmbedder
 
 MB = 1 << 20
 
@@ -127,10 +124,3 @@ async def ask(
 def expected(embedder: HashEmbedder, texts: Sequence[str], input_type: InputType | None = None) -> FloatMatrix:
     """The vectors of these texts."""
     return np.stack([embedder.vector(text, input_type) for text in texts])
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Let the other tasks run until they have brought about `condition`."""
-    with anyio.fail_after(SECONDS):
-        while not condition():
-            await anyio.lowlevel.checkpoint()

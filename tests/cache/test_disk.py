@@ -23,9 +23,9 @@ from embeddings_mcp.embedders.cache import Cache, DiskStore, MemoryStore, cached
 from embeddings_mcp.embedders.cache.database import FILE, Database
 from embeddings_mcp.embedders.cache.rows import Key, Row
 from embeddings_mcp.errors import ModelUnavailable
-from tests.cache.support import MB, TextByText, ask, expected, on_disk, only_reading, until
+from tests.cache.support import MB, TextByText, ask, expected, on_disk, only_reading
 from tests.cache.writer import MAX_BYTES, batch
-from tests.support import ROOT
+from tests.support import ROOT, until
 
 pytestmark = pytest.mark.anyio
 

@@ -18,8 +18,8 @@ from embeddings_mcp.embedders.cache.rows import Row, keys_of
 from embeddings_mcp.errors import InputTooLong, InputUnusable, ModelUnavailable, Overloaded, UpstreamFailed
 from embeddings_mcp.models import InputType, ModelCard, Truncate
 from embeddings_mcp.schema import EmbeddingRequest
-from tests.cache.support import ASYMMETRIC, SECONDS, TextByText, ask, expected, in_memory, until
-from tests.support import HashEmbedder, service_of
+from tests.cache.support import ASYMMETRIC, TextByText, ask, expected, in_memory
+from tests.support import SECONDS, HashEmbedder, service_of, until
 
 pytestmark = pytest.mark.anyio
 

@@ -23,9 +23,9 @@ from embeddings_mcp.embedders.cache.database import FILE
 from embeddings_mcp.faces import cli
 from embeddings_mcp.settings import EndpointSettings, Settings
 from embeddings_mcp.vectors import FloatMatrix
-from tests.cache.support import ASYMMETRIC, MB, SECONDS, TextByText, ask, on_disk, only_reading
+from tests.cache.support import ASYMMETRIC, MB, TextByText, ask, on_disk, only_reading
 from tests.nim.standin import SYMMETRIC, StandIn, held, stand_in
-from tests.support import Clock, HashEmbedder, served
+from tests.support import SECONDS, Clock, HashEmbedder, served
 
 Cache = Callable[..., str]
 

@@ -27,10 +27,7 @@ from embeddings_mcp.faces.rate import Rate
 from embeddings_mcp.limits import Limits
 from embeddings_mcp.models import InputType, Truncate
 from embeddings_mcp.settings import Settings
-from tests.support import Clock, HashEmbedder, client_of, service_of
-
-SECONDS = 10
-"""Longest that anything here may take."""
+from tests.support import SECONDS, Clock, HashEmbedder, client_of, service_of
 
 
 @dataclass

@@ -43,7 +43,7 @@ from embeddings_mcp.models import InputType, ModelCard, Truncate
 from embeddings_mcp.operations import OPERATIONS
 from embeddings_mcp.settings import EndpointSettings, Settings
 from tests.nim.standin import stand_in
-from tests.support import HashEmbedder, service_of
+from tests.support import HashEmbedder, service_of, until
 
 pytestmark = pytest.mark.anyio
 
@@ -487,11 +487,9 @@ async def test_cancelling_a_call_cancels_the_embedding(era: str) -> None:
     async with connected(embedder, era=era) as client:
         async with anyio.create_task_group() as calls:
             calls.start_soon(client.call_tool, "create_embedding", {"model": "default", "input": "a"})
-            while not embedder.batches:
-                await anyio.lowlevel.checkpoint()
+            await until(lambda: embedder.batches)
             calls.cancel_scope.cancel()
-        while not embedder.cancelled:
-            await anyio.lowlevel.checkpoint()
+        await until(lambda: embedder.cancelled)
         embedder.gate = None
         assert await answer(client, "create_embedding", model="default", input="b")
 
