@@ -109,6 +109,19 @@ class HashEmbedder:
         self.closed = True
 
 
+@dataclass
+class FailingEmbedder(HashEmbedder):
+    """Answers nothing but `error`, to requests and to readiness probes."""
+
+    error: Exception = field(default_factory=RuntimeError)
+
+    async def embed(self, texts: Sequence[str], **options: Any) -> Embeddings:
+        raise self.error
+
+    async def check(self) -> None:
+        raise self.error
+
+
 def service_of(*embedders: Embedder) -> EmbeddingService:
     """A service over these embedders, the first being the default; over a `HashEmbedder` where none is given."""
     embedders = embedders or (HashEmbedder(),)

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from embeddings_mcp.assemble import build_service
-from embeddings_mcp.embedders.base import Embeddings, OnProgress, OnRows
+from embeddings_mcp.embedders.base import Embeddings
 from embeddings_mcp.errors import (
     EmbeddingsError,
     InputTooLong,
@@ -27,7 +27,7 @@ from embeddings_mcp.errors import (
     ModelUnavailable,
     UnknownModel,
 )
-from embeddings_mcp.models import DEFAULT_MODEL, InputType, ModelCard, Truncate
+from embeddings_mcp.models import DEFAULT_MODEL, InputType, ModelCard
 from embeddings_mcp.schema import EmbeddingRequest, SearchRequest, SimilarityRequest
 from embeddings_mcp.serialization import parse
 from embeddings_mcp.service import MAX_SCORES, EmbeddingService
@@ -131,16 +131,8 @@ async def test_an_unknown_model_is_answered_with_those_that_are_served() -> None
 
 async def test_the_name_that_an_endpoint_serves_under_is_passed_on() -> None:
     class Renamed(HashEmbedder):
-        async def embed(
-            self,
-            texts: Sequence[str],
-            *,
-            input_type: InputType | None,
-            truncate: Truncate,
-            on_progress: OnProgress | None = None,
-            on_rows: OnRows | None = None,
-        ) -> Embeddings:
-            made = await super().embed(texts, input_type=input_type, truncate=truncate, on_progress=on_progress)
+        async def embed(self, texts: Sequence[str], **options: Any) -> Embeddings:
+            made = await super().embed(texts, **options)
             return Embeddings(made.vectors, made.tokens, served_model="test/plain-v2")
 
     service = service_of(Renamed(PLAIN))

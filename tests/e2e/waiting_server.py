@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import anyio
 
-from embeddings_mcp.embedders.base import Embeddings, OnProgress, OnRows
+from embeddings_mcp.embedders.base import Embeddings
 from embeddings_mcp.faces.http import serve_http
 from embeddings_mcp.faces.mcp import build_mcp_server
-from embeddings_mcp.models import InputType, Truncate
 from embeddings_mcp.settings import Settings
 from tests.support import HashEmbedder, service_of
 
@@ -24,21 +24,13 @@ WAIT = "wait"
 class TalkingEmbedder(HashEmbedder):
     """Writes ``began`` and ``cancelled`` to stderr, one a line."""
 
-    async def embed(
-        self,
-        texts: Sequence[str],
-        *,
-        input_type: InputType | None,
-        truncate: Truncate,
-        on_progress: OnProgress | None = None,
-        on_rows: OnRows | None = None,
-    ) -> Embeddings:
+    async def embed(self, texts: Sequence[str], **options: Any) -> Embeddings:
         print("a library prints to stdout")
         os.write(1, b"and another writes to the descriptor\n")
         print("began", file=sys.stderr, flush=True)
         self.gate = anyio.Event() if WAIT in texts else None
         try:
-            return await super().embed(texts, input_type=input_type, truncate=truncate, on_progress=on_progress)
+            return await super().embed(texts, **options)
         finally:
             if self.cancelled:
                 print("cancelled", file=sys.stderr, flush=True)

@@ -19,13 +19,12 @@ from starlette.types import Receive, Scope, Send
 
 from embeddings_mcp import turns
 from embeddings_mcp.caller import caller_name
-from embeddings_mcp.embedders.base import Embeddings, OnProgress, OnRows
+from embeddings_mcp.embedders.base import Embeddings
 from embeddings_mcp.faces import room
 from embeddings_mcp.faces.guard import Guard
 from embeddings_mcp.faces.mcp import build_mcp_server
 from embeddings_mcp.faces.rate import Rate
 from embeddings_mcp.limits import Limits
-from embeddings_mcp.models import InputType, Truncate
 from embeddings_mcp.settings import Settings
 from tests.support import SECONDS, Clock, HashEmbedder, client_of, service_of
 
@@ -38,15 +37,7 @@ class HeldEmbedder(HashEmbedder):
     left: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     may_answer: threading.Event = field(default_factory=threading.Event)
 
-    async def embed(
-        self,
-        texts: Sequence[str],
-        *,
-        input_type: InputType | None,
-        truncate: Truncate,
-        on_progress: OnProgress | None = None,
-        on_rows: OnRows | None = None,
-    ) -> Embeddings:
+    async def embed(self, texts: Sequence[str], **options: Any) -> Embeddings:
         self.asked.release()
         try:
             while not self.may_answer.is_set():
@@ -54,7 +45,7 @@ class HeldEmbedder(HashEmbedder):
         except anyio.get_cancelled_exc_class():
             self.left.release()
             raise
-        return await super().embed(texts, input_type=input_type, truncate=truncate)
+        return await super().embed(texts, **options)
 
 
 def ask(client: httpx.Client, texts: str | list[str] = "one", **headers: str) -> httpx.Response:

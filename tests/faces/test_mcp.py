@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +35,14 @@ from mcp.types import (
 
 from embeddings_mcp import __version__
 from embeddings_mcp.assemble import build_service
-from embeddings_mcp.embedders.base import Embeddings, OnProgress, OnRows
+from embeddings_mcp.embedders.base import Embeddings, OnProgress
 from embeddings_mcp.errors import Overloaded
 from embeddings_mcp.faces.mcp import CARD_TEMPLATE, build_mcp_server
-from embeddings_mcp.models import InputType, ModelCard, Truncate
+from embeddings_mcp.models import ModelCard
 from embeddings_mcp.operations import OPERATIONS
 from embeddings_mcp.settings import EndpointSettings, Settings
 from tests.nim.standin import stand_in
-from tests.support import HashEmbedder, service_of, until
+from tests.support import FailingEmbedder, HashEmbedder, service_of, until
 
 pytestmark = pytest.mark.anyio
 
@@ -357,33 +356,15 @@ async def test_a_wrong_call_is_answered_with_what_would_be_right(
     assert text.startswith("`")  # the field comes first: nothing of the SDK stands before it
 
 
-@dataclass(kw_only=True)
-class FailingEmbedder(HashEmbedder):
-    """An embedder whose every call ends in `failure`."""
-
-    failure: Exception
-
-    async def embed(
-        self,
-        texts: Sequence[str],
-        *,
-        input_type: InputType | None,
-        truncate: Truncate,
-        on_progress: OnProgress | None = None,
-        on_rows: OnRows | None = None,
-    ) -> Embeddings:
-        raise self.failure
-
-
 async def test_an_error_of_the_embedder_reaches_the_model_as_it_was_written(era: str) -> None:
-    embedder = FailingEmbedder(PLAIN, failure=Overloaded("the queue is full: try again in 3 seconds", retry_after=3))
+    embedder = FailingEmbedder(error=Overloaded("the queue is full: try again in 3 seconds", retry_after=3))
     async with connected(embedder, era=era) as client:
         text = await refusal(client, "create_embedding", {"model": "default", "input": "a"})
     assert text == "the queue is full: try again in 3 seconds"
 
 
 async def test_a_fault_of_ours_keeps_its_details_in_the_log(era: str, caplog: pytest.LogCaptureFixture) -> None:
-    embedder = FailingEmbedder(PLAIN, failure=RuntimeError("secret detail"))
+    embedder = FailingEmbedder(error=RuntimeError("secret detail"))
     async with connected(embedder, era=era) as client:
         text = await refusal(client, "create_embedding", {"model": "default", "input": "a"})
     assert text == "create_embedding failed inside the server; its log says why"

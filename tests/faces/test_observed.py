@@ -23,8 +23,7 @@ from embeddings_mcp.faces import published, rest
 from embeddings_mcp.faces.mcp import build_mcp_server
 from embeddings_mcp.faces.observed import route_of
 from embeddings_mcp.models import ModelCard
-from tests.faces.test_rest import FailingEmbedder
-from tests.support import ROOT, client_of, service_of
+from tests.support import ROOT, FailingEmbedder, client_of, service_of
 from tests.test_local_embedder import EXACT, SteppedEncoder
 
 TEXT = "heliotrope"

@@ -20,36 +20,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embeddings_mcp.embedders.base import Embeddings, OnProgress, OnRows
+from embeddings_mcp.embedders.base import Embeddings
 from embeddings_mcp.errors import CheckpointInvalid, Overloaded
 from embeddings_mcp.faces import rest
-from embeddings_mcp.models import InputType, ModelCard, Truncate
+from embeddings_mcp.models import ModelCard
 from embeddings_mcp.operations import ROUTES
 from embeddings_mcp.serialization import dump_json
-from tests.support import HashEmbedder, client_of
+from tests.support import FailingEmbedder, HashEmbedder, client_of
 
 MODEL = "test/hash"
-
-
-@dataclass
-class FailingEmbedder(HashEmbedder):
-    """Answers nothing but `error`, to requests and to readiness probes."""
-
-    error: Exception = field(default_factory=RuntimeError)
-
-    async def embed(
-        self,
-        texts: Sequence[str],
-        *,
-        input_type: InputType | None,
-        truncate: Truncate,
-        on_progress: OnProgress | None = None,
-        on_rows: OnRows | None = None,
-    ) -> Embeddings:
-        raise self.error
-
-    async def check(self) -> None:
-        raise self.error
 
 
 @dataclass
@@ -59,15 +38,7 @@ class StuckEmbedder(HashEmbedder):
     asked: threading.Event = field(default_factory=threading.Event)
     let_go: threading.Event = field(default_factory=threading.Event)
 
-    async def embed(
-        self,
-        texts: Sequence[str],
-        *,
-        input_type: InputType | None,
-        truncate: Truncate,
-        on_progress: OnProgress | None = None,
-        on_rows: OnRows | None = None,
-    ) -> Embeddings:
+    async def embed(self, texts: Sequence[str], **options: Any) -> Embeddings:
         await self.check()
         raise AssertionError("unreachable")
 
