@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import socket
 import subprocess
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -195,6 +196,30 @@ def running(*command: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
         finally:
             deadline.cancel()
             process.kill()
+
+
+@contextmanager
+def over_stdio(*command: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A process that is spoken to by `ask`; it is ended with the block, and after the time that a start may take."""
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", **options
+    ) as process:
+        deadline = threading.Timer(START_SECONDS, process.kill)
+        deadline.start()
+        try:
+            yield process
+        finally:
+            deadline.cancel()
+            process.kill()
+
+
+def ask(process: subprocess.Popen[str], request: Mapping[str, Any]) -> str:
+    """The line with which a process answers a message of MCP."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(json.dumps(request) + "\n")
+    process.stdin.flush()
+    return process.stdout.readline()
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 
 import anyio
@@ -25,7 +25,7 @@ from embeddings_mcp.embedders.cache.rows import Key, Row
 from embeddings_mcp.errors import ModelUnavailable
 from tests.cache.support import MB, TextByText, ask, expected, on_disk, only_reading
 from tests.cache.writer import MAX_BYTES, batch
-from tests.support import ROOT, until
+from tests.support import over_stdio, until
 
 pytestmark = pytest.mark.anyio
 
@@ -155,14 +155,8 @@ def test_a_process_that_is_killed_loses_nothing_that_was_committed(tmp_path: Pat
         check(tmp_path, lasts)
 
 
-@contextmanager
-def writing(folder: Path, name: str) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "tests.cache.writer", str(folder), name]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+def writing(folder: Path, name: str) -> AbstractContextManager[subprocess.Popen[str]]:
+    return over_stdio(sys.executable, "-m", "tests.cache.writer", str(folder), name)
 
 
 def acknowledged(process: subprocess.Popen[str], batches: int) -> int:

@@ -5,16 +5,13 @@ from __future__ import annotations
 import base64
 import json
 import os
-import queue
 import re
-import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import anyio
 import anyio.to_thread
@@ -24,7 +21,7 @@ from mcp import Client, StdioServerParameters, stdio_client
 
 from embeddings_mcp.models import DEFAULT_MODEL
 from tests.e2e.waiting_server import WAIT
-from tests.support import ENVELOPE, ROOT, START_SECONDS
+from tests.support import ENVELOPE, ROOT, START_SECONDS, ask, over_stdio, running
 
 pytestmark = pytest.mark.anyio
 
@@ -36,33 +33,8 @@ ERAS = {"2025-11-25": "legacy", "2026-07-28": "auto"}
 @pytest.fixture(scope="module")
 def http_address() -> Iterator[str]:
     """Where a server started for this module answers MCP."""
-    with subprocess.Popen(
-        [COMMAND, "serve", "--transport", "http", "--port", "0"], stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stderr is not None
-        lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        reader = threading.Thread(target=_forward, args=(process.stderr, lines))
-        reader.start()
-        try:
-            said = []
-            while (line := lines.get(timeout=START_SECONDS)) is not None:
-                said.append(line)
-                if found := re.search(r"http://\S+/mcp", line):
-                    break
-            else:
-                pytest.fail(f"the server did not start: {''.join(said)}")
-            yield found.group()
-        finally:
-            process.terminate()
-            process.wait(timeout=30)
-            reader.join()
-
-
-def _forward(stream: TextIO, lines: queue.SimpleQueue[str | None]) -> None:
-    """Read on until the end, so that a full pipe never stops the process."""
-    for line in stream:
-        lines.put(line)
-    lines.put(None)
+    with running(COMMAND, "serve", "--transport", "http", "--port", "0") as (_process, url):
+        yield f"{url}/mcp"
 
 
 @pytest.fixture(params=sorted(ERAS))
@@ -233,27 +205,14 @@ def _exchange(
     request = {"jsonrpc": "2.0", "id": 1, "method": method, "params": {**(params or {}), "_meta": ENVELOPE}}
     with (
         tempfile.TemporaryFile("w+") as errlog,
-        subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errlog,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, **environment},
-        ) as process,
+        over_stdio(*command, stderr=errlog, env={**os.environ, **environment}) as process,
     ):
+        out = ask(process, request)  # before the end of its input, at which a server may drop what it is doing
         assert process.stdin is not None
         assert process.stdout is not None
-        watchdog = threading.Timer(START_SECONDS, process.kill)
-        watchdog.start()
-        process.stdin.write(json.dumps(request) + "\n")
-        process.stdin.flush()
-        out = process.stdout.readline()  # before the end of its input, at which a server may drop what it is doing
         process.stdin.close()
         out += process.stdout.read()
         process.wait()
-        watchdog.cancel()
         errlog.seek(0)
         err = errlog.read()
     assert process.returncode == 0, err

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import sys
-import threading
-from pathlib import Path
 
 import anyio
 import pytest
 from mcp import Client, StdioServerParameters
 
 from embeddings_mcp.models import DEFAULT_MODEL
+from tests.support import ROOT, START_SECONDS, ask, over_stdio
 
 pytestmark = pytest.mark.anyio
-
-ROOT = Path(__file__).parents[2]
-SECONDS = 60
 
 
 async def test_mcp_json_starts_a_server_that_embeds() -> None:
@@ -27,7 +22,7 @@ async def test_mcp_json_starts_a_server_that_embeds() -> None:
         pytest.skip("mcp.json starts what `make` installs into .venv, and these tests run elsewhere")
     assert entry["type"] == "stdio"
     server = StdioServerParameters(command=entry["command"], args=entry["args"], cwd=ROOT)
-    with anyio.fail_after(SECONDS):
+    with anyio.fail_after(START_SECONDS):
         async with Client(server) as client:
             tools = [tool.name for tool in (await client.list_tools()).tools]
             answer = await client.call_tool("similarity", {"model": "default", "input": ["a cat", "a cat"], "top_k": 1})
@@ -38,7 +33,7 @@ async def test_mcp_json_starts_a_server_that_embeds() -> None:
 
 async def test_a_server_without_the_encoder_starts_and_says_what_is_missing_when_asked_to_embed() -> None:
     server = StdioServerParameters(command=sys.executable, args=["-m", "tests.e2e.without_local", "serve"], cwd=ROOT)
-    with anyio.fail_after(SECONDS):
+    with anyio.fail_after(START_SECONDS):
         async with Client(server) as client:
             assert len((await client.list_tools()).tools) == 4
             listed = await client.call_tool("list_models", {})
@@ -60,16 +55,7 @@ def test_ctrl_c_ends_a_server_whose_host_says_nothing() -> None:
         "method": "initialize",
         "params": {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "test", "version": "1"}},
     }
-    with subprocess.Popen(
-        [sys.executable, "-m", "embeddings_mcp", "serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        watchdog = threading.Timer(SECONDS, process.kill)
-        watchdog.start()
-        process.stdin.write(json.dumps(request) + "\n")
-        process.stdin.flush()
-        assert "serverInfo" in process.stdout.readline()
+    with over_stdio(sys.executable, "-m", "embeddings_mcp", "serve") as process:
+        assert "serverInfo" in ask(process, request)
         process.send_signal(signal.SIGINT)
-        assert process.wait() == -signal.SIGINT
-        watchdog.cancel()
+        assert process.wait(START_SECONDS) == -signal.SIGINT

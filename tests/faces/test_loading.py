@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from embeddings_mcp.errors import CheckpointInvalid, ModelUnavailable
 from embeddings_mcp.faces.loading import loaded
 from embeddings_mcp.settings import Load
 from tests.local.golden import GOLDEN
-from tests.support import LIST_TOOLS, ROOT, START_SECONDS, HashEmbedder, running, service_of
+from tests.support import LIST_TOOLS, ROOT, START_SECONDS, HashEmbedder, ask, over_stdio, running, service_of
 
 SERVE = [sys.executable, "-m", "embeddings_mcp", "serve"]
 
@@ -94,20 +93,10 @@ def test_a_server_over_http_loads_beside_its_first_answers(damaged: str) -> None
 
 
 def test_a_server_over_stdio_loads_once_the_host_has_its_list_of_tools(damaged: str) -> None:
-    with subprocess.Popen(
-        [*SERVE, "--model", damaged],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write(json.dumps(LIST_TOOLS) + "\n")
-        process.stdin.flush()
-        assert '"tools"' in process.stdout.readline()
+    with over_stdio(*SERVE, "--model", damaged, stderr=subprocess.PIPE) as process:
+        assert '"tools"' in ask(process, LIST_TOOLS)
         assert "model.safetensors" in _line_with("The default model is not loaded", process)
+        assert process.stdin is not None
         process.stdin.close()
         assert process.wait(START_SECONDS) == 0
 
