@@ -42,6 +42,14 @@ ENVELOPE = {
 LIST_TOOLS = {"jsonrpc": "2.0", "id": 1, "method": "tools/list", "params": {"_meta": ENVELOPE}}
 """A request that every server of MCP answers."""
 
+INITIALIZE = {
+    "jsonrpc": "2.0",
+    "id": 1,
+    "method": "initialize",
+    "params": {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "test", "version": "0"}},
+}
+"""The first request of a session; from protocol 2026-07-28 on there are none."""
+
 SECONDS = 10
 """Longest that anything may take for which no process is started."""
 

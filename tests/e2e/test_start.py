@@ -11,7 +11,7 @@ import pytest
 from mcp import Client, StdioServerParameters
 
 from embeddings_mcp.models import DEFAULT_MODEL
-from tests.support import ROOT, START_SECONDS, ask, over_stdio
+from tests.support import INITIALIZE, ROOT, START_SECONDS, ask, over_stdio
 
 pytestmark = pytest.mark.anyio
 
@@ -49,13 +49,7 @@ async def test_a_server_without_the_encoder_starts_and_says_what_is_missing_when
 
 
 def test_ctrl_c_ends_a_server_whose_host_says_nothing() -> None:
-    request = {
-        "jsonrpc": "2.0",
-        "id": 1,
-        "method": "initialize",
-        "params": {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "test", "version": "1"}},
-    }
     with over_stdio(sys.executable, "-m", "embeddings_mcp", "serve") as process:
-        assert "serverInfo" in ask(process, request)
+        assert "serverInfo" in ask(process, INITIALIZE)
         process.send_signal(signal.SIGINT)
         assert process.wait(START_SECONDS) == -signal.SIGINT

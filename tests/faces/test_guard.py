@@ -16,17 +16,11 @@ from embeddings_mcp.errors import InvalidSetting
 from embeddings_mcp.faces.guard import Guard
 from embeddings_mcp.faces.http import create_app
 from embeddings_mcp.settings import Settings
-from tests.support import client_of, service_of
+from tests.support import INITIALIZE, client_of, service_of
 
 KEY = "kéy-of-this-server"
 LIMIT = 10_000
 EVERYWHERE = ["/v1/models", "/v1/health/live", "/openapi.json", "/mcp", "/nowhere"]
-INITIALIZE = {
-    "jsonrpc": "2.0",
-    "id": 1,
-    "method": "initialize",
-    "params": {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "test", "version": "0"}},
-}
 MCP_HEADERS = {"accept": "application/json, text/event-stream"}
 
 

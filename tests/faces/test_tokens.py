@@ -25,7 +25,7 @@ from embeddings_mcp.faces.mcp import build_mcp_server
 from embeddings_mcp.faces.tokens import TokenVerifier
 from embeddings_mcp.settings import Settings
 from tests.faces.issuer import PRIVATE, RESOURCE, Issuer, issuing
-from tests.support import served, service_of
+from tests.support import INITIALIZE, served, service_of
 
 METADATA = "https://embeddings.example/.well-known/oauth-protected-resource/mcp"
 STRANGER = rsa.generate_private_key(65537, 2048)
@@ -196,12 +196,6 @@ def test_a_token_without_a_scope_hears_which_it_needs(issuer: Issuer, scope: Any
 
 
 def test_a_session_is_its_owners_only(issuer: Issuer) -> None:
-    start = {
-        "jsonrpc": "2.0",
-        "id": 1,
-        "method": "initialize",
-        "params": {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "t", "version": "1"}},
-    }
     accept = {"Accept": "application/json, text/event-stream"}
     with serving_for(issuer, api_keys="bob=second carol=third") as url:
 
@@ -210,7 +204,7 @@ def test_a_session_is_its_owners_only(issuer: Issuer) -> None:
             return httpx.post(f"{url}/mcp", json=body, headers=every, timeout=10)
 
         for owner, others in ((issuer.token(), [issuer.token(sub="mallory"), "second"]), ("second", ["third"])):
-            session = post(owner, start).headers["Mcp-Session-Id"]
+            session = post(owner, INITIALIZE).headers["Mcp-Session-Id"]
             ping = {"jsonrpc": "2.0", "id": 2, "method": "ping"}
             assert post(owner, ping, **{"Mcp-Session-Id": session}).status_code == 200
             for other in others:
