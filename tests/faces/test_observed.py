@@ -7,6 +7,8 @@ import json
 import logging
 import re
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self, cast
 
 import anyio
@@ -23,21 +25,20 @@ from embeddings_mcp.faces import published, rest
 from embeddings_mcp.faces.mcp import build_mcp_server
 from embeddings_mcp.faces.observed import route_of
 from embeddings_mcp.models import ModelCard
-from tests.support import ROOT, FailingEmbedder, client_of, service_of
+from tests.support import ROOT, SECONDS, FailingEmbedder, client_of, service_of
 from tests.test_local_embedder import EXACT, SteppedEncoder
 
 TEXT = "heliotrope"
 KEY = "sk-marzipan"
 
 
-def local_embedder() -> LocalEmbedder:
-    """One whose encoder makes of a text its length, of at most eight characters."""
-    encoder = SteppedEncoder(card=EXACT)
-    encoder.steps.release(1000)
+def local_embedder(encoder: SteppedEncoder | None = None) -> LocalEmbedder:
+    """One whose encoder makes of a text its length, of at most eight characters; without waiting, if none is given."""
+    encoder = encoder or SteppedEncoder(steps=threading.Semaphore(1000))
     return LocalEmbedder(ModelCard(id="test/rough"), lambda: cast("Any", encoder), lambda: ("rough", EXACT))
 
 
-def ask(client: httpx.Client, text: str = "one", **headers: str) -> httpx.Response:
+def ask(client: httpx.Client, text: str | list[str] = "one", **headers: str) -> httpx.Response:
     return client.post("/v1/embeddings", json={"model": "default", "input": text}, headers=headers)
 
 
@@ -99,13 +100,18 @@ def test_metrics_count_requests_calls_tokens_batches_and_stages() -> None:
         assert rise[f'embeddings_stage_seconds_count{{"stage": "{stage}"}}'] >= 1, stage
 
 
-def test_what_waits_and_works_is_back_where_it_was_when_all_is_done() -> None:
-    with client_of(local_embedder()) as client:
+def test_what_waits_and_what_is_in_work_is_counted_until_it_is_done() -> None:
+    encoder = SteppedEncoder()
+    with client_of(local_embedder(encoder)) as client, ThreadPoolExecutor(1) as caller:
         before = metrics(client)
-        ask(client)
+        answer = caller.submit(ask, client, ["x" * 8, "four"])
+        assert encoder.begun.get(timeout=SECONDS) == [8]
+        meanwhile = metrics(client)
+        encoder.steps.release(2)
+        assert answer.result().status_code == 200
         after = metrics(client)
-    for gauge in ("embeddings_queued_tokens{}", "embeddings_http_requests_in_work{}"):
-        assert after[gauge] == before[gauge]
+    for gauge, rise in {"embeddings_queued_tokens{}": 4, "embeddings_http_requests_in_work{}": 1}.items():
+        assert (meanwhile[gauge] - before[gauge], after[gauge] - before[gauge]) == (rise, 0), gauge
 
 
 @pytest.mark.anyio
