@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +20,7 @@ from embeddings_mcp.embedders.cache import Cache, CachedEmbedder, MemoryStore, c
 from embeddings_mcp.embedders.nim import Endpoint, EndpointClient, NimEmbedder
 from embeddings_mcp.embedders.nim.limits import Turnstile
 from embeddings_mcp.errors import InvalidRequest
+from embeddings_mcp.models import ModelCard
 from embeddings_mcp.schema import EmbeddingRequest
 from embeddings_mcp.serialization import parse
 from tests.nim.standin import ASYMMETRIC, SYMMETRIC, Fault, Reply, StandIn, answering, cut, stand_in, truncated
@@ -27,13 +30,21 @@ pytestmark = pytest.mark.anyio
 
 RATE, WINDOW = 40, 0.4
 FAILURES: list[Fault] = [answering(429), answering(500, b"failed"), answering(503), answering(504), cut, truncated]
+REFUSAL = answering(422, {"detail": "no"})
+"""For good: nobody tries again by himself."""
 
 
-def behind_cache(standing: StandIn, **chosen: object) -> CachedEmbedder:
-    endpoint = Endpoint(url=standing.url, **chosen)  # type: ignore[arg-type]
-    turnstile = Turnstile("the stand-in", concurrency=endpoint.concurrency, requests=RATE, window=WINDOW)
-    card = ASYMMETRIC
-    return cached(NimEmbedder(EndpointClient(endpoint, turnstile=turnstile), card), Cache(MemoryStore(1 << 24)))
+@asynccontextmanager
+async def behind_cache(
+    standing: StandIn, card: ModelCard = SYMMETRIC, *, turnstile: Turnstile | None = None, **chosen: Any
+) -> AsyncIterator[CachedEmbedder]:
+    client = EndpointClient(Endpoint(url=standing.url, **chosen), turnstile=turnstile)
+    embedder = cached(NimEmbedder(client, card), Cache(MemoryStore(1 << 24)))
+    try:
+        with anyio.fail_after(60):
+            yield embedder
+    finally:
+        await embedder.aclose()
 
 
 @dataclass
@@ -66,22 +77,23 @@ async def test_a_thousand_texts_of_five_callers_are_each_embedded_once_past_a_fa
         caller: [f"caller {caller} text {number}" for number in range(100)] + random.Random(caller).sample(shared, 500)
         for caller in range(5)
     }
+    turnstile = Turnstile("the stand-in", concurrency=8, requests=RATE, window=WINDOW)
     async with stand_in() as standing:
         faults = OneInFive(standing)
         standing.faults = itertools.repeat(faults)
-        service = service_of(behind_cache(standing, batch_size=10))
         vectors: dict[int, np.ndarray[Any, Any]] = {}
 
-        async def call(caller: int) -> None:
-            body = {"model": "default", "input": texts[caller], "input_type": "passage"}
-            response = await service.create_embedding(parse(EmbeddingRequest, body))
-            vectors[caller] = np.array([row["embedding"] for row in response["data"]], np.float32)
+        async with behind_cache(standing, ASYMMETRIC, turnstile=turnstile, batch_size=10) as embedder:
+            service = service_of(embedder)
 
-        with anyio.fail_after(60):
+            async def call(caller: int) -> None:
+                body = {"model": "default", "input": texts[caller], "input_type": "passage"}
+                response = await service.create_embedding(parse(EmbeddingRequest, body))
+                vectors[caller] = np.array([row["embedding"] for row in response["data"]], np.float32)
+
             async with anyio.create_task_group() as group:
                 for caller in texts:
                     group.start_soon(call, caller)
-        await service.aclose()
         for caller, own in texts.items():
             expected = np.stack([standing.vector(text, ASYMMETRIC.id, "passage") for text in own])
             np.testing.assert_array_equal(vectors[caller], expected)
@@ -94,31 +106,66 @@ async def test_a_thousand_texts_of_five_callers_are_each_embedded_once_past_a_fa
         assert all(later - earlier > 0.5 * WINDOW for earlier, later in zip(arrivals, arrivals[RATE:], strict=False))
 
 
-async def test_what_succeeded_before_a_request_failed_is_there_for_the_next_try() -> None:
-    texts = [f"text {number}" for number in range(50)]
-    refusal = answering(400, {"detail": "not today"})
-    async with stand_in(faults=itertools.chain([None, None, refusal], itertools.repeat(None))) as standing:
-        embedder = behind_cache(standing, batch_size=10, concurrency=1)
-        with anyio.fail_after(10):
-            with pytest.raises(InvalidRequest, match="not today"):
-                await embedder.embed(texts, input_type="query", truncate="NONE")
-            made = await embedder.embed(texts, input_type="query", truncate="NONE")
-            await embedder.aclose()
-        np.testing.assert_array_equal(
-            made.vectors, np.stack([standing.vector(text, ASYMMETRIC.id, "query") for text in texts])
-        )
-        assert [text for seen in standing.seen[3:] for text in seen.json["input"]] == texts[20:]
+async def persist(standing: StandIn, embedder: CachedEmbedder, texts: list[str]) -> int:
+    """Try until it succeeds, as a caller would; how often that was."""
+    for attempt in itertools.count(1):
+        try:
+            made = await embedder.embed(texts, input_type=None, truncate="NONE")
+        except InvalidRequest:
+            continue
+        np.testing.assert_array_equal(made.vectors, np.stack([standing.vector(text, SYMMETRIC.id) for text in texts]))
+        assert made.served_model == SYMMETRIC.id
+        return attempt
+    raise AssertionError("unreachable")
+
+
+@pytest.mark.parametrize("alike", [True, False], ids=["the same texts", "texts that overlap"])
+async def test_callers_who_try_again_after_refusals_have_each_text_embedded_once(alike: bool) -> None:
+    texts = [f"text {number}" for number in range(1000)]
+    calls = [texts if alike else (texts * 2)[start : start + 600] for start in range(0, 1000, 200)]
+    answered: Counter[str] = Counter()
+    async with stand_in(faults=itertools.cycle([None, None, None, None, REFUSAL])) as standing:
+        # One request at a time: of several under way, a refusal leaves those unfinished that the endpoint has made.
+        async with (
+            behind_cache(standing, concurrency=1, batch_size=20) as embedder,
+            anyio.create_task_group() as callers,
+        ):
+            for texts_of_call in calls:
+                callers.start_soon(persist, standing, embedder, texts_of_call)
+        for seen, refused in zip(standing.seen, itertools.cycle([False] * 4 + [True]), strict=False):
+            if not refused:
+                answered.update(seen.json["input"])
+    assert set(answered) == set(texts)
+    assert set(answered.values()) == {1}
+
+
+async def test_a_call_that_failed_goes_on_where_it_was() -> None:
+    texts = [f"text {number}" for number in range(10)]
+    async with stand_in(faults=iter([None, None, REFUSAL])) as standing:
+        async with behind_cache(standing, concurrency=1, batch_size=2) as embedder:
+            assert await persist(standing, embedder, texts) == 2
+        asked = [seen.json["input"] for seen in standing.seen]
+    assert asked == [texts[0:2], texts[2:4], texts[4:6], texts[4:6], texts[6:8], texts[8:10]]
+
+
+async def test_usage_is_what_the_endpoint_counted_with_and_without_hits() -> None:
+    texts = ["one", "two words here", "", "three more words of it"]
+    async with stand_in() as standing, behind_cache(standing) as embedder:
+        first = await embedder.embed(texts, input_type=None, truncate="NONE")
+        again = await embedder.embed(texts[::-1], input_type=None, truncate="NONE")
+        parts = [await embedder.embed([text], input_type=None, truncate="NONE") for text in texts]
+        assert first.prompt_tokens == again.prompt_tokens == sum(part.prompt_tokens for part in parts) == 9
+        alone = await embedder.embed(["five words of its own"], input_type=None, truncate="NONE")
+        assert alone.prompt_tokens == 5
+        assert len(standing.seen) == 2
 
 
 async def test_what_was_made_with_a_callers_key_is_for_him_alone() -> None:
     async with stand_in() as standing:
-        endpoint = Endpoint(url=standing.url, caller_keys=True)
-        embedder = cached(NimEmbedder(EndpointClient(endpoint), SYMMETRIC), Cache(MemoryStore(1 << 20)))
-        with anyio.fail_after(10):
+        async with behind_cache(standing, caller_keys=True) as embedder:
             for key in ("nvapi-alice", "nvapi-bob", "nvapi-alice"):
                 with bringing(SecretStr(key)):
                     await embedder.embed(["a text"], input_type=None, truncate="NONE")
             await embedder.embed(["a text"], input_type=None, truncate="NONE")
-            await embedder.aclose()
         keys = [seen.headers.get("authorization") for seen in standing.seen]
         assert keys == ["Bearer nvapi-alice", "Bearer nvapi-bob", None]
