@@ -314,6 +314,7 @@ def test_weights_that_are_not_what_they_should_be_are_refused(folder: Path, dama
     assert re.search(reason, refused(folder))
 
 
+@pytest.mark.parametrize("folder", ["e5"], indirect=True)  # what runs the model is not known yet where these are read
 @pytest.mark.parametrize(("damage", "reason"), DESCRIPTIONS.values(), ids=DESCRIPTIONS)
 def test_descriptions_that_cannot_be_are_refused(folder: Path, damage: Damage, reason: str) -> None:
     damage(folder)
