@@ -75,14 +75,14 @@ def test_what_it_listens_on_is_one_of_its_names() -> None:
         assert client.get("/v1/models", headers=headers).status_code == 200
 
 
-@pytest.mark.parametrize("path", EVERYWHERE)
 @pytest.mark.parametrize("host", FOREIGN)
-def test_a_foreign_host_is_refused_on_every_route(client: httpx.Client, path: str, host: str) -> None:
-    answer = client.get(path, headers={"host": host})
+def test_a_foreign_host_is_refused_on_every_route(client: httpx.Client, host: str) -> None:
+    for path in EVERYWHERE:
+        answer = client.get(path, headers={"host": host})
 
-    assert answer.status_code == 421
-    assert answer.json()["error"]["code"] == "misdirected_request"
-    assert "EMBEDDINGS_MCP_ALLOWED_HOSTS" in answer.json()["error"]["message"]
+        assert answer.status_code == 421, path
+        assert answer.json()["error"]["code"] == "misdirected_request"
+        assert "EMBEDDINGS_MCP_ALLOWED_HOSTS" in answer.json()["error"]["message"]
 
 
 def test_a_probe_of_http_1_0_need_not_say_a_host(client: httpx.Client) -> None:
@@ -113,16 +113,16 @@ def test_pages_of_the_servers_own_hosts_may_use_it(client: httpx.Client, host: s
     assert client.get("/v1/models", headers={"origin": f"https://{host}"}).status_code == 200
 
 
-@pytest.mark.parametrize("path", EVERYWHERE)
 @pytest.mark.parametrize(
     "origin",
     [*(f"http://{host}" for host in FOREIGN), "null", "", "localhost", "file://", "chrome-extension://localhost"],
 )
-def test_a_foreign_origin_is_refused_on_every_route(client: httpx.Client, path: str, origin: str) -> None:
-    answer = client.post(path, headers={"origin": origin})
+def test_a_foreign_origin_is_refused_on_every_route(client: httpx.Client, origin: str) -> None:
+    for path in EVERYWHERE:
+        answer = client.post(path, headers={"origin": origin})
 
-    assert answer.status_code == 403
-    assert answer.json()["error"]["code"] == "forbidden"
+        assert answer.status_code == 403, path
+        assert answer.json()["error"]["code"] == "forbidden"
 
 
 @pytest.mark.parametrize("header", [b"Host", b"Origin", b"Authorization", b"Content-Type", b"X-Other"])
@@ -175,7 +175,6 @@ def authorization(value: str) -> httpx.Headers:
     return httpx.Headers({b"authorization": value.encode()})
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/openapi.json", "/mcp", "/nowhere"])
 @pytest.mark.parametrize(
     "headers",
     [
@@ -184,13 +183,14 @@ def authorization(value: str) -> httpx.Headers:
     ],
     ids=["none", "another", "shorter", "longer", "no scheme", "another scheme", "scheme only"],
 )
-def test_without_the_key_no_route_is_open(locked: httpx.Client, path: str, headers: httpx.Headers) -> None:
-    answer = locked.post(path, headers=headers)
+def test_without_the_key_no_route_is_open(locked: httpx.Client, headers: httpx.Headers) -> None:
+    for path in ("/v1/models", "/openapi.json", "/mcp", "/nowhere"):
+        answer = locked.post(path, headers=headers)
 
-    assert answer.status_code == 401
-    assert answer.headers["www-authenticate"] == "Bearer"
-    assert answer.json()["error"]["code"] == "invalid_api_key"
-    assert KEY not in answer.text
+        assert answer.status_code == 401, path
+        assert answer.headers["www-authenticate"] == "Bearer"
+        assert answer.json()["error"]["code"] == "invalid_api_key"
+        assert KEY not in answer.text
 
 
 def test_two_keys_are_none(locked: httpx.Client) -> None:
