@@ -19,7 +19,6 @@ from mcp.shared.exceptions import MCPError
 from embeddings_mcp.embedders.nim import client
 from embeddings_mcp.errors import UpstreamFailed
 from embeddings_mcp.faces.mcp import build_mcp_server
-from embeddings_mcp.publish.skill import read_skill
 from tests.nim.standin import answering, stand_in
 from tests.nim.test_embedder import embed, embedding_at
 from tests.support import ROOT, SECONDS, served, service_of
@@ -88,10 +87,6 @@ async def test_no_resource_lies_outside_of_what_is_published(place: str, path: s
         async with Client(build_mcp_server(service_of())) as session:
             with pytest.raises(MCPError):
                 await session.read_resource(f"{place}{path}")
-
-
-def test_only_files_of_the_skill_are_in_its_archive() -> None:
-    assert all(not path.startswith("/") and ".." not in path.split("/") for path in read_skill().files)
 
 
 # --- Header smuggling ------------------------------------------------------------------------------------------------
