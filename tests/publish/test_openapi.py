@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 from contextlib import aclosing
-from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
-import yaml
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from embeddings_mcp.assemble import build_service
@@ -20,22 +18,13 @@ from embeddings_mcp.operations import ROUTES
 from embeddings_mcp.publish.openapi import openapi_document
 from embeddings_mcp.serialization import dump_json, parse
 from embeddings_mcp.settings import Settings
+from tests.published import PUBLISHED, without
 from tests.support import service_of
-
-PUBLISHED = yaml.safe_load((Path(__file__).parents[1] / "data" / "nim-embeddings-openapi.yaml").read_text("utf-8"))
 
 
 @pytest.fixture
 def document() -> dict[str, Any]:
     return openapi_document()
-
-
-def without_descriptions(node: Any) -> Any:
-    if isinstance(node, list):
-        return [without_descriptions(item) for item in node]
-    if not isinstance(node, dict):
-        return node
-    return {key: without_descriptions(value) for key, value in node.items() if key != "description"}
 
 
 def test_the_document_is_valid_openapi(document: dict[str, Any]) -> None:
@@ -49,7 +38,7 @@ def test_the_embeddings_request_is_the_published_one_and_the_fields_of_nim_2(doc
     assert embedding_type["enum"] == ["float", "int8", "uint8", "binary", "ubinary"]
     assert embedding_type["default"] == "float"
     assert "default" not in modality
-    assert without_descriptions(ours) == without_descriptions(published)
+    assert without({"description"}, ours) == without({"description"}, published)
     assert list(ours["properties"]) == list(published["properties"])
 
 
