@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -19,10 +17,7 @@ from embeddings_mcp.operations import LIST_MODELS, OPERATIONS
 from embeddings_mcp.publish.capability import VERSIONS, capability
 from embeddings_mcp.publish.documents import FORMATS
 from embeddings_mcp.serialization import parse
-from tests.support import ROOT
-
-SCHEMAS = Path(os.environ.get("EMBEDDINGS_MCP_SCHEMAS") or ROOT.parent / "shared" / "schemas")
-"""Where the engines' own schemas lie; they are not ours to carry."""
+from tests.publish.schemas import schema_of
 
 DIALECTS = sorted(VERSIONS)
 
@@ -56,12 +51,7 @@ def exposed(dialect: Any, kind: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_the_document_is_valid_by_the_official_schema(dialect: Any) -> None:
-    file = SCHEMAS / f"{dialect}-{VERSIONS[dialect]}.json"
-    if not file.exists():
-        pytest.skip(
-            f"the schema of {dialect} {VERSIONS[dialect]} is not at {file}; EMBEDDINGS_MCP_SCHEMAS names a folder"
-        )
-    schema = json.loads(file.read_text("utf-8"))
+    schema = schema_of(f"{dialect}-{VERSIONS[dialect]}")
     document = yaml.safe_load(FORMATS[dialect].text("http://localhost:8000"))
     jsonschema.Draft202012Validator(schema).validate(document)
     with pytest.raises(jsonschema.ValidationError):

@@ -12,7 +12,7 @@ from jsonschema.validators import validator_for
 
 from embeddings_mcp import __version__
 from embeddings_mcp.publish import identity, install
-from tests.publish.test_capability import SCHEMAS
+from tests.publish.schemas import schema_of
 from tests.support import ROOT
 
 HOSTS = (ROOT / "docs" / "hosts.md").read_text("utf-8")
@@ -21,17 +21,14 @@ HOSTS = (ROOT / "docs" / "hosts.md").read_text("utf-8")
 @pytest.mark.parametrize(
     ("schema", "document"),
     [
-        ("server.schema.json", install.registry_entry()),
-        ("plugin.schema.json", install.plugin()),
-        ("mcp.schema.json", install.plugin_servers()),
-        ("mcpb-manifest-v0.4.schema.json", install.bundle_manifest()),
+        ("server.schema", install.registry_entry()),
+        ("plugin.schema", install.plugin()),
+        ("mcp.schema", install.plugin_servers()),
+        ("mcpb-manifest-v0.4.schema", install.bundle_manifest()),
     ],
 )
 def test_the_file_is_valid_by_the_schema_of_its_owner(schema: str, document: dict[str, Any]) -> None:
-    file = SCHEMAS / schema
-    if not file.exists():
-        pytest.skip(f"the schema is not at {file}; EMBEDDINGS_MCP_SCHEMAS names the folder it is in")
-    read = json.loads(file.read_text("utf-8"))
+    read = schema_of(schema)
     validator_for(read)(read, format_checker=jsonschema.FormatChecker()).validate(document)
 
 
