@@ -34,7 +34,7 @@ LOOKUP_MILLISECONDS = 50
 """1,000 texts out of 100,000."""
 
 
-async def compare_with_embedding(folder: Path, rounds: int) -> None:
+async def compare_with_embedding(folder: Path, rounds: int, many: int) -> None:
     """One table: a text, and many, embedded, and remembered in memory and on disk."""
     card = cast("ModelCard", find_card(DEFAULT_MODEL))
     files = ModelFiles(card.id, known=card, folder=None, repository=None, device="cpu", precision="float32")
@@ -49,7 +49,7 @@ async def compare_with_embedding(folder: Path, rounds: int) -> None:
     for title, workload, count in (
         ("one short text", "query", 1),
         ("one text of 256 tokens", "long", 1),
-        ("1,000 short texts", "short", 1000),
+        (f"{many:,} short texts", "short", many),
     ):
         some = texts(workload, count)
         reference = await embed(contenders["from memory"], some)
@@ -163,16 +163,18 @@ async def timed(embedder: Embedder, some: Sequence[str]) -> tuple[float, Embeddi
     return time.perf_counter() - start, made
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print both tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cache", description=__doc__)
     parser.add_argument("--rounds", type=int, default=200, help="of the first table; the second has a fifth")
     parser.add_argument("--stored", type=int, default=100_000, help="vectors in the file of the second table")
-    arguments = parser.parse_args()
+    parser.add_argument("--tiny", action="store_true", help="a few of each only, to see that it runs")
+    options = parser.parse_args(arguments)
+    rounds, stored, many = (3, 1000, 10) if options.tiny else (options.rounds, options.stored, 1000)
     print(describe())
     with tempfile.TemporaryDirectory() as name:
-        anyio.run(compare_with_embedding, Path(name), arguments.rounds)
-        anyio.run(look_up, Path(name), arguments.stored, max(5, arguments.rounds // 5))
+        anyio.run(compare_with_embedding, Path(name), rounds, many)
+        anyio.run(look_up, Path(name), stored, max(5, rounds // 5))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from benchmarks import context, cpu, gpu, http, load, memory, overload, start
+from benchmarks import cache, context, cpu, gpu, http, load, memory, overload, start
 from benchmarks.shapes import TINY_BERT, TINY_LLAMA
 from benchmarks.table import number, table
 from benchmarks.workloads import texts
@@ -86,6 +86,17 @@ def test_context_counts_far_fewer_tokens_for_scores_than_for_vectors(run: Run) -
     compared = [row for row in cells if row[0] == "theirs over ours"]
     assert len(compared) == 2
     assert all(float(row[4].rstrip("x")) > 10 for row in compared)
+
+
+def test_cache_times_texts_that_are_remembered_beside_those_that_are_embedded(run: Run) -> None:
+    cells = rows(run(cache.main))
+    assert [row[0] for row in cells] == [
+        "one short text",
+        "one text of 256 tokens",
+        "10 short texts",
+        "1,000 of 384",
+        "1,000 of 1024",
+    ]
 
 
 def test_memory_of_a_call_and_of_a_busy_server_is_shown(run: Run) -> None:
