@@ -193,18 +193,13 @@ class EndpointClient:
         async with account.turnstile.turn():
             try:
                 response = await self._send(method, path, body, endpoint.headers)
+                if response.status_code == httpx.codes.OK:
+                    return read(response)
+                failure = understand(response, endpoint=endpoint, asked=asked)
             except httpx.RequestError as error:
                 failure = understand_silence(error, endpoint=endpoint)
             except AnswerInvalid as error:
                 failure = unusable(str(error), endpoint=endpoint, damaged=error.damaged)
-            else:
-                if response.status_code == httpx.codes.OK:
-                    try:
-                        return read(response)
-                    except AnswerInvalid as error:
-                        failure = unusable(str(error), endpoint=endpoint, damaged=error.damaged)
-                else:
-                    failure = understand(response, endpoint=endpoint, asked=asked)
         raise failure
 
     async def _send(self, method: str, path: str, body: bytes | None, headers: dict[str, str]) -> httpx.Response:
