@@ -104,7 +104,6 @@ class EndpointClient:
 
     async def fetch(
         self,
-        method: str,
         path: str,
         read: Callable[[httpx.Response], _Read],
         *,
@@ -115,10 +114,9 @@ class EndpointClient:
         """Send a request and read its answer.
 
         Args:
-            method: of HTTP.
             path: after the endpoint's address.
             read: takes an answer with status 200, and raises `AnswerInvalid` when it cannot be used.
-            body: JSON.
+            body: JSON, which is posted; without one, the path is read.
             asked: what the body asks for, where it asks for embeddings; only then is it done in the caller's name.
             once: do not try again.
 
@@ -147,7 +145,7 @@ class EndpointClient:
         with anyio.CancelScope() as scope:
             self._in_flight.add(scope)
             try:
-                return await _call(again, self._attempt, account, method, path, read, body=body, asked=asked)
+                return await _call(again, self._attempt, account, path, read, body=body, asked=asked)
             finally:
                 self._in_flight.discard(scope)
         raise ServerStopped
@@ -163,7 +161,7 @@ class EndpointClient:
         if self.endpoint.ready_path is None:
             return
         try:
-            await self.fetch("GET", self.endpoint.ready_path, lambda _: None, once=True)
+            await self.fetch(self.endpoint.ready_path, lambda _: None, once=True)
         except Failure as error:
             failure = error
         else:
@@ -181,7 +179,6 @@ class EndpointClient:
     async def _attempt(
         self,
         account: Account,
-        method: str,
         path: str,
         read: Callable[[httpx.Response], _Read],
         *,
@@ -192,7 +189,7 @@ class EndpointClient:
         endpoint = account.endpoint
         async with account.turnstile.turn():
             try:
-                response = await self._send(method, path, body, endpoint.headers)
+                response = await self._send(path, body, endpoint.headers)
                 if response.status_code == httpx.codes.OK:
                     return read(response)
                 failure = understand(response, endpoint=endpoint, asked=asked)
@@ -202,11 +199,11 @@ class EndpointClient:
                 failure = unusable(str(error), endpoint=endpoint, damaged=error.damaged)
         raise failure
 
-    async def _send(self, method: str, path: str, body: bytes | None, headers: dict[str, str]) -> httpx.Response:
+    async def _send(self, path: str, body: bytes | None, headers: dict[str, str]) -> httpx.Response:
         """Send, and where the hosted API says "accepted", fetch the answer when it is ready."""
         http = self._client()
         content_type = {} if body is None else {"Content-Type": "application/json"}
-        response = await _ask(http, method, self.endpoint.url + path, {**headers, **content_type}, body)
+        response = await _ask(http, self.endpoint.url + path, {**headers, **content_type}, body)
         polls = 0
         while response.status_code == httpx.codes.ACCEPTED and self.endpoint.status_url is not None:
             ticket = response.headers.get("NVCF-REQID", "")
@@ -214,7 +211,7 @@ class EndpointClient:
                 break
             await anyio.sleep(_POLL_PAUSES[min(polls, len(_POLL_PAUSES) - 1)])
             polls += 1
-            response = await _ask(http, "GET", f"{self.endpoint.status_url}/{ticket}", headers)
+            response = await _ask(http, f"{self.endpoint.status_url}/{ticket}", headers)
         return response
 
     def _client(self) -> httpx.AsyncClient:
@@ -237,15 +234,14 @@ class EndpointClient:
         return self._http
 
 
-async def _ask(
-    http: httpx.AsyncClient, method: str, url: str, headers: dict[str, str], body: bytes | None = None
-) -> httpx.Response:
+async def _ask(http: httpx.AsyncClient, url: str, headers: dict[str, str], body: bytes | None = None) -> httpx.Response:
     """The whole answer, as long as it is not longer than any can be.
 
     Raises:
         AnswerInvalid: it is, or it is packed in a way that was not asked for.
         httpx.RequestError: there is none.
     """
+    method = "GET" if body is None else "POST"
     async with http.stream(method, url, content=body, headers=headers) as answer:
         if (answer.headers.get("Content-Encoding") or "identity").lower() not in {"identity", *_CODINGS}:
             raise AnswerInvalid(f"its Content-Encoding is none of those that were asked for ({', '.join(_CODINGS)})")

@@ -76,7 +76,7 @@ async def discover(client: EndpointClient, cards: Sequence[OwnCard] = ()) -> dic
         EmbeddingsError: the endpoint cannot be asked.
     """
     try:
-        entries = await client.fetch("GET", "/models", _read_entries, once=True)
+        entries = await client.fetch("/models", _read_entries, once=True)
     except Failure as error:
         failure = error
     else:

@@ -174,7 +174,7 @@ class NimEmbedder:
         )
         try:
             asked = Asked(self._model, self._card, texts)
-            return await self._client.fetch("POST", "/embeddings", read, body=body, asked=asked, once=once)
+            return await self._client.fetch("/embeddings", read, body=body, asked=asked, once=once)
         except Failure as error:
             failure = error
         if not failure.divisible or len(texts) == 1:
