@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import logging
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from embeddings_mcp.embedders.local.checkpoint import FILES, PICKLES
+from embeddings_mcp.embedders.local.fingerprint import file_digest
 from embeddings_mcp.errors import CheckpointInvalid, ModelUnavailable
 from embeddings_mcp.models import DEFAULT_MODEL
 
@@ -84,8 +84,7 @@ def locate(model: str, repository: str | None) -> Path:
 
 def _verify(path: Path, sha256: str) -> None:
     try:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = file_digest(path)
     except FileNotFoundError:
         raise CheckpointInvalid(f"{path} is missing: reinstall the package it comes with") from None
     if found != sha256:
