@@ -43,7 +43,6 @@ class Loading:
             ModelUnavailable: this machine has no such device.
         """
         from embeddings_mcp.embedders.local.encoder import load_encoder
-        from embeddings_mcp.embedders.local.replicas import Replicas
         from embeddings_mcp.embedders.local.running.in_process import InThisProcess
 
         encoders = [
@@ -58,4 +57,4 @@ class Loading:
             )
             for device in self.devices
         ]
-        return InThisProcess(encoders[0] if len(encoders) == 1 else Replicas(encoders))
+        return InThisProcess(encoders)
