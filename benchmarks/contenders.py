@@ -41,11 +41,12 @@ def ours(folder: Path, threads: int, *, precision: Precision = "float32") -> Emb
     """Our encoder, called from the one thread."""
     import torch
 
+    from benchmarks.bulk import encode
     from embeddings_mcp.embedders.local.encoder import load_encoder
 
     torch.set_num_threads(threads)
     encoder = load_encoder("benchmark", folder, device="cpu", precision=precision)
-    return lambda batch: encoder.encode(batch, truncate="END").vectors
+    return lambda batch: encode(encoder, batch, truncate="END").vectors
 
 
 def ours_served(folder: Path, _threads: int, *, precision: Precision = "float32", device: str = "cpu") -> Embed:

@@ -22,6 +22,7 @@ import torch
 from tests.local.golden import MODELS, Case, Family, FamilyName, family
 from tokenizers import Tokenizer as FastTokenizer
 
+from benchmarks.bulk import encode
 from benchmarks.contenders import ours_served
 from benchmarks.machine import describe
 from benchmarks.shapes import BERT_LARGE, BERT_SMALL, LLAMA_1B, TINY_BERT, TINY_LLAMA, Shape, write
@@ -133,8 +134,8 @@ def _differ(golden: Family, device: str, precision: Literal["float32", "bfloat16
                     max_tokens=limit,
                 )
             truncate: Truncate = "END" if any(case.truncate == "END" for case in calls) else calls[0].truncate
-            made = encoders[limit].encode(
-                [case.text for case in calls], input_type=calls[0].input_type, truncate=truncate
+            made = encode(
+                encoders[limit], [case.text for case in calls], input_type=calls[0].input_type, truncate=truncate
             )
             for case, full in zip(calls, made.vectors, strict=True):
                 vector = full if case.dimensions is None else shorten(full[None], case.dimensions)[0]
@@ -165,7 +166,7 @@ def _show_shape(shape: Shape, setting: _Setting) -> None:
         encoder = load_encoder("random", folder, device=setting.device, precision="bfloat16")
         counts = _tokens(encoder, wanted)
         flops = sum(map(shape.flops, counts))
-        embedders: dict[str, Embed] = {"ours": lambda batch: encoder.encode(batch, truncate="END").vectors}
+        embedders: dict[str, Embed] = {"ours": lambda batch: encode(encoder, batch, truncate="END").vectors}
         embedders |= _served(folder, setting.device)
         embedders |= _peers(folder, shape, setting.device)
         taken: dict[str, list[float]] = {name: [] for name in embedders}

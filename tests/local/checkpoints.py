@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from benchmarks.bulk import encode
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding, Transformer
@@ -44,7 +45,7 @@ def theirs(model: SentenceTransformer, texts: list[str], **kw: Any) -> FloatMatr
 
 
 def ours(folder: Path, texts: list[str], input_type: InputType | None = None) -> FloatMatrix:
-    return load_encoder("test/tiny", folder).encode(texts, input_type=input_type, truncate="END").vectors
+    return encode(load_encoder("test/tiny", folder), texts, input_type=input_type, truncate="END").vectors
 
 
 def assert_same(left: FloatMatrix, right: FloatMatrix) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from benchmarks.bulk import encode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers.sentence_transformer.modules import Dense, LayerNorm, Normalize, Pooling
@@ -542,9 +543,9 @@ def test_a_tokenizer_of_another_model_is_refused_with_the_first_token_that_is_no
     write(folder / "tokenizer.json", json.dumps(described))
     encoder = load_encoder("test/foreign", folder)
 
-    assert encoder.encode(["water"], input_type="query").vectors.shape == (1, 16)
+    assert encode(encoder, ["water"], input_type="query").vectors.shape == (1, 16)
     with pytest.raises(CheckpointInvalid, match=r"makes token \d+ of text 1, and the model has only \d+"):
-        encoder.encode(["water", "water [FOREIGN]"], input_type="query")
+        encode(encoder, ["water", "water [FOREIGN]"], input_type="query")
 
 
 def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
@@ -611,11 +612,11 @@ def test_code_beside_a_checkpoint_is_not_run_nor_asked_about(
 def test_a_known_architecture_with_code_of_its_own_runs_as_transformers_has_it_and_says_so(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plain = load_encoder("test/plain", folder).encode(["water"], input_type="query").vectors
+    plain = encode(load_encoder("test/plain", folder), ["water"], input_type="query").vectors
     edit(folder / "config.json", auto_map={"AutoModel": "modeling_own.OwnModel"})
 
     with caplog.at_level(logging.WARNING):
-        own = load_encoder("test/own", folder).encode(["water"], input_type="query").vectors
+        own = encode(load_encoder("test/own", folder), ["water"], input_type="query").vectors
 
     np.testing.assert_array_equal(own, plain)
     assert "names code of its own" in caplog.text
@@ -631,7 +632,7 @@ def test_an_architecture_that_needs_code_of_its_own_is_refused_with_that_advice(
 def test_an_attention_function_that_a_config_names_is_not_fetched(folder: Path) -> None:
     edit(folder / "config.json", attn_implementation="somebody/kernels", _attn_implementation="somebody/kernels")
 
-    assert load_encoder("test/kernels", folder).encode(["water"], input_type="query").vectors.shape == (1, 16)
+    assert encode(load_encoder("test/kernels", folder), ["water"], input_type="query").vectors.shape == (1, 16)
 
 
 # --- whatever the files say ------------------------------------------------------------------------------------------
@@ -711,7 +712,7 @@ def test_whatever_its_files_say_a_checkpoint_works_or_is_refused(
 
         try:
             encoder = load_encoder("test/changed", folder)
-            embedded = encoder.encode(["water", "Der Kaffee ist kalt. " * 20], input_type="query", truncate="END")
+            embedded = encode(encoder, ["water", "Der Kaffee ist kalt. " * 20], input_type="query", truncate="END")
         except (CheckpointInvalid, InvalidRequest):  # the latter where a prompt leaves no room for text
             return
         assert embedded.vectors.shape == (2, encoder.dimensions)

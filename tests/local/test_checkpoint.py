@@ -13,6 +13,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from benchmarks.bulk import encode
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import (
     Dense,
@@ -113,7 +114,7 @@ def test_prompts_go_before_queries_and_passages(tmp_path: Path) -> None:
     model = save(tmp_path, Pooling(WIDTH), prompts={"query": "the question: ", "document": "the text: "})
     encoder = load_encoder("test/tiny", tmp_path)
 
-    query, passage = (encoder.encode(TEXTS, input_type=kind) for kind in get_args(InputType))
+    query, passage = (encode(encoder, TEXTS, input_type=kind) for kind in get_args(InputType))
 
     assert_same(query.vectors, np.asarray(model.encode_query(TEXTS)))
     assert_same(passage.vectors, np.asarray(model.encode_document(TEXTS)))

@@ -15,6 +15,7 @@ import anyio
 import numpy as np
 import pytest
 import torch
+from benchmarks.bulk import encode
 from torch.nn.functional import gelu, layer_norm, linear
 
 from embeddings_mcp.assemble import build_service
@@ -78,9 +79,9 @@ def test_replayed_passes_make_the_vectors_of_usual_ones(
     assert isinstance(backbone, Graphed)
     assert all(backbone.recording_for([length]) for length in (1, 20, 60)), "to launch it takes longer than to run it"
 
-    expected = usual.encode(texts, truncate="END").vectors
-    together = recorded.encode(texts, truncate="END").vectors
-    alone = np.concatenate([recorded.encode([text], truncate="END").vectors for text in texts])
+    expected = encode(usual, texts, truncate="END").vectors
+    together = encode(recorded, texts, truncate="END").vectors
+    alone = np.concatenate([encode(recorded, [text], truncate="END").vectors for text in texts])
 
     assert np.abs(together - expected).max() < tolerance
     assert np.abs(alone - expected).max() < tolerance
@@ -88,23 +89,23 @@ def test_replayed_passes_make_the_vectors_of_usual_ones(
 
 def test_texts_launched_while_others_are_tokenized_get_vectors_of_their_own(texts: list[str]) -> None:
     model = on_cuda("e5", "float32", recorded=True)
-    alone = np.concatenate([model.encode([text], truncate="END").vectors for text in texts])
+    alone = np.concatenate([encode(model, [text], truncate="END").vectors for text in texts])
     # Some 100,000 tokens, of which 16,384 are a batch.
     places = np.random.default_rng(1).integers(len(texts), size=5000)
 
-    together = model.encode([texts[place] for place in places], truncate="END").vectors
+    together = encode(model, [texts[place] for place in places], truncate="END").vectors
 
     assert np.abs(together - alone[places]).max() < 5e-6
 
 
 def test_threads_that_replay_at_the_same_time_get_what_is_theirs(texts: list[str]) -> None:
     model = on_cuda("e5", "float32", recorded=True)
-    expected = [model.encode([text], truncate="END").vectors for text in texts]
+    expected = [encode(model, [text], truncate="END").vectors for text in texts]
     start = threading.Barrier(len(texts))
 
     def ask(index: int) -> float:
         start.wait(timeout=60)
-        made = [model.encode([texts[index]], truncate="END").vectors for _ in range(50)]
+        made = [encode(model, [texts[index]], truncate="END").vectors for _ in range(50)]
         return max(float(np.abs(vectors - expected[index]).max()) for vectors in made)
 
     with ThreadPoolExecutor(len(texts)) as pool:
@@ -155,10 +156,10 @@ def test_a_norm_of_a_sum_in_one_kernel_is_no_farther_from_the_exact_one_than_in_
 def test_where_there_is_no_compiler_norms_are_computed_as_usual(
     monkeypatch: pytest.MonkeyPatch, texts: list[str]
 ) -> None:
-    expected = on_cuda("e5", "float32", recorded=True).encode(texts, truncate="END").vectors
+    expected = encode(on_cuda("e5", "float32", recorded=True), texts, truncate="END").vectors
     _kernel.cache_clear()
     monkeypatch.setitem(sys.modules, "embeddings_mcp.embedders.local.fused_norm", None)
-    made = on_cuda.__wrapped__("e5", "float32", recorded=True).encode(texts, truncate="END").vectors
+    made = encode(on_cuda.__wrapped__("e5", "float32", recorded=True), texts, truncate="END").vectors
     _kernel.cache_clear()
     assert np.abs(made - expected).max() < 5e-6
 
@@ -204,7 +205,7 @@ async def test_callers_of_a_server_on_the_gpu_get_the_vectors_of_their_texts(tex
     settings = Settings(models=(f"mine={golden.folder}",), device="cuda", precision="float32", cache="off")
     embedder = build_service(settings).catalogue.default
     assert embedder is not None
-    expected = on_cuda("bge-m3", "float32", recorded=False).encode(texts, truncate="END").vectors
+    expected = encode(on_cuda("bge-m3", "float32", recorded=False), texts, truncate="END").vectors
     found: list[float] = []
 
     async def ask(offset: int) -> None:

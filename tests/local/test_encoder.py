@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from benchmarks.bulk import encode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModel, PreTrainedModel
@@ -59,11 +60,11 @@ def test_each_text_gets_the_vector_that_it_has_alone_in_its_place(
     encoders: dict[str, Encoder], model_type: str, budget: int, texts: list[str]
 ) -> None:
     encoder = encoders[model_type]
-    alone = [encoder.encode([text]) for text in texts]
+    alone = [encode(encoder, [text]) for text in texts]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoder, "tokens_per_batch", budget)
-        together = encoder.encode(texts)
+        together = encode(encoder, texts)
 
     assert together.vectors.shape == (len(texts), WIDTH)
     assert together.prompt_tokens == sum(embedded.prompt_tokens for embedded in alone)
@@ -81,9 +82,9 @@ def test_a_model_goes_the_cheapest_way_that_keeps_its_vectors(
 def test_a_text_that_is_too_long_is_named_by_its_place_among_hundreds(encoders: dict[str, Encoder]) -> None:
     texts = [*["Water."] * 580, "water " * 100, "Water."]
     with pytest.raises(InputTooLong) as refused:
-        encoders["bert"].encode(texts)
+        encode(encoders["bert"], texts)
     assert refused.value.index == 580
-    assert len(encoders["bert"].encode(texts, truncate="END").vectors) == len(texts)
+    assert len(encode(encoders["bert"], texts, truncate="END").vectors) == len(texts)
 
 
 def test_a_limit_may_be_lowered_but_not_raised() -> None:
@@ -112,8 +113,8 @@ def test_a_device_that_is_not_there_is_said(device: str) -> None:
 def test_half_precision_costs_some_digits_and_nothing_else(name: FamilyName) -> None:
     folder, texts = family(name).folder, ["Water.", "Der Kaffee ist kalt."]
 
-    exact = load_encoder("test/exact", folder, precision="float32").encode(texts).vectors
-    half = load_encoder("test/half", folder, precision="bfloat16").encode(texts).vectors
+    exact = encode(load_encoder("test/exact", folder, precision="float32"), texts).vectors
+    half = encode(load_encoder("test/half", folder, precision="bfloat16"), texts).vectors
 
     assert half.dtype == np.float32
     cosines = (exact * half).sum(1) / (np.linalg.norm(exact, axis=1) * np.linalg.norm(half, axis=1))

@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from benchmarks.bulk import encode
 
 from embeddings_mcp.embedders.base import Embeddings
 from embeddings_mcp.embedders.local.encoder import Encoder
@@ -33,7 +34,7 @@ def embed(model: Encoder, cases: tuple[Case, ...]) -> Embeddings:
     """What the encoder makes of cases that may share a call."""
     (input_type,) = {case.input_type for case in cases}
     truncate: Truncate = "END" if any(case.truncate == "END" for case in cases) else "NONE"
-    return model.encode([case.text for case in cases], input_type=input_type, truncate=truncate)
+    return encode(model, [case.text for case in cases], input_type=input_type, truncate=truncate)
 
 
 def calls(batch: tuple[Case, ...]) -> Iterator[tuple[Case, ...]]:
@@ -76,7 +77,7 @@ def test_texts_embedded_together_get_the_vectors_that_they_have_alone(
 )
 def test_a_text_that_is_too_long_is_refused_with_its_length_unless_it_may_be_cut(name: FamilyName, case: Case) -> None:
     with pytest.raises(InputTooLong) as refused:
-        encoder(name, case.max_length).encode([case.text], input_type=case.input_type)
+        encode(encoder(name, case.max_length), [case.text], input_type=case.input_type)
 
     assert (refused.value.index, refused.value.tokens) == (0, case.untruncated_tokens)
     assert refused.value.allowed == case.max_length

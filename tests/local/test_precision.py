@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from benchmarks.bulk import encode
 
 from embeddings_mcp.embedders.local import placement
 from embeddings_mcp.embedders.local.encoder import Encoder, load_encoder
@@ -32,7 +33,7 @@ def pair() -> tuple[Encoder, Encoder]:
 
 
 def test_int8_vectors_are_near_those_in_float32(pair: tuple[Encoder, Encoder]) -> None:
-    exact, rounded = (encoder.encode(TEXTS, truncate="END").vectors for encoder in pair)
+    exact, rounded = (encode(encoder, TEXTS, truncate="END").vectors for encoder in pair)
     cosines = (exact * rounded).sum(axis=1)
 
     assert cosines.mean() > 0.99
@@ -41,7 +42,7 @@ def test_int8_vectors_are_near_those_in_float32(pair: tuple[Encoder, Encoder]) -
 
 def test_int8_ranks_pairs_as_float32_does(pair: tuple[Encoder, Encoder]) -> None:
     every = np.triu_indices(len(TEXTS), k=1)
-    scores = [(vectors @ vectors.T)[every] for vectors in (one.encode(TEXTS, truncate="END").vectors for one in pair)]
+    scores = [(vectors @ vectors.T)[every] for vectors in (encode(one, TEXTS, truncate="END").vectors for one in pair)]
     exact, rounded = (score.argsort().argsort() for score in scores)
 
     assert np.asarray(np.corrcoef(exact, rounded))[0, 1] > 0.98
@@ -49,8 +50,8 @@ def test_int8_ranks_pairs_as_float32_does(pair: tuple[Encoder, Encoder]) -> None
 
 def test_an_int8_vector_does_not_depend_on_its_neighbours(pair: tuple[Encoder, Encoder]) -> None:
     _, rounded = pair
-    together = rounded.encode(TEXTS, truncate="END").vectors
-    alone = np.concatenate([rounded.encode([text], truncate="END").vectors for text in TEXTS])
+    together = encode(rounded, TEXTS, truncate="END").vectors
+    alone = np.concatenate([encode(rounded, [text], truncate="END").vectors for text in TEXTS])
 
     assert np.abs(together - alone).max() < 1e-5
 
@@ -61,7 +62,7 @@ def test_families_that_run_as_transformers_classes_can_be_int8_too(family: str) 
     name = {"llama-nemotron-embed": "llama-nemotron-embed-1b-v2"}.get(family, family)
     encoder = load_encoder(name, GOLDEN / family / "model", known=find_card(name), precision="int8")
     case = expected["cases"][2]
-    found = encoder.encode([case["input"]], input_type=case["input_type"]).vectors[0]
+    found = encode(encoder, [case["input"]], input_type=case["input_type"]).vectors[0]
 
     assert 0.98 < found @ np.array(case["embedding"], dtype=np.float32) < 0.99999
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from benchmarks.bulk import encode
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize
@@ -91,6 +92,6 @@ def test_token_vectors_are_looked_up_in_float32_whatever_the_precision(
 ) -> None:
     save_static(tmp_path)
     exact = ours(tmp_path, WORDS)
-    found = load_encoder("test/static", tmp_path, precision=precision).encode(WORDS).vectors
+    found = encode(load_encoder("test/static", tmp_path, precision=precision), WORDS).vectors
     assert np.array_equal(found, exact)
     assert not caplog.records

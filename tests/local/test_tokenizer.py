@@ -13,6 +13,7 @@ from typing import Any, cast, get_args
 
 import numpy as np
 import pytest
+from benchmarks import bulk
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Encoding, models
@@ -172,8 +173,8 @@ def test_a_limit_within_nv_embeds_prompt_is_refused_where_its_authors_code_divid
 
     for limit in (prompt_tokens - 3, prompt_tokens - 2):
         with pytest.raises(InvalidRequest, match="leaves no room for text"):
-            encoder(name, limit).encode(["Where is the water?"], input_type="query", truncate="END")
-    embedded = encoder(name, prompt_tokens).encode(["Where is the water?"], input_type="query", truncate="END")
+            bulk.encode(encoder(name, limit), ["Where is the water?"], input_type="query", truncate="END")
+    embedded = bulk.encode(encoder(name, prompt_tokens), ["Where is the water?"], input_type="query", truncate="END")
     assert np.isfinite(embedded.vectors).all()
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from embeddings_mcp.embedders.base import Embeddings
 from embeddings_mcp.embedders.local.bert import is_bert, load_bert
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint, read_checkpoint
 from embeddings_mcp.embedders.local.few_sizes import FewSizes
@@ -78,68 +77,17 @@ class Encoder:
         on_a_gpu = backbone.device.type == "cuda"
         self._launching: AbstractContextManager[object] = threading.Lock() if on_a_gpu else nullcontext()
 
-    def encode(
-        self, texts: Sequence[str], *, input_type: InputType | None = None, truncate: Truncate = "NONE"
-    ) -> Embeddings:
-        """Embed texts from the first to the last step.
-
-        Raises:
-            InputTooLong: a text is too long and `truncate` is NONE.
-        """
-        rows: list[Row] = []
-        waiting: list[int] = []  # those of them that are not launched
-        made: list[tuple[list[int], torch.Tensor]] = []
-
-        def launch(batches: Iterable[list[int]]) -> None:
-            made.extend((batch, self._launch([rows[index] for index in batch], tokens.skip)) for batch in batches)
-
-        for tokens in self.tokenize(texts, input_type=input_type, truncate=truncate):
-            waiting += range(len(rows), len(rows) + len(tokens.rows))
-            rows += tokens.rows
-            if self._computes_meanwhile:
-                *full, waiting = self._batches(rows, waiting)
-                launch(full)
-        # All are launched before any is waited for, so that a GPU never waits for the next.
-        launch(self._batches(rows, waiting))
-        vectors = np.empty((len(texts), self.dimensions), dtype=np.float32)
-        for batch, some in made:
-            vectors[batch] = some.cpu().numpy()
-        return Embeddings(vectors, [len(row) for row in rows])
-
     def tokenize(self, texts: Sequence[str], *, input_type: InputType | None, truncate: Truncate) -> Iterator[Tokens]:
         """The first step: see `InputTokenizer.tokenize`."""
         return self._inputs.tokenize(texts, input_type=input_type, truncate=truncate)
 
-    @property
-    def _computes_meanwhile(self) -> bool:
-        """Whether full batches are best launched while more texts are tokenized.
-
-        A CPU would only compute them earlier, and padding costs least in batches that are made of all texts.
-        """
-        return self.packed and self.device.type != "cpu"
-
-    def _batches(self, rows: Sequence[Row], which: Iterable[int]) -> list[list[int]]:
-        """Which of some rows go through the model together: neighbours in length, within the token budget."""
-        order = sorted(which, key=lambda index: len(rows[index]), reverse=True)
-        batches: list[list[int]] = []
-        spent = self.tokens_per_batch
-        for index in order:
-            # Padded, every text of a batch costs as much as its longest, which is its first.
-            cost = len(rows[index if self.packed or not batches else batches[-1][0]])
-            if spent + cost > self.tokens_per_batch:
-                batches.append([])
-                cost, spent = len(rows[index]), 0
-            batches[-1].append(index)
-            spent += cost
-        return batches
-
     def forward(self, rows: Sequence[Row], skip: int) -> FloatMatrix:
         """The vectors, float32 ``[n, d]``, of one batch of tokenized texts; see `Tokens`."""
-        result: FloatMatrix = self._launch(rows, skip).cpu().numpy()
+        result: FloatMatrix = self.launch(rows, skip).cpu().numpy()
         return result
 
     @torch.inference_mode()
-    def _launch(self, rows: Sequence[Row], skip: int) -> torch.Tensor:
+    def launch(self, rows: Sequence[Row], skip: int) -> torch.Tensor:
         """The same, on the model's device; a GPU may still be computing it.
 
         One batch is launched after the other: threads that did so at the same time would take turns at every kernel, be
@@ -308,7 +256,8 @@ def _load(checkpoint: Checkpoint, card: ModelCard, placement: Placement, *, cuda
 
 def _try(encoder: Encoder) -> None:
     """Embed one letter, so that parts that do not fit together show before anybody waits for a vector."""
-    if not np.isfinite(encoder.encode(["a"], truncate="END").vectors).all():
+    tokens = next(encoder.tokenize(["a"], input_type=None, truncate="END"))
+    if not np.isfinite(encoder.forward(tokens.rows, tokens.skip)).all():
         raise ValueError("its vectors are not numbers: the weights are damaged, or too large for their number format")
 
 
