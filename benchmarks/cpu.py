@@ -17,7 +17,7 @@ from benchmarks.shapes import BERT_LARGE, MINILM, TINY_BERT, Shape, write
 from benchmarks.table import number, ratio, show
 from benchmarks.workloads import texts
 from embeddings_mcp.embedders.local.locate import locate
-from embeddings_mcp.embedders.local.tokenizer import Tokenizer
+from embeddings_mcp.embedders.local.tokenizer_files import read_tokenizer
 from embeddings_mcp.models import DEFAULT_MODEL
 from embeddings_mcp.vectors import FloatMatrix
 
@@ -134,7 +134,7 @@ def _run(section: Section, rounds: int, *, tiny: bool) -> None:
         _folder(section.shape, tiny=tiny) as folder,
         contenders(section.names, folder, section.threads) as (present, missing),
     ):
-        tokenizer = Tokenizer.from_folder(folder, max_tokens=256)
+        tokenizer = read_tokenizer(folder, max_tokens=256)
         for title, full, aim in section.jobs[-1:] if tiny else section.jobs:
             job = replace(full, count=max(4, full.count // 100)) if tiny else full
             results = take_turns(present, job, rounds)

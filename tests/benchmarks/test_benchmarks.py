@@ -15,7 +15,7 @@ from benchmarks.table import number, table
 from benchmarks.workloads import texts
 
 from embeddings_mcp.embedders.local.locate import find_bundled
-from embeddings_mcp.embedders.local.tokenizer import Tokenizer
+from embeddings_mcp.embedders.local.tokenizer_files import read_tokenizer
 from embeddings_mcp.models import DEFAULT_MODEL
 from tests.support import ROOT
 
@@ -141,9 +141,7 @@ def test_texts_have_the_lengths_that_their_workload_says(workload: str, shortest
     assert folder is not None
     counts = [
         len(row)
-        for row in Tokenizer.from_folder(folder, max_tokens=256).encode(
-            texts(workload, 300), prompt="", truncate="NONE"
-        )
+        for row in read_tokenizer(folder, max_tokens=256).encode(texts(workload, 300), prompt="", truncate="NONE")
     ]
     assert (min(counts), max(counts)) == (shortest, longest)
 

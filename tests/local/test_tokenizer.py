@@ -20,6 +20,7 @@ from tokenizers import Encoding, models
 from tokenizers import Tokenizer as FastTokenizer
 
 from embeddings_mcp.embedders.local.tokenizer import Tokenizer
+from embeddings_mcp.embedders.local.tokenizer_files import read_tokenizer
 from embeddings_mcp.errors import CheckpointInvalid, InputTooLong, InvalidRequest
 from embeddings_mcp.models import Truncate
 from tests.local.golden import FamilyName, encoder, family
@@ -66,7 +67,7 @@ def whole(kind: Kind) -> FastTokenizer:
 
 @functools.cache
 def limited(kind: Kind) -> Tokenizer:
-    return Tokenizer.from_folder(kind.path.parent, max_tokens=LIMIT)
+    return read_tokenizer(kind.path.parent, max_tokens=LIMIT)
 
 
 def encode(tokenizer: Tokenizer, text: str, prompt: str = "", *, truncate: Truncate = "NONE") -> list[int]:
@@ -163,7 +164,7 @@ def test_a_limit_that_leaves_no_room_for_text_is_refused(kind: Kind, truncate: T
     limit = len(whole(kind).encode(prompt).ids) - 2
 
     with pytest.raises(InvalidRequest, match=f"limit of {limit} tokens leaves no room for text"):
-        encode(Tokenizer.from_folder(kind.path.parent, max_tokens=limit), "water " * 50, prompt, truncate=truncate)
+        encode(read_tokenizer(kind.path.parent, max_tokens=limit), "water " * 50, prompt, truncate=truncate)
 
 
 @pytest.mark.parametrize("name", ["nv-embed-v1", "nv-embed-v2"])
@@ -211,7 +212,7 @@ def beside(folder: Path, config: dict[str, Any], *, max_tokens: int = LIMIT) -> 
     """NV-Embed's tokenizer, with this config beside it."""
     shutil.copy(KINDS["SentencePiece BPE"].path, folder)
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-    return Tokenizer.from_folder(folder, max_tokens=max_tokens)
+    return read_tokenizer(folder, max_tokens=max_tokens)
 
 
 @pytest.mark.parametrize(("config", "ids"), AROUND, ids=str)

@@ -8,7 +8,7 @@ from functools import partial
 from operator import add
 
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint
-from embeddings_mcp.embedders.local.tokenizer import Tokenizer
+from embeddings_mcp.embedders.local.tokenizer_files import read_tokenizer
 from embeddings_mcp.errors import CheckpointInvalid, InputUnusable
 from embeddings_mcp.models import InputType, ModelCard, Truncate
 
@@ -55,7 +55,7 @@ class InputTokenizer:
         self._checkpoint = checkpoint
         self._card = card
         self._vocabulary = vocabulary
-        self._tokenizer = Tokenizer.from_folder(
+        self._tokenizer = read_tokenizer(
             checkpoint.pipeline.backbone,
             max_tokens=card.max_tokens or checkpoint.max_tokens,
             lowercase=checkpoint.lowercase,
