@@ -22,7 +22,7 @@ def encode(
         InputTooLong: a text is too long and `truncate` is NONE.
     """
     # A CPU would only compute them earlier, and padding costs least in batches that are made of all texts.
-    computes_meanwhile = encoder.packed and encoder.device.type != "cpu"
+    computes_meanwhile = encoder.facts.packed and encoder.device.type != "cpu"
     rows: list[Row] = []
     waiting: list[int] = []  # those of them that are not launched
     made: list[tuple[list[int], torch.Tensor]] = []
@@ -38,7 +38,7 @@ def encode(
             launch(full)
     # All are launched before any is waited for, so that a GPU never waits for the next.
     launch(_batches(encoder, rows, waiting))
-    vectors = np.empty((len(texts), encoder.dimensions), dtype=np.float32)
+    vectors = np.empty((len(texts), encoder.facts.dimensions), dtype=np.float32)
     for batch, some in made:
         vectors[batch] = some.cpu().numpy()
     return Embeddings(vectors, [len(row) for row in rows])
@@ -48,11 +48,11 @@ def _batches(encoder: Encoder, rows: Sequence[Row], which: Iterable[int]) -> lis
     """Which of some rows go through the model together: neighbours in length, within the token budget."""
     order = sorted(which, key=lambda index: len(rows[index]), reverse=True)
     batches: list[list[int]] = []
-    spent = encoder.tokens_per_batch
+    spent = encoder.facts.tokens_per_batch
     for index in order:
         # Padded, every text of a batch costs as much as its longest, which is its first.
-        cost = len(rows[index if encoder.packed or not batches else batches[-1][0]])
-        if spent + cost > encoder.tokens_per_batch:
+        cost = len(rows[index if encoder.facts.packed or not batches else batches[-1][0]])
+        if spent + cost > encoder.facts.tokens_per_batch:
             batches.append([])
             cost, spent = len(rows[index]), 0
         batches[-1].append(index)

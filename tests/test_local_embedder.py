@@ -10,7 +10,7 @@ import functools
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import anyio
@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from embeddings_mcp.embedders.local.inputs import Tokens
+from embeddings_mcp.embedders.local.running.loaded import Facts
 from embeddings_mcp.embedders.local_embedder import LocalEmbedder
 from embeddings_mcp.errors import CheckpointInvalid, InputTooLong, Overloaded, ServerStopped
 from embeddings_mcp.models import InputType, ModelCard, Truncate
@@ -30,6 +31,8 @@ pytestmark = pytest.mark.anyio
 ROUGH = ModelCard(id="test/rough")
 EXACT = ModelCard(id="test/rough", dimensions=1, max_tokens=8)
 
+SIX = Facts(card=EXACT, dimensions=1, vocabulary=1, packed=True, tokens_per_batch=6, least_tokens_per_batch=1)
+
 
 @dataclass
 class SteppedEncoder:
@@ -39,13 +42,8 @@ class SteppedEncoder:
     Texts are tokenized a hundred at a time; the first of a request at once, the others when the test says so.
     """
 
-    card: ModelCard = EXACT
-    dimensions: int = 1
-    packed: bool = True
-    vocabulary: int = 1
+    facts: Facts = SIX
     special: int = 0
-    tokens_per_batch: int = 6
-    least_tokens_per_batch: int = 1
     alive: bool = True
     closed: int = 0
     begun: queue.SimpleQueue[list[int]] = field(default_factory=queue.SimpleQueue)
@@ -356,7 +354,7 @@ async def test_those_who_wait_for_a_worker_share_the_next_batch() -> None:
 async def test_how_many_tokens_a_request_will_have_is_learnt_from_those_before_it(
     earlier: list[list[str]], special: int, taken_for: str
 ) -> None:
-    encoder = SteppedEncoder(tokens_per_batch=100_000, special=special)
+    encoder = SteppedEncoder(replace(SIX, tokens_per_batch=100_000), special=special)
     encoder.may_tokenize.set()
     loader = Loader(encoder)
     loader.may_end.set()

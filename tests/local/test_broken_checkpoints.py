@@ -715,5 +715,5 @@ def test_whatever_its_files_say_a_checkpoint_works_or_is_refused(
             embedded = encode(encoder, ["water", "Der Kaffee ist kalt. " * 20], input_type="query", truncate="END")
         except (CheckpointInvalid, InvalidRequest):  # the latter where a prompt leaves no room for text
             return
-        assert embedded.vectors.shape == (2, encoder.dimensions)
+        assert embedded.vectors.shape == (2, encoder.facts.dimensions)
         assert np.isfinite(embedded.vectors).all()

@@ -625,7 +625,7 @@ def test_a_checkpoint_that_is_not_in_the_table_describes_itself(
     save(tmp_path, *modules(), **said)
 
     assert read_checkpoint(tmp_path).card("test/tiny") == card
-    assert load_encoder("test/tiny", tmp_path).card == card
+    assert load_encoder("test/tiny", tmp_path).facts.card == card
 
 
 def test_of_sizes_the_files_are_believed_and_of_all_else_the_card(saved: Path) -> None:

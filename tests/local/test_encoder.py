@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,7 @@ def test_each_text_gets_the_vector_that_it_has_alone_in_its_place(
     alone = [encode(encoder, [text]) for text in texts]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoder, "tokens_per_batch", budget)
+        patch.setattr(encoder, "facts", replace(encoder.facts, tokens_per_batch=budget))
         together = encode(encoder, texts)
 
     assert together.vectors.shape == (len(texts), WIDTH)
@@ -76,7 +77,7 @@ def test_each_text_gets_the_vector_that_it_has_alone_in_its_place(
 def test_a_model_goes_the_cheapest_way_that_keeps_its_vectors(
     encoders: dict[str, Encoder], model_type: str, way: str
 ) -> None:
-    assert encoders[model_type].packed == (way == "packed")
+    assert encoders[model_type].facts.packed == (way == "packed")
 
 
 def test_a_text_that_is_too_long_is_named_by_its_place_among_hundreds(encoders: dict[str, Encoder]) -> None:
@@ -90,8 +91,8 @@ def test_a_text_that_is_too_long_is_named_by_its_place_among_hundreds(encoders: 
 def test_a_limit_may_be_lowered_but_not_raised() -> None:
     folder = family("e5").folder
 
-    assert load_encoder("test/e5", folder, max_tokens=16).card.max_tokens == 16
-    assert load_encoder("test/e5", folder, max_tokens=10**6).card.max_tokens == 64
+    assert load_encoder("test/e5", folder, max_tokens=16).facts.card.max_tokens == 16
+    assert load_encoder("test/e5", folder, max_tokens=10**6).facts.card.max_tokens == 64
 
 
 def test_a_licence_that_forbids_commercial_use_is_said_in_the_log(caplog: pytest.LogCaptureFixture) -> None:

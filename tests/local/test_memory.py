@@ -96,7 +96,7 @@ async def test_a_request_is_answered_though_its_batch_was_too_large() -> None:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return np.array([[len(row)] for row in rows], np.float32)
 
-    model = InThisProcess([cast("Any", Small(card=EXACT))])
+    model = InThisProcess([cast("Any", Small())])
     embedder = LocalEmbedder(ROUGH, lambda: model, lambda: ("rough", EXACT))
     with anyio.fail_after(10):
         made = await embedder.embed(["x", "xx", "xxx"], input_type=None, truncate="NONE")

@@ -121,7 +121,7 @@ class LocalEmbedder:
     ) -> Embeddings:
         """See `Embedder.embed`."""
         model, batcher = await self._ready()
-        vectors = np.empty((len(texts), model.dimensions), dtype=np.float32)
+        vectors = np.empty((len(texts), model.facts.dimensions), dtype=np.float32)
 
         def take(places: Sequence[int], made: Sequence[FloatVector]) -> None:
             rows = np.stack(made)
@@ -181,7 +181,7 @@ class LocalEmbedder:
     ) -> None:
         """Have something made of a request's texts, the first of them while the others are still tokenized."""
         texts, counts = request.texts, request.counts
-        most = model.card.max_tokens or sys.maxsize
+        most = model.facts.card.max_tokens or sys.maxsize
         expected = [min(most, math.ceil(len(text) * self._tokens_of_character)) for text in texts]
         # What finds no room is refused before it is tokenized; by its texts it is known when it comes again.
         with batcher.expecting((caller_name(), hash(tuple(texts))), sum(expected)) as claim:
@@ -221,7 +221,7 @@ class LocalEmbedder:
                 self._batcher.close(ModelUnavailable(f"{self.card.id} has ended; the next request starts it again"))
                 self._batcher = None
             model = await self._loaded.get()
-        self.card = model.card
+        self.card = model.facts.card
         if self._batcher is None:
             self._batcher = _batcher(model, self._max_queued_tokens, self._workers)
         return model, self._batcher
@@ -239,9 +239,9 @@ def _batcher(model: LoadedModel, max_queued_tokens: int, workers: int | None) ->
     return Batcher(
         run,
         workers=workers,
-        budget=model.tokens_per_batch,
-        least_share=model.least_tokens_per_batch,
+        budget=model.facts.tokens_per_batch,
+        least_share=model.facts.least_tokens_per_batch,
         max_queued_tokens=max_queued_tokens,
-        padded=not model.packed,
+        padded=not model.facts.packed,
         prepare_worker=functools.partial(model.compute_on, max(1, cores // workers)),
     )

@@ -28,6 +28,8 @@ from embeddings_mcp.embedders.local.packing import Packing
 from embeddings_mcp.embedders.local.pipeline import Cut, Dense, LayerNorm, Stage
 from embeddings_mcp.embedders.local.placement import Placement, choose_placement
 from embeddings_mcp.embedders.local.pooling import pool
+from embeddings_mcp.embedders.local.recipes import PoolingMode
+from embeddings_mcp.embedders.local.running.loaded import Facts
 from embeddings_mcp.embedders.local.static import load_static
 from embeddings_mcp.embedders.local.transformer import Transformer
 from embeddings_mcp.embedders.local.weights import load_weights
@@ -45,30 +47,22 @@ class Encoder:
     """A loaded model.
 
     Attributes:
-        card: what it takes and gives.
-        dimensions: length of its vectors.
-        tokens_per_batch: tokens that go through it at once.
-        least_tokens_per_batch: tokens that are not worth sharing out among several who could compute.
+        facts: what is known of it.
     """
 
     def __init__(
         self,
         *,
-        card: ModelCard,
-        checkpoint: Checkpoint,
-        tokens_per_batch: int,
-        least_tokens_per_batch: int,
+        facts: Facts,
+        pooling: Sequence[PoolingMode],
         inputs: InputTokenizer,
         backbone: Transformer,
         latent_attention: torch.nn.Module | None,
         heads: M3Heads | None,
         stages: Sequence[Callable[[torch.Tensor], torch.Tensor]],
     ) -> None:
-        self.card = card
-        self.dimensions = checkpoint.dimensions
-        self.tokens_per_batch = tokens_per_batch
-        self.least_tokens_per_batch = least_tokens_per_batch
-        self._checkpoint = checkpoint
+        self.facts = facts
+        self._pooling = pooling
         self._inputs = inputs
         self._backbone = backbone
         self._latent_attention = latent_attention
@@ -104,7 +98,7 @@ class Encoder:
             ModelUnavailable: the model has only dense vectors.
         """
         if self._heads is None:
-            raise ModelUnavailable(f"{self.card.id} makes one dense vector of a text, and nothing else")
+            raise ModelUnavailable(f"{self.facts.card.id} makes one dense vector of a text, and nothing else")
         hidden, packing = self._hidden_states(rows)
         sparse, colbert = self._heads.sparse(hidden, rows), self._heads.colbert(hidden, packing)
         dense: FloatMatrix = self._dense(hidden, packing, skip=skip).cpu().numpy()
@@ -115,16 +109,6 @@ class Encoder:
         """Where it computes."""
         return self._backbone.device
 
-    @property
-    def packed(self) -> bool:
-        """Whether a batch costs its tokens; else each of its texts costs as many as the longest."""
-        return self._backbone.packed
-
-    @property
-    def vocabulary(self) -> int:
-        """Tokens that the model has vectors for."""
-        return self._backbone.vocabulary
-
     def workers(self, cores: int) -> int:
         """On how many threads batches are best run, of which each computes on its share of the cores.
 
@@ -134,7 +118,7 @@ class Encoder:
         """
         match self.device.type:
             case "cpu":
-                return cores if self.dimensions < _LARGE else 1
+                return cores if self.facts.dimensions < _LARGE else 1
             case "cuda":
                 return 2
             case _:
@@ -150,7 +134,7 @@ class Encoder:
         return (hidden if self._latent_attention is None else self._latent_attention(hidden)), packing
 
     def _dense(self, hidden: torch.Tensor, packing: Packing, *, skip: int) -> torch.Tensor:
-        vectors = pool(hidden, packing, self._checkpoint.pipeline.pooling, skip=skip)
+        vectors = pool(hidden, packing, self._pooling, skip=skip)
         for stage in self._stages:
             vectors = stage(vectors)
         return vectors
@@ -242,10 +226,15 @@ def _load(checkpoint: Checkpoint, card: ModelCard, placement: Placement, *, cuda
         weightless = inputs.ids_of("<s>", "</s>", "<pad>", "<unk>")
         heads = M3Heads(checkpoint.folder, hidden_size=checkpoint.dimensions, weightless=weightless, device=device)
     return Encoder(
-        card=card,
-        checkpoint=checkpoint,
-        tokens_per_batch=placement.tokens_per_batch,
-        least_tokens_per_batch=placement.least_tokens_per_batch,
+        facts=Facts(
+            card=card,
+            dimensions=checkpoint.dimensions,
+            vocabulary=transformer.vocabulary,
+            packed=transformer.packed,
+            tokens_per_batch=placement.tokens_per_batch,
+            least_tokens_per_batch=placement.least_tokens_per_batch,
+        ),
+        pooling=checkpoint.pipeline.pooling,
         inputs=inputs,
         backbone=transformer,
         latent_attention=latent_attention,

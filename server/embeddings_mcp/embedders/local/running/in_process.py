@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -25,20 +26,18 @@ class InThisProcess:
 
     Attributes:
         alive: True: it lives as long as the process.
-        tokens_per_batch: see `LoadedModel`; the least of theirs.
-        least_tokens_per_batch: see `LoadedModel`; likewise.
+        facts: what is known of all of them; tokens of a batch are the least of theirs.
     """
 
     alive = True
 
     def __init__(self, encoders: Sequence[Encoder]) -> None:
         first = encoders[0]
-        self.card = first.card
-        self.dimensions = first.dimensions
-        self.packed = first.packed
-        self.tokens_per_batch = min(encoder.tokens_per_batch for encoder in encoders)
-        self.least_tokens_per_batch = min(encoder.least_tokens_per_batch for encoder in encoders)
-        self.vocabulary = first.vocabulary
+        self.facts = replace(
+            first.facts,
+            tokens_per_batch=min(encoder.facts.tokens_per_batch for encoder in encoders),
+            least_tokens_per_batch=min(encoder.facts.least_tokens_per_batch for encoder in encoders),
+        )
         self.tokenize = first.tokenize
         self._encoders = encoders
         self._turns = itertools.cycle(encoders)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from embeddings_mcp.models import InputType, ModelCard, Truncate
@@ -12,12 +13,14 @@ if TYPE_CHECKING:
     from embeddings_mcp.embedders.local.inputs import Row, Tokens
 
 
-class LoadedModel(Protocol):
-    """A model that is loaded.
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of a model once it is loaded.
 
     Attributes:
         card: what it takes and gives.
         dimensions: length of its vectors.
+        vocabulary: tokens that it has vectors for.
         packed: whether a batch costs its tokens; else each of its texts costs as many as the longest.
         tokens_per_batch: tokens that go through it at once.
         least_tokens_per_batch: tokens that are not worth sharing out among several who could compute.
@@ -25,9 +28,19 @@ class LoadedModel(Protocol):
 
     card: ModelCard
     dimensions: int
+    vocabulary: int
     packed: bool
     tokens_per_batch: int
     least_tokens_per_batch: int
+
+
+class LoadedModel(Protocol):
+    """A model that is loaded."""
+
+    @property
+    def facts(self) -> Facts:
+        """What is known of it."""
+        ...
 
     @property
     def alive(self) -> bool:

@@ -31,9 +31,9 @@ from embeddings_mcp import errors
 from embeddings_mcp.embedders.cores import usable_cores
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint
 from embeddings_mcp.embedders.local.inputs import InputTokenizer, Row
+from embeddings_mcp.embedders.local.running.loaded import Facts
 from embeddings_mcp.embedders.local.running.loading import Loading
 from embeddings_mcp.errors import EmbeddingsError, ModelUnavailable
-from embeddings_mcp.models import ModelCard
 from embeddings_mcp.vectors import FloatMatrix, SparseVector
 
 _logger = logging.getLogger(__name__)
@@ -68,14 +68,9 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """What the process says of the model once it is loaded; see `LoadedModel`."""
+    """What the process says once the model is loaded: what is known of it, and how many batches run at a time."""
 
-    card: ModelCard
-    dimensions: int
-    packed: bool
-    tokens_per_batch: int
-    least_tokens_per_batch: int
-    vocabulary: int
+    facts: Facts
     workers: int
 
 
@@ -110,11 +105,7 @@ class ModelProcess:
         workers: how many batches run at the same time; None for as many as it finds good.
 
     Attributes:
-        card: see `LoadedModel`.
-        dimensions: see `LoadedModel`.
-        packed: see `LoadedModel`.
-        tokens_per_batch: see `LoadedModel`.
-        least_tokens_per_batch: see `LoadedModel`.
+        facts: see `LoadedModel`.
 
     Raises:
         ImportError: a package that it needs is not installed.
@@ -137,17 +128,13 @@ class ModelProcess:
         self._log.start()
         try:
             ready: Ready = self._answer(ours[0])
-            self.tokenize = InputTokenizer(checkpoint, ready.card, vocabulary=ready.vocabulary).tokenize
+            self.facts = facts = ready.facts
+            self.tokenize = InputTokenizer(checkpoint, facts.card, vocabulary=facts.vocabulary).tokenize
         except BaseException:
             self.close()
             for end in ours:  # which the error holds, and it may stay for good, see `nothing_collected`
                 end.close()
             raise
-        self.card = ready.card
-        self.dimensions = ready.dimensions
-        self.packed = ready.packed
-        self.tokens_per_batch = ready.tokens_per_batch
-        self.least_tokens_per_batch = ready.least_tokens_per_batch
         for connection in ours[: ready.workers]:
             self._free.put(connection)
         self._workers = ready.workers

@@ -49,16 +49,7 @@ def _compute_all(model: InThisProcess, connections: Sequence[Connection], order:
     for connection in connections[:workers]:
         cores = max(1, order.cores // workers)
         threading.Thread(target=_compute, args=(model, connection, cores), name="encode", daemon=True).start()
-    ready = Ready(
-        card=model.card,
-        dimensions=model.dimensions,
-        packed=model.packed,
-        tokens_per_batch=model.tokens_per_batch,
-        least_tokens_per_batch=model.least_tokens_per_batch,
-        vocabulary=model.vocabulary,
-        workers=workers,
-    )
-    connections[0].send(ready)
+    connections[0].send(Ready(model.facts, workers))
 
 
 def _compute(model: InThisProcess, connection: Connection, cores: int) -> None:
