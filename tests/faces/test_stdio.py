@@ -54,6 +54,7 @@ def search(text: str, number: str = "7") -> str:
     [
         (search(r'"half an emoji: \ud83d"'), 7, -32700),
         (search(r'"half an emoji: \ud83d"', '"seven"'), "seven", -32700),
+        (search('"text"', r'"half an emoji: \ud83d"'), None, -32700),
         (search("[" * 300 + "]" * 300), 7, -32700),
         (search("[" * 100_000 + "]" * 100_000), None, -32700),
         ("what is this", None, -32700),
@@ -63,6 +64,7 @@ def search(text: str, number: str = "7") -> str:
     ids=[
         "half an emoji",
         "an id that is a text",
+        "half an emoji in the id",
         "deep",
         "deeper than any reader goes",
         "no JSON",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import signal
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 _WRITTEN_SECONDS = 0.1
 """Within these an answer is written: to import torch takes the interpreter lock for longer than that takes."""
+
+_HALF = re.compile("[\ud800-\udfff]")
+"""Half of a character, which JSON can spell and no line can hold."""
 
 
 def serve_stdio(service: EmbeddingService, server: EmbeddingsServer, settings: Settings) -> None:
@@ -85,9 +89,10 @@ def _answer_to(error: Exception) -> JSONRPCError:
         with contextlib.suppress(ValueError, RecursionError):  # this reader takes more than the SDK's
             sent = json.loads(sent, parse_int=lambda digits: int(digits[:20]))
     asked = sent.get("id") if isinstance(sent, dict) else None
+    answerable = type(asked) is int or (type(asked) is str and not _HALF.search(asked))
     what = f"the line is not JSON that can be read: {first['msg']}" if unreadable else "the line is no JSON-RPC message"
     return JSONRPCError(
         jsonrpc="2.0",
-        id=asked if type(asked) in {int, str} else None,
+        id=asked if answerable else None,
         error=ErrorData(code=PARSE_ERROR if unreadable else INVALID_REQUEST, message=what),
     )
