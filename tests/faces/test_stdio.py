@@ -58,6 +58,7 @@ def search(text: str, number: str = "7") -> str:
         (search("[" * 300 + "]" * 300), 7, -32700),
         (search("[" * 100_000 + "]" * 100_000), None, -32700),
         ("what is this", None, -32700),
+        ('{"jsonrpc": "2.0", "id": 7, "method": "tools/list", "params": []}', 7, -32600),
         ('{"jsonrpc": "2.0"}', None, -32600),
         ("[1, 2]", None, -32600),
     ],
@@ -68,6 +69,7 @@ def search(text: str, number: str = "7") -> str:
         "deep",
         "deeper than any reader goes",
         "no JSON",
+        "params that are a list",
         "no method",
         "a list",
     ],
@@ -79,6 +81,12 @@ def test_a_line_that_is_no_message_is_answered(line: str, asked: int | str | Non
     assert answer["error"]["code"] == code
     assert answer["error"]["message"].startswith("the line is no")
     assert "emoji" not in answer["error"]["message"]
+
+
+def test_of_a_request_that_is_none_the_field_is_named() -> None:
+    (answer,) = answers_to('{"jsonrpc": "2.0", "id": 7, "method": "tools/list", "params": []}')
+
+    assert answer["error"]["message"] == ("the line is no JSON-RPC message: `params`: Input should be an object")
 
 
 def test_a_host_that_goes_before_its_answer_is_no_fault() -> None:

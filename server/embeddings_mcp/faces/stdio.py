@@ -82,17 +82,16 @@ async def _pass_on(
 
 def _answer_to(error: Exception) -> JSONRPCError:
     """The answer to a line that could not be read, to the request in it as far as that can be told."""
-    first: Any = error.errors(include_url=False)[0] if isinstance(error, ValidationError) else {"msg": str(error)}
-    unreadable = first.get("type") == "json_invalid"
-    sent = first.get("input")
-    if unreadable:
+    unknown = [{"type": "", "loc": (), "msg": str(error), "input": None}]
+    problems: list[Any] = error.errors(include_url=False) if isinstance(error, ValidationError) else unknown
+    first, last = problems[0], problems[-1]  # why it is no request; and, of the whole of it, why it is no error
+    code, what, sent = INVALID_REQUEST, "the line is no JSON-RPC message", last["input"]
+    if first["type"] == "json_invalid":
+        code, what = PARSE_ERROR, f"the line is not JSON that can be read: {first['msg']}"
         with contextlib.suppress(ValueError, RecursionError):  # this reader takes more than the SDK's
             sent = json.loads(sent, parse_int=lambda digits: int(digits[:20]))
+    elif field := first["loc"][1:2]:
+        what += f": `{field[0]}`: {first['msg']}"
     asked = sent.get("id") if isinstance(sent, dict) else None
     answerable = type(asked) is int or (type(asked) is str and not _HALF.search(asked))
-    what = f"the line is not JSON that can be read: {first['msg']}" if unreadable else "the line is no JSON-RPC message"
-    return JSONRPCError(
-        jsonrpc="2.0",
-        id=asked if answerable else None,
-        error=ErrorData(code=PARSE_ERROR if unreadable else INVALID_REQUEST, message=what),
-    )
+    return JSONRPCError(jsonrpc="2.0", id=asked if answerable else None, error=ErrorData(code=code, message=what))
