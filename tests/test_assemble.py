@@ -78,6 +78,7 @@ def test_the_first_model_is_the_default_unless_another_is_named(checkpoint: Path
         (("mine=/no/such/folder",), None, CheckpointInvalid, "/no/such/folder is not a folder"),
         (("mine=",), None, InvalidSetting, "'mine=' must be given as ID or as ID=PATH"),
         (("=/some/where",), None, InvalidSetting, "'=/some/where' must be given as ID or as ID=PATH"),
+        (("m\udcfcller",), None, InvalidSetting, r"'m\udcfcller' must have a name in UTF-8"),
         (("./model",), None, InvalidSetting, "is a path: give it a name to be asked for, as in my-model=./model"),
         (("~/model",), None, InvalidSetting, "is a path"),
         (("C:\\model",), None, InvalidSetting, "is a path"),

@@ -115,6 +115,8 @@ def test_a_misspelt_variable_is_told_from_settings_keys_and_those_of_kubernetes(
         ("WITHOUT_KEY", "health none", "must be `health`, `metrics`, both, or `none`"),
         ("MAX_BODY_BYTES", "0", "greater than 0"),
         ("CARDS", "{", "must be JSON"),
+        ("CARDS", "[" * 100_000, "must be JSON"),
+        ("CARDS", r'[{"id": "mine", "query_prompt": "half an emoji: \ud83d"}]', "must be JSON"),
         ("CARDS", '{"id": "mine"}', "must be a JSON array of objects"),
         ("CARDS", '["mine"]', "must be a JSON array of objects"),
         ("CARDS", '[{"dimensions": 8}]', "Field required"),

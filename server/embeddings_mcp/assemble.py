@@ -287,6 +287,8 @@ def _read(spec: str) -> tuple[str, Path | None]:
     name, equals, path = spec.partition("=")
     if not name or (equals and not path):
         raise InvalidSetting(f"the model {spec!r} must be given as ID or as ID=PATH")
+    if not name.isprintable():
+        raise InvalidSetting(f"the model {spec!r} must have a name in UTF-8, and without control characters")
     if name.startswith(("/", ".", "~")) or "\\" in name:
         raise InvalidSetting(f"the model {spec!r} is a path: give it a name to be asked for, as in my-model={spec}")
     try:

@@ -5,13 +5,13 @@ A flag wins over the environment. Secrets are `SecretStr`, so that no log and no
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Literal
 
+import orjson
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -385,7 +385,7 @@ class Settings(BaseSettings):
 
 def _from_json(text: str) -> object:
     try:
-        return json.loads(text)
+        return orjson.loads(text)
     except ValueError as error:
         # Only what is wrong and where, for the text may hold a key.
         raise PydanticCustomError("json", "must be JSON: {error}", {"error": str(error)}) from None

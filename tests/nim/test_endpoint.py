@@ -46,6 +46,7 @@ def test_an_address_is_completed_to_that_of_the_api(given: str, url: str) -> Non
         ("/v1", "must look like https://host"),
         ("", "must look like https://host"),
         ("https://[::1", "must look like https://host"),
+        ("https://nim.example/\udcfc", "must look like https://host"),
         (f"https://user:{KEY}@nim.example", "hold neither user name nor password"),
         (f"https://nim.example/v1?api_key={KEY}", "must end with its path"),
     ],

@@ -138,7 +138,7 @@ _NO_ADDRESS = (
 def _checked_url(text: str, *, allow_http: bool) -> str:
     try:
         url = httpx.URL(text.strip())
-    except httpx.InvalidURL:
+    except (httpx.InvalidURL, UnicodeError):
         raise InvalidSetting(_NO_ADDRESS) from None
     if url.port is not None and not 0 < url.port < 65536:
         raise InvalidSetting(f"the endpoint at {url.host!r} must have a port from 1 to 65535, not {url.port}")
