@@ -53,6 +53,12 @@ def test_every_key_opens_and_is_its_owners() -> None:
     assert [keyring.owner(key) for key in (b"", b"firs", b"first ", b"alice", b"alice=first")] == [None] * 5
 
 
+def test_a_key_may_be_in_any_encoding() -> None:
+    keyring = Keyring(settings(api_key="schl\udcfcssel"))  # as a variable in latin-1 is read
+    assert keyring.owner(b"schl\xfcssel") == "api-key"
+    assert keyring.owner("schlüssel".encode()) is None
+
+
 def test_without_a_key_none_is_asked_for() -> None:
     assert not Keyring(settings()).in_use
     assert not Keyring(settings(api_key="")).in_use

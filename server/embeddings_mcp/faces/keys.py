@@ -99,7 +99,8 @@ def _of_settings(settings: Settings) -> Digests:
         if not key or not NAME.fullmatch(name):  # the entry itself is not repeated: it may be a key
             raise InvalidSetting(f"entry {place + 1} of EMBEDDINGS_MCP_API_KEYS must be NAME=KEY")
         keys.append((name, key))
-    return tuple((name, hashlib.sha256(key.encode()).digest()) for name, key in keys)
+    # The bytes of the environment, whatever they are: a caller's are compared as they come, too.
+    return tuple((name, hashlib.sha256(key.encode(errors="surrogateescape")).digest()) for name, key in keys)
 
 
 def _read(file: Path) -> Digests:
