@@ -219,6 +219,13 @@ def test_a_cache_that_is_not_there_yet_is_said(run: Run, tmp_path: Path) -> None
     assert run("cache", "info", "--cache", str(tmp_path)).out.endswith(": nothing is remembered there yet\n")
 
 
+def test_what_a_pipe_cannot_hold_is_written_in_another_way(tmp_path: Path) -> None:
+    command = (sys.executable, "-m", "embeddings_mcp", "cache", "info", "--cache", f"{tmp_path}/魚")
+    shown = run_process(*command, PYTHONIOENCODING="cp1252")
+    assert (shown.code, shown.err) == (0, "")
+    assert r"\u9b5a" in shown.out
+
+
 def test_long_work_shows_its_progress_on_stderr(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [f"text {number}" for number in range(64)]
     assert run("similarity", *texts, "--top-k", "1").err == ""

@@ -7,6 +7,7 @@ codes: 0 done, 1 refused or failed (a line on stderr says why), 2 wrong usage.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import sys
@@ -63,6 +64,9 @@ app = typer.Typer(
 def main() -> None:
     """Run the command line; an error that was foreseen is one line on stderr and exit code 1."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As stderr does: an answer is not lost for a character that the terminal, or a pipe on Windows, cannot hold.
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.getLogger("stamina").setLevel(logging.ERROR)  # says that something is tried again; who tries says what
     try:
         app()
