@@ -90,6 +90,13 @@ def test_a_new_key_is_known_by_its_line_alone(tmp_path: Path) -> None:
     assert new_key("carol")[0] != made
 
 
+def test_a_file_of_keys_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    made, line = new_key("carol")
+    file = tmp_path / "keys"
+    file.write_text(f"{line}\n", encoding="utf-8-sig")
+    assert Keyring(settings(api_keys_file=file)).owner(made.encode()) == "carol"
+
+
 def test_the_command_prints_the_line_to_stdout_and_the_key_beside_it() -> None:
     result = CliRunner().invoke(app, ["key", "dave"])
     key = result.stderr.split()[-1]

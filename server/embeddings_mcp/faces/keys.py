@@ -110,7 +110,7 @@ def _read(file: Path) -> Digests:
         InvalidSetting: it cannot be read, or a line is another thing.
     """
     try:
-        lines = file.read_text("utf-8").splitlines()
+        lines = file.read_text("utf-8-sig").splitlines()  # as editors on Windows write it
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidSetting(f"the file of API keys {file} cannot be read: {error}") from error
     digests = []
