@@ -635,6 +635,18 @@ def test_an_attention_function_that_a_config_names_is_not_fetched(folder: Path) 
     assert encode(load_encoder("test/kernels", folder), ["water"], input_type="query").vectors.shape == (1, 16)
 
 
+def test_a_vocabulary_that_lacks_its_unknown_word_fails_on_such_a_text_only(tmp_path: Path) -> None:
+    save_static(tmp_path)
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    del tokenizer["model"]["vocab"]["[UNK]"]
+    write(tmp_path / "tokenizer.json", json.dumps(tokenizer))
+    encoder = load_encoder("test/broken", tmp_path)
+
+    assert encoder.encode(["water"], truncate="END").vectors.shape == (1, WIDTH)
+    with pytest.raises(CheckpointInvalid, match=r"tokenizer has no tokens for a text: .*UNK"):
+        encoder.encode(["water", "☃"], truncate="END")
+
+
 # --- whatever the files say ------------------------------------------------------------------------------------------
 
 NAMES = (

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer as FastTokenizer
 
 from embeddings_mcp.embedders.local.python_tokenizer import PythonTokenizer
-from embeddings_mcp.errors import InputTooLong, InputUnusable, InvalidRequest
+from embeddings_mcp.errors import CheckpointInvalid, InputTooLong, InputUnusable, InvalidRequest
 from embeddings_mcp.models import Truncate
 
 _CHARACTERS_PER_TOKEN = 16
@@ -51,6 +51,7 @@ class Tokenizer:
         than the model takes costs about as much as the part that is kept.
 
         Raises:
+            CheckpointInvalid: what the tokenizer would put in the place of an unknown word, say, is missing.
             InputTooLong: texts are too long and `truncate` is NONE.
             InputUnusable: the tokenizer leaves nothing of a text.
             InvalidRequest: the model's limit behind the prompt leaves nothing of any text.
@@ -83,9 +84,12 @@ class Tokenizer:
     def _look(self, texts: Sequence[str], reach: int, prompt: str, truncate: Truncate) -> list[list[int]]:
         """The ids of the prompt and of that end of each text that is to be kept, `reach` characters of it at most."""
         excerpts = [prompt + (text[-reach:] if truncate == "START" else text[:reach]) for text in texts]
-        if len(excerpts) == 1 and len(excerpts[0]) <= _SHORT:
-            return [self._tokenizer.encode(excerpts[0]).ids]
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(excerpts)]
+        try:
+            if len(excerpts) == 1 and len(excerpts[0]) <= _SHORT:
+                return [self._tokenizer.encode(excerpts[0]).ids]
+            return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(excerpts)]
+        except Exception as error:  # of no class of its own
+            raise CheckpointInvalid(f"the model's tokenizer has no tokens for a text: {error}") from error
 
     def _settled(self, ids: list[int], text: str, reach: int, prompt: str, truncate: Truncate) -> bool:
         """Whether the tokens to be kept are those that the whole text has, and not an accident of where it was cut.
