@@ -323,7 +323,7 @@ class Settings(BaseSettings):
                 raise PydanticCustomError(
                     "origin",
                     "must be origins such as https://app.example, without path or `*`: {origin}",
-                    {"origin": origin},
+                    {"origin": repr(origin)},
                 )
         return tuple(origin.lower() for origin in origins)
 

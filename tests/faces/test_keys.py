@@ -213,7 +213,9 @@ def test_settings_of_access_come_from_the_environment(monkeypatch: pytest.Monkey
     assert "secret-of-a" not in repr(chosen)
 
 
-@pytest.mark.parametrize("origin", ["*", "https://*.example", "app.example", "https://app.example/path", "null"])
+@pytest.mark.parametrize(
+    "origin", ["*", "https://*.example", "app.example", "https://app.example/path", "null", "m\udcfcller.example"]
+)
 def test_an_origin_is_one_origin(origin: str) -> None:
     with pytest.raises(ValidationError, match="must be origins"):
         settings(cors_origins=origin)
