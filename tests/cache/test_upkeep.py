@@ -219,6 +219,14 @@ def test_a_damaged_file_is_named_and_clear_removes_it(cache: Cache, folder: Path
     assert list(folder.iterdir()) == []
 
 
+def test_a_file_whose_tables_have_damaged_names_is_removed_too(cache: Cache, folder: Path) -> None:
+    path = folder / FILE
+    path.write_bytes(path.read_bytes().replace(b"NOT NULL", b"NOT NUL\xff"))
+    assert "malformed database schema: `embeddings-mcp cache clear` removes it" in cache("info", "--cache", folder)
+    cache("clear", "--cache", folder)
+    assert "nothing is remembered there yet" in cache("info", "--cache", folder)
+
+
 def test_what_may_only_be_read_is_left_as_it_is_in_one_line(cache: Cache) -> None:
     # Not in tmp_path, into which only its owner may look.
     with tempfile.TemporaryDirectory() as name:

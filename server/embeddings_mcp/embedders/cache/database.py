@@ -115,6 +115,11 @@ class Database:
         )
         try:
             self._prepare_in_time()
+        except UnicodeDecodeError as error:  # of what SQLite says, where it repeats a damaged name of a table
+            self._connection.close()
+            damaged = sqlite3.DatabaseError("malformed database schema")
+            damaged.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+            raise damaged from error
         except BaseException:
             self._connection.close()
             raise
