@@ -642,9 +642,9 @@ def test_a_vocabulary_that_lacks_its_unknown_word_fails_on_such_a_text_only(tmp_
     write(tmp_path / "tokenizer.json", json.dumps(tokenizer))
     encoder = load_encoder("test/broken", tmp_path)
 
-    assert encoder.encode(["water"], truncate="END").vectors.shape == (1, WIDTH)
+    assert encode(encoder, ["water"], truncate="END").vectors.shape == (1, WIDTH)
     with pytest.raises(CheckpointInvalid, match=r"tokenizer has no tokens for a text: .*UNK"):
-        encoder.encode(["water", "☃"], truncate="END")
+        encode(encoder, ["water", "☃"], truncate="END")
 
 
 # --- whatever the files say ------------------------------------------------------------------------------------------
