@@ -32,11 +32,14 @@ def fingerprint(checkpoint: Checkpoint, *, precision: str, digest: Callable[[Pat
 
     Raises:
         CheckpointInvalid: a file cannot be read.
+        OSError: a folder cannot be listed.
     """
     pipeline = checkpoint.pipeline
     modules = [stage.folder for stage in pipeline.stages if isinstance(stage, Dense | LayerNorm)]
     folders = {checkpoint.folder, pipeline.backbone, *modules}
-    paths = [path for folder in folders for pattern in (*FILES, PICKLES) for path in folder.glob(pattern)]
+    # Not by glob, which from Python 3.12 on finds nothing in a folder that the system cannot open now.
+    there = [path for folder in folders for path in folder.iterdir()]
+    paths = [path for path in there if any(path.match(pattern) for pattern in (*FILES, PICKLES))]
     try:
         files = {os.path.relpath(path, checkpoint.folder): digest(path) for path in paths}
     except OSError as error:
