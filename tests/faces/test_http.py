@@ -97,6 +97,12 @@ def test_ctrl_c_ends_the_server_without_a_traceback() -> None:
     assert (stdout, stderr, process.returncode) == ("closed\n", "", 0)
 
 
+def test_the_event_loop_is_pythons_own_whatever_else_is_installed() -> None:
+    other = "import sys, types; sys.modules['uvloop'] = types.ModuleType('uvloop')"
+    with running(sys.executable, "-c", other + SCRIPT) as (_, url):
+        assert httpx.get(f"{url}/v1/health/live").status_code == 200
+
+
 def test_answers_are_not_held_back_by_the_network() -> None:
     """Nagle's algorithm would hold the body back until the client's delayed acknowledgement, 40 ms later."""
     with running(*SERVER) as (_process, url), httpx.Client(base_url=url) as client:

@@ -121,6 +121,7 @@ def serve_http(service: EmbeddingService, mcp_server: MCPServer, settings: Setti
     config = uvicorn.Config(
         create_app(service, mcp_server, settings),
         http=Connection,
+        loop="asyncio",  # whatever else is installed: uvloop hangs up on those for whom there is no open file
         lifespan="on",
         ws="none",
         ssl_certfile=settings.tls_certificate,
