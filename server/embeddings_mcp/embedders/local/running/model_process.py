@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
@@ -183,8 +183,10 @@ class ModelProcess:
     def _ask(self, method: str, rows: Sequence[Row], skip: int) -> Any:  # noqa: ANN401 - what the method makes
         connection = self._free.get()
         try:
-            with self._ending():
+            try:
                 connection.send((method, rows, skip))
+            except OSError as error:
+                raise self._ended() from error
             return self._answer(connection)
         finally:
             self._free.put(connection)
@@ -193,26 +195,20 @@ class ModelProcess:
 
     def _answer(self, connection: Connection) -> Any:  # noqa: ANN401 - whatever was asked for
         """What the process answers next on a connection; raises what was raised there."""
-        with self._ending():
+        try:
             answer = connection.recv()
+        except (EOFError, OSError) as error:
+            raise self._ended() from error
         if isinstance(answer, Failed):
             raise answer.error()
         return answer
 
-    @contextlib.contextmanager
-    def _ending(self) -> Iterator[None]:
-        """Say it in the caller's words if the process ends meanwhile.
-
-        Raises:
-            ModelUnavailable: it did.
-        """
-        try:
-            yield
-        except (EOFError, OSError) as error:
-            raise ModelUnavailable(
-                f"the process that runs {self._name} {self._end()} while this was computed; the next request starts "
-                "it again"
-            ) from error
+    def _ended(self) -> ModelUnavailable:
+        """What its end is for those who asked it."""
+        return ModelUnavailable(
+            f"the process that runs {self._name} {self._end()} while this was computed; the next request starts it "
+            "again"
+        )
 
     def _end(self) -> str:
         """How the process ended."""
