@@ -124,6 +124,27 @@ def test_auto_means_bfloat16_on_a_gpu_that_computes_in_it_and_float32_elsewhere(
     assert number_format(precision, device) == ("float32" if precision == "auto" else precision)
 
 
+def test_where_there_is_no_driver_for_a_gpu_torch_is_not_imported_to_look_for_one(tmp_path: Path) -> None:
+    if fingerprint._has_cuda_driver():
+        pytest.skip("NVIDIA's driver is installed here")
+    about = tmp_path / "torch-2.13.0.dist-info" / "METADATA"  # as where torch comes with CUDA
+    about.parent.mkdir()
+    about.write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.13.0\n", encoding="utf-8")
+    script = "import sys; from embeddings_mcp.embedders.local.fingerprint import number_format as meant"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{script}; print(meant('auto', 'auto'), 'torch' in sys.modules)"],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout.split() == ["float32", "False"]
+
+
 def test_in_one_process_a_file_that_was_touched_is_another_without_being_read(folder: Path) -> None:
     before = files_in(folder).identify()
     assert files_in(folder).identify() == before

@@ -5,6 +5,7 @@ Without torch, since it is asked before a model is loaded, and often in its plac
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -80,10 +81,21 @@ def number_format(precision: Precision, device: str) -> Precision:
 def _cuda_has_bfloat16() -> bool:
     """Whether there is a GPU for PyTorch here, and bfloat16 is among what it computes in."""
     try:
-        if sys.platform == "darwin" or metadata.version("torch").endswith("+cpu"):
-            return False  # known without importing torch, which takes seconds
+        version = metadata.version("torch")
     except metadata.PackageNotFoundError:
+        return False
+    # Where it can be known without importing torch, which takes seconds, and memory for as long as the server runs.
+    if sys.platform == "darwin" or version.endswith("+cpu") or not ("+rocm" in version or _has_cuda_driver()):
         return False
     import torch
 
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _has_cuda_driver() -> bool:
+    """Whether NVIDIA's driver is installed, which PyTorch finds by the same names."""
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
