@@ -150,6 +150,11 @@ def test_a_text_of_which_the_tokenizer_keeps_nothing_is_refused() -> None:
         Tokenizer(letters, max_tokens=16).encode(["a", ""], prompt="", truncate="NONE")
 
 
+def test_what_is_no_text_is_not_the_checkpoints_fault() -> None:
+    with pytest.raises(TypeError):
+        encode(limited(KINDS["WordPiece"]), "half an emoji: \ud83d")
+
+
 def test_the_text_that_is_too_long_is_named_by_its_place() -> None:
     with pytest.raises(InputTooLong) as refused:
         limited(KINDS["WordPiece"]).encode(["water", "water " * 50, "water " * 60], prompt="", truncate="NONE")

@@ -88,7 +88,9 @@ class Tokenizer:
             if len(excerpts) == 1 and len(excerpts[0]) <= _SHORT:
                 return [self._tokenizer.encode(excerpts[0]).ids]
             return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(excerpts)]
-        except Exception as error:  # of no class of its own
+        except Exception as error:
+            if type(error) is not Exception:  # as all are that the tokenizers library raises for such a vocabulary
+                raise
             raise CheckpointInvalid(f"the model's tokenizer has no tokens for a text: {error}") from error
 
     def _settled(self, ids: list[int], text: str, reach: int, prompt: str, truncate: Truncate) -> bool:
