@@ -81,8 +81,8 @@ def test_a_foreign_host_is_refused_on_every_route(client: httpx.Client, host: st
         answer = client.get(path, headers={"host": host})
 
         assert answer.status_code == 421, path
-        assert answer.json()["error"]["code"] == "misdirected_request"
-        assert "EMBEDDINGS_MCP_ALLOWED_HOSTS" in answer.json()["error"]["message"]
+        assert answer.json()["error"]["code"] == "misdirected_request", path
+        assert "EMBEDDINGS_MCP_ALLOWED_HOSTS" in answer.json()["error"]["message"], path
 
 
 def test_a_probe_of_http_1_0_need_not_say_a_host(client: httpx.Client) -> None:
@@ -122,7 +122,7 @@ def test_a_foreign_origin_is_refused_on_every_route(client: httpx.Client, origin
         answer = client.post(path, headers={"origin": origin})
 
         assert answer.status_code == 403, path
-        assert answer.json()["error"]["code"] == "forbidden"
+        assert answer.json()["error"]["code"] == "forbidden", path
 
 
 @pytest.mark.parametrize("header", [b"Host", b"Origin", b"Authorization", b"Content-Type", b"X-Other"])
@@ -188,9 +188,9 @@ def test_without_the_key_no_route_is_open(locked: httpx.Client, headers: httpx.H
         answer = locked.post(path, headers=headers)
 
         assert answer.status_code == 401, path
-        assert answer.headers["www-authenticate"] == "Bearer"
-        assert answer.json()["error"]["code"] == "invalid_api_key"
-        assert KEY not in answer.text
+        assert answer.headers["www-authenticate"] == "Bearer", path
+        assert answer.json()["error"]["code"] == "invalid_api_key", path
+        assert KEY not in answer.text, path
 
 
 def test_two_keys_are_none(locked: httpx.Client) -> None:
