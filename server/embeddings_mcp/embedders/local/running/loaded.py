@@ -52,7 +52,7 @@ class LoadedModel(Protocol):
         ...
 
     def compute_on(self, cores: int) -> None:
-        """Let what the calling thread computes use so many cores; to be called before anything else on each thread."""
+        """Let what the calling thread computes use so many cores; to be called on each thread before it computes."""
         ...
 
     def tokenize(self, texts: Sequence[str], *, input_type: InputType | None, truncate: Truncate) -> Iterator[Tokens]:
