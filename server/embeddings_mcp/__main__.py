@@ -8,12 +8,19 @@ from embeddings_mcp.garbage import nothing_collected
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line; what is being made when it ends is not waited for."""
     # numpy multiplies little here. OpenBLAS's other threads would only keep processors busy that the model computes on.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     with nothing_collected():
+        from embeddings_mcp.embedders.once import is_making
         from embeddings_mcp.faces.cli import main as run
-    run()
+    try:
+        run()
+    except SystemExit as end:
+        if is_making() and isinstance(end.code, int):
+            # Python would end the thread that loads a model in the middle of torch, and torch aborts the process then.
+            os._exit(end.code)
+        raise
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import sys
 
 import anyio
@@ -11,7 +12,7 @@ import pytest
 from mcp import Client, StdioServerParameters
 
 from embeddings_mcp.models import DEFAULT_MODEL
-from tests.support import INITIALIZE, ROOT, START_SECONDS, ask, over_stdio
+from tests.support import INITIALIZE, LIST_TOOLS, ROOT, START_SECONDS, ask, over_stdio
 
 pytestmark = pytest.mark.anyio
 
@@ -53,3 +54,23 @@ def test_ctrl_c_ends_a_server_whose_host_says_nothing() -> None:
         assert "serverInfo" in ask(process, INITIALIZE)
         process.send_signal(signal.SIGINT)
         assert process.wait(START_SECONDS) == -signal.SIGINT
+
+
+def test_a_host_may_go_while_the_model_is_loaded() -> None:
+    with over_stdio(sys.executable, "-m", "tests.e2e.endless_model", "serve", stderr=subprocess.PIPE) as process:
+        assert '"tools"' in ask(process, LIST_TOOLS)
+        assert process.stdin is not None
+        assert process.stderr is not None
+        assert process.stderr.readline() == "loading\n"
+        process.stdin.close()
+        assert process.wait(START_SECONDS) == 0
+        assert process.stderr.read() == ""
+
+
+def test_ctrl_c_ends_a_command_whose_model_is_loaded() -> None:
+    with over_stdio(sys.executable, "-m", "tests.e2e.endless_model", "embed", "a", stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "loading\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(START_SECONDS) == 130
+        assert process.stderr.read() == ""

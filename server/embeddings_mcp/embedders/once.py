@@ -14,6 +14,15 @@ from embeddings_mcp.garbage import nothing_collected
 _Made = TypeVar("_Made")
 
 
+class _Maker(threading.Thread):
+    """A thread on which something is made, told apart from all others."""
+
+
+def is_making() -> bool:
+    """Whether something is being made in this process."""
+    return any(isinstance(thread, _Maker) for thread in threading.enumerate())
+
+
 class Once(Generic[_Made]):
     """Something that is made when it is first needed, and once for all who wait for it.
 
@@ -82,7 +91,7 @@ class Once(Generic[_Made]):
             else:
                 report(made.set_result, value)
 
-        threading.Thread(target=work, name=self._name, daemon=True).start()
+        _Maker(target=work, name=self._name, daemon=True).start()
         return made
 
     def _forget_failure(self, made: asyncio.Future[_Made]) -> None:

@@ -1,0 +1,27 @@
+"""The command line with models that are loaded without end: ``python -m tests.e2e.endless_model ...``.
+
+That one is being loaded is said on stderr.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+import torch
+
+from embeddings_mcp.__main__ import main
+from embeddings_mcp.embedders.local.files import ModelFiles
+
+
+def load(_files: ModelFiles) -> NoReturn:
+    """What loading a model does for most of its time."""
+    numbers = torch.ones(500, 500)
+    print("loading", file=sys.stderr, flush=True)
+    while True:
+        numbers.mm(numbers)
+
+
+if __name__ == "__main__":
+    ModelFiles.load = load  # type: ignore[assignment, method-assign]
+    main()
