@@ -353,6 +353,14 @@ def test_the_demo_repeats_what_the_server_said_when_it_did_not_start() -> None:
     ]
 
 
+def test_a_demo_whose_reader_has_gone_ends_without_a_word() -> None:
+    with subprocess.Popen([COMMAND, "demo"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        _, said = process.communicate(timeout=SECONDS)
+    assert (process.returncode, said) == (1, b"")
+
+
 def test_without_the_encoder_s_packages_the_command_says_what_to_install() -> None:
     without_local = (sys.executable, "-m", "tests.e2e.without_local")
     assert run_process(*without_local, "embed", CAT).lesson == (

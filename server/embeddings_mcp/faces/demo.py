@@ -34,9 +34,9 @@ async def run_demo(texts: list[str] | None = None) -> None:
     """
     try:
         await _demonstrate(texts or SAMPLES, Console())
-    except ExceptionGroup as group:  # whatever happens while a client is open comes out of its task group
-        error: Exception = group
-        while isinstance(error, ExceptionGroup):
+    except BaseExceptionGroup as group:  # whatever happens while a client is open comes out of its task group
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
         if isinstance(error, MCPError):
             raise ModelUnavailable(f"the server has ended or does not answer: {error.message}") from error
