@@ -255,6 +255,7 @@ def test_the_help_says_once_that_there_may_be_many_texts(run: Run, command: str)
         ),
         (["embed", CAT, "--dimensions", "128"], "`dimensions` 128 is not possible"),
         (["embed", CAT, "--model", "mine=/no/such/folder"], "/no/such/folder is not a folder"),
+        (["embed", CAT, "--model", "mine=" + "x" * 300], "File name too long: 'xxx"),
         (["embed", CAT, "--model", "./model"], "the model './model' is a path: give it a name"),
         (["embed", CAT, "--device", "warp"], "the device 'warp' cannot be used here"),
         (["similarity", CAT, NAP, "--top-k", "0"], "`top_k` must be at least 1, not 0"),
@@ -359,6 +360,16 @@ def test_a_demo_whose_reader_has_gone_ends_without_a_word() -> None:
         process.stdout.close()
         _, said = process.communicate(timeout=SECONDS)
     assert (process.returncode, said) == (1, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full is Linux's")
+@pytest.mark.parametrize("arguments", [["models"], ["models", "--json"], ["doctor"], ["--help"]], ids=" ".join)
+def test_an_answer_for_which_the_disk_has_no_room_is_lost_with_one_line(arguments: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [COMMAND, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, timeout=SECONDS, check=False
+        )
+    assert (done.returncode, done.stderr) == (1, "embeddings-mcp: [Errno 28] No space left on device\n")
 
 
 def test_without_the_encoder_s_packages_the_command_says_what_to_install() -> None:

@@ -62,7 +62,7 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run the command line; an error that was foreseen is one line on stderr and exit code 1."""
+    """Run the command line; an error that was foreseen, or is the system's, is one line on stderr and exit code 1."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     if isinstance(sys.stdout, io.TextIOWrapper):
         # As stderr does: an answer is not lost for a character that the terminal, or a pipe on Windows, cannot hold.
@@ -72,6 +72,10 @@ def main() -> None:
         app()
     except EmbeddingsError as error:
         sys.stderr.write(f"embeddings-mcp: {error}\n")
+        sys.exit(1)
+    except OSError as error:
+        sys.stderr.write(f"embeddings-mcp: {error}\n")
+        sys.stdout = None  # where it could not be written, Python would try once more, and say a second error
         sys.exit(1)
 
 
