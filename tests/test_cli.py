@@ -372,6 +372,12 @@ def test_an_answer_for_which_the_disk_has_no_room_is_lost_with_one_line(argument
     assert (done.returncode, done.stderr) == (1, "embeddings-mcp: [Errno 28] No space left on device\n")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="a shell that closes them is Unix's")
+def test_whoever_closes_stdin_stdout_and_stderr_is_served_as_with_an_empty_file() -> None:
+    for command in ("version", "serve --load lazy"):
+        assert run_process("sh", "-c", f"{COMMAND} {command} <&- >&- 2>&-") == Outcome(0, "", "")
+
+
 def test_without_the_encoder_s_packages_the_command_says_what_to_install() -> None:
     without_local = (sys.executable, "-m", "tests.e2e.without_local")
     assert run_process(*without_local, "embed", CAT).lesson == (
