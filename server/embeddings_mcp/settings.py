@@ -327,6 +327,18 @@ class Settings(BaseSettings):
                 )
         return tuple(origin.lower() for origin in origins)
 
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _check_hosts(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        for host in hosts:
+            if not re.fullmatch(r"[\w.:\[\]-]+", host, re.ASCII):  # and so never in the header `Host`
+                raise PydanticCustomError(
+                    "host",
+                    "must be names such as app.example, separated by spaces, without scheme or `*`: {host}",
+                    {"host": repr(host)},
+                )
+        return hosts
+
     @field_validator("endpoints", mode="before")
     @classmethod
     def _read_endpoints(cls, value: object) -> object:
