@@ -219,6 +219,26 @@ def test_a_cache_that_is_not_there_yet_is_said(run: Run, tmp_path: Path) -> None
     assert run("cache", "info", "--cache", str(tmp_path)).out.endswith(": nothing is remembered there yet\n")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a path has characters, not bytes")
+def test_a_path_that_is_not_utf_8_is_in_json_as_python_has_it(run: Run, tmp_path: Path) -> None:
+    folder = f"{tmp_path}/caf\udce9"
+    assert run("embed", CAT, "--cache", folder).code == 0
+    found = run("cache", "info", "--cache", folder, "--json").json
+    assert found["path"] == f"{folder}/embeddings.sqlite3"
+    assert found["holdings"][0]["vectors"] == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere an argument has characters, not bytes")
+def test_a_name_that_is_not_utf_8_is_refused(run: Run, tmp_path: Path) -> None:
+    assert run("embed", CAT, "--cache", str(tmp_path)).code == 0
+    cleared = run_process(COMMAND, "cache", "clear", "--cache", str(tmp_path), "--model", "caf\udce9")
+    assert "can't encode character '\\udce9'" in cleared.lesson
+    served = run_process(
+        COMMAND, "serve", "--transport", "http", "--host", "caf\udce9", EMBEDDINGS_MCP_ALLOW_KEYLESS="true"
+    )
+    assert r"cannot listen on caf\udce9 port 8000: encoding of hostname failed" in served.lesson
+
+
 def test_what_a_pipe_cannot_hold_is_written_in_another_way(tmp_path: Path) -> None:
     command = (sys.executable, "-m", "embeddings_mcp", "cache", "info", "--cache", f"{tmp_path}/魚")
     shown = run_process(*command, PYTHONIOENCODING="cp1252")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import os
 import sys
@@ -73,7 +74,7 @@ def main() -> None:
     except EmbeddingsError as error:
         sys.stderr.write(f"embeddings-mcp: {error}\n")
         sys.exit(1)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter of an argument that is not UTF-8
         sys.stderr.write(f"embeddings-mcp: {error}\n")
         sys.stdout = None  # where it could not be written, Python would try once more, and say a second error
         sys.exit(1)
@@ -363,7 +364,7 @@ def doctor(
         anyio.run(look, settings)
     healthy = all(finding.state != "problem" for finding in found)
     if as_json:
-        write(dump_json({"healthy": healthy, "findings": [asdict(finding) for finding in found]}))
+        write(_with_paths({"healthy": healthy, "findings": [asdict(finding) for finding in found]}))
     raise typer.Exit(0 if healthy else 1)
 
 
@@ -406,7 +407,12 @@ def keep_cache(
     from embeddings_mcp.faces import tables
 
     contents = upkeep.look_into(place)
-    write(dump_json(contents) if as_json else tables.cache(contents))
+    write(_with_paths(asdict(contents)) if as_json else tables.cache(contents))
+
+
+def _with_paths(answer: object) -> bytes:
+    """An answer as JSON, where bytes of a path that are not UTF-8 have half of a character each, as Python has them."""
+    return json.dumps(answer, ensure_ascii=False).encode(errors="backslashreplace")
 
 
 @app.command()

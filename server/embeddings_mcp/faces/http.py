@@ -210,11 +210,11 @@ def _listen(host: str, port: int) -> socket.socket:
         if os.name == "posix":  # elsewhere it would let two servers have one port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
-    except OSError as error:
+    except (OSError, TypeError) as error:  # the latter of a name that is not UTF-8
         listener.close()
+        reason = error.strerror if isinstance(error, OSError) else error
         raise InvalidSetting(
-            f"cannot listen on {host} port {port}: {error.strerror}; choose another host or port (port 0 takes a free "
-            "one)"
+            f"cannot listen on {host} port {port}: {reason}; choose another host or port (port 0 takes a free one)"
         ) from error
     return listener
 
