@@ -13,11 +13,13 @@ def main() -> None:
     # numpy multiplies little here. OpenBLAS's other threads would only keep processors busy that the model computes on.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     _open_what_is_closed()
-    with nothing_collected():
-        from embeddings_mcp.embedders.once import is_making
-        from embeddings_mcp.faces.cli import main as run
     try:
+        with nothing_collected():
+            from embeddings_mcp.embedders.once import is_making
+            from embeddings_mcp.faces.cli import main as run
         run()
+    except KeyboardInterrupt:
+        sys.exit(130)  # as commands end that are interrupted later
     except SystemExit as end:
         if is_making() and isinstance(end.code, int):
             # Python would end the thread that loads a model in the middle of torch, and torch aborts the process then.

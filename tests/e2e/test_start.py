@@ -74,3 +74,22 @@ def test_ctrl_c_ends_a_command_whose_model_is_loaded() -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(START_SECONDS) == 130
         assert process.stderr.read() == ""
+
+
+def test_ctrl_c_ends_a_command_that_still_imports_without_a_traceback() -> None:
+    interrupted = """
+import signal, sys
+
+class Interrupting:
+    def find_spec(self, name, path, target=None):
+        if name == "typer":
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting())
+from embeddings_mcp.__main__ import main
+main()
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", interrupted], cwd=ROOT, capture_output=True, timeout=START_SECONDS, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (130, b"")
