@@ -229,9 +229,9 @@ class TokenVerifier:
 
     async def _get(self, url: str) -> dict[str, Any]:
         """The JSON object at an address of the issuer; no redirect is followed."""
-        if urlsplit(url).scheme != "https" and not is_loopback(urlsplit(url).hostname or ""):
-            raise self._unavailable(f"it refers to {url[:200]!r}, which is not https")
         try:
+            if urlsplit(url).scheme != "https" and not is_loopback(urlsplit(url).hostname or ""):
+                raise self._unavailable(f"it refers to {url[:200]!r}, which is not https")
             with anyio.fail_after(_TIMEOUT_SECONDS):
                 async with self._http.stream("GET", url, headers={"Accept": "application/json"}) as response:
                     if response.status_code != HTTPStatus.OK:
