@@ -406,6 +406,14 @@ def test_nv_embed_without_all_of_its_parts_is_refused(nv_embed: Path, damage: Da
     assert re.search(reason, refused(nv_embed))
 
 
+def test_of_weights_that_nobody_may_read_that_is_said(nv_embed: Path) -> None:
+    (weights, *_) = nv_embed.glob("*.safetensors")
+    weights.chmod(0)
+    if os.access(weights, os.R_OK):
+        pytest.skip("permissions mean nothing to this user")
+    assert re.search(r"\.safetensors: the weights cannot be read: .*Permission denied", refused(nv_embed))
+
+
 STATIC: dict[str, tuple[Damage, str]] = {
     "no weights": (remove("model.safetensors"), r"model\.safetensors is missing"),
     "half of the weights": (cut("model.safetensors"), r"model\.safetensors: the weights cannot be read"),
