@@ -352,6 +352,13 @@ def test_the_installed_command_reads_stdin_and_prints_nothing_but_its_answer() -
     assert outcome.err == ""
 
 
+@pytest.mark.skipif(os.name != "posix", reason="on Windows the folder that a process works in cannot be deleted")
+def test_a_model_runs_though_the_folder_that_it_is_started_in_is_gone(tmp_path: Path) -> None:
+    outcome = run_process("sh", "-c", f"cd {tmp_path} && rmdir {tmp_path} && {COMMAND} embed cat --json")
+    assert len(outcome.json["data"]) == 1
+    assert outcome.err == ""
+
+
 def test_the_demo_shows_tools_vectors_scores_and_a_search() -> None:
     outcome = run_process(COMMAND, "demo", "[1] " + CAT, NAP, STOCKS)
     assert (outcome.code, outcome.err) == (0, "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,6 +43,7 @@ class Loading:
             CheckpointInvalid: something in the folder is missing, damaged or not supported.
             ModelUnavailable: this machine has no such device.
         """
+        _leave_a_folder_that_is_gone()
         from embeddings_mcp.embedders.local.encoder import load_encoder
         from embeddings_mcp.embedders.local.running.in_process import InThisProcess
 
@@ -58,3 +60,11 @@ class Loading:
             for device in self.devices
         ]
         return InThisProcess(encoders)
+
+
+def _leave_a_folder_that_is_gone() -> None:
+    """Where the working folder was deleted, MKL does not find its own parts, and ends the process."""
+    try:
+        os.getcwd()  # noqa: PTH109
+    except FileNotFoundError:
+        os.chdir(os.sep)
