@@ -275,7 +275,7 @@ def test_the_help_says_once_that_there_may_be_many_texts(run: Run, command: str)
         ),
         (["embed", CAT, "--dimensions", "128"], "`dimensions` 128 is not possible"),
         (["embed", CAT, "--model", "mine=/no/such/folder"], "/no/such/folder is not a folder"),
-        (["embed", CAT, "--model", "mine=" + "x" * 300], "File name too long: 'xxx"),
+        (["embed", CAT, "--model", "mine=" + "x" * 300], "x" * 300),
         (["embed", CAT, "--model", "./model"], "the model './model' is a path: give it a name"),
         (["embed", CAT, "--device", "warp"], "the device 'warp' cannot be used here"),
         (["similarity", CAT, NAP, "--top-k", "0"], "`top_k` must be at least 1, not 0"),

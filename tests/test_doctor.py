@@ -199,6 +199,7 @@ async def test_a_server_that_would_not_start_is_a_problem() -> None:
     found = await findings(Settings(default_model="gone"))
     assert list(found) == ["installation", "settings"]
     assert "the default model 'gone' is not among the models served" in found["settings"].says
+    assert "x" * 300 in (await findings(Settings(models=("mine=" + "x" * 300,))))["settings"].says
 
 
 # --- The issuer of access tokens -------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from embeddings_mcp.embedders.local.locate import find_bundled
 from embeddings_mcp.embedders.local.running.loaded import LoadedModel
 from embeddings_mcp.embedders.local.running.loading import Loading
 from embeddings_mcp.embedders.local_embedder import LocalEmbedder
-from embeddings_mcp.errors import InvalidRequest, InvalidSetting, UnknownModel
+from embeddings_mcp.errors import CheckpointInvalid, InvalidRequest, InvalidSetting, UnknownModel
 from embeddings_mcp.models import DEFAULT_MODEL, ModelCard, find_card, find_cards, find_id
 from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import EndpointSettings, Settings
@@ -208,7 +208,10 @@ def _local(spec: str, settings: Settings, cache: Cache | None = None) -> LocalEm
     name = find_id(given, settings.cards)
     own, known = find_cards(given, settings.cards)
     if described := folder or find_bundled(name):
-        card = read_checkpoint(described, known).card(name, known, own)
+        try:
+            card = read_checkpoint(described, known).card(name, known, own)
+        except OSError as error:
+            raise CheckpointInvalid(f"{described} cannot be read: {error}") from error
     else:
         card = known or ModelCard(id=name)
         card = own.over(card) if own else card
