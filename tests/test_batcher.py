@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import queue
+import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -428,6 +429,32 @@ async def test_what_a_caller_was_served_is_forgotten_once_nothing_of_his_is_left
         await until_queued(batcher, 11)
         steps.may_end.release(3)
         assert [(await steps.next_batch())[1] for _ in range(2)] == [[5], [6]]
+
+
+@pytest.mark.anyio
+async def test_a_request_comes_and_goes_without_a_step_for_each_other_that_is_there() -> None:
+    others = 1_000
+    calls = 0
+
+    def count(_frame: object, event: str, _argument: object) -> None:
+        nonlocal calls
+        calls += event in {"call", "c_call"}
+
+    steps = Steps()
+    batcher = Batcher[str, object](steps, workers=1, budget=others)
+    async with anyio.create_task_group() as callers:
+        for caller in range(others):
+            callers.start_soon(submit, batcher, [row(1)], "a", str(caller))
+        assert await steps.next_batch() == ("a", [1] * others)
+        before = sys.getprofile()
+        sys.setprofile(count)
+        try:
+            with batcher.expecting("newcomer", 1) as claim:
+                await batcher.submit("a", [], lambda _places, _made: None, claim=claim)
+        finally:
+            sys.setprofile(before)
+        steps.may_end.release()
+    assert 0 < calls < others
 
 
 @pytest.mark.anyio

@@ -125,8 +125,9 @@ class Batcher(Generic[Kind, Result]):
         self._budget = budget
         self._least_share = least_share
         self._padded = padded
-        self._jobs: list[_Job[Kind, Result]] = []  # in order of arrival
-        self._served: Counter[str] = Counter()  # tokens of each caller who has a job here
+        self._jobs: dict[_Job[Kind, Result], None] = {}  # in order of arrival
+        self._jobs_of: Counter[str] = Counter()  # of each caller who has a job here
+        self._served: Counter[str] = Counter()  # tokens of these callers
         self._workers = self._idle = workers
         self._new_executor = functools.partial(
             ThreadPoolExecutor, workers, thread_name_prefix="encode", initializer=prepare_worker
@@ -171,7 +172,8 @@ class Batcher(Generic[Kind, Result]):
         job = _Job[Kind, Result](caller_name(), kind, claim or Claim())
         self._claims.add(job.claim)
         with self._lock:
-            self._jobs.append(job)
+            self._jobs[job] = None
+            self._jobs_of[job.caller] += 1
         try:
             done = 0
             self._add(job, rows)
@@ -195,9 +197,10 @@ class Batcher(Generic[Kind, Result]):
             job.failure = None  # whose traceback holds the job: a circle that would hold the model, too
             with self._lock:
                 self._drop_waiting(job)
-                self._jobs.remove(job)
-                if all(other.caller != job.caller for other in self._jobs):
-                    del self._served[job.caller]
+                del self._jobs[job]
+                self._jobs_of[job.caller] -= 1
+                if not self._jobs_of[job.caller]:
+                    del self._jobs_of[job.caller], self._served[job.caller]
             self._claims.discard(job.claim)
             ended = time.perf_counter()
             telemetry.record("wait", (job.began or ended) - came)
@@ -223,10 +226,12 @@ class Batcher(Generic[Kind, Result]):
             Overloaded: too much waits already.
         """
         taken = [claim.expected + claim.waiting for claim in self._claims]
-        used = sum(map(self._turns.counted, taken))
+        total, counted = sum(taken), self._turns.counted
+        # Where all together count as what they have, each does: that is usual, and many are quickly added up.
+        used = total if counted(total) == total else sum(map(counted, taken))
         if seconds := self._turns.wait(who, tokens, used=used, per_second=self._tokens_per_second * self._workers):
             raise Overloaded(
-                f"{sum(taken):,} tokens wait already, and of these {tokens:,} there is no room: try again in "
+                f"{total:,} tokens wait already, and of these {tokens:,} there is no room: try again in "
                 f"{seconds:.0f} s, or send fewer texts at once",
                 retry_after=seconds,
             )
