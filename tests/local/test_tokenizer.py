@@ -251,9 +251,12 @@ class Counting:
 
     tokenizer: FastTokenizer
     characters: int = field(default=0)
+    most: int = field(default=0)  # of them together
 
     def encode_batch_fast(self, texts: Sequence[str]) -> list[Encoding]:
-        self.characters += sum(map(len, texts))
+        characters = sum(map(len, texts))
+        self.characters += characters
+        self.most = max(self.most, characters)
         return self.tokenizer.encode_batch_fast(texts)
 
     def __getattr__(self, name: str) -> Any:
@@ -313,3 +316,15 @@ def test_a_text_far_too_long_to_be_counted_is_refused_without_a_number() -> None
         encode(limited(KINDS["byte-level BPE"]), LONG["words"])
 
     assert refused.value.tokens is None
+
+
+def test_of_texts_that_are_long_few_are_tokenized_together() -> None:
+    counting = Counting(FastTokenizer.from_file(str(KINDS["byte-level BPE"].path)))
+    tokenizer = Tokenizer(cast("FastTokenizer", counting), max_tokens=8192)
+    texts = [f"{number} water" * 60_000 for number in range(3)]
+    with pytest.raises(InputTooLong) as refused:
+        tokenizer.encode([*texts, "coffee"], prompt="", truncate="NONE")
+
+    assert (refused.value.index, refused.value.others) == (0, [1, 2])
+    assert counting.characters == sum(map(len, texts)) + len("coffee")
+    assert counting.most <= 1 << 20

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from tokenizers import Tokenizer as FastTokenizer
 
@@ -21,6 +21,10 @@ _COUNTED = 1 << 20
 """A text of up to so many characters is counted to its end before it is refused, and cut as if all of it had been
 tokenized. In a longer one without any boundary, a run of one letter, an excerpt may begin with half a token. Tokenizers
 in Python, which take the square of a word's length, are not asked for more than the excerpt."""
+
+_AT_ONCE = 1 << 20
+"""Characters of several texts that are tokenized together: of a token the tokenizer holds some hundred bytes, besides
+its id, until all of these texts are done."""
 
 _SHORT = 2048
 """Characters up to which a single text is tokenized without letting go of the interpreter lock: that takes less than to
@@ -81,13 +85,15 @@ class Tokenizer:
             raise InputTooLong(index=index, tokens=too_long[index], allowed=self.max_tokens, others=others)
         return rows
 
-    def _look(self, texts: Sequence[str], reach: int, prompt: str, truncate: Truncate) -> list[list[int]]:
+    def _look(self, texts: Sequence[str], reach: int, prompt: str, truncate: Truncate) -> Iterator[list[int]]:
         """The ids of the prompt and of that end of each text that is to be kept, `reach` characters of it at most."""
         excerpts = [prompt + (text[-reach:] if truncate == "START" else text[:reach]) for text in texts]
         try:
             if len(excerpts) == 1 and len(excerpts[0]) <= _SHORT:
-                return [self._tokenizer.encode(excerpts[0]).ids]
-            return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(excerpts)]
+                yield self._tokenizer.encode(excerpts[0]).ids
+                return
+            for some in _portions(excerpts):
+                yield from [encoding.ids for encoding in self._tokenizer.encode_batch_fast(some)]
         except Exception as error:
             if type(error) is not Exception:  # as all are that the tokenizers library raises for such a vocabulary
                 raise
@@ -137,3 +143,14 @@ class Tokenizer:
         alone = self._tokenizer.encode(prompt, add_special_tokens=False).ids if prompt else []
         pairs = zip(alone, ids[self._before :], strict=False)
         return next((count for count, (ours, theirs) in enumerate(pairs) if ours != theirs), len(alone))
+
+
+def _portions(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """The texts in their order, as many as are tokenized together."""
+    start = characters = 0
+    for index, text in enumerate(texts):
+        characters += len(text)
+        if characters > _AT_ONCE and index > start:
+            yield texts[start:index]
+            start, characters = index, len(text)
+    yield texts[start:]
