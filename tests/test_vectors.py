@@ -15,10 +15,12 @@ from hypothesis.extra import numpy as hnp
 from embeddings_mcp import vectors
 from embeddings_mcp.vectors import (
     Metric,
+    SparseVector,
     best_first,
     best_of_rows,
     closest_pairs,
     compare,
+    lexical_scores,
     normalize,
     shorten,
     to_base64,
@@ -116,6 +118,42 @@ def test_the_distance_of_near_vectors_does_not_drown_in_rounding() -> None:
     right[0, 0] += np.float32(2**-10)
     assert compare(left, right, "euclidean")[0, 0] == pytest.approx(2**-10, rel=1e-3)
     assert compare(left, left, "euclidean")[0, 0] == 0
+
+
+weighed = st.lists(
+    st.dictionaries(st.integers(0, 9), st.floats(2**-10, 2, width=32), max_size=5), min_size=1, max_size=4
+)
+
+
+def sparse(weights: dict[int, float]) -> SparseVector:
+    ids = sorted(weights)
+    return SparseVector(np.array(ids, np.int64), np.array([weights[token] for token in ids], np.float32))
+
+
+@given(left=weighed, right=weighed)
+def test_the_lexical_score_of_two_texts_is_made_of_the_tokens_that_they_share(
+    left: list[dict[int, float]], right: list[dict[int, float]]
+) -> None:
+    expected = [[sum(one[token] * other[token] for token in one.keys() & other) for other in right] for one in left]
+    scores = lexical_scores([sparse(one) for one in left], [sparse(other) for other in right])
+    assert scores.dtype == np.float32
+    np.testing.assert_allclose(scores, expected, rtol=1e-5)
+
+
+def test_what_the_right_texts_are_made_of_is_read_once_for_all_left_ones() -> None:
+    read = 0
+
+    class Read(SparseVector):
+        """Weights that count how often they are asked for."""
+
+        def __getattribute__(self, name: str) -> Any:
+            nonlocal read
+            read += name == "weights"
+            return super().__getattribute__(name)
+
+    text = sparse({3: 0.5})
+    assert (lexical_scores([text] * 50, [Read(text.ids, text.weights)] * 20) == 0.25).all()
+    assert read == 20
 
 
 # --- Ranking ---------------------------------------------------------------------------------------------------------

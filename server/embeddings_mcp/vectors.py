@@ -171,11 +171,16 @@ class SparseVector:
 
 def lexical_scores(left: Sequence[SparseVector], right: Sequence[SparseVector]) -> Scores:
     """Sums, over the tokens that two texts share, of the product of their weights: ``[n, m]``, higher is closer."""
-    scores = np.zeros((len(left), len(right)), dtype=np.float32)
+    scores = np.empty((len(left), len(right)), dtype=np.float32)
+    ids = np.concatenate([vector.ids for vector in right])
+    weights = np.concatenate([vector.weights for vector in right])
+    columns = np.repeat(np.arange(len(right)), [len(vector.ids) for vector in right])
+    # A left text's weights stand by token id, so that all right texts are gone through at once.
+    ours = np.zeros(1 + max(int(vector.ids.max(initial=0)) for vector in (*left, *right)), dtype=np.float32)
     for row, one in enumerate(left):
-        for column, other in enumerate(right):
-            _, ours, theirs = np.intersect1d(one.ids, other.ids, assume_unique=True, return_indices=True)
-            scores[row, column] = one.weights[ours] @ other.weights[theirs]
+        ours[one.ids] = one.weights
+        scores[row] = np.bincount(columns, ours[ids] * weights, minlength=len(right))
+        ours[one.ids] = 0
     return scores
 
 
