@@ -19,7 +19,7 @@ from embeddings_mcp.vectors import (
     best_first,
     best_of_rows,
     closest_pairs,
-    compare,
+    comparing,
     lexical_scores,
     normalize,
     shorten,
@@ -107,7 +107,7 @@ def rounding(left: npt.NDArray[np.float32], right: npt.NDArray[np.float32], metr
 def test_every_pair_has_the_score_of_its_definition(metric: Metric, data: st.DataObject, columns: int) -> None:
     left, right = data.draw(matrices(columns)), data.draw(matrices(columns))
     expected = np.array([[score(one, other, metric) for other in right] for one in left])
-    scores = compare(left, right, metric)
+    scores = comparing(right, metric)(left)
     assert scores.dtype == np.float32
     np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=rounding(left, right, metric))
 
@@ -116,8 +116,8 @@ def test_the_distance_of_near_vectors_does_not_drown_in_rounding() -> None:
     left = np.full((1, 384), 100, np.float32)
     right = left.copy()
     right[0, 0] += np.float32(2**-10)
-    assert compare(left, right, "euclidean")[0, 0] == pytest.approx(2**-10, rel=1e-3)
-    assert compare(left, left, "euclidean")[0, 0] == 0
+    assert comparing(right, "euclidean")(left)[0, 0] == pytest.approx(2**-10, rel=1e-3)
+    assert comparing(left, "euclidean")(left)[0, 0] == 0
 
 
 weighed = st.lists(

@@ -26,7 +26,7 @@ from embeddings_mcp.vectors import (
     best_first,
     best_of_rows,
     closest_pairs,
-    compare,
+    comparing,
     hybrid_scores,
     late_interaction_scores,
     lexical_scores,
@@ -78,9 +78,10 @@ def part(made: Made, texts: slice) -> Made:
 
 def comparison(left: Made, right: Made, mode: Mode, metric: Metric) -> ScoreBlock:
     """How the texts of `left` are scored against those of `right`; the metric is that of dense vectors."""
+    score = comparing(right.vectors, metric)
 
     def dense(rows: slice) -> Scores:
-        return compare(left.vectors[rows], right.vectors, metric)
+        return score(left.vectors[rows])
 
     if isinstance(left, Embeddings) or isinstance(right, Embeddings):
         return dense

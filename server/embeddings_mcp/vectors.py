@@ -81,20 +81,28 @@ def to_base64(vector: npt.NDArray[np.generic]) -> str:
     return base64.b64encode(vector.astype(vector.dtype.newbyteorder("<"), copy=False).tobytes()).decode("ascii")
 
 
-def compare(left: FloatMatrix, right: FloatMatrix, metric: Metric) -> FloatMatrix:
-    """Score every row of `left` ``[n, d]`` against every row of `right` ``[m, d]``.
+def comparing(right: FloatMatrix, metric: Metric) -> Callable[[FloatMatrix], Scores]:
+    """Makes ready to score vectors against every row of `right` ``[m, d]``: what that takes of `right` is done once.
 
     Returns:
-        ``[n, m]``: cosine or dot product (higher is closer), or Euclidean distance (lower is closer).
+        Scores vectors ``[n, d]``: ``[n, m]``, cosine or dot product (higher is closer), or Euclidean distance (lower is
+        closer).
     """
     if metric == "cosine":
-        return normalize(left) @ normalize(right).T
+        directions = normalize(right)
+        return lambda left: normalize(left) @ directions.T
     if metric == "dot":
-        return left @ right.T
+        return lambda left: left @ right.T
     # |a-b|^2 = |a|^2 - 2ab + |b|^2 needs no [n, m, d] array; in float64, since the terms cancel for near vectors.
-    wide_left, wide_right = left.astype(np.float64), right.astype(np.float64)
-    squares = (wide_left**2).sum(axis=1)[:, None] + (wide_right**2).sum(axis=1)[None, :]
-    distances: FloatMatrix = np.sqrt(np.maximum(squares - 2 * (wide_left @ wide_right.T), 0.0)).astype(np.float32)
+    wide_right = right.astype(np.float64)
+    right_squares = (wide_right**2).sum(axis=1)[None, :]
+
+    def distances(left: FloatMatrix) -> Scores:
+        wide_left = left.astype(np.float64)
+        squares = (wide_left**2).sum(axis=1)[:, None] + right_squares
+        made: Scores = np.sqrt(np.maximum(squares - 2 * (wide_left @ wide_right.T), 0.0)).astype(np.float32)
+        return made
+
     return distances
 
 
