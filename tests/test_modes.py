@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import anyio
+import anyio.to_thread
 import numpy as np
 import pytest
 
 from embeddings_mcp.assemble import build_service
+from embeddings_mcp.embedders.base import Representations
 from embeddings_mcp.errors import InvalidRequest
+from embeddings_mcp.models import ModelCard
 from embeddings_mcp.schema import ColbertEmbeddingRequest, SearchRequest, SimilarityRequest, SparseEmbeddingRequest
 from embeddings_mcp.serialization import parse
 from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
-from tests.support import service_of
+from tests.support import SECONDS, HashEmbedder, service_of
 
 pytestmark = pytest.mark.anyio
 
@@ -96,6 +101,41 @@ async def test_top_k_keeps_the_closest_pairs_of_any_mode(service: EmbeddingServi
 
     above = sorted((every[row][column] for row in range(5) for column in range(row + 1, 5)), reverse=True)
     assert [pair["score"] for pair in best] == above[:2]
+
+
+class TokenVector(np.ndarray[Any, Any]):
+    """The only one of a text, which says when it is compared, and counts how often."""
+
+    begun = threading.Event()
+    times = 0
+
+    def __matmul__(self, other: Any) -> Any:
+        TokenVector.times += 1
+        TokenVector.begun.set()
+        return np.asarray(self) @ other
+
+
+class TokenEmbedder(HashEmbedder):
+    """Makes a vector of each text's only token, too."""
+
+    async def represent(self, texts: Sequence[str], **options: Any) -> Representations:
+        made = await self.embed(texts, **options)
+        return Representations(
+            made.vectors, sparse=(), colbert=[row.view(TokenVector)[None] for row in made.vectors], prompt_tokens=0
+        )
+
+
+async def test_the_comparing_of_token_vectors_ends_with_its_request() -> None:
+    service = service_of(TokenEmbedder(ModelCard(id="test/tokens", dimensions=8, modes=("dense", "colbert"))))
+    texts = [str(number) for number in range(1_000)]
+    request = parse(SimilarityRequest, {"model": "default", "input": texts, "mode": "colbert", "top_k": 1})
+
+    with anyio.fail_after(SECONDS):
+        async with anyio.create_task_group() as group:
+            group.start_soon(service.similarity, request)
+            assert await anyio.to_thread.run_sync(TokenVector.begun.wait, SECONDS)
+            group.cancel_scope.cancel()
+    assert 0 < TokenVector.times < 1_000 * 1_000
 
 
 async def test_a_model_without_the_mode_says_which_it_has() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import anyio.from_thread
 import numpy as np
 
 from embeddings_mcp.embedders.base import Embeddings, Representations
@@ -77,7 +78,10 @@ def part(made: Made, texts: slice) -> Made:
 
 
 def comparison(left: Made, right: Made, mode: Mode, metric: Metric) -> ScoreBlock:
-    """How the texts of `left` are scored against those of `right`; the metric is that of dense vectors."""
+    """How the texts of `left` are scored against those of `right`; the metric is that of dense vectors.
+
+    Token vectors are compared on a worker thread of anyio's, until the request is cancelled.
+    """
     score = comparing(right.vectors, metric)
 
     def dense(rows: slice) -> Scores:
@@ -91,7 +95,11 @@ def comparison(left: Made, right: Made, mode: Mode, metric: Metric) -> ScoreBloc
         return lexical_scores(one.sparse[rows], other.sparse)
 
     def colbert(rows: slice) -> Scores:
-        return late_interaction_scores(one.colbert[rows], other.colbert)
+        scores = []
+        for row in one.colbert[rows]:
+            anyio.from_thread.check_cancelled()  # every pair is a product of two matrices: with many it takes hours
+            scores.append(late_interaction_scores([row], other.colbert))
+        return np.concatenate(scores)
 
     def hybrid(rows: slice) -> Scores:
         return hybrid_scores(dense(rows), sparse(rows), colbert(rows))
