@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from typing import Any
 
 import jsonschema
@@ -188,6 +189,19 @@ def test_an_unknown_field_brings_the_known_ones_and_a_guess() -> None:
 def test_a_field_that_is_there_already_was_not_meant_by_an_unknown_one() -> None:
     search = {"query": "a", "input": "b", "input_type": "query"}
     assert "did you mean" not in refusal(SearchRequest, search).message
+
+
+def test_of_unknown_fields_that_are_not_named_there_is_a_number_and_nothing_else() -> None:
+    request = {**EMBED, "truncate": "end"} | {f"field {number}": 1 for number in range(10_000)}
+    tracemalloc.start()
+    try:
+        message = refusal(EmbeddingRequest, request).message
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert "not 'end'; `field 0` is not a field of this request; " in message
+    assert "; `field 3` is not a field of this request; and 9996 more; accepted are model" in message
+    assert peak < 300 * 10_000
 
 
 def test_the_known_fields_come_once_however_many_are_unknown() -> None:
