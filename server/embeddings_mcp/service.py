@@ -164,7 +164,7 @@ class EmbeddingService:
         )
         left = answers.part(made, slice(rows))
         right = left if columns is None else answers.part(made, slice(rows, None))
-        score = functools.partial(answers.comparison, left, right, request.mode, request.metric)
+        compare = functools.partial(answers.comparison, left, right, request.mode, request.metric)
         response: SimilarityResponse = {
             "model": made.served_model or embedder.card.id,
             "usage": answers.usage(made),
@@ -172,10 +172,10 @@ class EmbeddingService:
         if request.mode == "dense":
             response["metric"] = request.metric
         if (top_k := request.top_k) is None:
-            response["scores"] = await _compute(made, lambda: answers.matrix(score()))
+            response["scores"] = await _compute(made, lambda: answers.matrix(compare()))
         else:
             response["pairs"] = await _compute(
-                made, lambda: answers.pairs(score(), rows, columns, request.metric, top_k)
+                made, lambda: answers.pairs(compare(), rows, columns, request.metric, top_k)
             )
         return response
 
@@ -193,11 +193,11 @@ class EmbeddingService:
                 param="model",
             )
         query, found, usage = await self._query_and_passages(embedder, request, on_progress)
-        score = functools.partial(answers.comparison, query, found, request.mode, "cosine")
+        compare = functools.partial(answers.comparison, query, found, request.mode, "cosine")
         rows, columns = len(query.vectors), len(found.vectors)
         return {
             "model": found.served_model or embedder.card.id,
-            "results": await _compute(found, lambda: answers.ranking(score(), rows, columns, request.top_k)),
+            "results": await _compute(found, lambda: answers.ranking(compare(), rows, columns, request.top_k)),
             "usage": usage,
         }
 
