@@ -85,9 +85,12 @@ def _is_there(path: Path) -> bool:
         InvalidSetting: nobody may look there, or no file can have such a name.
     """
     try:
-        return path.exists()
+        path.stat()  # Path.exists says no to all errors, from Python 3.14 on
+    except (FileNotFoundError, NotADirectoryError):
+        return False
     except OSError as error:
         raise _unusable(path, "used", error) from error
+    return True
 
 
 def _unusable(path: Path, verb: str, error: Exception) -> InvalidSetting:
