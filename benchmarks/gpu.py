@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -174,9 +175,8 @@ def _show_shape(shape: Shape, setting: _Setting) -> None:
         made = {name: embed(wanted) for name, embed in embedders.items()}  # to warm up, too
         for _ in range(_ROUNDS):
             for name, embed in embedders.items():
-                # mypy infers no types for what a lambda binds by its defaults.
-                taken[name].append(_seconds(lambda embed=embed: embed(wanted)))  # type: ignore[misc]
-                alone[name] += [_seconds(lambda embed=embed, query=query: embed([query])) for query in queries]  # type: ignore[misc]
+                taken[name].append(_seconds(partial(embed, wanted)))
+                alone[name] += [_seconds(partial(embed, [query])) for query in queries]
         tokenizing = _seconds(lambda: _tokens(encoder, wanted))
     rows = []
     for name, seconds in taken.items():
@@ -242,10 +242,7 @@ def _peers(folder: Path, shape: Shape, device: str) -> dict[str, Embed]:
         ).float().cpu().numpy()  # fmt: skip
         return vectors
 
-    return {  # as above, mypy infers no types for a lambda's defaults
-        f"sentence-transformers, batches of {size}": lambda batch, size=size: embed(batch, size)  # type: ignore[misc]
-        for size in (32, 128)
-    }
+    return {f"sentence-transformers, batches of {size}": partial(embed, size=size) for size in (32, 128)}
 
 
 def _padded(folder: Path, shape: Shape, device: str, size: int) -> Embed:
