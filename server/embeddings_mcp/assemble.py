@@ -278,7 +278,8 @@ def _of_settings(model: str, settings: Settings) -> str | None:
         name, _ = _read(spec)
         return find_id(name, settings.cards).lower()
 
-    return next((spec for spec in settings.models if meant(spec) == meant(model)), None)
+    wanted = meant(model)
+    return next((spec for spec in settings.models if meant(spec) == wanted), None)
 
 
 def _read(spec: str) -> tuple[str, Path | None]:
