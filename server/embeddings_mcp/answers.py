@@ -28,9 +28,9 @@ from embeddings_mcp.vectors import (
     best_of_rows,
     closest_pairs,
     comparing,
+    comparing_weights,
     hybrid_scores,
     late_interaction_scores,
-    lexical_scores,
     quantize,
     to_base64,
 )
@@ -82,29 +82,35 @@ def comparison(left: Made, right: Made, mode: Mode, metric: Metric) -> ScoreBloc
 
     Token vectors are compared on a worker thread of anyio's, until the request is cancelled.
     """
+    if mode == "dense" or isinstance(left, Embeddings) or isinstance(right, Embeddings):
+        return _dense(left, right, metric)
+    if mode == "sparse":
+        return _sparse(left, right)
+    if mode == "colbert":
+        return _colbert(left, right)
+    parts = _dense(left, right, metric), _sparse(left, right), _colbert(left, right)
+    return lambda rows: hybrid_scores(*(score(rows) for score in parts))
+
+
+def _dense(left: Made, right: Made, metric: Metric) -> ScoreBlock:
     score = comparing(right.vectors, metric)
+    return lambda rows: score(left.vectors[rows])
 
-    def dense(rows: slice) -> Scores:
-        return score(left.vectors[rows])
 
-    if isinstance(left, Embeddings) or isinstance(right, Embeddings):
-        return dense
-    one, other = left, right
+def _sparse(left: Representations, right: Representations) -> ScoreBlock:
+    score = comparing_weights(right.sparse)
+    return lambda rows: score(left.sparse[rows])
 
-    def sparse(rows: slice) -> Scores:
-        return lexical_scores(one.sparse[rows], other.sparse)
 
-    def colbert(rows: slice) -> Scores:
+def _colbert(left: Representations, right: Representations) -> ScoreBlock:
+    def score(rows: slice) -> Scores:
         scores = []
-        for row in one.colbert[rows]:
+        for row in left.colbert[rows]:
             anyio.from_thread.check_cancelled()  # every pair is a product of two matrices: with many it takes hours
-            scores.append(late_interaction_scores([row], other.colbert))
+            scores.append(late_interaction_scores([row], right.colbert))
         return np.concatenate(scores)
 
-    def hybrid(rows: slice) -> Scores:
-        return hybrid_scores(dense(rows), sparse(rows), colbert(rows))
-
-    return {"dense": dense, "sparse": sparse, "colbert": colbert, "hybrid": hybrid}[mode]
+    return score
 
 
 def matrix(score: ScoreBlock) -> list[list[float]]:

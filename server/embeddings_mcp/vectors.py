@@ -177,18 +177,27 @@ class SparseVector:
     weights: npt.NDArray[np.float32]
 
 
-def lexical_scores(left: Sequence[SparseVector], right: Sequence[SparseVector]) -> Scores:
-    """Sums, over the tokens that two texts share, of the product of their weights: ``[n, m]``, higher is closer."""
-    scores = np.empty((len(left), len(right)), dtype=np.float32)
+def comparing_weights(right: Sequence[SparseVector]) -> Callable[[Sequence[SparseVector]], Scores]:
+    """As `comparing`, for lexical weights: what is made ready of `right` serves all texts that are scored against it.
+
+    Returns:
+        Scores n texts, ``[n, m]``: sums, over the tokens that two texts share, of the product of their weights; higher
+        is closer.
+    """
     ids = np.concatenate([vector.ids for vector in right])
     weights = np.concatenate([vector.weights for vector in right])
     columns = np.repeat(np.arange(len(right)), [len(vector.ids) for vector in right])
-    # A left text's weights stand by token id, so that all right texts are gone through at once.
-    ours = np.zeros(1 + max(int(vector.ids.max(initial=0)) for vector in (*left, *right)), dtype=np.float32)
-    for row, one in enumerate(left):
-        ours[one.ids] = one.weights
-        scores[row] = np.bincount(columns, ours[ids] * weights, minlength=len(right))
-        ours[one.ids] = 0
+
+    def scores(left: Sequence[SparseVector]) -> Scores:
+        made = np.empty((len(left), len(right)), dtype=np.float32)
+        # A left text's weights stand by token id, so that all right texts are gone through at once.
+        ours = np.zeros(1 + max(int(some.max(initial=0)) for some in (ids, *(one.ids for one in left))), np.float32)
+        for row, one in enumerate(left):
+            ours[one.ids] = one.weights
+            made[row] = np.bincount(columns, ours[ids] * weights, minlength=len(right))
+            ours[one.ids] = 0
+        return made
+
     return scores
 
 
