@@ -18,7 +18,7 @@ from typing import ParamSpec, TypeVar
 
 from embeddings_mcp.embedders.local.encoder import Encoder
 from embeddings_mcp.embedders.local.tokenizer import Tokenizer
-from embeddings_mcp.faces import cli
+from embeddings_mcp.faces.cli import commands
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -60,7 +60,7 @@ def main(path: str) -> None:
             file.write(f"{time.process_time()} {account.seconds}\n")
 
     signal.signal(signal.SIGUSR1, report)
-    cli.main()
+    commands.main()
 
 
 def read(pid: int, path: Path) -> tuple[float, float]:

@@ -21,7 +21,7 @@ from benchmarks.table import number, ratio, show
 from benchmarks.workloads import texts
 from embeddings_mcp.embedders.base import Embedder, Embeddings, OnRows
 from embeddings_mcp.embedders.cache import Cache, CachedEmbedder, DiskStore, MemoryStore
-from embeddings_mcp.embedders.local.files import ModelFiles
+from embeddings_mcp.embedders.local.model_files import ModelFiles
 from embeddings_mcp.embedders.local_embedder import LocalEmbedder
 from embeddings_mcp.models import DEFAULT_MODEL, ModelCard, find_card
 

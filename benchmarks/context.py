@@ -25,7 +25,7 @@ from benchmarks.table import ratio, show
 from benchmarks.workloads import texts
 from embeddings_mcp.assemble import build_service
 from embeddings_mcp.embedders.local.locate import locate
-from embeddings_mcp.faces.mcp import build_mcp_server
+from embeddings_mcp.faces.mcp.server import build_mcp_server
 from embeddings_mcp.models import DEFAULT_MODEL
 from embeddings_mcp.settings import Settings
 from embeddings_mcp.vectors import FloatMatrix

@@ -23,11 +23,11 @@ from starlette.types import ASGIApp
 
 from embeddings_mcp.embedders.base import Embedder, Embeddings, OnProgress, OnRows
 from embeddings_mcp.errors import InputTooLong
-from embeddings_mcp.faces.connection import Connection
-from embeddings_mcp.faces.http import create_app
-from embeddings_mcp.faces.mcp import build_mcp_server
-from embeddings_mcp.limits import Limits
+from embeddings_mcp.faces.http.app import create_app
+from embeddings_mcp.faces.http.connection import Connection
+from embeddings_mcp.faces.mcp.server import build_mcp_server
 from embeddings_mcp.models import InputType, ModelCard, Truncate
+from embeddings_mcp.request_limits import Limits
 from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
 

@@ -18,7 +18,7 @@ from mcp.shared.exceptions import MCPError
 
 from embeddings_mcp.embedders.nim import client
 from embeddings_mcp.errors import UpstreamFailed
-from embeddings_mcp.faces.mcp import build_mcp_server
+from embeddings_mcp.faces.mcp.server import build_mcp_server
 from tests.nim.standin import answering, stand_in
 from tests.nim.test_embedder import embed, embedding_at
 from tests.support import ROOT, SECONDS, served, service_of

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embeddings_mcp.caller import named
+from embeddings_mcp.caller import with_caller_name
 from embeddings_mcp.embedders.batcher import Batcher, Claim
 from embeddings_mcp.errors import ModelUnavailable, Overloaded, ServerStopped
 from tests.support import SECONDS, Clock, until
@@ -67,7 +67,7 @@ async def submit(
         assert not results.keys() & set(places), "a result was given twice"
         results.update(zip(places, made, strict=True))
 
-    with anyio.fail_after(SECONDS), named(caller):
+    with anyio.fail_after(SECONDS), with_caller_name(caller):
         await batcher.submit(kind, pieces.pop(0), take, more=bring, claim=claim)
     return [results[index] for index in range(len(rows))]
 
@@ -465,7 +465,7 @@ async def test_those_who_are_refused_are_asked_back_as_fast_as_the_workers_are_s
     """After the 2 s of work that the one before him brings, and a third more; in half of the time where two work."""
     clock = Clock()
     monkeypatch.setattr("embeddings_mcp.embedders.batcher.time", clock)
-    monkeypatch.setattr("embeddings_mcp.turns.time", clock)
+    monkeypatch.setattr("embeddings_mcp.reservations.time", clock)
     steps = Steps()
     batcher = Batcher[str, object](steps, workers=workers, budget=BUDGET, max_queued_tokens=20)
     told = []

@@ -20,7 +20,7 @@ import pytest
 from embeddings_mcp import __version__
 from embeddings_mcp.assemble import build_service
 from embeddings_mcp.embedders.local.locate import find_bundled
-from embeddings_mcp.faces import cli, terminal
+from embeddings_mcp.faces.cli import commands, terminal
 from embeddings_mcp.models import DEFAULT_MODEL
 from embeddings_mcp.settings import Settings
 from tests.support import served
@@ -63,7 +63,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         monkeypatch.setattr(sys, "argv", ["embeddings-mcp", *arguments])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            commands.main()
         captured = capsys.readouterr()
         return Outcome(ended.value.code or 0, captured.out, captured.err)
 

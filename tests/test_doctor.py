@@ -22,9 +22,9 @@ from starlette.responses import JSONResponse, Response
 from embeddings_mcp import __version__
 from embeddings_mcp.embedders.cache.database import FILE
 from embeddings_mcp.embedders.local import locate, placement
-from embeddings_mcp.embedders.local.processors import has_onednn
-from embeddings_mcp.faces import doctor
-from embeddings_mcp.faces.doctor import Finding, examine
+from embeddings_mcp.embedders.local.hardware import has_onednn
+from embeddings_mcp.faces.cli import doctor
+from embeddings_mcp.faces.cli.doctor import Finding, examine
 from embeddings_mcp.models import DEFAULT_MODEL, ModelCard, Precision
 from embeddings_mcp.settings import EndpointSettings, Settings
 from tests.faces.issuer import RESOURCE, issuing

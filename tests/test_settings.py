@@ -7,9 +7,9 @@ import logging
 import pytest
 from pydantic import ValidationError
 
+from embeddings_mcp.misspelt_settings import misspelt
 from embeddings_mcp.models import DEFAULT_MODEL
 from embeddings_mcp.settings import Settings
-from embeddings_mcp.variables import misspelt
 
 SECRET = "sk-not-to-be-seen"
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from embeddings_mcp.assemble import build_service, open_embedder
 from embeddings_mcp.embedders.base import Embedder
 from embeddings_mcp.errors import UnknownModel
-from embeddings_mcp.faces.cli import app
+from embeddings_mcp.faces.cli.commands import app
 from embeddings_mcp.models import InputType, ModelCard, OwnCard
 from embeddings_mcp.settings import EndpointSettings, Settings
 from embeddings_mcp.vectors import FloatMatrix

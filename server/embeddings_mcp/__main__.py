@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from embeddings_mcp.garbage import nothing_collected
+from embeddings_mcp.gc_pause import gc_paused
 
 
 def main() -> None:
@@ -14,9 +14,9 @@ def main() -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     _open_what_is_closed()
     try:
-        with nothing_collected():
-            from embeddings_mcp.embedders.once import is_making
-            from embeddings_mcp.faces.cli import main as run
+        with gc_paused():
+            from embeddings_mcp.embedders.lazy import is_making
+            from embeddings_mcp.faces.cli.commands import main as run
         run()
     except KeyboardInterrupt:
         sys.exit(130)  # as commands end that are interrupted later

@@ -19,9 +19,9 @@ from embeddings_mcp.catalogue import DEFAULT, ModelSource, ids_of, meaning
 from embeddings_mcp.embedders.base import Embedder
 from embeddings_mcp.embedders.cache import Cache, DiskStore, MemoryStore, cached
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint, read_checkpoint
-from embeddings_mcp.embedders.local.files import ModelFiles
 from embeddings_mcp.embedders.local.fingerprint import file_digest, file_state
 from embeddings_mcp.embedders.local.locate import find_bundled
+from embeddings_mcp.embedders.local.model_files import ModelFiles
 from embeddings_mcp.embedders.local.running.loaded import LoadedModel
 from embeddings_mcp.embedders.local.running.loading import Loading
 from embeddings_mcp.embedders.local_embedder import LocalEmbedder

@@ -20,12 +20,12 @@ _caller_key: ContextVar[SecretStr | None] = ContextVar("caller_key", default=Non
 
 
 def caller_key() -> SecretStr | None:
-    """The key that the caller of the request in work has brought."""
+    """The key that the caller of the request in flight has brought."""
     return _caller_key.get()
 
 
 @contextmanager
-def bringing(key: SecretStr) -> Iterator[None]:
+def with_caller_key(key: SecretStr) -> Iterator[None]:
     """What is begun in this block works for a caller who has brought this key."""
     token = _caller_key.set(key)
     try:
@@ -40,7 +40,7 @@ def caller_name() -> str:
 
 
 @contextmanager
-def named(name: str) -> Iterator[None]:
+def with_caller_name(name: str) -> Iterator[None]:
     """What is begun in this block works for the caller of this name."""
     token = _caller_name.set(name)
     try:

@@ -14,7 +14,7 @@
     |-- PayloadTooLarge           the body is over the limit
     |-- Overloaded                no room in the queue now: says when to come back
     |-- RateLimited               the caller has asked too often: says when to come back
-    |-- TooBusy                   too many requests are in work: says when to come back
+    |-- TooBusy                   too many requests are in flight: says when to come back
     |-- RequestTimeout            the request took longer than one may
     |-- ServerStopped             the server is shutting down
     `-- ModelUnavailable          the model is known, but cannot answer here and now
@@ -205,7 +205,7 @@ class RateLimited(EmbeddingsError):
 
 
 class TooBusy(EmbeddingsError):
-    """The server has as many requests in work as it takes; `Retry-After` is always sent."""
+    """The server has as many requests in flight as it takes; `Retry-After` is always sent."""
 
 
 class RequestTimeout(EmbeddingsError):

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from embeddings_mcp.settings import Settings
 
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
-"""Of the request in work."""
+"""Of the request in flight."""
 
 ACCESS = "embeddings_mcp.access"
 """The logger that has a record, of level INFO, for every HTTP request."""

@@ -23,8 +23,8 @@ from pydantic import SecretStr
 
 from embeddings_mcp.embedders.nim import HOSTED_URL
 from embeddings_mcp.errors import InvalidSetting
-from embeddings_mcp.located import Members, Part, read_yaml
 from embeddings_mcp.settings import EndpointSettings, Settings
+from embeddings_mcp.yaml_source import Members, Part, read_yaml
 
 KNOWN_VERSIONS: Mapping[str, tuple[str, ...]] = {
     "ikanos": ("1.0.0-alpha3", "1.0.0-alpha4", *(f"1.0.0-beta{number}" for number in range(1, 6))),

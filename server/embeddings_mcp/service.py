@@ -14,7 +14,7 @@ from typing import TypeVar
 import anyio.to_thread
 import numpy as np
 
-from embeddings_mcp import answers
+from embeddings_mcp import responses
 from embeddings_mcp.catalogue import DEFAULT, Catalogue, ModelSource
 from embeddings_mcp.embedders.base import (
     Embedder,
@@ -97,10 +97,10 @@ class EmbeddingService:
         return {
             "object": "list",
             "data": await _compute(
-                made, lambda: answers.encoded(made.vectors, request.encoding_format, embedding_type)
+                made, lambda: responses.encoded(made.vectors, request.encoding_format, embedding_type)
             ),
             "model": made.served_model or embedder.card.id,
-            "usage": answers.usage(made),
+            "usage": responses.usage(made),
         }
 
     async def create_sparse_embedding(
@@ -114,9 +114,9 @@ class EmbeddingService:
         embedder, made = await self._represent_input(request, on_progress, "sparse")
         return {
             "object": "list",
-            "data": answers.sparse_encoded(made),
+            "data": responses.sparse_encoded(made),
             "model": embedder.card.id,
-            "usage": answers.usage(made),
+            "usage": responses.usage(made),
         }
 
     async def create_colbert_embedding(
@@ -130,9 +130,9 @@ class EmbeddingService:
         embedder, made = await self._represent_input(request, on_progress, "colbert")
         return {
             "object": "list",
-            "data": await _compute(made, lambda: answers.colbert_encoded(made, request.encoding_format)),
+            "data": await _compute(made, lambda: responses.colbert_encoded(made, request.encoding_format)),
             "model": embedder.card.id,
-            "usage": answers.usage(made),
+            "usage": responses.usage(made),
         }
 
     async def similarity(self, request: SimilarityRequest, on_progress: OnProgress | None = None) -> SimilarityResponse:
@@ -162,20 +162,20 @@ class EmbeddingService:
             dimensions=request.dimensions,
             on_progress=on_progress,
         )
-        left = answers.part(made, slice(rows))
-        right = left if columns is None else answers.part(made, slice(rows, None))
-        compare = functools.partial(answers.comparison, left, right, request.mode, request.metric)
+        left = responses.part(made, slice(rows))
+        right = left if columns is None else responses.part(made, slice(rows, None))
+        compare = functools.partial(responses.comparison, left, right, request.mode, request.metric)
         response: SimilarityResponse = {
             "model": made.served_model or embedder.card.id,
-            "usage": answers.usage(made),
+            "usage": responses.usage(made),
         }
         if request.mode == "dense":
             response["metric"] = request.metric
         if (top_k := request.top_k) is None:
-            response["scores"] = await _compute(made, lambda: answers.matrix(compare()))
+            response["scores"] = await _compute(made, lambda: responses.matrix(compare()))
         else:
             response["pairs"] = await _compute(
-                made, lambda: answers.pairs(compare(), rows, columns, request.metric, top_k)
+                made, lambda: responses.pairs(compare(), rows, columns, request.metric, top_k)
             )
         return response
 
@@ -193,11 +193,11 @@ class EmbeddingService:
                 param="model",
             )
         query, found, usage = await self._query_and_passages(embedder, request, on_progress)
-        compare = functools.partial(answers.comparison, query, found, request.mode, "cosine")
+        compare = functools.partial(responses.comparison, query, found, request.mode, "cosine")
         rows, columns = len(query.vectors), len(found.vectors)
         return {
             "model": found.served_model or embedder.card.id,
-            "results": await _compute(found, lambda: answers.ranking(compare(), rows, columns, request.top_k)),
+            "results": await _compute(found, lambda: responses.ranking(compare(), rows, columns, request.top_k)),
             "usage": usage,
         }
 
@@ -267,7 +267,7 @@ class EmbeddingService:
         truncate: Truncate,
         dimensions: int | None,
         on_progress: OnProgress | None,
-    ) -> answers.Made:
+    ) -> responses.Made:
         """What `mode` needs, at the length asked for, of the texts in these fields, one field after the other."""
         _check_input_type(embedder.card, input_type)
         if dimensions is not None:
@@ -284,7 +284,7 @@ class EmbeddingService:
 
     async def _query_and_passages(
         self, embedder: Embedder, request: SearchRequest, on_progress: OnProgress | None
-    ) -> tuple[answers.Made, answers.Made, Usage]:
+    ) -> tuple[responses.Made, responses.Made, Usage]:
         """What `mode` needs of the query and of the passages, and what it cost; of a symmetric model in one call."""
         make = functools.partial(
             self._embed, embedder, mode=request.mode, truncate=request.truncate, dimensions=request.dimensions
@@ -292,10 +292,14 @@ class EmbeddingService:
         queries = count_texts(request.query)
         if embedder.card.input_type == "ignored":
             made = await make(texts_of(request), input_type=None, on_progress=on_progress)
-            return answers.part(made, slice(queries)), answers.part(made, slice(queries, None)), answers.usage(made)
+            return (
+                responses.part(made, slice(queries)),
+                responses.part(made, slice(queries, None)),
+                responses.usage(made),
+            )
         query = await make({"query": request.query}, input_type="query", on_progress=on_progress)
         found = await make({"input": request.input}, input_type="passage", on_progress=_after(queries, on_progress))
-        return query, found, answers.usage(query, found)
+        return query, found, responses.usage(query, found)
 
     async def _represent_input(
         self, request: SparseEmbeddingRequest, on_progress: OnProgress | None, mode: Mode
@@ -336,7 +340,7 @@ class EmbeddingService:
         return entry
 
 
-async def _compute(made: answers.Made, work: Callable[[], _Result]) -> _Result:
+async def _compute(made: responses.Made, work: Callable[[], _Result]) -> _Result:
     """What `work` makes of `made`: on a worker thread where it would hold up the event loop."""
     light = isinstance(made, Embeddings) and made.vectors.size <= _NUMBERS_ON_LOOP
     return work() if light else await anyio.to_thread.run_sync(work)
@@ -415,8 +419,8 @@ def _as_list(texts: str | list[str]) -> list[str]:
 
 
 def _finished(
-    made: answers.Made, card: ModelCard, fields: Mapping[str, str | list[str]], dimensions: int | None
-) -> answers.Made:
+    made: responses.Made, card: ModelCard, fields: Mapping[str, str | list[str]], dimensions: int | None
+) -> responses.Made:
     """The vectors, found to be numbers, at the length asked for."""
     broken = np.flatnonzero(~np.isfinite(made.vectors).all(axis=1))
     if broken.size:

@@ -232,11 +232,11 @@ class Settings(BaseSettings):
     max_body_bytes: Annotated[
         int, Field(gt=0, description="Largest HTTP request body. The hosted NIM gateway takes 25 MiB.")
     ] = 25 * 1024 * 1024
-    max_bytes_in_work: Annotated[
-        int, Field(gt=0, description="Bytes that the bodies of all HTTP requests in work may have together.")
+    max_bytes_in_flight: Annotated[
+        int, Field(gt=0, description="Bytes that the bodies of all HTTP requests in flight may have together.")
     ] = 256 * 1024 * 1024
-    max_requests_in_work: Annotated[
-        int, Field(gt=0, description="HTTP requests that may be in work at the same time, those that wait included.")
+    max_requests_in_flight: Annotated[
+        int, Field(gt=0, description="HTTP requests that may be in flight at the same time, those that wait included.")
     ] = 256
     requests_per_minute: Annotated[
         int | None,

@@ -47,7 +47,7 @@ HTTP_SECONDS = Histogram(
     buckets=_SECONDS,
     registry=REGISTRY,
 )
-REQUESTS_IN_WORK = Gauge("embeddings_http_requests_in_work", "HTTP requests in work now.", registry=REGISTRY)
+REQUESTS_IN_FLIGHT = Gauge("embeddings_http_requests_in_flight", "HTTP requests in flight now.", registry=REGISTRY)
 CALLS = Counter(
     "embeddings_calls",
     "Operations answered, over MCP and REST; code is `ok`, or that of the error.",

@@ -18,8 +18,8 @@ from embeddings_mcp import assemble
 from embeddings_mcp.assemble import build_service
 from embeddings_mcp.embedders.local import fingerprint
 from embeddings_mcp.embedders.local.encoder import Encoder
-from embeddings_mcp.embedders.local.files import ModelFiles
 from embeddings_mcp.embedders.local.fingerprint import file_digest, number_format
+from embeddings_mcp.embedders.local.model_files import ModelFiles
 from embeddings_mcp.errors import CheckpointInvalid, ModelUnavailable
 from embeddings_mcp.models import Precision
 from embeddings_mcp.schema import EmbeddingRequest
@@ -239,7 +239,7 @@ async def test_a_file_that_was_changed_a_moment_ago_is_read_again(
 
 def test_what_is_remembered_is_answered_without_torch(folder: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from embeddings_mcp.faces.cli import app; app(sys.argv[1:], standalone_mode=False);"
+        "import sys; from embeddings_mcp.faces.cli.commands import app; app(sys.argv[1:], standalone_mode=False);"
         "print('torch' in sys.modules)"
     )
     arguments = ["embed", "a cat", "--json", "--model", f"mine={folder}", "--device", "cpu", "--cache", str(tmp_path)]

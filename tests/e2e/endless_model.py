@@ -11,7 +11,7 @@ from typing import NoReturn
 import torch
 
 from embeddings_mcp.__main__ import main
-from embeddings_mcp.embedders.local.files import ModelFiles
+from embeddings_mcp.embedders.local.model_files import ModelFiles
 
 
 def load(_files: ModelFiles) -> NoReturn:

@@ -194,7 +194,7 @@ def test_listing_the_tools_imports_no_encoder() -> None:
     out, imports = _exchange([COMMAND, "serve"], "tools/list", PYTHONPROFILEIMPORTTIME="1")
     assert '"name":"create_embedding"' in out
     imported = {line.rpartition("|")[2].strip() for line in imports.splitlines() if line.startswith("import time:")}
-    assert "embeddings_mcp.faces.mcp" in imported
+    assert "embeddings_mcp.faces.mcp.server" in imported
     assert not imported & {"torch", "transformers", "tokenizers", "safetensors", "huggingface_hub"}
 
 

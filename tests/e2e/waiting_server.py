@@ -13,8 +13,8 @@ from typing import Any
 import anyio
 
 from embeddings_mcp.embedders.base import Embeddings
-from embeddings_mcp.faces.http import serve_http
-from embeddings_mcp.faces.mcp import build_mcp_server
+from embeddings_mcp.faces.http.app import serve_http
+from embeddings_mcp.faces.mcp.server import build_mcp_server
 from embeddings_mcp.settings import Settings
 from tests.support import HashEmbedder, service_of
 

@@ -21,6 +21,6 @@ class NotInstalled(MetaPathFinder):
 if __name__ == "__main__":
     sys.meta_path.insert(0, NotInstalled())
 
-    from embeddings_mcp.faces.cli import main
+    from embeddings_mcp.faces.cli.commands import main
 
     main()

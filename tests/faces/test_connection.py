@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from embeddings_mcp.faces import connection
+from embeddings_mcp.faces.http import connection
 from embeddings_mcp.models import ModelCard
 from tests.support import HashEmbedder, served, service_of
 
@@ -96,7 +96,7 @@ def test_who_does_not_read_his_answer_loses_his_place_to_others(
 ) -> None:
     monkeypatch.setattr(connection, "STALL_SECONDS", 2.0)
     with (
-        serving_long_vectors(max_requests_in_work=1) as url,
+        serving_long_vectors(max_requests_in_flight=1) as url,
         connected(url) as client,
         httpx.Client(base_url=url, timeout=SECONDS) as other,
     ):

@@ -13,8 +13,8 @@ from mcp.server.mcpserver import MCPServer
 from starlette.types import ASGIApp, Message, Scope
 
 from embeddings_mcp.errors import InvalidSetting
-from embeddings_mcp.faces.guard import Guard
-from embeddings_mcp.faces.http import create_app
+from embeddings_mcp.faces.http.app import create_app
+from embeddings_mcp.faces.http.guard import Guard
 from embeddings_mcp.settings import Settings
 from tests.support import INITIALIZE, client_of, service_of
 

@@ -20,15 +20,15 @@ from mcp import Client
 from mcp.client.streamable_http import streamable_http_client
 
 from embeddings_mcp.errors import InvalidSetting
-from embeddings_mcp.faces.http import serve_http
-from embeddings_mcp.faces.mcp import build_mcp_server
+from embeddings_mcp.faces.http.app import serve_http
+from embeddings_mcp.faces.mcp.server import build_mcp_server
 from embeddings_mcp.publish.openapi import openapi_document
 from embeddings_mcp.settings import Settings
 from tests.support import HashEmbedder, client_of, running, served, service_of
 
 SCRIPT = """
-from embeddings_mcp.faces.http import serve_http
-from embeddings_mcp.faces.mcp import build_mcp_server
+from embeddings_mcp.faces.http.app import serve_http
+from embeddings_mcp.faces.mcp.server import build_mcp_server
 from embeddings_mcp.settings import Settings
 from tests.support import HashEmbedder, service_of
 

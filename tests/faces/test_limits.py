@@ -17,14 +17,14 @@ from mcp import Client
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from embeddings_mcp import turns
+from embeddings_mcp import reservations
 from embeddings_mcp.caller import caller_name
 from embeddings_mcp.embedders.base import Embeddings
-from embeddings_mcp.faces import room
-from embeddings_mcp.faces.guard import Guard
-from embeddings_mcp.faces.mcp import build_mcp_server
-from embeddings_mcp.faces.rate import Rate
-from embeddings_mcp.limits import Limits
+from embeddings_mcp.faces.http import in_flight
+from embeddings_mcp.faces.http.guard import Guard
+from embeddings_mcp.faces.http.rate_limit import RateLimiter
+from embeddings_mcp.faces.mcp.server import build_mcp_server
+from embeddings_mcp.request_limits import Limits
 from embeddings_mcp.settings import Settings
 from tests.support import SECONDS, Clock, HashEmbedder, client_of, service_of
 
@@ -118,7 +118,7 @@ async def test_a_tool_call_that_takes_too_long_is_ended() -> None:
 
 def test_only_so_many_requests_are_in_work_and_their_end_makes_room() -> None:
     embedder = HeldEmbedder()
-    with client_of(embedder, max_requests_in_work=2) as client, ThreadPoolExecutor(2) as others:
+    with client_of(embedder, max_requests_in_flight=2) as client, ThreadPoolExecutor(2) as others:
         first = [others.submit(ask, client) for _ in range(2)]
         for _ in first:
             assert embedder.asked.acquire(timeout=SECONDS)
@@ -140,8 +140,8 @@ def test_only_so_many_requests_are_in_work_and_their_end_makes_room() -> None:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The time of those who wait for a place."""
     clock = Clock()
-    monkeypatch.setattr(room, "time", clock)
-    monkeypatch.setattr(turns, "time", clock)
+    monkeypatch.setattr(in_flight, "time", clock)
+    monkeypatch.setattr(reservations, "time", clock)
     return clock
 
 
@@ -155,7 +155,7 @@ def have_one_answered(client: httpx.Client, embedder: HeldEmbedder) -> None:
 
 def test_those_who_find_no_place_are_asked_back_as_fast_as_others_have_ended(clock: Clock) -> None:
     embedder = HeldEmbedder()
-    with client_of(embedder, max_requests_in_work=1) as client, ThreadPoolExecutor(1) as others:
+    with client_of(embedder, max_requests_in_flight=1) as client, ThreadPoolExecutor(1) as others:
         for _ in range(3):
             have_one_answered(client, embedder)
             clock.now += 2
@@ -170,7 +170,7 @@ def test_those_who_find_no_place_are_asked_back_as_fast_as_others_have_ended(clo
 def test_who_comes_back_in_his_time_finds_a_place_before_newcomers_do(clock: Clock) -> None:
     embedder = HeldEmbedder()
     mine, anothers = "x" * 900_000, "y" * 900_000  # which arrive in several pieces
-    with client_of(embedder, max_requests_in_work=2) as client, ThreadPoolExecutor(3) as others:
+    with client_of(embedder, max_requests_in_flight=2) as client, ThreadPoolExecutor(3) as others:
         for _ in range(3):
             have_one_answered(client, embedder)
             clock.now += 1
@@ -202,7 +202,7 @@ def test_who_comes_back_in_his_time_finds_a_place_before_newcomers_do(clock: Clo
 def test_bodies_in_work_have_so_many_bytes_together_and_their_end_makes_room() -> None:
     embedder = HeldEmbedder()
     text = "x" * 1_000
-    with client_of(embedder, max_bytes_in_work=2_000) as client, ThreadPoolExecutor(1) as others:
+    with client_of(embedder, max_bytes_in_flight=2_000) as client, ThreadPoolExecutor(1) as others:
         first = others.submit(ask, client, text)
         assert embedder.asked.acquire(timeout=SECONDS)
 
@@ -216,7 +216,7 @@ def test_bodies_in_work_have_so_many_bytes_together_and_their_end_makes_room() -
 
 def test_those_who_hang_up_or_are_refused_leave_no_place_taken() -> None:
     embedder = HeldEmbedder()
-    with client_of(embedder, max_requests_in_work=1, max_body_bytes=100) as client:
+    with client_of(embedder, max_requests_in_flight=1, max_body_bytes=100) as client:
         address = client.base_url.host, client.base_url.port or 0
         body = b'{"model": "default", "input": "one"}'
         head = b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -232,7 +232,7 @@ def test_those_who_hang_up_or_are_refused_leave_no_place_taken() -> None:
 
 
 def test_a_body_that_does_not_arrive_in_time_is_waited_for_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "BODY_SECONDS", 0.1)
+    monkeypatch.setattr(in_flight, "BODY_SECONDS", 0.1)
     with client_of() as client:
         address = client.base_url.host, client.base_url.port or 0
         for path in (b"/v1/embeddings", b"/mcp"):
@@ -295,8 +295,8 @@ async def test_without_keys_callers_are_told_apart_by_their_addresses() -> None:
 
 def test_who_comes_back_when_he_was_told_to_may_ask(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr("embeddings_mcp.faces.rate.time", clock)
-    rate = Rate(per_minute=4)
+    monkeypatch.setattr("embeddings_mcp.faces.http.rate_limit.time", clock)
+    rate = RateLimiter(per_minute=4)
     assert [rate.wait("a") for _ in range(4)] == [0, 0, 0, 0]
     for _ in range(10):
         wait = rate.wait("a")
@@ -308,8 +308,8 @@ def test_who_comes_back_when_he_was_told_to_may_ask(monkeypatch: pytest.MonkeyPa
 
 def test_callers_who_have_made_up_for_all_that_they_asked_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr("embeddings_mcp.faces.rate.time", clock)
-    rate = Rate(per_minute=1)
+    monkeypatch.setattr("embeddings_mcp.faces.http.rate_limit.time", clock)
+    rate = RateLimiter(per_minute=1)
     for caller in range(100_000):
         assert rate.wait(str(caller)) == 0
         clock.now += 0.1  # a request of each takes a minute to make up for

@@ -36,7 +36,7 @@ from embeddings_mcp import __version__
 from embeddings_mcp.assemble import build_service
 from embeddings_mcp.embedders.base import Embeddings, OnProgress
 from embeddings_mcp.errors import Overloaded
-from embeddings_mcp.faces.mcp import CARD_TEMPLATE, build_mcp_server
+from embeddings_mcp.faces.mcp.server import CARD_TEMPLATE, build_mcp_server
 from embeddings_mcp.models import ModelCard
 from embeddings_mcp.operations import OPERATIONS
 from embeddings_mcp.settings import EndpointSettings, Settings
@@ -576,6 +576,6 @@ async def test_a_wrong_prompt_request_is_the_callers_error(era: str, name: str, 
 
 def test_importing_the_face_brings_in_no_encoder() -> None:
     heavy = "{'torch', 'transformers', 'tokenizers', 'huggingface_hub'}"
-    script = f"import sys, embeddings_mcp.faces.mcp; print(*{heavy} & set(sys.modules))"
+    script = f"import sys, embeddings_mcp.faces.mcp.server; print(*{heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.split() == []

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from embeddings_mcp.embedders.base import Embeddings
 from embeddings_mcp.errors import CheckpointInvalid, Overloaded
-from embeddings_mcp.faces import rest
+from embeddings_mcp.faces.http import rest
 from embeddings_mcp.models import ModelCard
 from embeddings_mcp.operations import ROUTES
 from embeddings_mcp.serialization import dump_json

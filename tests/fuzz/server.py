@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from embeddings_mcp.faces.http import serve_http
-from embeddings_mcp.faces.mcp import build_mcp_server
+from embeddings_mcp.faces.http.app import serve_http
+from embeddings_mcp.faces.mcp.server import build_mcp_server
 from embeddings_mcp.settings import Settings
 from tests.support import service_of
 

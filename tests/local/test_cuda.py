@@ -20,8 +20,8 @@ from torch.nn.functional import gelu, layer_norm, linear
 
 from embeddings_mcp.assemble import build_service
 from embeddings_mcp.embedders.local.attention import _attend_by_runs, attend
+from embeddings_mcp.embedders.local.cuda_graphs import Graphed
 from embeddings_mcp.embedders.local.encoder import Encoder, load_encoder
-from embeddings_mcp.embedders.local.graphs import Graphed
 from embeddings_mcp.embedders.local.linear import Linear
 from embeddings_mcp.embedders.local.memory import halving
 from embeddings_mcp.embedders.local.norm import Norm, _kernel

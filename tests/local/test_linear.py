@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from embeddings_mcp.embedders.local import linear
+from embeddings_mcp.embedders.local.hardware import has_onednn, has_vnni
 from embeddings_mcp.embedders.local.linear import GELU_LEAST, Int8Linear, Linear
-from embeddings_mcp.embedders.local.processors import has_onednn, has_vnni
 
 WEIGHT_LEVELS = 127 if has_vnni() else 63
 """Levels of a weight to either side of 0."""

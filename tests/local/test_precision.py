@@ -12,8 +12,8 @@ from benchmarks.bulk import encode
 
 from embeddings_mcp.embedders.local import placement
 from embeddings_mcp.embedders.local.encoder import Encoder, load_encoder
+from embeddings_mcp.embedders.local.hardware import has_onednn
 from embeddings_mcp.embedders.local.locate import find_bundled
-from embeddings_mcp.embedders.local.processors import has_onednn
 from embeddings_mcp.errors import ModelUnavailable
 from embeddings_mcp.models import DEFAULT_MODEL, Precision, find_card
 from embeddings_mcp.verification import SAMPLES

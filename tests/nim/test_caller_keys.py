@@ -19,11 +19,11 @@ from mcp.client.streamable_http import streamable_http_client
 from pydantic import SecretStr
 
 from embeddings_mcp.assemble import build_service
-from embeddings_mcp.caller import CALLER_KEY_HEADER, bringing
+from embeddings_mcp.caller import CALLER_KEY_HEADER, with_caller_key
 from embeddings_mcp.embedders.nim import Endpoint, EndpointClient, NimEmbedder, client
 from embeddings_mcp.errors import AuthenticationFailed, Overloaded
-from embeddings_mcp.faces.http import create_app
-from embeddings_mcp.faces.mcp import build_mcp_server
+from embeddings_mcp.faces.http.app import create_app
+from embeddings_mcp.faces.mcp.server import build_mcp_server
 from embeddings_mcp.settings import EndpointSettings, Settings
 from tests.nim.standin import SYMMETRIC, Reply, StandIn, answering, changing, stand_in
 from tests.support import serving
@@ -184,11 +184,11 @@ async def test_limits_are_those_of_each_key() -> None:
 
         with anyio.fail_after(10):
             for key in (ALICES, BOBS):
-                with bringing(SecretStr(key)):
+                with with_caller_key(SecretStr(key)):
                     await embed()
             await embed()
             for key in (ALICES, BOBS):
-                with bringing(SecretStr(key)), pytest.raises(Overloaded) as caught:
+                with with_caller_key(SecretStr(key)), pytest.raises(Overloaded) as caught:
                     await embed()
                 assert key not in caught.value.message
             with pytest.raises(Overloaded):
@@ -200,15 +200,15 @@ async def test_limits_are_those_of_each_key() -> None:
 async def test_the_limits_of_no_more_keys_are_kept_than_can_be_held(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "MOST_CALLERS", 3)
     to = EndpointClient(Endpoint(url="http://localhost", caller_keys=True))
-    turnstiles = []
+    throttles = []
     for key in ("a", "b", "c", "a", "d"):
-        with bringing(SecretStr(key)):
-            turnstiles.append(to.account.turnstile)
-    assert turnstiles[0] is turnstiles[3]
-    with bringing(SecretStr("b")):  # the one not heard of for longest has made room for d
-        assert to.account.turnstile is not turnstiles[1]
-    with bringing(SecretStr("a")):
-        assert to.account.turnstile is turnstiles[0]
+        with with_caller_key(SecretStr(key)):
+            throttles.append(to.account.throttle)
+    assert throttles[0] is throttles[3]
+    with with_caller_key(SecretStr("b")):  # the one not heard of for longest has made room for d
+        assert to.account.throttle is not throttles[1]
+    with with_caller_key(SecretStr("a")):
+        assert to.account.throttle is throttles[0]
 
 
 async def test_a_caller_without_a_key_is_told_to_bring_one_and_the_server_is_ready_all_the_same() -> None:
@@ -226,7 +226,7 @@ async def test_what_was_made_on_a_callers_account_is_told_from_what_others_get()
     embedder = NimEmbedder(EndpointClient(Endpoint(url="http://localhost:1", caller_keys=True)), SYMMETRIC)
     identities = [await embedder.identify()]
     for key in (ALICES, BOBS, ALICES):
-        with bringing(SecretStr(key)):
+        with with_caller_key(SecretStr(key)):
             identities.append(await embedder.identify())
     assert identities[0] == "http://localhost:1/v1 nim test/symmetric"
     assert identities[1] == identities[3]
@@ -242,7 +242,7 @@ async def test_no_key_is_in_anything_that_is_kept_or_printed(caplog: pytest.LogC
     async with stand_in(faults=faults) as standing:
         endpoint = Endpoint(url=standing.url, api_key=SecretStr(OURS), caller_keys=True)
         embedder = NimEmbedder(EndpointClient(endpoint), SYMMETRIC)
-        with anyio.fail_after(10), bringing(SecretStr(ALICES)):
+        with anyio.fail_after(10), with_caller_key(SecretStr(ALICES)):
             for _ in range(5):
                 try:
                     await embedder.embed(["a text"], input_type=None, truncate="NONE")

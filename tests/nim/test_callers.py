@@ -16,7 +16,7 @@ from mcp import Client
 
 from embeddings_mcp.embedders.base import Embedder
 from embeddings_mcp.embedders.nim import Endpoint, EndpointClient, NimEmbedder
-from embeddings_mcp.faces.mcp import build_mcp_server
+from embeddings_mcp.faces.mcp.server import build_mcp_server
 from tests.nim.standin import ASYMMETRIC, StandIn, held, stand_in
 from tests.support import HashEmbedder, served, service_of
 

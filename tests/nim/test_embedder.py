@@ -16,7 +16,7 @@ import pytest
 from pydantic import SecretStr
 
 from embeddings_mcp.embedders.nim import Endpoint, EndpointClient, NimEmbedder
-from embeddings_mcp.embedders.nim.limits import Turnstile
+from embeddings_mcp.embedders.nim.throttle import Throttle
 from embeddings_mcp.errors import (
     EmbeddingsError,
     InputTooLong,
@@ -61,8 +61,8 @@ async def embedding_at(
 ) -> AsyncIterator[NimEmbedder]:
     """An embedder at the stand-in."""
     at = Endpoint(url=standing.url, **endpoint)
-    turnstile = Turnstile("the stand-in", concurrency=at.concurrency, requests=at.rate, window=window)
-    embedder = NimEmbedder(EndpointClient(at, turnstile=turnstile), card, model=model)
+    throttle = Throttle("the stand-in", concurrency=at.concurrency, requests=at.rate, window=window)
+    embedder = NimEmbedder(EndpointClient(at, throttle=throttle), card, model=model)
     try:
         with anyio.fail_after(60):
             yield embedder

@@ -17,8 +17,8 @@ from pydantic import SecretStr
 
 from embeddings_mcp.embedders.nim import Endpoint, EndpointClient, NimEmbedder
 from embeddings_mcp.embedders.nim.failures import retry_after, words
-from embeddings_mcp.faces.http import create_app
-from embeddings_mcp.faces.mcp import build_mcp_server
+from embeddings_mcp.faces.http.app import create_app
+from embeddings_mcp.faces.mcp.server import build_mcp_server
 from embeddings_mcp.models import ModelCard
 from embeddings_mcp.settings import Settings
 from tests.nim.standin import StandIn, answering, stand_in

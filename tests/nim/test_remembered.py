@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from pydantic import SecretStr
 
-from embeddings_mcp.caller import bringing
+from embeddings_mcp.caller import with_caller_key
 from embeddings_mcp.embedders.cache import Cache, CachedEmbedder, MemoryStore, cached
 from embeddings_mcp.embedders.nim import Endpoint, EndpointClient, NimEmbedder
-from embeddings_mcp.embedders.nim.limits import Turnstile
+from embeddings_mcp.embedders.nim.throttle import Throttle
 from embeddings_mcp.errors import InvalidRequest
 from embeddings_mcp.models import ModelCard
 from embeddings_mcp.schema import EmbeddingRequest
@@ -36,9 +36,9 @@ REFUSAL = answering(422, {"detail": "no"})
 
 @asynccontextmanager
 async def behind_cache(
-    standing: StandIn, card: ModelCard = SYMMETRIC, *, turnstile: Turnstile | None = None, **chosen: Any
+    standing: StandIn, card: ModelCard = SYMMETRIC, *, throttle: Throttle | None = None, **chosen: Any
 ) -> AsyncIterator[CachedEmbedder]:
-    client = EndpointClient(Endpoint(url=standing.url, **chosen), turnstile=turnstile)
+    client = EndpointClient(Endpoint(url=standing.url, **chosen), throttle=throttle)
     embedder = cached(NimEmbedder(client, card), Cache(MemoryStore(1 << 24)))
     try:
         with anyio.fail_after(60):
@@ -77,13 +77,13 @@ async def test_a_thousand_texts_of_five_callers_are_each_embedded_once_past_a_fa
         caller: [f"caller {caller} text {number}" for number in range(100)] + random.Random(caller).sample(shared, 500)
         for caller in range(5)
     }
-    turnstile = Turnstile("the stand-in", concurrency=8, requests=RATE, window=WINDOW)
+    throttle = Throttle("the stand-in", concurrency=8, requests=RATE, window=WINDOW)
     async with stand_in() as standing:
         faults = OneInFive(standing)
         standing.faults = itertools.repeat(faults)
         vectors: dict[int, np.ndarray[Any, Any]] = {}
 
-        async with behind_cache(standing, ASYMMETRIC, turnstile=turnstile, batch_size=10) as embedder:
+        async with behind_cache(standing, ASYMMETRIC, throttle=throttle, batch_size=10) as embedder:
             service = service_of(embedder)
 
             async def call(caller: int) -> None:
@@ -164,7 +164,7 @@ async def test_what_was_made_with_a_callers_key_is_for_him_alone() -> None:
     async with stand_in() as standing:
         async with behind_cache(standing, caller_keys=True) as embedder:
             for key in ("nvapi-alice", "nvapi-bob", "nvapi-alice"):
-                with bringing(SecretStr(key)):
+                with with_caller_key(SecretStr(key)):
                     await embedder.embed(["a text"], input_type=None, truncate="NONE")
             await embedder.embed(["a text"], input_type=None, truncate="NONE")
         keys = [seen.headers.get("authorization") for seen in standing.seen]

@@ -12,7 +12,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from embeddings_mcp.assemble import build_service
 from embeddings_mcp.errors import HTTP_ERRORS, WIRE_FORMS, EmbeddingsError, http_form
-from embeddings_mcp.faces import rest
+from embeddings_mcp.faces.http import rest
 from embeddings_mcp.models import DEFAULT_MODEL
 from embeddings_mcp.operations import ROUTES
 from embeddings_mcp.publish.openapi import openapi_document

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from embeddings_mcp.faces.cli import serve
+from embeddings_mcp.faces.cli.commands import serve
 from embeddings_mcp.models import CARDS, ModelCard
 from embeddings_mcp.operations import OPERATIONS
 from embeddings_mcp.publish.install import environment_variable

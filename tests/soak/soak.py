@@ -1,7 +1,7 @@
 """A real server with a real model, and callers of every kind at once: good, impatient, broken and hostile ones.
 
 What is claimed: every request that was accepted is answered once and with its own vectors; every bad one is refused as
-it should be; nobody waits for ever; a kill -9 costs no more than what was in work; and when all callers are silent
+it should be; nobody waits for ever; a kill -9 costs no more than what was in flight; and when all callers are silent
 again the server holds no more memory, files and threads than it did halfway. Load is put on loopback only.
 """
 
@@ -70,7 +70,7 @@ class Findings:
     Attributes:
         answered: requests by kind and outcome.
         wrong: what should not have been.
-        lost: requests that were in work when the server was killed.
+        lost: requests that were in flight when the server was killed.
         vectors: those that were compared with the true one.
         resources: after each round since the last start, with all callers silent: MiB resident, files, threads.
     """
@@ -398,7 +398,7 @@ def report(findings: Findings, began: float) -> str:
     """The figures, for people."""
     held, requests = findings.resources, sum(findings.answered.values())
     lines = [
-        f"{time.monotonic() - began:.0f} s, {requests:,} requests, {findings.kills} kills with {findings.lost} in work",
+        f"{time.monotonic() - began:.0f} s, {requests:,} requests, {findings.kills} kills with {findings.lost} in flight",
         f"{findings.vectors:,} vectors compared, largest difference {findings.largest_error:.1e}",
         *(f"silent again: {memory:.0f} MiB, {files} files, {threads} threads" for memory, files, threads in held),
         *(f"  {count:>7,}  {outcome}" for outcome, count in sorted(findings.answered.items())),

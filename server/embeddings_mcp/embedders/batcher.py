@@ -29,7 +29,7 @@ from embeddings_mcp import telemetry
 from embeddings_mcp.caller import caller_name
 from embeddings_mcp.embedders.base import OnProgress
 from embeddings_mcp.errors import EmbeddingsError, ModelUnavailable, Overloaded
-from embeddings_mcp.turns import Turns
+from embeddings_mcp.reservations import Reservations
 
 Row = Sequence[int]
 Kind = TypeVar("Kind", bound=Hashable)
@@ -135,7 +135,7 @@ class Batcher(Generic[Kind, Result]):
         self._executor = self._new_executor()
         self._least_served_first = itertools.cycle([True, True, True, False])
         self._tokens_per_second = 0.0  # of one worker
-        self._turns = Turns(max_queued_tokens)
+        self._turns = Reservations(max_queued_tokens)
         self._claims: set[Claim] = set()
         self._starting = False
         self._closed: EmbeddingsError | None = None  # what is told to who comes since
@@ -235,7 +235,7 @@ class Batcher(Generic[Kind, Result]):
                 f"{seconds:.0f} s, or send fewer texts at once",
                 retry_after=seconds,
             )
-        self._turns.came_in(who)
+        self._turns.admitted(who)
         claim = Claim(expected=tokens)
         self._claims.add(claim)
         try:

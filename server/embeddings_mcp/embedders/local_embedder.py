@@ -18,7 +18,7 @@ from embeddings_mcp.caller import caller_name
 from embeddings_mcp.embedders.base import Embeddings, OnProgress, OnRows, Representations
 from embeddings_mcp.embedders.batcher import MAX_QUEUED_TOKENS, Batcher, OnResults
 from embeddings_mcp.embedders.cores import usable_cores
-from embeddings_mcp.embedders.once import Once
+from embeddings_mcp.embedders.lazy import AsyncLazy
 from embeddings_mcp.errors import ModelUnavailable, ServerStopped
 from embeddings_mcp.models import InputType, ModelCard, Truncate
 from embeddings_mcp.vectors import FloatMatrix, FloatVector, SparseVector
@@ -98,8 +98,8 @@ class LocalEmbedder:
         self.card = card
         self._workers = workers
         self._max_queued_tokens = max_queued_tokens
-        self._loaded = Once(f"load {card.id}", load, drop=lambda model: model.close())
-        self._identified = Once(f"identify {card.id}", identify)
+        self._loaded = AsyncLazy(f"load {card.id}", load, drop=lambda model: model.close())
+        self._identified = AsyncLazy(f"identify {card.id}", identify)
         self._batcher: Batcher[_Kind, Any] | None = None
         self._tokens_of_character = _TOKENS_OF_CHARACTER
         self._closed = False

@@ -13,8 +13,8 @@ from pydantic.fields import FieldInfo
 
 from embeddings_mcp.caller import CALLER_KEY_HEADER
 from embeddings_mcp.errors import HTTP_ERRORS, WIRE_FORMS, http_form
-from embeddings_mcp.faces.cli import serve
-from embeddings_mcp.faces.observed import REQUEST_ID
+from embeddings_mcp.faces.cli.commands import serve
+from embeddings_mcp.faces.http.instrumentation import REQUEST_ID
 from embeddings_mcp.models import CARDS, DEFAULT_MODEL, ModelCard, OwnCard
 from embeddings_mcp.operations import CREATE_EMBEDDING
 from embeddings_mcp.publish.install import environment_variable, is_secret

@@ -59,7 +59,7 @@ _EVICTED_AT_ONCE = 64
 _MOST_EVICTIONS = 256  # in one transaction, lest a bound that was lowered hold everybody up
 
 
-class NotOurs(Exception):
+class ForeignDatabase(Exception):
     """The file is no cache, or one of another version; the text says so for the end of a sentence."""
 
 
@@ -98,7 +98,7 @@ class Database:
         max_bytes: bound on what the file holds; the rows that were not used for longest make room for new ones.
 
     Raises:
-        NotOurs: the file belongs to something else.
+        ForeignDatabase: the file belongs to something else.
         sqlite3.Error: it cannot be used.
         OSError: the folder cannot be made.
     """
@@ -284,14 +284,16 @@ class Database:
         """Whether the tables are there.
 
         Raises:
-            NotOurs: others are.
+            ForeignDatabase: others are.
         """
         if not self._pragma("schema_version"):  # an empty file
             return False
         if self._pragma("application_id") != _APPLICATION_ID:
-            raise NotOurs("it is a database of something else")
+            raise ForeignDatabase("it is a database of something else")
         if (version := self._pragma("user_version")) != _VERSION:
-            raise NotOurs(f"it was written by another version of embeddings-mcp (format {version}, not {_VERSION})")
+            raise ForeignDatabase(
+                f"it was written by another version of embeddings-mcp (format {version}, not {_VERSION})"
+            )
         return True
 
     def _source(self, model: str, origin: str, served_model: str) -> int:

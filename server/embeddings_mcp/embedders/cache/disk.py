@@ -17,7 +17,7 @@ from typing import TypeVar
 import anyio
 import anyio.to_thread
 
-from embeddings_mcp.embedders.cache.database import FILE, Database, NotOurs, is_damaged
+from embeddings_mcp.embedders.cache.database import FILE, Database, ForeignDatabase, is_damaged
 from embeddings_mcp.embedders.cache.rows import Key, Row
 
 _logger = logging.getLogger(__name__)
@@ -107,12 +107,12 @@ class DiskStore:
                 if self._database is None:
                     self._database = Database(self.path, self._max_bytes)
                 return work(self._database)
-            except (sqlite3.Error, NotOurs, OSError) as error:
+            except (sqlite3.Error, ForeignDatabase, OSError) as error:
                 self._do_without(error)
                 return otherwise
 
     def _do_without(self, error: Exception) -> None:
-        if isinstance(error, NotOurs):
+        if isinstance(error, ForeignDatabase):
             remedy = ": give it another folder"
         elif is_damaged(error):
             remedy = ": `embeddings-mcp cache clear` removes it"

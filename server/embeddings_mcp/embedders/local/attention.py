@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from embeddings_mcp.embedders.local.hardware import is_ampere
 from embeddings_mcp.embedders.local.packing import Packing, PackingUnsupported
-from embeddings_mcp.embedders.local.processors import is_ampere
 
 NAME = "embeddings_mcp_packed"
 """The name under which transformers finds the function."""

@@ -15,7 +15,7 @@ from torch.nn.functional import embedding
 
 from embeddings_mcp.embedders.local.attention import attend
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint
-from embeddings_mcp.embedders.local.jsonfile import JsonObject
+from embeddings_mcp.embedders.local.json_file import JsonObject
 from embeddings_mcp.embedders.local.linear import GELU_LEAST, Int8Linear, Linear, make_linear
 from embeddings_mcp.embedders.local.norm import Norm
 from embeddings_mcp.embedders.local.packing import PackedRow, Packing, pack

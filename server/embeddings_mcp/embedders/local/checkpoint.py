@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from embeddings_mcp.embedders.local.jsonfile import JsonObject, read_object
+from embeddings_mcp.embedders.local.json_file import JsonObject, read_object
 from embeddings_mcp.embedders.local.pipeline import CHAT_TEMPLATE, Cut, Dense, Pipeline, plain_pipeline, read_pipeline
 from embeddings_mcp.embedders.local.recipes import RECIPES, Recipe
 from embeddings_mcp.errors import CheckpointInvalid, MissingDependency

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 
 from embeddings_mcp.embedders.local.bert import is_bert, load_bert
+from embeddings_mcp.embedders.local.bge_m3 import M3Heads
+from embeddings_mcp.embedders.local.bucketing import Bucketed
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint, read_checkpoint
-from embeddings_mcp.embedders.local.few_sizes import FewSizes
-from embeddings_mcp.embedders.local.graphs import record
+from embeddings_mcp.embedders.local.cuda_graphs import record
 from embeddings_mcp.embedders.local.inputs import InputTokenizer, Row, Tokens
 from embeddings_mcp.embedders.local.latent_attention import LATENT_ATTENTION, LatentAttention
 from embeddings_mcp.embedders.local.linear import prepack
-from embeddings_mcp.embedders.local.m3 import M3Heads
 from embeddings_mcp.embedders.local.memory import keep_freed
 from embeddings_mcp.embedders.local.packing import Packing
 from embeddings_mcp.embedders.local.pipeline import Cut, Dense, LayerNorm, Stage
@@ -30,7 +30,7 @@ from embeddings_mcp.embedders.local.placement import Placement, choose_placement
 from embeddings_mcp.embedders.local.pooling import pool
 from embeddings_mcp.embedders.local.recipes import PoolingMode
 from embeddings_mcp.embedders.local.running.loaded import Facts
-from embeddings_mcp.embedders.local.static import load_static
+from embeddings_mcp.embedders.local.static_embedding import load_static
 from embeddings_mcp.embedders.local.transformer import Transformer
 from embeddings_mcp.embedders.local.weights import load_weights
 from embeddings_mcp.errors import CheckpointInvalid, ModelUnavailable
@@ -213,7 +213,7 @@ def _load(checkpoint: Checkpoint, card: ModelCard, placement: Placement, *, cuda
     if cuda_graphs and device.type == "cuda" and transformer.packed:
         transformer = record(transformer, most_tokens=placement.tokens_per_batch, longest=checkpoint.max_tokens)
     if placement.in_amx and transformer.packed:
-        transformer = FewSizes(transformer)
+        transformer = Bucketed(transformer)
     latent_attention = None
     if recipe and recipe.latent_attention:
         with torch.device("meta"):  # it has as many parameters as some whole models

@@ -16,7 +16,7 @@ import os
 
 import torch
 
-from embeddings_mcp.embedders.local.processors import has_avx512, has_cublas, has_onednn_for, has_vnni, is_ampere
+from embeddings_mcp.embedders.local.hardware import has_avx512, has_cublas, has_onednn_for, has_vnni, is_ampere
 
 # oneDNN keeps what it has compiled for every number of rows that it has met, 1,024 of them if nobody says otherwise:
 # for a server whose batches all differ, hundreds of megabytes. Of fewer, lone queries, which are short and few in kind,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import get_args
 
-from embeddings_mcp.embedders.local.jsonfile import JsonObject, read_object, read_objects
+from embeddings_mcp.embedders.local.json_file import JsonObject, read_object, read_objects
 from embeddings_mcp.embedders.local.recipes import PLAIN, POOLING_WORDS, PoolingMode, Recipe
 from embeddings_mcp.errors import CheckpointInvalid
 from embeddings_mcp.models import ModelCard

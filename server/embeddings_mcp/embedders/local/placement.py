@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from embeddings_mcp.embedders.local.fingerprint import number_format
-from embeddings_mcp.embedders.local.processors import has_amx, has_onednn
+from embeddings_mcp.embedders.local.hardware import has_amx, has_onednn
 from embeddings_mcp.errors import ModelUnavailable
 from embeddings_mcp.models import Precision
 

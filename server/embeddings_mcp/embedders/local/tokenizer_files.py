@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import AddedToken, normalizers, processors
 from tokenizers import Tokenizer as FastTokenizer
 
-from embeddings_mcp.embedders.local.jsonfile import JsonObject, read_object
+from embeddings_mcp.embedders.local.json_file import JsonObject, read_object
 from embeddings_mcp.embedders.local.python_tokenizer import PythonTokenizer
 from embeddings_mcp.embedders.local.tokenizer import Tokenizer
 from embeddings_mcp.errors import CheckpointInvalid, MissingDependency

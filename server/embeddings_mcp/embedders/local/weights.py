@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 import torch
 from safetensors import SafetensorError, safe_open
 
-from embeddings_mcp.embedders.local.jsonfile import read_object
+from embeddings_mcp.embedders.local.json_file import read_object
 from embeddings_mcp.errors import CheckpointInvalid
 
 SPARE = ("pooler.", "lm_head.", "cls.", "classifier.")

@@ -1,4 +1,4 @@
-"""The way to an endpoint: one HTTP client, one turnstile and one manner of trying again, shared by all its models."""
+"""The way to an endpoint: one HTTP client, one throttle and one manner of trying again, shared by all its models."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from embeddings_mcp import __version__, telemetry
 from embeddings_mcp.caller import caller_key
 from embeddings_mcp.embedders.nim.endpoint import Endpoint
 from embeddings_mcp.embedders.nim.failures import Asked, Failure, understand, understand_silence, unusable
-from embeddings_mcp.embedders.nim.limits import Turnstile
+from embeddings_mcp.embedders.nim.throttle import Throttle
 from embeddings_mcp.embedders.nim.wire import AnswerInvalid
 from embeddings_mcp.errors import ServerStopped
 
@@ -59,12 +59,12 @@ class Account:
 
     Attributes:
         endpoint: with that account's key.
-        turnstile: what all of its requests pass, for an endpoint's limits are those of a key.
+        throttle: what all of its requests pass, for an endpoint's limits are those of a key.
         caller: tells callers with keys of their own apart, without holding a key; empty for this server's account.
     """
 
     endpoint: Endpoint
-    turnstile: Turnstile
+    throttle: Throttle
     caller: str = ""
 
     @property
@@ -78,13 +78,13 @@ class EndpointClient:
 
     Args:
         endpoint: where to, with which key.
-        turnstile: what all requests with that key pass; made from the endpoint's limits where it is not given.
+        throttle: what all requests with that key pass; made from the endpoint's limits where it is not given.
     """
 
-    def __init__(self, endpoint: Endpoint, *, turnstile: Turnstile | None = None) -> None:
+    def __init__(self, endpoint: Endpoint, *, throttle: Throttle | None = None) -> None:
         self.endpoint = endpoint
-        self._own = Account(endpoint, turnstile or _turnstile(endpoint))
-        self._turnstiles: OrderedDict[str, Turnstile] = OrderedDict()  # of callers, by the digests of their keys
+        self._own = Account(endpoint, throttle or _throttle(endpoint))
+        self._throttles: OrderedDict[str, Throttle] = OrderedDict()  # of callers, by the digests of their keys
         self._http: httpx.AsyncClient | None = None
         self._in_flight: set[anyio.CancelScope] = set()
         self._closed = False
@@ -96,11 +96,11 @@ class EndpointClient:
         if key is None or not self.endpoint.caller_keys:
             return self._own
         caller = hashlib.sha256(key.get_secret_value().encode()).hexdigest()
-        turnstile = self._turnstiles.setdefault(caller, _turnstile(self.endpoint))
-        self._turnstiles.move_to_end(caller)
-        if len(self._turnstiles) > MOST_CALLERS:
-            self._turnstiles.popitem(last=False)
-        return Account(self.endpoint.with_key_of_caller(key), turnstile, caller)
+        throttle = self._throttles.setdefault(caller, _throttle(self.endpoint))
+        self._throttles.move_to_end(caller)
+        if len(self._throttles) > MOST_CALLERS:
+            self._throttles.popitem(last=False)
+        return Account(self.endpoint.with_key_of_caller(key), throttle, caller)
 
     async def fetch(
         self,
@@ -137,7 +137,7 @@ class EndpointClient:
                 left = anyio.current_effective_deadline() - anyio.current_time()
                 if error.pause > min(LONGEST_PAUSE, left):
                     return False
-                account.turnstile.close_for(error.pause)
+                account.throttle.close_for(error.pause)
             telemetry.UPSTREAM_RETRIES.inc()
             logger.warning("attempt %d failed, another follows: %s", made, error)
             return True if error.pause is None else error.pause
@@ -187,7 +187,7 @@ class EndpointClient:
     ) -> _Read:
         """One attempt. What fails is raised outside of every ``except``, lest the request and its key hang on to it."""
         endpoint = account.endpoint
-        async with account.turnstile.turn():
+        async with account.throttle.turn():
             try:
                 response = await self._send(path, body, endpoint.headers)
                 if response.status_code == httpx.codes.OK:
@@ -258,5 +258,5 @@ async def _ask(http: httpx.AsyncClient, url: str, headers: dict[str, str], body:
 _OF_TRANSFER = frozenset({b"content-encoding", b"content-length", b"transfer-encoding"})
 
 
-def _turnstile(endpoint: Endpoint) -> Turnstile:
-    return Turnstile(f"the endpoint {endpoint.url}", concurrency=endpoint.concurrency, requests=endpoint.rate)
+def _throttle(endpoint: Endpoint) -> Throttle:
+    return Throttle(f"the endpoint {endpoint.url}", concurrency=endpoint.concurrency, requests=endpoint.rate)

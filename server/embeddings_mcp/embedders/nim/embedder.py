@@ -100,7 +100,7 @@ class NimEmbedder:
         )
         self._check_feasible(call.requests)
         with anyio.move_on_after(self._endpoint.deadline):
-            self._client.account.turnstile.admit(call.requests)
+            self._client.account.throttle.admit(call.requests)
             made = _joined(await call.run(min(self._endpoint.concurrency, call.requests)), self.origin)
             self._learn(made)
             return made
@@ -189,7 +189,7 @@ class NimEmbedder:
 
     def _check_feasible(self, requests: int) -> None:
         """Refuse at once what even an idle endpoint could not do: waiting and trying again would not help."""
-        most = self._client.account.turnstile.capacity(self._endpoint.deadline)
+        most = self._client.account.throttle.capacity(self._endpoint.deadline)
         if requests > most:
             raise InvalidRequest(
                 f"`input` has too many texts for one call: {self.origin} takes {self._endpoint.rate:g} requests a "

@@ -132,7 +132,7 @@ class ModelProcess:
             self.tokenize = InputTokenizer(checkpoint, facts.card, vocabulary=facts.vocabulary).tokenize
         except BaseException:
             self.close()
-            for end in ours:  # which the error holds, and it may stay for good, see `nothing_collected`
+            for end in ours:  # which the error holds, and it may stay for good, see `gc_paused`
                 end.close()
             raise
         for connection in ours[: ready.workers]:

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
 from embeddings_mcp.embedders.local.running.model_process import Failed, Order, Ready
-from embeddings_mcp.garbage import nothing_collected
+from embeddings_mcp.gc_pause import gc_paused
 
 if TYPE_CHECKING:
     from embeddings_mcp.embedders.local.running.in_process import InThisProcess
@@ -34,7 +34,7 @@ def main() -> None:
     with _whole():
         connections = [Connection(file) for file in order.connections]
         try:
-            with nothing_collected():
+            with gc_paused():
                 model = order.loading.load()
         except Exception as error:  # noqa: BLE001 - it is raised in the server, which then ends this process
             connections[0].send(Failed.by(error))
