@@ -398,7 +398,7 @@ def report(findings: Findings, began: float) -> str:
     """The figures, for people."""
     held, requests = findings.resources, sum(findings.answered.values())
     lines = [
-        f"{time.monotonic() - began:.0f} s, {requests:,} requests, {findings.kills} kills, {findings.lost} lost by them",
+        f"{time.monotonic() - began:.0f} s, {requests:,} requests, {findings.kills} kills, {findings.lost} lost",
         f"{findings.vectors:,} vectors compared, largest difference {findings.largest_error:.1e}",
         *(f"silent again: {memory:.0f} MiB, {files} files, {threads} threads" for memory, files, threads in held),
         *(f"  {count:>7,}  {outcome}" for outcome, count in sorted(findings.answered.items())),
