@@ -1,4 +1,4 @@
-"""BGE-M3's three ways to compare texts, through the service, on the tiny checkpoint with its reference values."""
+"""BGE-M3's three comparison modes, through the service, on a tiny checkpoint with reference values."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.anyio
 
 FOLDER = Path(__file__).parent / "golden" / "bge-m3"
 GOLDEN = json.loads((FOLDER / "expected.json").read_text(encoding="utf-8"))
-# The reference's own scores are of the first six cases, of which one is empty: no request may hold that.
+# The reference has scores for the first six cases, one of which is empty: requests reject empty texts.
 CASES = [case for case in GOLDEN["cases"] if case["max_length"] == GOLDEN["max_tokens"] and case["input"]]
 SCORED = [case["id"] for case in CASES if case["id"] < 6]
 TEXTS = [case["input"] for case in CASES]
@@ -36,9 +36,9 @@ TOLERANCE = GOLDEN["tolerance_abs"]
 
 @pytest.fixture
 async def service() -> AsyncIterator[EmbeddingService]:
-    made = build_service(Settings(models=(f"bge-m3={FOLDER / 'model'}",)))
-    yield made
-    await made.aclose()
+    built = build_service(Settings(models=(f"bge-m3={FOLDER / 'model'}",)))
+    yield built
+    await built.aclose()
 
 
 async def test_the_lexical_weights_of_every_text_are_those_of_the_reference(service: EmbeddingService) -> None:
@@ -63,7 +63,7 @@ async def test_the_token_vectors_of_every_text_are_those_of_the_reference(servic
 
 
 @pytest.mark.parametrize(("mode", "reference"), [("sparse", "lexical"), ("colbert", "colbert")])
-async def test_similarity_scores_as_the_reference_does(service: EmbeddingService, mode: str, reference: str) -> None:
+async def test_similarity_scores_match_the_reference(service: EmbeddingService, mode: str, reference: str) -> None:
     texts = [GOLDEN["cases"][number]["input"] for number in SCORED]
     request = parse(SimilarityRequest, {"model": "bge-m3", "input": texts, "other": texts, "mode": mode})
     answer = await service.similarity(request)
@@ -73,59 +73,59 @@ async def test_similarity_scores_as_the_reference_does(service: EmbeddingService
     assert "metric" not in answer
 
 
-async def test_hybrid_weighs_the_three_kinds_of_scores(service: EmbeddingService) -> None:
+async def test_hybrid_scores_are_the_weighted_sum_of_the_three_kinds(service: EmbeddingService) -> None:
     async def scores(mode: str) -> Any:
         request = parse(SimilarityRequest, {"model": "bge-m3", "input": TEXTS[:4], "mode": mode, "truncate": "END"})
         return np.array((await service.similarity(request))["scores"])
 
-    mixed = 0.4 * await scores("dense") + 0.2 * await scores("sparse") + 0.4 * await scores("colbert")
+    combined = 0.4 * await scores("dense") + 0.2 * await scores("sparse") + 0.4 * await scores("colbert")
 
-    assert await scores("hybrid") == pytest.approx(mixed, abs=2e-4)
+    assert await scores("hybrid") == pytest.approx(combined, abs=2e-4)
 
 
 @pytest.mark.parametrize("mode", ["dense", "sparse", "colbert", "hybrid"])
-async def test_search_finds_the_passage_that_says_the_same_in_every_mode(service: EmbeddingService, mode: str) -> None:
-    wanted = TEXTS.index("The quick brown fox jumps over the lazy dog.")
+async def test_search_finds_an_identical_passage_in_every_mode(service: EmbeddingService, mode: str) -> None:
+    expected = TEXTS.index("The quick brown fox jumps over the lazy dog.")
     request = parse(
-        SearchRequest, {"query": TEXTS[wanted], "input": TEXTS, "mode": mode, "top_k": 1, "truncate": "END"}
+        SearchRequest, {"query": TEXTS[expected], "input": TEXTS, "mode": mode, "top_k": 1, "truncate": "END"}
     )
     answer = await service.search(request)
 
-    assert answer["results"][0]["index"] == wanted
+    assert answer["results"][0]["index"] == expected
 
 
-async def test_top_k_keeps_the_closest_pairs_of_any_mode(service: EmbeddingService) -> None:
-    asked = {"model": "bge-m3", "input": TEXTS[:5], "mode": "sparse"}
-    every = (await service.similarity(parse(SimilarityRequest, asked)))["scores"]
-    best = (await service.similarity(parse(SimilarityRequest, asked | {"top_k": 2})))["pairs"]
+async def test_top_k_returns_the_closest_pairs_in_sparse_mode(service: EmbeddingService) -> None:
+    fields = {"model": "bge-m3", "input": TEXTS[:5], "mode": "sparse"}
+    matrix = (await service.similarity(parse(SimilarityRequest, fields)))["scores"]
+    best = (await service.similarity(parse(SimilarityRequest, fields | {"top_k": 2})))["pairs"]
 
-    above = sorted((every[row][column] for row in range(5) for column in range(row + 1, 5)), reverse=True)
-    assert [pair["score"] for pair in best] == above[:2]
+    scores = sorted((matrix[row][column] for row in range(5) for column in range(row + 1, 5)), reverse=True)
+    assert [pair["score"] for pair in best] == scores[:2]
 
 
 class TokenVector(np.ndarray[Any, Any]):
-    """The only one of a text, which says when it is compared, and counts how often."""
+    """A text's only token vector; signals its first comparison and counts all of them."""
 
-    begun = threading.Event()
-    times = 0
+    compared = threading.Event()
+    comparisons = 0
 
     def __matmul__(self, other: Any) -> Any:
-        TokenVector.times += 1
-        TokenVector.begun.set()
+        TokenVector.comparisons += 1
+        TokenVector.compared.set()
         return np.asarray(self) @ other
 
 
 class TokenEmbedder(HashEmbedder):
-    """Makes a vector of each text's only token, too."""
+    """Also returns a token vector for each text's only token."""
 
     async def represent(self, texts: Sequence[str], **options: Any) -> Representations:
-        made = await self.embed(texts, **options)
+        result = await self.embed(texts, **options)
         return Representations(
-            made.vectors, sparse=(), colbert=[row.view(TokenVector)[None] for row in made.vectors], prompt_tokens=0
+            result.vectors, sparse=(), colbert=[row.view(TokenVector)[None] for row in result.vectors], prompt_tokens=0
         )
 
 
-async def test_the_comparing_of_token_vectors_ends_with_its_request() -> None:
+async def test_cancelling_the_request_stops_the_comparison_of_token_vectors() -> None:
     service = service_of(TokenEmbedder(ModelCard(id="test/tokens", dimensions=8, modes=("dense", "colbert"))))
     texts = [str(number) for number in range(1_000)]
     request = parse(SimilarityRequest, {"model": "default", "input": texts, "mode": "colbert", "top_k": 1})
@@ -133,43 +133,39 @@ async def test_the_comparing_of_token_vectors_ends_with_its_request() -> None:
     with anyio.fail_after(SECONDS):
         async with anyio.create_task_group() as group:
             group.start_soon(service.similarity, request)
-            assert await anyio.to_thread.run_sync(TokenVector.begun.wait, SECONDS)
+            assert await anyio.to_thread.run_sync(TokenVector.compared.wait, SECONDS)
             group.cancel_scope.cancel()
-    assert 0 < TokenVector.times < 1_000 * 1_000
+    assert 0 < TokenVector.comparisons < 1_000 * 1_000
 
 
-async def test_a_model_without_the_mode_says_which_it_has() -> None:
+async def test_the_error_for_an_unsupported_mode_lists_the_supported_ones() -> None:
     service = service_of()
     request = parse(SearchRequest, {"query": "a", "input": ["b"], "mode": "colbert"})
 
-    with pytest.raises(
-        InvalidRequest, match="`mode`: test/hash does not make what mode 'colbert' needs; its modes are: dense"
-    ):
+    with pytest.raises(InvalidRequest, match="`mode`: test/hash does not support mode 'colbert'; its modes are: dense"):
         await service.search(request)
 
 
-async def test_a_model_without_the_vectors_that_a_route_is_for_says_what_it_has() -> None:
+async def test_the_error_of_a_route_that_the_model_does_not_support_lists_its_modes() -> None:
     service = service_of()
-    asked = {"model": "default", "input": ["a"]}
+    fields = {"model": "default", "input": ["a"]}
 
+    with pytest.raises(InvalidRequest, match="`model`: test/hash does not support mode 'sparse'; its modes are: dense"):
+        await service.create_sparse_embedding(parse(SparseEmbeddingRequest, fields))
     with pytest.raises(
-        InvalidRequest, match="`model`: test/hash does not make what mode 'sparse' needs; its modes are: dense"
+        InvalidRequest, match="`model`: test/hash does not support mode 'colbert'; its modes are: dense"
     ):
-        await service.create_sparse_embedding(parse(SparseEmbeddingRequest, asked))
-    with pytest.raises(
-        InvalidRequest, match="`model`: test/hash does not make what mode 'colbert' needs; its modes are: dense"
-    ):
-        await service.create_colbert_embedding(parse(ColbertEmbeddingRequest, asked))
+        await service.create_colbert_embedding(parse(ColbertEmbeddingRequest, fields))
 
 
-async def test_a_metric_is_refused_where_no_dense_vectors_are_compared(service: EmbeddingService) -> None:
+async def test_a_metric_is_rejected_outside_dense_mode(service: EmbeddingService) -> None:
     request = parse(SimilarityRequest, {"model": "bge-m3", "input": ["a", "b"], "mode": "sparse", "metric": "dot"})
 
     with pytest.raises(InvalidRequest, match="`metric` is for mode 'dense' only"):
         await service.similarity(request)
 
 
-async def test_without_its_two_small_layers_the_checkpoint_is_dense_only(tmp_path: Path) -> None:
+async def test_a_checkpoint_without_the_sparse_and_colbert_layers_is_dense_only(tmp_path: Path) -> None:
     for file in (FOLDER / "model").iterdir():
         if file.suffix != ".pt":
             (tmp_path / file.name).symlink_to(file)

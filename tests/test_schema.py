@@ -1,4 +1,4 @@
-"""The wire types: as strict as the published schema, and with messages that teach."""
+"""The wire types: as strict as the published schema, with actionable error messages."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ COMPARE = {"model": "default", "input": ["a", "b"]}
 SEARCH = {"query": "q", "input": ["a", "b"]}
 
 
-def refusal(request_type: Any, value: Any) -> InvalidRequest:
+def rejection(request_type: Any, value: Any) -> InvalidRequest:
     with pytest.raises(InvalidRequest) as caught:
         parse(request_type, value)
     return caught.value
@@ -41,16 +41,16 @@ def refusal(request_type: Any, value: Any) -> InvalidRequest:
 # --- What is published -----------------------------------------------------------------------------------------------
 
 
-def test_the_response_is_the_published_one_with_base64_as_the_other_form_of_a_vector() -> None:
+def test_the_response_schema_is_the_published_one_with_base64_as_an_alternative() -> None:
     published = without({"description", "example"}, TYPES["EmbeddingResponse"])
     vector = published["properties"]["data"]["items"]["properties"]["embedding"]
     published["properties"]["data"]["items"]["properties"]["embedding"] = {"oneOf": [vector, {"type": "string"}]}
-    # That every field is always there is ours to say.
+    # `required` is our own addition: every field is always present.
     assert without({"description", "required"}, json_schema(EmbeddingResponse)) == published
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
-def test_published_schemas_are_valid_and_hold_no_reference(operation: Any) -> None:
+def test_published_schemas_are_valid_and_contain_no_reference(operation: Any) -> None:
     for wire_type in (operation.request, operation.response):
         schema = json_schema(wire_type)
         jsonschema.Draft202012Validator.check_schema(schema)
@@ -86,7 +86,7 @@ near_requests = st.fixed_dictionaries(
 
 
 @given(near_requests)
-def test_what_is_accepted_is_what_the_published_schema_accepts_save_empty_texts(value: dict[str, Any]) -> None:
+def test_the_parser_accepts_what_the_published_schema_accepts_except_empty_texts(value: dict[str, Any]) -> None:
     strict = TYPES["EmbeddingRequest"] | {"additionalProperties": False}
     valid = jsonschema.Draft202012Validator(strict).is_valid(value)
     given_texts = value.get("input")
@@ -94,27 +94,27 @@ def test_what_is_accepted_is_what_the_published_schema_accepts_save_empty_texts(
         request = parse(EmbeddingRequest, value)
         assert request.model_dump(exclude_unset=True) == value
     else:
-        refusal(EmbeddingRequest, value)
+        rejection(EmbeddingRequest, value)
 
 
 @pytest.mark.parametrize(
     "text", ['["a","b"]', '{"x":1}', "null", "123", "true", '"quoted"', " ", "\x00", "\N{PILE OF POO}"]
 )
-def test_texts_stay_what_they_are(text: str) -> None:
+def test_texts_are_never_decoded_as_json(text: str) -> None:
     assert parse(EmbeddingRequest, {"model": "default", "input": text}).input == text
     assert parse(EmbeddingRequest, {"model": "default", "input": [text, text]}).input == [text, text]
     assert parse(SearchRequest, {"query": text, "input": text}).query == text
 
 
-def test_a_whole_number_may_be_written_with_a_decimal_point() -> None:
+def test_an_integer_may_be_written_with_a_decimal_point() -> None:
     assert parse(EmbeddingRequest, {**EMBED, "dimensions": 3.0}).dimensions == 3
     assert parse(SearchRequest, {**SEARCH, "top_k": 2.0}).top_k == 2
 
 
-# --- What is refused, and how ----------------------------------------------------------------------------------------
+# --- What is rejected, and how ---------------------------------------------------------------------------------------
 
 TOKENS = "`input` must be text, not token ids"
-KINDS = [
+REJECTED = [
     (EmbeddingRequest, {**EMBED, "input": None}, "`input` must be a string or an array of strings, not null"),
     (EmbeddingRequest, {**EMBED, "input": 3}, "`input` must be a string or an array of strings, not a number"),
     (EmbeddingRequest, {**EMBED, "input": {"a": 1}}, "`input` must be a string or an array of strings, not an object"),
@@ -156,46 +156,46 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize(("request_type", "value", "lesson"), KINDS, ids=[lesson for _, _, lesson in KINDS])
-def test_a_refusal_names_the_field_what_was_wrong_and_what_is_accepted(
-    request_type: Any, value: Any, lesson: str
+@pytest.mark.parametrize(("request_type", "value", "message"), REJECTED, ids=[message for _, _, message in REJECTED])
+def test_an_error_names_the_field_what_was_wrong_and_what_is_accepted(
+    request_type: Any, value: Any, message: str
 ) -> None:
-    error = refusal(request_type, value)
-    assert error.message.startswith(lesson)
-    assert error.param == lesson.split("`")[1]
+    error = rejection(request_type, value)
+    assert error.message.startswith(message)
+    assert error.param == message.split("`")[1]
 
 
-def test_a_client_that_sends_tokens_is_told_how_to_stop_it() -> None:
+def test_the_error_for_token_ids_says_how_to_configure_the_client() -> None:
     assert (
         "OpenAIEmbeddings(check_embedding_ctx_length=False)"
-        in refusal(EmbeddingRequest, {**EMBED, "input": [1]}).message
+        in rejection(EmbeddingRequest, {**EMBED, "input": [1]}).message
     )
 
 
-def test_an_unknown_field_brings_the_known_ones_and_a_guess() -> None:
-    error = refusal(EmbeddingRequest, {**EMBED, "dimension": 8})
+def test_the_error_for_an_unknown_field_lists_the_known_ones_and_suggests_one() -> None:
+    error = rejection(EmbeddingRequest, {**EMBED, "dimension": 8})
     assert error.param == "dimension"
     assert error.message == (
         "`dimension` is not a field of this request (did you mean `dimensions`?); accepted are model, input, "
         "input_type, encoding_format, truncate, dimensions, user"
     )
-    assert "did you mean" not in refusal(EmbeddingRequest, {**EMBED, "zzz": 8}).message
+    assert "did you mean" not in rejection(EmbeddingRequest, {**EMBED, "zzz": 8}).message
     assert (
-        refusal(ListModelsRequest, {"model": "a"}).message
+        rejection(ListModelsRequest, {"model": "a"}).message
         == "`model` is not a field of this request; accepted are no fields"
     )
 
 
-def test_a_field_that_is_there_already_was_not_meant_by_an_unknown_one() -> None:
+def test_a_field_that_is_present_is_not_suggested_for_an_unknown_one() -> None:
     search = {"query": "a", "input": "b", "input_type": "query"}
-    assert "did you mean" not in refusal(SearchRequest, search).message
+    assert "did you mean" not in rejection(SearchRequest, search).message
 
 
-def test_of_unknown_fields_that_are_not_named_there_is_a_number_and_nothing_else() -> None:
+def test_surplus_unknown_fields_are_only_counted() -> None:
     request = {**EMBED, "truncate": "end"} | {f"field {number}": 1 for number in range(10_000)}
     tracemalloc.start()
     try:
-        message = refusal(EmbeddingRequest, request).message
+        message = rejection(EmbeddingRequest, request).message
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -204,8 +204,8 @@ def test_of_unknown_fields_that_are_not_named_there_is_a_number_and_nothing_else
     assert peak < 300 * 10_000
 
 
-def test_the_known_fields_come_once_however_many_are_unknown() -> None:
-    message = refusal(SearchRequest, {"queries": "a", "inputs": "b", "limit": 3}).message
+def test_the_known_fields_are_listed_once_for_any_number_of_unknown_ones() -> None:
+    message = rejection(SearchRequest, {"queries": "a", "inputs": "b", "limit": 3}).message
     assert "`queries` is not a field of this request (did you mean `query`?); `inputs` is not" in message
     assert message.count("top_k") == 1
     assert message.endswith(
@@ -214,14 +214,14 @@ def test_the_known_fields_come_once_however_many_are_unknown() -> None:
 
 
 def test_a_missing_field_is_explained() -> None:
-    error = refusal(EmbeddingRequest, {})
+    error = rejection(EmbeddingRequest, {})
     assert error.param == "model"
     assert error.message.startswith("`model` is required: Model id, e.g. `sentence-transformers/all-MiniLM-L6-v2`")
     assert error.message.endswith("; `input` is required: The text to embed, or an array of texts")
 
 
-def test_all_problems_come_in_one_message() -> None:
-    error = refusal(SearchRequest, {"input": "", "truncate": 3, "top_k": "x", "text": "a"})
+def test_all_problems_are_reported_in_one_message() -> None:
+    error = rejection(SearchRequest, {"input": "", "truncate": 3, "top_k": "x", "text": "a"})
     assert error.param == "query"
     problems = ["`query` is", "`input` must", "`top_k` must", "`truncate` must", "`text` is"]
     assert sorted(problems, key=error.message.index) == problems
@@ -230,8 +230,8 @@ def test_all_problems_come_in_one_message() -> None:
 @pytest.mark.parametrize(
     ("value", "kind"), [([], "an array"), ("a", "a string"), (None, "null"), (3, "a number"), (True, "a boolean")]
 )
-def test_a_request_is_an_object(value: Any, kind: str) -> None:
-    error = refusal(EmbeddingRequest, value)
+def test_a_request_must_be_an_object(value: Any, kind: str) -> None:
+    error = rejection(EmbeddingRequest, value)
     assert (error.message, error.param) == (f"the request must be a JSON object, not {kind}", None)
 
 
@@ -247,27 +247,27 @@ def test_a_request_is_an_object(value: Any, kind: str) -> None:
     ],
     ids=["name", "choice", "neighbour", "number", "object", "many"],
 )
-def test_what_the_caller_wrote_is_never_repeated_at_length(value: Any) -> None:
-    error = refusal(EmbeddingRequest, value)
+def test_long_values_from_the_caller_are_never_quoted_in_full(value: Any) -> None:
+    error = rejection(EmbeddingRequest, value)
     assert len(error.message) < 1500
     assert "x" * 41 not in error.message
     assert "9" * 41 not in error.message
     assert len(error.param or "") <= 40
 
 
-def test_a_long_number_is_cut() -> None:
-    assert len(refusal(SearchRequest, {**SEARCH, "top_k": -(10**4000)}).message) < 100
+def test_a_long_number_is_truncated() -> None:
+    assert len(rejection(SearchRequest, {**SEARCH, "top_k": -(10**4000)}).message) < 100
 
 
 @given(
     operation=st.sampled_from(OPERATIONS),
     value=anything | st.dictionaries(st.sampled_from([*fields, "query"]), anything),
 )
-def test_no_json_breaks_the_reading(operation: Any, value: Any) -> None:
+def test_no_json_value_crashes_the_parser(operation: Any, value: Any) -> None:
     try:
         parse(operation.request, value)
     except InvalidRequest as error:
-        assert len(error.message.encode()) < 2500  # noqa: PT017 - what is raised is one of two good ends
+        assert len(error.message.encode()) < 2500  # noqa: PT017 - both parsing and this error are valid outcomes
 
 
 # --- What is written -------------------------------------------------------------------------------------------------

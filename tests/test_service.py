@@ -1,4 +1,4 @@
-"""The service: what it resolves, allows and refuses, and that every text gets its own vector."""
+"""The service: which models and requests it accepts, and that every text gets its own vector."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ WIDE = ModelCard(id="test/wide", dimensions=384)
 Vectors = npt.NDArray[np.float32]
 
 
-class NumberlessEmbedder(HashEmbedder):
-    """Gives a vector that is not a number for the text ``nan``."""
+class NonFiniteEmbedder(HashEmbedder):
+    """Returns a vector of NaN for the text ``nan``."""
 
     def vector(self, text: str, input_type: InputType | None = None) -> Vectors:
         return np.full(8, np.nan, np.float32) if text == "nan" else super().vector(text, input_type)
@@ -86,14 +86,14 @@ def vectors_of(answer: Any) -> Vectors:
 
 
 @pytest.mark.parametrize("name", ["Test/Plain", "test/plain", "plain-alias", "PLAIN-ALIAS", "default", "Default"])
-async def test_a_model_answers_to_its_id_its_aliases_and_default_in_any_case(name: str) -> None:
+async def test_a_model_is_found_by_id_alias_or_default_in_any_case(name: str) -> None:
     answer = await embed(service_of(), "a", model=name)
     assert answer["model"] == "Test/Plain"
     np.testing.assert_array_equal(vectors_of(answer)[0], HashEmbedder(PLAIN).vector("a"))
 
 
 @pytest.mark.parametrize("suffix", ["query", "passage"])
-async def test_the_suffix_of_a_model_name_says_the_input_type(suffix: InputType) -> None:
+async def test_the_suffix_of_a_model_name_sets_the_input_type(suffix: InputType) -> None:
     expected = HashEmbedder(NESTED).vector("a", suffix)
     for fields in ({"model": f"test/nested-{suffix}"}, {"model": f"TEST/NESTED-{suffix}", "input_type": suffix}):
         answer = await embed(service_of(), "a", **fields)
@@ -109,19 +109,19 @@ async def test_a_suffix_works_on_aliases_and_on_default() -> None:
     assert (await embed(service_of(), "a", model="plain-alias-query"))["model"] == "Test/Plain"
 
 
-async def test_a_model_whose_own_name_ends_like_a_suffix_is_itself() -> None:
-    named = ModelCard(id="test/for-query", dimensions=8)
-    service = service_of(HashEmbedder(ModelCard(id="test/for", dimensions=8)), HashEmbedder(named))
+async def test_a_model_whose_own_name_ends_in_a_suffix_is_matched_exactly() -> None:
+    suffixed = ModelCard(id="test/for-query", dimensions=8)
+    service = service_of(HashEmbedder(ModelCard(id="test/for", dimensions=8)), HashEmbedder(suffixed))
     assert (await embed(service, "a", model="test/for-query", input_type="passage"))["model"] == "test/for-query"
 
 
-async def test_a_suffix_that_contradicts_the_input_type_is_refused() -> None:
+async def test_a_suffix_that_contradicts_the_input_type_is_rejected() -> None:
     with pytest.raises(InvalidRequest, match="`input_type` is 'passage', but the model name ends in -query") as caught:
         await embed(service_of(), "a", model="test/nested-query", input_type="passage")
     assert caught.value.param == "input_type"
 
 
-async def test_an_unknown_model_is_answered_with_those_that_are_served() -> None:
+async def test_the_error_for_an_unknown_model_lists_the_served_ones() -> None:
     with pytest.raises(UnknownModel) as caught:
         await embed(service_of(), "a", model="gone" * 1000)
     assert caught.value.param == "model"
@@ -129,11 +129,11 @@ async def test_an_unknown_model_is_answered_with_those_that_are_served() -> None
     assert len(caught.value.message) < 300
 
 
-async def test_the_name_that_an_endpoint_serves_under_is_passed_on() -> None:
+async def test_the_model_name_that_an_endpoint_reports_is_passed_on() -> None:
     class Renamed(HashEmbedder):
         async def embed(self, texts: Sequence[str], **options: Any) -> Embeddings:
-            made = await super().embed(texts, **options)
-            return Embeddings(made.vectors, made.tokens, served_model="test/plain-v2")
+            result = await super().embed(texts, **options)
+            return Embeddings(result.vectors, result.tokens, served_model="test/plain-v2")
 
     service = service_of(Renamed(PLAIN))
     assert (await embed(service, "a"))["model"] == "test/plain-v2"
@@ -141,7 +141,7 @@ async def test_the_name_that_an_endpoint_serves_under_is_passed_on() -> None:
     assert (await search(service, "a", ["b"]))["model"] == "test/plain-v2"
 
 
-def test_two_models_of_one_name_are_refused() -> None:
+def test_two_models_with_the_same_name_are_rejected() -> None:
     other = ModelCard(id="test/other", aliases=("PLAIN-alias",))
     with pytest.raises(InvalidSetting, match="two of the models answer to the name 'plain-alias'"):
         service_of(HashEmbedder(PLAIN), HashEmbedder(other))
@@ -152,7 +152,7 @@ def test_no_model_can_be_named_default() -> None:
         service_of(HashEmbedder(ModelCard(id="Default")))
 
 
-def test_a_default_model_that_is_not_served_is_refused() -> None:
+def test_a_default_model_that_is_not_served_is_rejected() -> None:
     with pytest.raises(InvalidSetting, match="'gone' is not among the models served: Test/Plain"):
         EmbeddingService([HashEmbedder(PLAIN)], default_model="gone")
 
@@ -160,22 +160,22 @@ def test_a_default_model_that_is_not_served_is_refused() -> None:
 # --- What a model allows ---------------------------------------------------------------------------------------------
 
 
-async def test_an_asymmetric_model_asks_what_the_text_is_for() -> None:
+async def test_an_asymmetric_model_requires_an_input_type() -> None:
     for ask in (embed, compare):
         with pytest.raises(InvalidRequest, match="`input_type` is required by test/nested") as caught:
             await ask(service_of(), ["a"], model="test/nested")
         assert caught.value.param == "input_type"
-        assert "'query' for what is searched with, 'passage' for what is searched" in caught.value.message
+        assert "'query' for search queries, 'passage' for the texts to search" in caught.value.message
 
 
-async def test_a_symmetric_model_gives_the_same_vector_whatever_the_text_is_for() -> None:
+async def test_a_symmetric_model_returns_the_same_vector_for_every_input_type() -> None:
     plain = vectors_of(await embed(service_of(), "a"))
     for input_type in ("query", "passage"):
         np.testing.assert_array_equal(vectors_of(await embed(service_of(), "a", input_type=input_type)), plain)
 
 
 @pytest.mark.parametrize("dimensions", [4, 8])
-async def test_vectors_of_a_matryoshka_model_are_cut_and_then_normalized(dimensions: int) -> None:
+async def test_vectors_of_a_matryoshka_model_are_truncated_and_then_normalized(dimensions: int) -> None:
     texts = ["a", "b", "c"]
     whole = vectors_of(await embed(service_of(), texts, model="test/nested-query"))
     cut = vectors_of(await embed(service_of(), texts, model="test/nested-query", dimensions=dimensions))
@@ -184,21 +184,21 @@ async def test_vectors_of_a_matryoshka_model_are_cut_and_then_normalized(dimensi
     np.testing.assert_allclose(np.linalg.norm(cut, axis=1), 1, rtol=1e-6)
 
 
-async def test_scores_are_those_of_the_cut_vectors() -> None:
+async def test_scores_are_those_of_the_shortened_vectors() -> None:
     fields = {"model": "test/nested-passage", "dimensions": 4}
     cut = vectors_of(await embed(service_of(), ["a", "b"], **fields))
     scores = (await compare(service_of(), ["a", "b"], **fields))["scores"]
     np.testing.assert_allclose(scores, cut @ cut.T, atol=5.1e-5)
 
 
-async def test_passages_are_ranked_by_their_cut_vectors() -> None:
+async def test_passages_are_ranked_by_their_shortened_vectors() -> None:
     (query,) = vectors_of(await embed(service_of(), "q", model="test/nested-query", dimensions=4))
     passages = vectors_of(await embed(service_of(), ["a", "b"], model="test/nested-passage", dimensions=4))
     for hit in (await search(service_of(), "q", ["a", "b"], model="test/nested", dimensions=4))["results"]:
         assert hit["score"] == pytest.approx(passages[hit["index"]] @ query, abs=5.1e-5)
 
 
-async def test_the_full_length_may_be_asked_for_by_number() -> None:
+async def test_the_full_length_may_be_requested_explicitly() -> None:
     for model, dimensions in (("default", 8), ("test/nested-query", 16)):
         whole = vectors_of(await embed(service_of(), "a", model=model))
         np.testing.assert_array_equal(
@@ -209,7 +209,7 @@ async def test_the_full_length_may_be_asked_for_by_number() -> None:
 @pytest.mark.parametrize(
     ("model", "dimensions", "accepted"),
     [
-        ("default", 4, "its vectors have 8 and cannot be cut (it is not a Matryoshka model)"),
+        ("default", 4, "its vectors have 8 and cannot be shortened (it is not a Matryoshka model)"),
         ("test/nested-query", 5, "accepted are 4, 8 and 16"),
         ("test/nested-query", 32, "accepted are 4, 8 and 16"),
         ("test/nested-query", 0, "accepted are 4, 8 and 16"),
@@ -217,9 +217,7 @@ async def test_the_full_length_may_be_asked_for_by_number() -> None:
     ],
     ids=["plain", "between", "longer", "none", "endless"],
 )
-async def test_other_lengths_are_refused_with_those_that_are_possible(
-    model: str, dimensions: int, accepted: str
-) -> None:
+async def test_the_error_for_other_lengths_lists_the_accepted_ones(model: str, dimensions: int, accepted: str) -> None:
     for ask in (embed, compare):
         with pytest.raises(InvalidRequest) as caught:
             await ask(service_of(), ["a"], model=model, dimensions=dimensions)
@@ -228,13 +226,13 @@ async def test_other_lengths_are_refused_with_those_that_are_possible(
         assert len(caught.value.message) < 200
 
 
-async def test_a_model_of_unknown_length_is_looked_at_before_its_vectors_are_cut() -> None:
-    class Learning(HashEmbedder):
+async def test_a_model_of_unknown_length_is_checked_before_its_vectors_are_shortened() -> None:
+    class LearnsItsLength(HashEmbedder):
         async def check(self) -> None:
             self.card = PLAIN
 
     unknown = ModelCard(id="test/unknown")
-    assert vectors_of(await embed(service_of(Learning(unknown)), "a", dimensions=8)).shape == (1, 8)
+    assert vectors_of(await embed(service_of(LearnsItsLength(unknown)), "a", dimensions=8)).shape == (1, 8)
     with pytest.raises(InvalidRequest, match="is not known here"):
         await embed(service_of(HashEmbedder(unknown)), "a", dimensions=8)
 
@@ -270,9 +268,9 @@ async def test_a_text_that_is_too_long_is_named_by_its_field(ask: Any, texts: An
         (search, "nan", {"texts": ["b"]}, "query"),
     ],
 )
-async def test_what_is_not_a_number_is_never_passed_on(ask: Any, texts: Any, fields: Any, place: str) -> None:
+async def test_vectors_that_are_not_finite_are_never_returned(ask: Any, texts: Any, fields: Any, place: str) -> None:
     with pytest.raises(ModelUnavailable, match="not finite") as caught:
-        await ask(service_of(NumberlessEmbedder(PLAIN)), texts, **fields)
+        await ask(service_of(NonFiniteEmbedder(PLAIN)), texts, **fields)
     assert f"`{place}`" in caught.value.message
 
 
@@ -288,7 +286,7 @@ async def test_floats_and_base64_are_the_same_vectors() -> None:
     assert packed["usage"] == {"prompt_tokens": 9, "total_tokens": 9}
 
 
-async def test_a_text_alone_is_answered_as_a_list_of_one() -> None:
+async def test_a_single_text_gets_a_list_of_one() -> None:
     alone, listed = await embed(service_of(), "a"), await embed(service_of(), ["a"])
     assert alone["object"] == listed["object"] == "list"
     assert [item["object"] for item in alone["data"]] == ["embedding"]
@@ -314,8 +312,8 @@ async def test_progress_counts_every_text_of_the_request() -> None:
 
 
 @pytest.mark.parametrize(("ask", "fields"), [(embed, {}), (compare, {"top_k": 3}), (search, {"query": "a"})])
-async def test_large_answers_are_computed_beside_the_event_loop(ask: Any, fields: dict[str, Any]) -> None:
-    """The embedder never waits, so nothing else has a turn unless the service itself lets go of the loop."""
+async def test_large_responses_are_computed_off_the_event_loop(ask: Any, fields: dict[str, Any]) -> None:
+    """The embedder never yields, so no other task runs unless the service itself yields to the event loop."""
     turns = 0
 
     async def take_turns() -> None:
@@ -366,14 +364,14 @@ def alone(portal: BlockingPortal, minilm: EmbeddingService) -> dict[str, Vectors
 
 @settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(st.sampled_from(POOL), min_size=1, max_size=8))
-def test_a_text_has_its_own_vector_in_any_batch_and_beside_its_duplicates(
+def test_a_text_gets_its_own_vector_in_any_batch_even_with_duplicates(
     texts: list[str], portal: BlockingPortal, minilm: EmbeddingService, alone: dict[str, Vectors]
 ) -> None:
     together = vectors_of(portal.call(embed, minilm, texts))
     np.testing.assert_allclose(together, [alone[text] for text in texts], atol=1e-5)
 
 
-def test_callers_at_the_same_time_get_their_own_vectors(
+def test_concurrent_callers_get_their_own_vectors(
     portal: BlockingPortal, minilm: EmbeddingService, alone: dict[str, Vectors]
 ) -> None:
     requests = [POOL[start:] + POOL[:start] for start in range(4)]
@@ -397,7 +395,7 @@ def test_callers_at_the_same_time_get_their_own_vectors(
 
 
 def expected_scores(left: Vectors, right: Vectors, metric: str) -> npt.NDArray[np.float64]:
-    """By the definitions, in float64; the vectors have length 1, so that cosine and dot product are one."""
+    """Computed by definition in float64; the vectors have length 1, so cosine and dot product are the same."""
     a, b = left.astype(np.float64), right.astype(np.float64)
     distances: npt.NDArray[np.float64] = np.sqrt(((a[:, None, :] - b[None, :, :]) ** 2).sum(axis=2))
     return distances if metric == "euclidean" else a @ b.T
@@ -419,7 +417,7 @@ async def test_similarity_scores_every_input_with_every_other(metric: str, other
 
 @pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
 @pytest.mark.parametrize("other", [None, ["d", "a", "b"]])
-async def test_the_best_pairs_are_the_best_of_the_whole_matrix(metric: str, other: list[str] | None) -> None:
+async def test_the_best_pairs_are_the_best_of_the_full_matrix(metric: str, other: list[str] | None) -> None:
     texts = ["a", "b", "c", "a"]
     fields = {"metric": metric} | ({} if other is None else {"other": other})
     matrix = (await compare(service_of(), texts, **fields))["scores"]
@@ -462,7 +460,7 @@ async def test_scores_are_rounded_and_zero_has_no_sign() -> None:
         assert row == [round(score, 4) for score in row]
 
 
-async def test_a_matrix_that_nobody_could_read_is_refused() -> None:
+async def test_a_matrix_with_too_many_scores_is_rejected() -> None:
     side = math.isqrt(MAX_SCORES)
     texts = [str(number) for number in range(side + 1)]
     assert len((await compare(service_of(), texts[:side]))["scores"]) == side
@@ -474,7 +472,7 @@ async def test_a_matrix_that_nobody_could_read_is_refused() -> None:
     with pytest.raises(InvalidRequest, match=f"`top_k` must be at most {MAX_SCORES:,} here") as caught:
         await compare(service_of(), texts, other=texts, top_k=MAX_SCORES + 1)
     assert caught.value.param == "top_k"
-    # As many pairs as there are may be asked for, however large the number.
+    # `top_k` may exceed the number of pairs by any amount.
     assert len((await compare(service_of(), texts, top_k=10 * MAX_SCORES))["pairs"]) == (side + 1) * side // 2
 
 
@@ -494,7 +492,7 @@ async def test_search_embeds_the_query_as_a_query_and_the_passages_as_passages()
 
 
 @pytest.mark.parametrize(("card", "calls"), [(PLAIN, [["q", "r", "a", "b"]]), (NESTED, [["q", "r"], ["a", "b"]])])
-async def test_search_asks_a_symmetric_model_once(card: ModelCard, calls: list[list[str]]) -> None:
+async def test_search_calls_a_symmetric_model_once(card: ModelCard, calls: list[list[str]]) -> None:
     embedder, done = HashEmbedder(card), list[int]()
 
     async def on_progress(count: int) -> None:
@@ -507,7 +505,7 @@ async def test_search_asks_a_symmetric_model_once(card: ModelCard, calls: list[l
     assert answer["usage"]["prompt_tokens"] == 12
 
 
-async def test_search_gives_as_many_as_asked_for_and_ties_in_the_order_of_the_passages() -> None:
+async def test_search_returns_top_k_hits_and_keeps_ties_in_the_order_of_the_passages() -> None:
     texts = ["b", "a", "b", "a"]
     service = service_of()
     everything = [hit["index"] for hit in (await search(service, "a", texts))["results"]]
@@ -518,7 +516,7 @@ async def test_search_gives_as_many_as_asked_for_and_ties_in_the_order_of_the_pa
     assert len((await search(service, "a", [str(number) for number in range(20)]))["results"]) == 10
 
 
-async def test_with_several_wordings_each_passage_counts_by_the_one_it_is_closest_to() -> None:
+async def test_with_several_wordings_each_passage_is_scored_by_its_closest_one() -> None:
     texts = ["a", "b", "c", "d"]
     service = service_of(HashEmbedder(NESTED))
     wordings = vectors_of(await embed(service, ["q", "r", "s"], input_type="query"))
@@ -529,7 +527,7 @@ async def test_with_several_wordings_each_passage_counts_by_the_one_it_is_closes
     np.testing.assert_allclose([hit["score"] for hit in answer["results"]], sorted(scores, reverse=True), atol=5.1e-5)
 
 
-async def test_search_says_itself_what_is_a_query() -> None:
+async def test_search_rejects_a_model_suffix() -> None:
     with pytest.raises(InvalidRequest, match="must be without the suffix -query") as caught:
         await search(service_of(), "a", ["b"], model="test/nested-query")
     assert caught.value.param == "model"
@@ -538,7 +536,7 @@ async def test_search_says_itself_what_is_a_query() -> None:
 # --- The service itself ----------------------------------------------------------------------------------------------
 
 
-async def test_models_are_listed_with_what_is_known_of_them() -> None:
+async def test_models_are_listed_with_their_known_properties() -> None:
     service = service_of(HashEmbedder(PLAIN), HashEmbedder(NESTED), HashEmbedder(ModelCard(id="test/unknown")))
     plain, nested, unknown = (await service.list_models())["models"]
     assert (plain["id"], plain["default"], plain["aliases"]) == ("Test/Plain", True, ["plain-alias"])
@@ -576,7 +574,7 @@ async def test_cancelling_a_caller_cancels_its_embedding_and_no_other() -> None:
     assert not quick.cancelled
 
 
-async def test_readiness_is_that_of_the_default_model() -> None:
+async def test_the_service_is_ready_when_its_default_model_is() -> None:
     class Unready(HashEmbedder):
         async def check(self) -> None:
             raise ModelUnavailable("its disk is gone")

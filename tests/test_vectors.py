@@ -1,4 +1,4 @@
-"""Vector mathematics against the formulas written out in float64."""
+"""Vector mathematics, checked against the formulas in float64."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from embeddings_mcp.vectors import (
     Metric,
     SparseVector,
     best_first,
-    best_of_rows,
     closest_pairs,
-    comparing,
-    comparing_weights,
+    column_maxima,
+    dense_scorer,
+    lexical_scorer,
     normalize,
     shorten,
     to_base64,
@@ -28,7 +28,7 @@ from embeddings_mcp.vectors import (
 
 METRICS: list[Metric] = ["cosine", "dot", "euclidean"]
 
-# Below 1e-9 squares leave the range of float32, and no model makes such numbers.
+# Magnitudes from 2**-30 to 2**10, and 0: no model returns smaller ones, whose squares underflow in float32.
 numbers = st.just(0.0) | st.floats(2**-30, 2**10, width=32) | st.floats(-(2**10), -(2**-30), width=32)
 lengths = st.integers(1, 6)
 
@@ -62,14 +62,12 @@ def test_a_normalized_vector_has_length_one_and_keeps_its_direction(matrix: npt.
         np.testing.assert_allclose(vector, given_vector / length if length else 0.0, rtol=1e-5, atol=1e-7)
 
 
-def test_a_vector_of_zeros_stays_what_it_is() -> None:
+def test_a_zero_vector_stays_zero() -> None:
     np.testing.assert_array_equal(normalize(np.zeros((1, 4), np.float32)), np.zeros((1, 4)))
 
 
 @given(lengths.flatmap(matrices), st.data())
-def test_a_shortened_vector_is_its_beginning_at_length_one(
-    matrix: npt.NDArray[np.float32], data: st.DataObject
-) -> None:
+def test_a_shortened_vector_is_its_normalized_prefix(matrix: npt.NDArray[np.float32], data: st.DataObject) -> None:
     dimensions = data.draw(st.integers(1, matrix.shape[1]))
     before = matrix.copy()
     shortened = shorten(matrix, dimensions)
@@ -93,8 +91,8 @@ def test_a_column_of_a_matrix_is_encoded_like_any_vector() -> None:
 # --- Scores ----------------------------------------------------------------------------------------------------------
 
 
-def rounding(left: npt.NDArray[np.float32], right: npt.NDArray[np.float32], metric: Metric) -> float:
-    """What rounding may make of a score of 0: relative to the largest terms of its sum, not to the sum."""
+def rounding_error(left: npt.NDArray[np.float32], right: npt.NDArray[np.float32], metric: Metric) -> float:
+    """Return the absolute rounding error of a score, which is relative to the largest terms of its sum."""
     if metric == "cosine":
         return 1e-5
     largest = max(float(np.abs(left).max()), float(np.abs(right).max()))
@@ -104,23 +102,23 @@ def rounding(left: npt.NDArray[np.float32], right: npt.NDArray[np.float32], metr
 
 @pytest.mark.parametrize("metric", METRICS)
 @given(data=st.data(), columns=lengths)
-def test_every_pair_has_the_score_of_its_definition(metric: Metric, data: st.DataObject, columns: int) -> None:
+def test_every_pair_has_the_score_of_the_definition(metric: Metric, data: st.DataObject, columns: int) -> None:
     left, right = data.draw(matrices(columns)), data.draw(matrices(columns))
     expected = np.array([[score(one, other, metric) for other in right] for one in left])
-    scores = comparing(right, metric)(left)
+    scores = dense_scorer(right, metric)(left)
     assert scores.dtype == np.float32
-    np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=rounding(left, right, metric))
+    np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=rounding_error(left, right, metric))
 
 
-def test_the_distance_of_near_vectors_does_not_drown_in_rounding() -> None:
+def test_the_distance_of_close_vectors_survives_rounding() -> None:
     left = np.full((1, 384), 100, np.float32)
     right = left.copy()
     right[0, 0] += np.float32(2**-10)
-    assert comparing(right, "euclidean")(left)[0, 0] == pytest.approx(2**-10, rel=1e-3)
-    assert comparing(left, "euclidean")(left)[0, 0] == 0
+    assert dense_scorer(right, "euclidean")(left)[0, 0] == pytest.approx(2**-10, rel=1e-3)
+    assert dense_scorer(left, "euclidean")(left)[0, 0] == 0
 
 
-weighed = st.lists(
+weighted_texts = st.lists(
     st.dictionaries(st.integers(0, 9), st.floats(2**-10, 2, width=32), max_size=5), min_size=1, max_size=4
 )
 
@@ -130,32 +128,32 @@ def sparse(weights: dict[int, float]) -> SparseVector:
     return SparseVector(np.array(ids, np.int64), np.array([weights[token] for token in ids], np.float32))
 
 
-@given(left=weighed, right=weighed)
-def test_the_lexical_score_of_two_texts_is_made_of_the_tokens_that_they_share(
+@given(left=weighted_texts, right=weighted_texts)
+def test_the_lexical_score_of_two_texts_sums_over_the_tokens_they_share(
     left: list[dict[int, float]], right: list[dict[int, float]]
 ) -> None:
     expected = [[sum(one[token] * other[token] for token in one.keys() & other) for other in right] for one in left]
-    scores = comparing_weights([sparse(other) for other in right])([sparse(one) for one in left])
+    scores = lexical_scorer([sparse(other) for other in right])([sparse(one) for one in left])
     assert scores.dtype == np.float32
     np.testing.assert_allclose(scores, expected, rtol=1e-5)
 
 
-def test_what_the_right_texts_are_made_of_is_read_once_for_all_left_ones() -> None:
-    read = 0
+def test_the_right_texts_are_preprocessed_once_for_all_left_ones() -> None:
+    reads = 0
 
-    class Read(SparseVector):
-        """Weights that count how often they are asked for."""
+    class CountingVector(SparseVector):
+        """Counts how often its weights are read."""
 
         def __getattribute__(self, name: str) -> Any:
-            nonlocal read
-            read += name == "weights"
+            nonlocal reads
+            reads += name == "weights"
             return super().__getattribute__(name)
 
     text = sparse({3: 0.5})
-    score = comparing_weights([Read(text.ids, text.weights)] * 20)
+    score = lexical_scorer([CountingVector(text.ids, text.weights)] * 20)
     for _ in range(3):
         assert (score([text] * 50) == 0.25).all()
-    assert read == 20
+    assert reads == 20
 
 
 # --- Ranking ---------------------------------------------------------------------------------------------------------
@@ -170,39 +168,39 @@ def test_the_closest_come_first_and_ties_keep_their_order(metric: Metric, scores
     assert best_first(scores, metric, top_k).tolist() == expected
 
 
-@pytest.mark.parametrize("scores_at_once", [1, 7, 1 << 20])
+@pytest.mark.parametrize("block_scores", [1, 7, 1 << 20])
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("within", [True, False])
+@pytest.mark.parametrize("symmetric", [True, False])
 @given(data=st.data(), top_k=st.integers(1, 40))
-def test_the_closest_pairs_are_those_of_the_whole_matrix(
-    *, scores_at_once: int, metric: Metric, within: bool, data: st.DataObject, top_k: int
+def test_the_closest_pairs_are_those_of_the_full_matrix(
+    *, block_scores: int, metric: Metric, symmetric: bool, data: st.DataObject, top_k: int
 ) -> None:
     rows, columns = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6))
-    columns = rows if within else columns
+    columns = rows if symmetric else columns
     matrix = data.draw(hnp.arrays(np.float32, (rows, columns), elements=st.sampled_from([-1.0, 0.0, 0.5, 1.0])))
-    candidates = [(row, column) for row in range(rows) for column in range(row + 1 if within else 0, columns)]
+    candidates = [(row, column) for row in range(rows) for column in range(row + 1 if symmetric else 0, columns)]
     expected = sorted(candidates, key=lambda pair: -closeness(matrix[pair], metric))[:top_k]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vectors, "_SCORES_AT_ONCE", scores_at_once)
+        patch.setattr(vectors, "_BLOCK_SCORES", block_scores)
         left, right, scores = closest_pairs(
-            lambda block: matrix[block].copy(), rows, None if within else columns, metric, top_k
+            lambda block: matrix[block].copy(), rows, None if symmetric else columns, metric, top_k
         )
     assert list(zip(left.tolist(), right.tolist(), strict=True)) == expected
     assert scores.tolist() == [matrix[pair] for pair in expected]
 
 
-def test_the_best_of_many_rows_is_found_without_the_whole_matrix() -> None:
+def test_column_maxima_are_found_without_the_full_matrix() -> None:
     matrix = np.random.default_rng(0).normal(size=(100, 7)).astype(np.float32)
-    held: list[int] = []
+    block_sizes: list[int] = []
 
     def block(rows: slice) -> npt.NDArray[np.float32]:
-        held.append(matrix[rows].size)
+        block_sizes.append(matrix[rows].size)
         return matrix[rows]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vectors, "_SCORES_AT_ONCE", 30)
-        best = best_of_rows(block, *matrix.shape)
+        patch.setattr(vectors, "_BLOCK_SCORES", 30)
+        best = column_maxima(block, *matrix.shape)
     assert best.tolist() == matrix.max(axis=0).tolist()
-    assert max(held) <= 30
-    assert sum(held) == matrix.size
+    assert max(block_sizes) <= 30
+    assert sum(block_sizes) == matrix.size

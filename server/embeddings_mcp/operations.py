@@ -1,4 +1,4 @@
-"""What the service can be asked: the one table from which tools, routes and published descriptions are made."""
+"""The operations of the service: the table from which tools, routes and published documents are generated."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from embeddings_mcp.service import EmbeddingService
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One thing to ask the service for.
+    """One operation of the service.
 
     Attributes:
         name: the MCP tool's name, and the stem of the OpenAPI operation id.
-        title: a few words for people.
-        description: for the agent that has to choose: what it does, when to use it, and when not to. Hosts cut tool
-            descriptions at 2,048 characters.
+        title: a short title for people.
+        description: for the agent that chooses a tool: what it does, when to use it, and when not to. Hosts truncate
+            tool descriptions at 2,048 characters.
         request: the request's wire type.
         response: the response's wire type.
-        path: where REST callers POST it; None where REST has another form of its own.
-        call: the service's method.
+        path: the REST route to POST to; None where REST has a route of another form.
+        call: the method of the service.
     """
 
     name: str
@@ -62,9 +62,9 @@ CREATE_EMBEDDING = Operation(
     title="Create embeddings",
     description=(
         "Turn text into embedding vectors, for a program that stores or indexes them (a vector database, a file).\n"
-        "Do NOT use it to find out which texts are alike or which passage answers a question: vectors are hundreds of "
-        "numbers each and mean nothing to read. Use `similarity` or `search`, which answer with a few scores.\n"
-        "Give many texts in one call (an array as `input`); vectors come back in the same order. If vectors must pass "
+        "Do NOT use it to find out which texts are similar or which passage answers a question: a vector is hundreds "
+        "of numbers, meaningless to read. Use `similarity` or `search`, which return a few scores.\n"
+        "Send many texts in one call (an array as `input`); vectors come back in the same order. If vectors must pass "
         "through you, set `encoding_format` to `base64`. Asymmetric models need `input_type`: `query` for questions, "
         "`passage` for documents. Vectors of different models cannot be compared."
     ),
@@ -78,11 +78,11 @@ SIMILARITY = Operation(
     name="similarity",
     title="Compare texts",
     description=(
-        "Score how alike texts are in meaning; answers with numbers only, no vectors. With `other`, every `input` is "
+        "Score how similar texts are in meaning; returns only numbers, no vectors. With `other`, every `input` is "
         "compared with every `other`; without it, the texts of `input` with each other. `top_k` returns only the "
         "closest pairs: use it to find duplicates or best matches among many texts.\n"
         "Do NOT use it to find the passages that answer a question: `search` does that, and embeds question and "
-        "passages each in the right way. Scores rank pairs within one model; what counts as close differs by model."
+        "passages as such. Scores rank pairs within one model; what counts as close differs by model."
     ),
     request=SimilarityRequest,
     response=SimilarityResponse,
@@ -96,8 +96,8 @@ SEARCH = Operation(
     description=(
         "Rank the given passages by how well they answer a query; returns positions and scores, best first, no text "
         "and no vectors. The query is embedded as a query and the passages as passages.\n"
-        "Do NOT use it on texts that you do not have at hand: it searches only what is in `input`, stores nothing, and "
-        "reads no files. To compare texts of the same kind with each other use `similarity`."
+        "Do NOT use it on texts that you do not have at hand: it searches only `input`, stores nothing, and reads no "
+        "files. To compare texts of the same kind with each other use `similarity`."
     ),
     request=SearchRequest,
     response=SearchResponse,
@@ -110,7 +110,7 @@ LIST_MODELS = Operation(
     title="List embedding models",
     description=(
         "List the models served here: id, vector length, the shorter `dimensions` each allows, longest text in tokens, "
-        "whether `input_type` must be given, and where it runs.\n"
+        "whether `input_type` is required, and where it runs.\n"
         "Do NOT call it before every request: `default` names the default model, and an error says what a model needs."
     ),
     request=ListModelsRequest,
@@ -125,8 +125,8 @@ CREATE_SPARSE_EMBEDDING = Operation(
     name="create_sparse_embedding",
     title="Create lexical weights",
     description=(
-        "The weights of the tokens that a text is about, of models with mode `sparse` (BGE-M3). Two texts are as close "
-        "as the sum, over the tokens they share, of the products of their weights."
+        "The lexical weights of a text's tokens, on models with mode `sparse` (BGE-M3). The score of two texts is the "
+        "sum, over the tokens they share, of the products of their weights."
     ),
     request=SparseEmbeddingRequest,
     response=SparseEmbeddingResponse,
@@ -138,8 +138,8 @@ CREATE_COLBERT_EMBEDDING = Operation(
     name="create_colbert_embedding",
     title="Create token vectors",
     description=(
-        "A vector for every token of a text, of models with mode `colbert` (BGE-M3). A query is as close to a passage "
-        "as the mean, over the query's tokens, of each one's best match among the passage's."
+        "A vector for every token of a text, on models with mode `colbert` (BGE-M3). The score of a query and a "
+        "passage is the mean, over the query's tokens, of each one's best match in the passage."
     ),
     request=ColbertEmbeddingRequest,
     response=ColbertEmbeddingResponse,
@@ -148,11 +148,11 @@ CREATE_COLBERT_EMBEDDING = Operation(
 )
 
 OPERATIONS = (CREATE_EMBEDDING, SIMILARITY, SEARCH, LIST_MODELS)
-"""What agents are offered as tools: the published request, and what spares them vectors."""
+"""The operations offered to agents as tools: the published request, and those that return no vectors."""
 
 ROUTES: Mapping[str, Operation] = {
     operation.path: operation
     for operation in (CREATE_TYPED_EMBEDDING, CREATE_SPARSE_EMBEDDING, CREATE_COLBERT_EMBEDDING, SIMILARITY, SEARCH)
     if operation.path is not None
 }
-"""What programs may POST, by its path: more than agents need."""
+"""The REST operations by path: more than agents need."""

@@ -2,8 +2,8 @@
 
 `EmbeddingRequest` and `EmbeddingResponse` mirror the NVIDIA NIM embeddings API (its OpenAPI document of 2026-05-25,
 ``POST /v1/embeddings``) field for field. Validation is as strict as the published schema: no unknown field, no null for
-an optional one, no number where a string is asked for. `serialization.parse` turns what fails into one message that
-teaches, and `publish.schemas.json_schema` publishes a type the way the OpenAPI document writes it.
+an optional one, no number where a string is expected. `serialization.parse` turns validation failures into one
+actionable message, and `publish.schemas.json_schema` publishes a type in the style of the OpenAPI document.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, with_config
 from pydantic_core import PydanticCustomError
-from typing_extensions import NotRequired, TypedDict  # noqa: UP035 - pydantic reads typing's own only from Python 3.12 on
+from typing_extensions import NotRequired, TypedDict  # noqa: UP035 - pydantic accepts typing.TypedDict only on Python 3.12+
 
 from embeddings_mcp.models import DEFAULT_MODEL, InputType, InputTypeUse, Mode, Truncate
 from embeddings_mcp.vectors import EmbeddingType, Metric
@@ -24,14 +24,14 @@ EncodingFormat = Literal["float", "base64"]
 # --- Values ----------------------------------------------------------------------------------------------------------
 
 
-def _refuse_null(value: object) -> object:
+def _reject_null(value: object) -> object:
     if value is None:
         raise PydanticCustomError("null", "must not be null: leave the field out instead")
     return value
 
 
-def _whole_number(value: object) -> object:
-    """JSON Schema counts 3.0 as an integer, pydantic's strict mode does not."""
+def _integral_float_to_int(value: object) -> object:
+    """Convert 3.0 to 3: JSON Schema counts it as an integer, pydantic's strict mode does not."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -44,12 +44,12 @@ def _check_text(value: object, at: str = "") -> None:
         try:
             value.encode()
         except UnicodeEncodeError:
-            # JSON can spell half of a surrogate pair; no tokenizer and no UTF-8 answer can hold it.
+            # JSON can escape one half of a surrogate pair, which no tokenizer accepts and UTF-8 cannot encode.
             raise PydanticCustomError("surrogate", "must not hold an unpaired surrogate", {"at": at}) from None
 
 
-def _texts(value: object) -> object:
-    """Check by hand what a union would report once for every branch that failed."""
+def _check_texts(value: object) -> object:
+    """Validate by hand: pydantic would report an error for every failed branch of the union."""
     if not isinstance(value, list):
         if isinstance(value, str):
             _check_text(value)
@@ -62,19 +62,17 @@ def _texts(value: object) -> object:
     if _is_token_array(value) or _is_token_array(value[0]):
         raise PydanticCustomError(
             "tokens",
-            "must be text, not token ids, which mean nothing to another model's tokenizer; a client that tokenizes "
-            "first can be told not to (langchain-openai: OpenAIEmbeddings(check_embedding_ctx_length=False))",
+            "must be text, not token ids, which are specific to one tokenizer; configure the client not to tokenize "
+            "(langchain-openai: OpenAIEmbeddings(check_embedding_ctx_length=False))",
         )
     for index, text in enumerate(value):
         _check_text(text, at=f"[{index}]")
     return value
 
 
-def _text_only(value: object) -> object:
+def _check_modality(value: object) -> object:
     if not value or any(kind != "text" for kind in (value if isinstance(value, list) else [value])):
-        raise PydanticCustomError(
-            "modality", "must be 'text', or an array of nothing else: only texts are embedded here"
-        )
+        raise PydanticCustomError("modality", "must be 'text' or an array of 'text': only texts are embedded here")
     return value
 
 
@@ -83,17 +81,17 @@ def _is_token_array(value: object) -> bool:
 
 
 def json_kind(value: object) -> str:
-    """What JSON calls the value's type."""
+    """Return the JSON name of a value's type, with its article."""
     kinds: dict[type, str] = {bool: "a boolean", str: "a string", list: "an array", dict: "an object"}
     return "null" if value is None else kinds.get(type(value), "a number")
 
 
 _Value = TypeVar("_Value")
-Optional = Annotated[_Value | None, BeforeValidator(_refuse_null)]
-"""A field that may be left out but, when it is given, is never null."""
+Optional = Annotated[_Value | None, BeforeValidator(_reject_null)]
+"""A field that may be omitted but, if present, must not be null."""
 
-WholeNumber = Annotated[int, BeforeValidator(_whole_number)]
-Texts = Annotated[str | list[str], BeforeValidator(_texts)]
+WholeNumber = Annotated[int, BeforeValidator(_integral_float_to_int)]
+Texts = Annotated[str | list[str], BeforeValidator(_check_texts)]
 IntegerVector = Annotated[npt.NDArray[np.int64], WithJsonSchema({"type": "array", "items": {"type": "integer"}})]
 FloatRows = Annotated[
     npt.NDArray[np.float32],
@@ -101,7 +99,7 @@ FloatRows = Annotated[
 ]
 FloatVector = Annotated[npt.NDArray[np.float32], WithJsonSchema({"type": "array", "items": {"type": "number"}})]
 
-# --- Fields that several requests share ------------------------------------------------------------------------------
+# --- Shared request fields -------------------------------------------------------------------------------------------
 
 ModelField = Annotated[
     str,
@@ -113,36 +111,35 @@ ModelField = Annotated[
 InputTypeField = Annotated[
     Optional[InputType],
     Field(
-        description="What the texts are for: `query` for questions and search terms, `passage` for documents to be "
-        "found. Asymmetric models (E5, NV-Embed, Nemotron) need it, symmetric ones ignore it."
+        description="What the texts are for: `query` for questions and search terms, `passage` for documents to "
+        "search. Asymmetric models (E5, NV-Embed, Nemotron) need it, symmetric ones ignore it."
     ),
 ]
 TruncateField = Annotated[
     Truncate,
     Field(
-        description="For a text longer than the model takes: `NONE` refuses it, `START` drops its beginning, "
-        "`END` its end."
+        description="For a text over the model's limit: `NONE` rejects it, `START` drops its beginning, `END` its end."
     ),
 ]
 DimensionsField = Annotated[
     Optional[WholeNumber],
-    Field(description="Length of the vectors, on models that allow a shorter one (Matryoshka models)."),
+    Field(description="Length of the vectors, on models that allow shorter ones (Matryoshka models)."),
 ]
-UserField = Annotated[Optional[str], Field(description="A label for the end user; it does not change the answer.")]
+UserField = Annotated[Optional[str], Field(description="A label for the end user; it does not affect the response.")]
 ModeField = Annotated[
     Mode,
     Field(
-        description="What is compared: `dense` vectors; or, on models that have them (BGE-M3), `sparse` lexical "
+        description="What to compare: `dense` vectors; or, on models that have them (BGE-M3), `sparse` lexical "
         "weights, `colbert` token vectors, or all three as `hybrid`."
     ),
 ]
-TopKField = Annotated[int, Field(ge=1), BeforeValidator(_whole_number)]
+TopKField = Annotated[int, Field(ge=1), BeforeValidator(_integral_float_to_int)]
 
 # --- Requests --------------------------------------------------------------------------------------------------------
 
 
 class EmbeddingRequest(BaseModel):
-    """Ask for the vectors of one or more texts."""
+    """A request for the vectors of one or more texts."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -152,7 +149,7 @@ class EmbeddingRequest(BaseModel):
     encoding_format: Annotated[
         EncodingFormat,
         Field(
-            description="`float`: arrays of numbers. `base64`: little-endian float32 bytes, less than half of the size."
+            description="`float`: arrays of numbers. `base64`: little-endian float32 bytes, less than half the size."
         ),
     ] = "float"
     truncate: TruncateField = "NONE"
@@ -161,26 +158,26 @@ class EmbeddingRequest(BaseModel):
 
 
 class TypedEmbeddingRequest(EmbeddingRequest):
-    """The request as REST takes it: with the fields that NIM 2.x added to the published one."""
+    """The REST request: `EmbeddingRequest` with the fields that NIM 2.x added."""
 
     embedding_type: Annotated[
         EmbeddingType,
         Field(
-            description="Number format of a vector: `float`, one byte a component (`int8`, `uint8`), or one bit "
-            "(`binary`, `ubinary`, packed into signed or unsigned bytes). In `base64` a vector is those bytes: "
-            "OpenAI's clients ask for that on their own and take it for float32, so that they need `encoding_format` "
-            "`float` with any other type."
+            description="Number format of a vector: `float`, one byte per component (`int8`, `uint8`), or one bit "
+            "(`binary`, `ubinary`, packed into signed or unsigned bytes). `base64` encodes those bytes: OpenAI's "
+            "clients request it by default and decode it as float32, so with any other type they must set "
+            "`encoding_format` to `float`."
         ),
     ] = "float"
     modality: Annotated[
         Optional[Literal["text"] | list[Literal["text"]]],
-        BeforeValidator(_text_only),
-        Field(description="What the inputs are, all of them or, in an array, each: `text`; nothing else is embedded."),
+        BeforeValidator(_check_modality),
+        Field(description="Modality of all inputs or, as an array, of each; only `text` is supported."),
     ] = None
 
 
 class SparseEmbeddingRequest(BaseModel):
-    """Ask for the lexical weights of texts, of a model that makes them (BGE-M3)."""
+    """A request for the lexical weights of texts, on models that have them (BGE-M3)."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -192,7 +189,7 @@ class SparseEmbeddingRequest(BaseModel):
 
 
 class ColbertEmbeddingRequest(SparseEmbeddingRequest):
-    """Ask for a vector for every token of texts, of a model that makes them (BGE-M3)."""
+    """A request for a vector for every token of texts, on models that have them (BGE-M3)."""
 
     encoding_format: Annotated[
         EncodingFormat,
@@ -201,7 +198,7 @@ class ColbertEmbeddingRequest(SparseEmbeddingRequest):
 
 
 class SimilarityRequest(BaseModel):
-    """Ask how close texts are to each other."""
+    """A request for similarity scores between texts."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -210,8 +207,8 @@ class SimilarityRequest(BaseModel):
     other: Annotated[
         Optional[Texts],
         Field(
-            description="Compare every `input` with each of these; left out, the texts of the array `input` with each "
-            "other."
+            description="Compare every `input` with each of these; if omitted, the texts of the array `input` with "
+            "each other."
         ),
     ] = None
     metric: Annotated[
@@ -224,7 +221,7 @@ class SimilarityRequest(BaseModel):
     mode: ModeField = "dense"
     top_k: Annotated[
         Optional[TopKField],
-        Field(description="Return only this many closest pairs, best first, in place of the whole matrix."),
+        Field(description="Return only this many closest pairs, best first, instead of the full matrix."),
     ] = None
     input_type: InputTypeField = None
     truncate: TruncateField = "NONE"
@@ -233,15 +230,15 @@ class SimilarityRequest(BaseModel):
 
 
 class SearchRequest(BaseModel):
-    """Ask which passages answer a query best."""
+    """A request to rank passages by how well they answer a query."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     query: Annotated[
         Texts,
         Field(
-            description="The question or search terms, embedded as a query; or an array of several wordings of it, of "
-            "which each passage counts by the one that it is closest to."
+            description="The question or search terms, embedded as a query; or an array of several wordings of it: "
+            "each passage is scored by its closest one."
         ),
     ]
     input: Annotated[Texts, Field(description="The passages to rank; embedded as passages.")]
@@ -254,7 +251,7 @@ class SearchRequest(BaseModel):
 
 
 class ListModelsRequest(BaseModel):
-    """Ask which models are served."""
+    """A request for the list of served models."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -265,22 +262,23 @@ _TEXT_FIELDS = ("query", "input", "other")
 
 
 def texts_of(request: BaseModel) -> dict[str, str | list[str]]:
-    """What is to be embedded, by field, in the order in which it is."""
-    given = vars(request)  # asking a pydantic model for what it has not costs as much as counting a large request
-    return {name: texts for name in _TEXT_FIELDS if (texts := given.get(name)) is not None}
+    """Return the texts to embed by field name, in the order in which they are embedded."""
+    # `getattr` of a field that a pydantic model does not have takes as long as counting the texts of a large request.
+    values = vars(request)
+    return {name: texts for name in _TEXT_FIELDS if (texts := values.get(name)) is not None}
 
 
 def count_texts(texts: str | list[str]) -> int:
-    """How many texts a field holds."""
+    """Return the number of texts in a field."""
     return 1 if isinstance(texts, str) else len(texts)
 
 
 # --- Responses -------------------------------------------------------------------------------------------------------
-# Plain dictionaries, since vectors go from numpy to bytes without a model in between (see `dump_json`).
+# Plain dictionaries: vectors are serialized directly from numpy, without a pydantic model (see `dump_json`).
 
 
 class Usage(TypedDict):
-    """Tokens that the request cost, as the model counted them."""
+    """Token usage of the request, as counted by the model."""
 
     prompt_tokens: int
     total_tokens: int
@@ -288,7 +286,7 @@ class Usage(TypedDict):
 
 @with_config(arbitrary_types_allowed=True)
 class Embedding(TypedDict):
-    """One vector of an answer."""
+    """One vector of a response."""
 
     object: str
     index: Annotated[int, Field(description="Position of the text in `input`.")]
@@ -298,7 +296,7 @@ class Embedding(TypedDict):
 
 
 class EmbeddingResponse(TypedDict):
-    """The vectors of the texts, in their order."""
+    """The vectors of the texts, in input order."""
 
     object: str
     data: list[Embedding]
@@ -308,16 +306,16 @@ class EmbeddingResponse(TypedDict):
 
 @with_config(arbitrary_types_allowed=True)
 class SparseEmbedding(TypedDict):
-    """The lexical weights of one text; of tokens that are not named the weight is 0."""
+    """The lexical weights of one text; tokens that are not listed have weight 0."""
 
     object: str
     index: Annotated[int, Field(description="Position of the text in `input`.")]
     token_ids: Annotated[IntegerVector, Field(description="Ids in the model's vocabulary, ascending.")]
-    weights: Annotated[FloatVector, Field(description="The weight of each, above 0.")]
+    weights: Annotated[FloatVector, Field(description="Weight of each token, above 0.")]
 
 
 class SparseEmbeddingResponse(TypedDict):
-    """The lexical weights of the texts, in their order."""
+    """The lexical weights of the texts, in input order."""
 
     object: str
     data: list[SparseEmbedding]
@@ -327,18 +325,18 @@ class SparseEmbeddingResponse(TypedDict):
 
 @with_config(arbitrary_types_allowed=True)
 class ColbertEmbedding(TypedDict):
-    """The token vectors of one text, without that of the first, special token."""
+    """The token vectors of one text, excluding the first, special token."""
 
     object: str
     index: Annotated[int, Field(description="Position of the text in `input`.")]
-    shape: Annotated[list[int], Field(description="Token vectors, and the length of each.")]
+    shape: Annotated[list[int], Field(description="Number of token vectors, and their length.")]
     embedding: Annotated[
         FloatRows | str, Field(description="Array of vectors, or base64 of little-endian float32 bytes row by row.")
     ]
 
 
 class ColbertEmbeddingResponse(TypedDict):
-    """The token vectors of the texts, in their order."""
+    """The token vectors of the texts, in input order."""
 
     object: str
     data: list[ColbertEmbedding]
@@ -347,22 +345,22 @@ class ColbertEmbeddingResponse(TypedDict):
 
 
 class SimilarPair(TypedDict):
-    """Two texts and how close they are."""
+    """A pair of texts and its score."""
 
     input: Annotated[int, Field(description="Position in `input`.")]
-    other: Annotated[int, Field(description="Position in `other`, or in `input` where `other` was left out.")]
+    other: Annotated[int, Field(description="Position in `other`, or in `input` if `other` was omitted.")]
     score: float
 
 
 class SimilarityResponse(TypedDict):
-    """How close the texts are: the whole matrix, or with `top_k` the closest pairs."""
+    """Similarity scores: the full matrix or, with `top_k`, the closest pairs."""
 
     model: str
     metric: NotRequired[Annotated[Metric, Field(description="Only in mode `dense`.")]]
     scores: NotRequired[
         Annotated[
             list[list[float]],
-            Field(description="One row for each `input`, one column for each `other`; absent with `top_k`."),
+            Field(description="One row per `input`, one column per `other`; absent with `top_k`."),
         ]
     ]
     pairs: NotRequired[Annotated[list[SimilarPair], Field(description="Closest first; only with `top_k`.")]]
@@ -377,7 +375,7 @@ class SearchHit(TypedDict):
 
 
 class SearchResponse(TypedDict):
-    """The passages that answer the query best, best first."""
+    """The passages that best answer the query, best first."""
 
     model: str
     results: list[SearchHit]
@@ -385,36 +383,36 @@ class SearchResponse(TypedDict):
 
 
 class ModelEntry(TypedDict):
-    """A model that this server answers for; what is not known of it is left out."""
+    """A served model; unknown properties are omitted."""
 
     id: str
     aliases: list[str]
-    default: Annotated[bool, Field(description="Whether `default` means this model.")]
+    default: Annotated[bool, Field(description="Whether `default` names this model.")]
     dimensions: NotRequired[
-        Annotated[int, Field(description="Length of a vector; unknown until a model from the hub was loaded once.")]
+        Annotated[int, Field(description="Length of a vector; unknown for a hub model until it is first loaded.")]
     ]
     allowed_dimensions: Annotated[
-        list[int], Field(description="Shorter lengths that `dimensions` may ask for; empty where there are none.")
+        list[int], Field(description="Shorter lengths that `dimensions` accepts; empty if there are none.")
     ]
     max_tokens: NotRequired[
-        Annotated[int, Field(description="Longest text in tokens, special tokens and prompt included.")]
+        Annotated[int, Field(description="Longest text in tokens, including special tokens and prompt.")]
     ]
-    input_type: Annotated[InputTypeUse, Field(description="Whether a request must, may or need not say `input_type`.")]
-    modes: Annotated[list[Mode], Field(description="What `mode` of similarity and search may be.")]
-    served_from: Annotated[str, Field(description="`local`, or the address of the endpoint that makes the vectors.")]
-    licence: NotRequired[Annotated[str, Field(description="The licence of its weights.")]]
+    input_type: Annotated[InputTypeUse, Field(description="Whether `input_type` is required, optional or ignored.")]
+    modes: Annotated[list[Mode], Field(description="Accepted values of `mode` in similarity and search.")]
+    served_from: Annotated[str, Field(description="`local`, or the address of the endpoint that computes the vectors.")]
+    licence: NotRequired[Annotated[str, Field(description="The licence of the weights.")]]
     hosted_until: NotRequired[
         Annotated[str, Field(description="Day on which NVIDIA's hosted endpoint stopped, or will stop, serving it.")]
     ]
 
 
 class ModelsResponse(TypedDict):
-    """The models that this server answers for."""
+    """The served models."""
 
     models: list[ModelEntry]
 
 
-# --- What REST alone says --------------------------------------------------------------------------------------------
+# --- REST only -------------------------------------------------------------------------------------------------------
 
 NullableString = Annotated[str | None, WithJsonSchema({"type": ["string", "null"]})]
 
@@ -424,7 +422,7 @@ class ErrorDetail(TypedDict):
 
     message: Annotated[str, Field(description="What was wrong, what is accepted, what to do next.")]
     type: str
-    param: Annotated[NullableString, Field(description="The field it is about, as in `input[3]`.")]
+    param: Annotated[NullableString, Field(description="The field at fault, e.g. `input[3]`.")]
     code: str
 
 
@@ -435,22 +433,22 @@ class ErrorResponse(TypedDict):
 
 
 class ModelObject(ModelEntry):
-    """A model in OpenAI's form, with what this server knows of it besides."""
+    """A model in OpenAI's format, with the additional fields of `ModelEntry`."""
 
     object: str
-    created: Annotated[int, Field(description="Unix time at which this server began to serve it.")]
-    owned_by: Annotated[str, Field(description="What stands before the slash in its id.")]
+    created: Annotated[int, Field(description="Unix time at which this server started to serve it.")]
+    owned_by: Annotated[str, Field(description="The part of the id before the slash.")]
 
 
 class ModelList(TypedDict):
-    """The models that this server answers for."""
+    """The served models."""
 
     object: str
     data: list[ModelObject]
 
 
 class HealthResponse(TypedDict):
-    """Whether the server is up, or can answer."""
+    """Liveness or readiness of the server."""
 
     object: str
     message: str

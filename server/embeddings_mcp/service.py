@@ -1,7 +1,7 @@
-"""The service: the only place that knows a whole request.
+"""The service: handles a whole request, independently of the transport and of how vectors are computed.
 
-It resolves the model, checks what the model allows, asks one embedder for vectors, and makes the answer: cut and
-renormalised, encoded, scored, with usage counted. It knows neither how vectors are made nor how a request came in.
+It resolves the model, checks the request against the model card, gets vectors from one embedder, and builds the
+response: vectors shortened and renormalised, encoded or scored, and token usage.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from embeddings_mcp.embedders.base import (
 )
 from embeddings_mcp.errors import InputUnusable, InvalidRequest, ModelUnavailable
 from embeddings_mcp.models import InputType, Mode, ModelCard, Truncate
+from embeddings_mcp.responses import EmbedderResult
 from embeddings_mcp.schema import (
     ColbertEmbeddingRequest,
     ColbertEmbeddingResponse,
@@ -48,25 +49,25 @@ from embeddings_mcp.vectors import shorten
 _Result = TypeVar("_Result")
 
 MAX_SCORES = 10_000
-"""Most scores in one answer of `similarity`: more would only fill a model's context. `search` answers with `top_k`."""
+"""Maximum scores in a `similarity` response: more would only fill a model's context. `search` is limited by `top_k`."""
 
-_NUMBERS_ON_LOOP = 1 << 16
-"""Vectors of more numbers than these, all together, are worked on beside the event loop: some 5 ms of work."""
+_MAX_NUMBERS_ON_EVENT_LOOP = 1 << 16
+"""Vectors with more components than this in total (some 5 ms of work) are processed on a worker thread."""
 
 
 class EmbeddingService:
-    """Answers requests with the embedders it was given.
+    """Answers requests with the given embedders.
 
     Args:
-        embedders: one for each model.
-        default_model: the name that ``default`` stands for.
-        sources: where there are more models.
+        embedders: one per model.
+        default_model: the model name that ``default`` stands for.
+        sources: endpoints with more models.
 
     Attributes:
-        catalogue: the models.
+        catalogue: the models served.
 
     Raises:
-        InvalidSetting: two embedders answer to one name, one to ``default``, or none to `default_model`.
+        InvalidSetting: two embedders share a name, one is named ``default``, or none matches `default_model`.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class EmbeddingService:
     ) -> None:
         self.catalogue = Catalogue(embedders, sources, default=default_model)
 
-    # --- What can be asked -------------------------------------------------------------------------------------------
+    # --- Operations --------------------------------------------------------------------------------------------------
 
     async def create_embedding(
         self, request: EmbeddingRequest, on_progress: OnProgress | None = None
@@ -82,10 +83,10 @@ class EmbeddingService:
         """Embed the request's texts; row i of ``data`` belongs to text i.
 
         Raises:
-            EmbeddingsError: any of the tree in `errors`; ``param`` names the field to blame.
+            EmbeddingsError: any subclass in `errors`; ``param`` names the field at fault.
         """
         embedder, input_type = await self._resolve(request.model, request.input_type)
-        made = await self._embed(
+        result = await self._embed(
             embedder,
             texts_of(request),
             input_type=input_type,
@@ -97,54 +98,54 @@ class EmbeddingService:
         return {
             "object": "list",
             "data": await _compute(
-                made, lambda: responses.encoded(made.vectors, request.encoding_format, embedding_type)
+                result, lambda: responses.encode_embeddings(result.vectors, request.encoding_format, embedding_type)
             ),
-            "model": made.served_model or embedder.card.id,
-            "usage": responses.usage(made),
+            "model": result.served_model or embedder.card.id,
+            "usage": responses.usage(result),
         }
 
     async def create_sparse_embedding(
         self, request: SparseEmbeddingRequest, on_progress: OnProgress | None = None
     ) -> SparseEmbeddingResponse:
-        """The lexical weights of the request's texts; entry i of ``data`` belongs to text i.
+        """Return the lexical weights of the request's texts; entry i of ``data`` belongs to text i.
 
         Raises:
-            EmbeddingsError: any of the tree in `errors`; ``param`` names the field to blame.
+            EmbeddingsError: any subclass in `errors`; ``param`` names the field at fault.
         """
-        embedder, made = await self._represent_input(request, on_progress, "sparse")
+        embedder, result = await self._represent_input(request, on_progress, "sparse")
         return {
             "object": "list",
-            "data": responses.sparse_encoded(made),
+            "data": responses.encode_sparse(result),
             "model": embedder.card.id,
-            "usage": responses.usage(made),
+            "usage": responses.usage(result),
         }
 
     async def create_colbert_embedding(
         self, request: ColbertEmbeddingRequest, on_progress: OnProgress | None = None
     ) -> ColbertEmbeddingResponse:
-        """The token vectors of the request's texts; entry i of ``data`` belongs to text i.
+        """Return the token vectors of the request's texts; entry i of ``data`` belongs to text i.
 
         Raises:
-            EmbeddingsError: any of the tree in `errors`; ``param`` names the field to blame.
+            EmbeddingsError: any subclass in `errors`; ``param`` names the field at fault.
         """
-        embedder, made = await self._represent_input(request, on_progress, "colbert")
+        embedder, result = await self._represent_input(request, on_progress, "colbert")
         return {
             "object": "list",
-            "data": await _compute(made, lambda: responses.colbert_encoded(made, request.encoding_format)),
+            "data": await _compute(result, lambda: responses.encode_colbert(result, request.encoding_format)),
             "model": embedder.card.id,
-            "usage": responses.usage(made),
+            "usage": responses.usage(result),
         }
 
     async def similarity(self, request: SimilarityRequest, on_progress: OnProgress | None = None) -> SimilarityResponse:
         """Score every ``input`` against every ``other``, or the texts of ``input`` against each other.
 
         Raises:
-            EmbeddingsError: any of the tree in `errors`; ``param`` names the field to blame.
+            EmbeddingsError: any subclass in `errors`; ``param`` names the field at fault.
         """
         if request.other is None and isinstance(request.input, str):
-            # Its score with itself would be 1, also where it is several texts by mistake, as an array written as JSON.
+            # Its score with itself would be 1, which would hide a mistake such as an array sent as a JSON string.
             raise InvalidRequest(
-                "`other` is required where `input` is one string; several texts are given as an array of strings",
+                "`other` is required where `input` is one string; to compare several texts, send an array of strings",
                 param="other",
             )
         rows = count_texts(request.input)
@@ -153,7 +154,7 @@ class EmbeddingService:
         if request.mode != "dense" and request.metric != "cosine":
             raise InvalidRequest("`metric` is for mode 'dense' only: leave it out", param="metric")
         embedder, input_type = await self._resolve(request.model, request.input_type)
-        made = await self._embed(
+        result = await self._embed(
             embedder,
             texts_of(request),
             mode=request.mode,
@@ -162,20 +163,20 @@ class EmbeddingService:
             dimensions=request.dimensions,
             on_progress=on_progress,
         )
-        left = responses.part(made, slice(rows))
-        right = left if columns is None else responses.part(made, slice(rows, None))
-        compare = functools.partial(responses.comparison, left, right, request.mode, request.metric)
+        left = responses.select(result, slice(rows))
+        right = left if columns is None else responses.select(result, slice(rows, None))
+        make_scorer = functools.partial(responses.make_block_scorer, left, right, request.mode, request.metric)
         response: SimilarityResponse = {
-            "model": made.served_model or embedder.card.id,
-            "usage": responses.usage(made),
+            "model": result.served_model or embedder.card.id,
+            "usage": responses.usage(result),
         }
         if request.mode == "dense":
             response["metric"] = request.metric
         if (top_k := request.top_k) is None:
-            response["scores"] = await _compute(made, lambda: responses.matrix(compare()))
+            response["scores"] = await _compute(result, lambda: responses.matrix(make_scorer()))
         else:
             response["pairs"] = await _compute(
-                made, lambda: responses.pairs(compare(), rows, columns, request.metric, top_k)
+                result, lambda: responses.pairs(make_scorer(), rows, columns, request.metric, top_k)
             )
         return response
 
@@ -183,70 +184,70 @@ class EmbeddingService:
         """Rank the passages of ``input`` by closeness to ``query``.
 
         Raises:
-            EmbeddingsError: any of the tree in `errors`; ``param`` names the field to blame.
+            EmbeddingsError: any subclass in `errors`; ``param`` names the field at fault.
         """
-        embedder, asked_type = await self._resolve(request.model, None)
-        if asked_type is not None:
+        embedder, suffix_type = await self._resolve(request.model, None)
+        if suffix_type is not None:
             raise InvalidRequest(
-                f"`model` must be without the suffix -{asked_type} here: search embeds the query as a query and the "
+                f"`model` must be without the suffix -{suffix_type} here: search embeds the query as a query and the "
                 "passages as passages",
                 param="model",
             )
-        query, found, usage = await self._query_and_passages(embedder, request, on_progress)
-        compare = functools.partial(responses.comparison, query, found, request.mode, "cosine")
-        rows, columns = len(query.vectors), len(found.vectors)
+        query, passages, usage = await self._embed_query_and_passages(embedder, request, on_progress)
+        make_scorer = functools.partial(responses.make_block_scorer, query, passages, request.mode, "cosine")
+        rows, columns = len(query.vectors), len(passages.vectors)
         return {
-            "model": found.served_model or embedder.card.id,
-            "results": await _compute(found, lambda: responses.ranking(compare(), rows, columns, request.top_k)),
+            "model": passages.served_model or embedder.card.id,
+            "results": await _compute(passages, lambda: responses.ranking(make_scorer(), rows, columns, request.top_k)),
             "usage": usage,
         }
 
     async def list_models(self) -> ModelsResponse:
-        """Every model served, in the order it was given; endpoints are asked what they have."""
+        """List every model served, in configuration order, after refreshing the lists of the endpoints."""
         await self.catalogue.refresh()
         return {"models": self.known_models()}
 
     def known_models(self) -> list[ModelEntry]:
-        """The models of which it is known now that they are served; nothing is asked for it."""
+        """List the models known so far, without a request to any endpoint."""
         return [self._entry(embedder) for embedder in self.catalogue.known]
 
     async def describe(self, model: str) -> ModelEntry:
-        """What is known of one model.
+        """Describe one model.
 
         Raises:
             UnknownModel: it is not served here.
-            UpstreamUnavailable: an endpoint cannot be asked whether it is.
+            UpstreamUnavailable: an endpoint that may serve it cannot be reached.
         """
         return self._entry((await self.catalogue.find(model))[0])
 
     async def load_default(self) -> None:
-        """Return once the default model is loaded, where it runs here; of an endpoint nothing is asked.
+        """Load the default model if it is a local one; do nothing if it is served by an endpoint.
 
         Raises:
-            ModelUnavailable: it cannot be loaded, and why.
+            ModelUnavailable: it cannot be loaded; the message says why.
         """
         default = self.catalogue.default
         if default is not None and default.origin == "local":
             await default.check()
 
     async def check(self) -> None:
-        """Return once the default model can answer.
+        """Wait until the default model can answer.
 
         Raises:
-            EmbeddingsError: it cannot, and why.
+            EmbeddingsError: it cannot; the message says why.
         """
         await (await self.catalogue.find(DEFAULT))[0].check()
 
     async def aclose(self) -> None:
-        """Close every embedder, also where one cannot be closed."""
+        """Close every embedder, even if closing one of them fails."""
         await self.catalogue.aclose()
 
-    # --- The steps ---------------------------------------------------------------------------------------------------
+    # --- Steps -------------------------------------------------------------------------------------------------------
 
     async def _resolve(self, model: str, input_type: InputType | None) -> tuple[Embedder, InputType | None]:
-        """The embedder that a model name means, its card exact, and the input type, which the name's suffix may say."""
+        """Return the embedder for a model name, its card complete, and the input type, which a suffix may imply."""
         embedder, implied = await self.catalogue.find(model)
-        # Of a model of the hub only the name is known before, and a wrong prompt would show in no error.
+        # Until then only the name of a hub model is known, and a wrong prompt would go unnoticed.
         await embedder.identify()
         if implied is None:
             return embedder, input_type
@@ -267,46 +268,48 @@ class EmbeddingService:
         truncate: Truncate,
         dimensions: int | None,
         on_progress: OnProgress | None,
-    ) -> responses.Made:
-        """What `mode` needs, at the length asked for, of the texts in these fields, one field after the other."""
+    ) -> EmbedderResult:
+        """Embed the texts of the fields, in order, as `mode` needs it and at the requested length."""
         _check_input_type(embedder.card, input_type)
         if dimensions is not None:
             if embedder.card.dimensions is None:
-                await embedder.check()  # an endpoint tells its model's length with the first vector
+                await embedder.check()  # the length of an endpoint's model is known from its first vector
             _check_dimensions(embedder.card, dimensions)
-        make = embedder.embed if mode == "dense" else _representing(embedder, mode, field="mode").represent
+        embed = embedder.embed if mode == "dense" else _require_mode(embedder, mode, field="mode").represent
         texts = [text for value in fields.values() for text in _as_list(value)]
         try:
-            made = await make(texts, input_type=input_type, truncate=truncate, on_progress=on_progress)
+            result = await embed(texts, input_type=input_type, truncate=truncate, on_progress=on_progress)
         except InputUnusable as error:
-            raise error.about(name=functools.partial(_place, fields)) from None
-        return await _compute(made, lambda: _finished(made, embedder.card, fields, dimensions))
+            raise error.about(name=functools.partial(_field_of, fields)) from None
+        return await _compute(result, lambda: _validated(result, embedder.card, fields, dimensions))
 
-    async def _query_and_passages(
+    async def _embed_query_and_passages(
         self, embedder: Embedder, request: SearchRequest, on_progress: OnProgress | None
-    ) -> tuple[responses.Made, responses.Made, Usage]:
-        """What `mode` needs of the query and of the passages, and what it cost; of a symmetric model in one call."""
-        make = functools.partial(
+    ) -> tuple[EmbedderResult, EmbedderResult, Usage]:
+        """Embed the query and the passages, in one call for a symmetric model; also return the usage."""
+        embed = functools.partial(
             self._embed, embedder, mode=request.mode, truncate=request.truncate, dimensions=request.dimensions
         )
-        queries = count_texts(request.query)
+        query_count = count_texts(request.query)
         if embedder.card.input_type == "ignored":
-            made = await make(texts_of(request), input_type=None, on_progress=on_progress)
+            result = await embed(texts_of(request), input_type=None, on_progress=on_progress)
             return (
-                responses.part(made, slice(queries)),
-                responses.part(made, slice(queries, None)),
-                responses.usage(made),
+                responses.select(result, slice(query_count)),
+                responses.select(result, slice(query_count, None)),
+                responses.usage(result),
             )
-        query = await make({"query": request.query}, input_type="query", on_progress=on_progress)
-        found = await make({"input": request.input}, input_type="passage", on_progress=_after(queries, on_progress))
-        return query, found, responses.usage(query, found)
+        query = await embed({"query": request.query}, input_type="query", on_progress=on_progress)
+        passages = await embed(
+            {"input": request.input}, input_type="passage", on_progress=_offset_progress(on_progress, query_count)
+        )
+        return query, passages, responses.usage(query, passages)
 
     async def _represent_input(
         self, request: SparseEmbeddingRequest, on_progress: OnProgress | None, mode: Mode
     ) -> tuple[Embedder, Representations]:
         embedder, input_type = await self._resolve(request.model, request.input_type)
-        _representing(embedder, mode, field="model")
-        made = await self._embed(
+        _require_mode(embedder, mode, field="model")
+        result = await self._embed(
             embedder,
             texts_of(request),
             mode=mode,
@@ -315,8 +318,8 @@ class EmbeddingService:
             dimensions=None,
             on_progress=on_progress,
         )
-        assert isinstance(made, Representations)
-        return embedder, made
+        assert isinstance(result, Representations)
+        return embedder, result
 
     def _entry(self, embedder: Embedder) -> ModelEntry:
         card = embedder.card
@@ -340,30 +343,30 @@ class EmbeddingService:
         return entry
 
 
-async def _compute(made: responses.Made, work: Callable[[], _Result]) -> _Result:
-    """What `work` makes of `made`: on a worker thread where it would hold up the event loop."""
-    light = isinstance(made, Embeddings) and made.vectors.size <= _NUMBERS_ON_LOOP
-    return work() if light else await anyio.to_thread.run_sync(work)
+async def _compute(result: EmbedderResult, work: Callable[[], _Result]) -> _Result:
+    """Run `work` on `result`: on a worker thread if it would block the event loop for long."""
+    quick = isinstance(result, Embeddings) and result.vectors.size <= _MAX_NUMBERS_ON_EVENT_LOOP
+    return work() if quick else await anyio.to_thread.run_sync(work)
 
 
-# --- What a request may ask for --------------------------------------------------------------------------------------
+# --- Checks ----------------------------------------------------------------------------------------------------------
 
 
 def _check_input_type(card: ModelCard, input_type: InputType | None) -> None:
     if card.input_type == "required" and input_type is None:
         raise InvalidRequest(
             f"`input_type` is required by {card.id}, which embeds questions and documents differently: 'query' for "
-            "what is searched with, 'passage' for what is searched",
+            "search queries, 'passage' for the texts to search",
             param="input_type",
         )
 
 
-def _representing(embedder: Embedder, mode: Mode, *, field: str) -> MultiEmbedder:
-    """The embedder, found to make what `mode` needs; `field` is what to change where it does not."""
+def _require_mode(embedder: Embedder, mode: Mode, *, field: str) -> MultiEmbedder:
+    """Return the embedder if it supports `mode`; otherwise raise an error that names `field` as the one to change."""
     if mode in embedder.card.modes and isinstance(embedder, MultiEmbedder):
         return embedder
     raise InvalidRequest(
-        f"`{field}`: {embedder.card.id} does not make what mode '{mode}' needs; its modes are: "
+        f"`{field}`: {embedder.card.id} does not support mode '{mode}'; its modes are: "
         f"{', '.join(embedder.card.modes)}",
         param=field,
     )
@@ -373,40 +376,41 @@ def _check_dimensions(card: ModelCard, dimensions: int) -> None:
     if dimensions == card.dimensions or dimensions in card.matryoshka:
         return
     if card.dimensions is None:
-        accepted = "how long its vectors are, and whether they can be cut, is not known here"
+        accepted = "the length of its vectors, and whether they can be shortened, is not known here"
     elif card.matryoshka:
         accepted = f"accepted are {', '.join(str(length) for length in card.matryoshka)} and {card.dimensions}"
     else:
-        accepted = f"its vectors have {card.dimensions} and cannot be cut (it is not a Matryoshka model)"
+        accepted = f"its vectors have {card.dimensions} and cannot be shortened (it is not a Matryoshka model)"
     raise InvalidRequest(
         f"`dimensions` {str(dimensions)[:20]} is not possible with {card.id}: {accepted}", param="dimensions"
     )
 
 
 def _check_scores(rows: int, columns: int | None, top_k: int | None) -> None:
-    """Refuse a comparison with more scores in its answer than anybody would read."""
+    """Reject a comparison that would return more than `MAX_SCORES` scores."""
     if top_k is None and (scores := rows * (columns or rows)) > MAX_SCORES:
         raise InvalidRequest(
-            f"`top_k` is required here: {scores:,} scores are more than the {MAX_SCORES:,} of one answer", param="top_k"
+            f"`top_k` is required here: {scores:,} scores exceed the limit of {MAX_SCORES:,} per response",
+            param="top_k",
         )
     pairs = rows * (rows - 1) // 2 if columns is None else rows * columns
     if top_k is not None and min(top_k, pairs) > MAX_SCORES:
         raise InvalidRequest(f"`top_k` must be at most {MAX_SCORES:,} here: there are {pairs:,} pairs", param="top_k")
 
 
-def _after(earlier: int, on_progress: OnProgress | None) -> OnProgress | None:
-    """Told of the texts that are done after so many others."""
+def _offset_progress(on_progress: OnProgress | None, offset: int) -> OnProgress | None:
+    """Return a callback that adds `offset` to the number of texts done."""
     if on_progress is None:
         return None
 
     async def report(done: int) -> None:
-        await on_progress(earlier + done)
+        await on_progress(offset + done)
 
     return report
 
 
-def _place(fields: Mapping[str, str | list[str]], index: int) -> str:
-    """The field, and the position in it, of the text at `index` of all the fields' texts."""
+def _field_of(fields: Mapping[str, str | list[str]], index: int) -> str:
+    """Return the field of a text, and the position in it, from its `index` among the texts of all fields."""
     for field, value in fields.items():
         if index < count_texts(value):
             return field if isinstance(value, str) else f"{field}[{index}]"
@@ -418,15 +422,15 @@ def _as_list(texts: str | list[str]) -> list[str]:
     return [texts] if isinstance(texts, str) else texts
 
 
-def _finished(
-    made: responses.Made, card: ModelCard, fields: Mapping[str, str | list[str]], dimensions: int | None
-) -> responses.Made:
-    """The vectors, found to be numbers, at the length asked for."""
-    broken = np.flatnonzero(~np.isfinite(made.vectors).all(axis=1))
+def _validated(
+    result: EmbedderResult, card: ModelCard, fields: Mapping[str, str | list[str]], dimensions: int | None
+) -> EmbedderResult:
+    """Check that all vectors are finite, and shorten them to the requested length."""
+    broken = np.flatnonzero(~np.isfinite(result.vectors).all(axis=1))
     if broken.size:
         raise ModelUnavailable(
-            f"the model {card.id} made values that are not finite for `{_place(fields, int(broken[0]))}`"
+            f"the model {card.id} returned values that are not finite for `{_field_of(fields, int(broken[0]))}`"
         )
-    if dimensions is None or dimensions == made.vectors.shape[1]:
-        return made
-    return replace(made, vectors=shorten(made.vectors, dimensions))
+    if dimensions is None or dimensions == result.vectors.shape[1]:
+        return result
+    return replace(result, vectors=shorten(result.vectors, dimensions))

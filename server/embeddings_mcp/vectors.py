@@ -1,6 +1,6 @@
 """Vector mathematics: pure numpy functions without I/O.
 
-Matrices are float32 ``[n, d]``, one vector a row.
+Matrices are float32 ``[n, d]``, one vector per row.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ FloatVector = npt.NDArray[np.float32]
 Scores = npt.NDArray[np.float32]
 Positions = npt.NDArray[np.intp]
 
-ScoreBlock = Callable[[slice], Scores]
-"""The scores ``[k, m]`` of k texts of one side with all m of the other."""
+BlockScorer = Callable[[slice], Scores]
+"""Returns the scores ``[k, m]`` of a slice of k texts on one side against all m texts on the other."""
 
 Metric = Literal["cosine", "dot", "euclidean"]
 
 EmbeddingType = Literal["float", "int8", "uint8", "binary", "ubinary"]
 
-_SCORES_AT_ONCE = 1 << 20
-"""Scores that are held at the same time in a search for the closest pairs, or for what is closest to any of some."""
+_BLOCK_SCORES = 1 << 20
+"""Scores per block in `closest_pairs` and `column_maxima`, which bounds their memory."""
 
 
 def normalize(vectors: FloatMatrix) -> FloatMatrix:
     """Scale each row to Euclidean length 1; a row of zeros stays zero.
 
-    The floor under the length is that of ``torch.nn.functional.normalize``.
+    The lower bound on the length is that of ``torch.nn.functional.normalize``.
     """
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     normalized: FloatMatrix = vectors / np.maximum(lengths, np.float32(1e-12))
@@ -43,25 +43,25 @@ def normalize(vectors: FloatMatrix) -> FloatMatrix:
 def shorten(vectors: FloatMatrix, dimensions: int) -> FloatMatrix:
     """Keep the first `dimensions` components of each row and renormalise.
 
-    Meaningful only for models trained so that a prefix is a vector of its own (Matryoshka representation learning,
+    Meaningful only for models trained so that a prefix is itself an embedding (Matryoshka representation learning,
     arXiv 2205.13147).
     """
     return normalize(vectors[:, :dimensions])
 
 
 def quantize(vectors: FloatMatrix, embedding_type: EmbeddingType) -> npt.NDArray[np.generic]:
-    """Write each vector in fewer bits; none depends on another, so that those of different requests can be compared.
+    """Quantize each vector on its own, so that vectors of different requests can be compared.
 
-    Calibration, with m the largest magnitude of the vector:
+    Calibration, with m the largest magnitude in the vector:
 
     - ``int8``: ``round(127 v / m)``, -127 to 127;
     - ``uint8``: the same plus 128, 1 to 255: subtract 128 before comparing;
-    - ``ubinary``: one bit a component, 1 where it is above 0, eight to a byte, the first in the highest bit, the last
-      byte filled up with 0;
-    - ``binary``: the same bytes minus 128, as signed numbers.
+    - ``ubinary``: one bit per component, 1 if it is above 0, eight to a byte, most significant bit first, the last
+      byte padded with 0;
+    - ``binary``: the same bytes minus 128, as signed integers.
 
-    The scale of a vector is lost, which changes no cosine. NVIDIA does not say how the NIM calibrates; bits are packed
-    as in sentence-transformers' ``quantize_embeddings``.
+    The scale of a vector is lost, which does not affect cosines. NVIDIA does not document the NIM's calibration; bits
+    are packed as in sentence-transformers' ``quantize_embeddings``.
 
     Returns:
         ``[n, d]`` float32, int8 or uint8, or ``[n, ceil(d / 8)]`` int8 or uint8.
@@ -77,99 +77,99 @@ def quantize(vectors: FloatMatrix, embedding_type: EmbeddingType) -> npt.NDArray
 
 
 def to_base64(vector: npt.NDArray[np.generic]) -> str:
-    """The vector's bytes in base64, little-endian: of float32, what OpenAI clients decode with ``frombuffer``."""
+    """Encode the vector's little-endian bytes in base64, which OpenAI clients decode as float32 with ``frombuffer``."""
     return base64.b64encode(vector.astype(vector.dtype.newbyteorder("<"), copy=False).tobytes()).decode("ascii")
 
 
-def comparing(right: FloatMatrix, metric: Metric) -> Callable[[FloatMatrix], Scores]:
-    """Makes ready to score vectors against every row of `right` ``[m, d]``: what that takes of `right` is done once.
+def dense_scorer(right: FloatMatrix, metric: Metric) -> Callable[[FloatMatrix], Scores]:
+    """Return a function that scores vectors against every row of `right` ``[m, d]``, which is preprocessed only once.
 
     Returns:
-        Scores vectors ``[n, d]``: ``[n, m]``, cosine or dot product (higher is closer), or Euclidean distance (lower is
-        closer).
+        A function from vectors ``[n, d]`` to scores ``[n, m]``: cosine or dot product (higher is closer), or Euclidean
+        distance (lower is closer).
     """
     if metric == "cosine":
-        directions = normalize(right)
-        return lambda left: normalize(left) @ directions.T
+        unit_right = normalize(right)
+        return lambda left: normalize(left) @ unit_right.T
     if metric == "dot":
         return lambda left: left @ right.T
-    # |a-b|^2 = |a|^2 - 2ab + |b|^2 needs no [n, m, d] array; in float64, since the terms cancel for near vectors.
+    # |a-b|^2 = |a|^2 - 2ab + |b|^2 needs no [n, m, d] array; in float64, because the terms cancel for close vectors.
     wide_right = right.astype(np.float64)
     right_squares = (wide_right**2).sum(axis=1)[None, :]
 
     def distances(left: FloatMatrix) -> Scores:
         wide_left = left.astype(np.float64)
         squares = (wide_left**2).sum(axis=1)[:, None] + right_squares
-        made: Scores = np.sqrt(np.maximum(squares - 2 * (wide_left @ wide_right.T), 0.0)).astype(np.float32)
-        return made
+        scores: Scores = np.sqrt(np.maximum(squares - 2 * (wide_left @ wide_right.T), 0.0)).astype(np.float32)
+        return scores
 
     return distances
 
 
 def best_first(scores: Scores, metric: Metric, top_k: int) -> Positions:
-    """Positions in the flat array `scores`, closest first, at most `top_k` of them; ties keep their order."""
+    """Return at most `top_k` positions in the flat array `scores`, closest first; ties keep their order."""
     closeness = scores if metric == "euclidean" else -scores
     if top_k >= len(scores):
         return np.argsort(closeness, kind="stable")
-    # Only what is as close as the last to be kept needs sorting.
+    # Only scores at least as close as the last one returned need sorting.
     last = np.partition(closeness, top_k - 1)[top_k - 1]
     candidates = np.flatnonzero(closeness <= last)
     return candidates[np.argsort(closeness[candidates], kind="stable")][:top_k]
 
 
 def closest_pairs(
-    score: ScoreBlock, rows: int, columns: int | None, metric: Metric, top_k: int
+    score: BlockScorer, rows: int, columns: int | None, metric: Metric, top_k: int
 ) -> tuple[Positions, Positions, Scores]:
-    """The `top_k` closest of all pairs of one of `rows` and one of `columns`, closest first.
+    """Return the `top_k` closest pairs of a row and a column, closest first.
 
-    Without `columns` the rows are paired with each other: two rows are one pair, and a row is none with itself. Ties
-    keep the order of the matrix, row by row. Scores are made and dropped a block at a time, so that memory grows with
-    `top_k` and not with the number of pairs.
+    If `columns` is None, the rows are paired with each other: two rows form one pair, and no row is paired with itself.
+    Ties keep the row-major order of the matrix. Scores are computed block by block, so that memory grows with `top_k`
+    and not with the number of pairs.
 
     Args:
-        score: makes the scores ``[k, columns]`` of a slice of k rows.
-        rows: how many rows there are.
-        columns: how many columns there are, or None.
-        metric: says which way closer is.
-        top_k: how many pairs at most.
+        score: returns the scores ``[k, columns]`` of a slice of k rows.
+        rows: number of rows.
+        columns: number of columns, or None.
+        metric: determines whether higher or lower scores are closer.
+        top_k: maximum number of pairs.
 
     Returns:
-        Positions of the rows, positions of the columns, and scores, each at most `top_k` long.
+        Row positions, column positions and scores, each at most `top_k` long.
     """
-    within = columns is None
+    symmetric = columns is None
     width = rows if columns is None else columns
     furthest = np.float32(np.inf if metric == "euclidean" else -np.inf)
     left, right, scores = np.empty(0, np.intp), np.empty(0, np.intp), np.empty(0, np.float32)
-    step = max(1, _SCORES_AT_ONCE // width)
+    step = max(1, _BLOCK_SCORES // width)
     for start in range(0, rows, step):
         block = score(slice(start, start + step))
-        if within:
+        if symmetric:
             block[np.tri(len(block), width, k=start, dtype=np.bool_)] = furthest
-        found = best_first(block.ravel(), metric, top_k)
-        row, column = np.divmod(found, width)
+        best = best_first(block.ravel(), metric, top_k)
+        row, column = np.divmod(best, width)
         left, right = np.append(left, row + start), np.append(right, column)
-        scores = np.append(scores, block.ravel()[found])
+        scores = np.append(scores, block.ravel()[best])
         kept = best_first(scores, metric, top_k)
         left, right, scores = left[kept], right[kept], scores[kept]
-    pairs = right > left if within else np.ones(len(left), np.bool_)
+    pairs = right > left if symmetric else np.ones(len(left), np.bool_)
     return left[pairs], right[pairs], scores[pairs]
 
 
-def best_of_rows(score: ScoreBlock, rows: int, columns: int) -> Scores:
-    """The highest score of each column, ``[columns]``, made a block at a time as those of `closest_pairs`."""
-    step = max(1, _SCORES_AT_ONCE // columns)
+def column_maxima(score: BlockScorer, rows: int, columns: int) -> Scores:
+    """Return the highest score of each column, ``[columns]``, computed block by block like `closest_pairs`."""
+    step = max(1, _BLOCK_SCORES // columns)
     return functools.reduce(np.maximum, (score(slice(start, start + step)).max(0) for start in range(0, rows, step)))
 
 
-# --- More than one vector a text -------------------------------------------------------------------------------------
+# --- Sparse and multi-vector representations -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class SparseVector:
-    """Weights of the tokens that a text is about, all others being 0.
+    """The lexical weights of a text's tokens; tokens that are not listed have weight 0.
 
     Attributes:
-        ids: token ids ``[k]``, ascending, each once.
+        ids: token ids ``[k]``, ascending and unique.
         weights: float32 ``[k]``, above 0.
     """
 
@@ -177,48 +177,49 @@ class SparseVector:
     weights: npt.NDArray[np.float32]
 
 
-def comparing_weights(right: Sequence[SparseVector]) -> Callable[[Sequence[SparseVector]], Scores]:
-    """As `comparing`, for lexical weights: what is made ready of `right` serves all texts that are scored against it.
+def lexical_scorer(right: Sequence[SparseVector]) -> Callable[[Sequence[SparseVector]], Scores]:
+    """Return a function that scores lexical weights against all m of `right`, which are preprocessed only once.
 
     Returns:
-        Scores n texts, ``[n, m]``: sums, over the tokens that two texts share, of the product of their weights; higher
-        is closer.
+        A function from n texts to scores ``[n, m]``: the sum, over the tokens that two texts share, of the product of
+        their weights; higher is closer.
     """
     ids = np.concatenate([vector.ids for vector in right])
     weights = np.concatenate([vector.weights for vector in right])
     columns = np.repeat(np.arange(len(right)), [len(vector.ids) for vector in right])
 
-    def scores(left: Sequence[SparseVector]) -> Scores:
-        made = np.empty((len(left), len(right)), dtype=np.float32)
-        # A left text's weights stand by token id, so that all right texts are gone through at once.
-        ours = np.zeros(1 + max(int(some.max(initial=0)) for some in (ids, *(one.ids for one in left))), np.float32)
-        for row, one in enumerate(left):
-            ours[one.ids] = one.weights
-            made[row] = np.bincount(columns, ours[ids] * weights, minlength=len(right))
-            ours[one.ids] = 0
-        return made
+    def score(left: Sequence[SparseVector]) -> Scores:
+        scores = np.empty((len(left), len(right)), dtype=np.float32)
+        # The weights of one left text, indexed by token id, are multiplied with those of all right texts at once.
+        largest_id = max(int(token_ids.max(initial=0)) for token_ids in (ids, *(vector.ids for vector in left)))
+        dense = np.zeros(largest_id + 1, np.float32)
+        for row, vector in enumerate(left):
+            dense[vector.ids] = vector.weights
+            scores[row] = np.bincount(columns, dense[ids] * weights, minlength=len(right))
+            dense[vector.ids] = 0
+        return scores
 
-    return scores
+    return score
 
 
 def late_interaction_scores(left: Sequence[FloatMatrix], right: Sequence[FloatMatrix]) -> Scores:
-    """ColBERT's MaxSim: the mean, over a left text's tokens, of each one's best match in the right text.
+    """Compute ColBERT's MaxSim: the mean, over a left text's tokens, of each one's best match in the right text.
 
     Args:
-        left: for each text the vectors of its tokens ``[tokens, d]``, of length 1; those of a query come here.
-        right: the same of the other texts.
+        left: unit-length token vectors ``[tokens, d]`` of each text; queries go on this side.
+        right: the same for the other texts.
 
     Returns:
-        ``[n, m]``, higher is closer; not symmetric.
+        Scores ``[n, m]``; higher is closer, not symmetric.
     """
     scores = np.zeros((len(left), len(right)), dtype=np.float32)
-    for row, one in enumerate(left):
-        for column, other in enumerate(right):
-            scores[row, column] = (one @ other.T).max(axis=1).mean()
+    for row, left_tokens in enumerate(left):
+        for column, right_tokens in enumerate(right):
+            scores[row, column] = (left_tokens @ right_tokens.T).max(axis=1).mean()
     return scores
 
 
 def hybrid_scores(dense: Scores, lexical: Scores, late_interaction: Scores) -> Scores:
-    """The three kinds of scores in one, weighed 0.4, 0.2 and 0.4 as in BGE-M3's model card."""
-    mixed: Scores = np.float32(0.4) * dense + np.float32(0.2) * lexical + np.float32(0.4) * late_interaction
-    return mixed
+    """Combine the three kinds of scores, weighted 0.4, 0.2 and 0.4 as in BGE-M3's model card."""
+    combined: Scores = np.float32(0.4) * dense + np.float32(0.2) * lexical + np.float32(0.4) * late_interaction
+    return combined
