@@ -1,8 +1,8 @@
-"""Who a caller is, and what he may bring along besides a request: a key of his own for the endpoint of the model.
+"""The identity of the caller, and the endpoint key that a caller may send with a request.
 
-This concerns only the two ends of the road: the HTTP face that finds it in the headers, and the client of the endpoint
-that the key is for, or the queue that is fair to callers. Context variables carry it past all that lies between, as the
-MCP SDK does with the caller's identity: the tasks that work on the request have it, and no others.
+Only the two ends need them: the HTTP face, which reads them from the headers, and the endpoint's client, which sends
+the key, or the queue, which is fair between callers. Context variables carry them past the layers in between, as in the
+MCP SDK: they are visible only to the tasks that work on the request.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _caller_key: ContextVar[SecretStr | None] = ContextVar("caller_key", default=Non
 
 
 def caller_key() -> SecretStr | None:
-    """The key that the caller of the request in flight has brought."""
+    """Return the endpoint key that the caller sent with the current request."""
     return _caller_key.get()
 
 
 @contextmanager
 def with_caller_key(key: SecretStr) -> Iterator[None]:
-    """What is begun in this block works for a caller who has brought this key."""
+    """Set the caller's endpoint key for the block and the tasks started in it."""
     token = _caller_key.set(key)
     try:
         yield
@@ -35,13 +35,13 @@ def with_caller_key(key: SecretStr) -> Iterator[None]:
 
 
 def caller_name() -> str:
-    """The name of the API key that the caller has shown; empty where no key is asked for."""
+    """Return the name of the API key that the caller authenticated with; empty if no key is required."""
     return _caller_name.get()
 
 
 @contextmanager
 def with_caller_name(name: str) -> Iterator[None]:
-    """What is begun in this block works for the caller of this name."""
+    """Set the caller's name for the block and the tasks started in it."""
     token = _caller_name.set(name)
     try:
         yield

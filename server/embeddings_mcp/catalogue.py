@@ -1,9 +1,9 @@
-"""Which models there are, and which of them a name means.
+"""The catalogue of served models, and the resolution of model names.
 
-A name means the first model that answers to it: of those given one by one, which run here, then of the endpoints in
-their order. An endpoint may have to be asked what it has, which happens when a name makes it necessary. As long as one
-that comes first has not told, none that comes after it answers in its place: texts never go to another house than the
-order says because the first one happens to be down.
+A name resolves to the first model with that id or alias: first among the local models, then among the endpoints in
+their order. An endpoint's models are listed lazily, when a name cannot be resolved without them. While an endpoint
+cannot list its models, no later endpoint is tried: an outage must never send texts to a different provider than the
+configured order says.
 """
 
 from __future__ import annotations
@@ -23,83 +23,83 @@ from embeddings_mcp.models import InputType, find_card
 logger = logging.getLogger(__name__)
 
 FRESH_SECONDS = 60.0
-"""How long an endpoint's list of models is taken for true."""
+"""How long an endpoint's list of models stays fresh."""
 
 DEFAULT = "default"
-"""The name that stands for the default model."""
+"""The alias of the default model."""
 
 _SUFFIXES: dict[str, InputType] = {"-query": "query", "-passage": "passage"}
 
 
 class ModelSource(Protocol):
-    """A place with several models that has to be asked which ones they are: an endpoint."""
+    """An endpoint, whose models have to be listed by a request."""
 
     @property
     def origin(self) -> str:
-        """Its address. Holds no secret."""
+        """The address of the endpoint, without secrets."""
         ...
 
     @property
     def models(self) -> Mapping[str, Embedder]:
-        """The embedders known now, by every name that each answers to, in lower case; nothing is asked for it."""
+        """The embedders known so far, by id and alias in lower case; makes no request."""
         ...
 
     async def discover(self, max_age: float) -> None:
-        """Ask which models there are, unless that was asked in the last `max_age` seconds; `models` then has them.
+        """Update `models`, unless it was updated in the last `max_age` seconds.
 
         Raises:
-            EmbeddingsError: it cannot be asked, and why.
+            EmbeddingsError: the models cannot be listed; the message says why.
         """
         ...
 
     @property
     def key_name(self) -> str | None:
-        """What holds the key that it is asked with; None where there is no key."""
+        """The setting, environment variable or header that holds the API key; None if there is no key."""
         ...
 
     async def check(self) -> None:
-        """Return once it says that it is ready; at once where it has no way to say so.
+        """Check that the endpoint is ready; do nothing if it has no readiness route.
 
         Raises:
-            EmbeddingsError: it is not, or cannot be reached.
+            EmbeddingsError: it is not ready, or cannot be reached.
         """
         ...
 
     async def aclose(self) -> None:
-        """Close all of its embedders."""
+        """Close all of the endpoint's embedders."""
         ...
 
 
-Meant = tuple[Embedder, InputType | None]
-"""What a model's name means: an embedder, and the input type where the name ends in one."""
+ResolvedModel = tuple[Embedder, InputType | None]
+"""The embedder for a model name, and the input type if the name's suffix implies one."""
 
 
 class Catalogue:
     """The models served.
 
     Args:
-        embedders: one for each model that runs here.
-        sources: where there are more, in the order in which they are asked.
-        default: the name that ``default`` stands for.
+        embedders: one per local model.
+        sources: endpoints with more models, in the order in which they are tried.
+        default: the model name that ``default`` stands for.
 
     Attributes:
         sources: as given.
 
     Raises:
-        InvalidSetting: two embedders answer to one name, one to ``default``, or none can be the default model.
+        InvalidSetting: two embedders share a name, one is named ``default``, or none can be the default model.
     """
 
     def __init__(self, embedders: Iterable[Embedder], sources: Iterable[ModelSource], *, default: str) -> None:
         self._embedders = list(embedders)
         self.sources = list(sources)
-        self._here: dict[str, Embedder] = {}
+        self._local: dict[str, Embedder] = {}
         for embedder in self._embedders:
             for name in embedder.card.names:
                 if name == DEFAULT:
                     raise InvalidSetting("no model can be named 'default', which stands for the default model")
-                if name in self._here:
+                if name in self._local:
                     raise InvalidSetting(f"two of the models answer to the name {name!r}: give each a name of its own")
-                self._here[name] = embedder
+                self._local[name] = embedder
         self._default = default
         if not self.sources and self.default is None:
             raise InvalidSetting(
@@ -109,75 +109,79 @@ class Catalogue:
 
     @property
     def known(self) -> list[Embedder]:
-        """The models known now, those of endpoints only where their names are not taken; nothing is asked for it."""
-        known, taken = list(self._embedders), set(self._here)
+        """The models known so far, without endpoint models whose name an earlier model has; makes no request."""
+        known, taken = list(self._embedders), set(self._local)
         for source in self.sources:
-            by_id = ((name, it) for name, it in source.models.items() if name == it.card.id.lower())
-            known += [embedder for name, embedder in by_id if name not in taken]
+            known += [
+                embedder
+                for name, embedder in source.models.items()
+                if name == embedder.card.id.lower() and name not in taken
+            ]
             taken |= source.models.keys()
         return known
 
     @property
     def default(self) -> Embedder | None:
-        """The default model; None while the endpoint that may have it has not been asked."""
-        meant = next(filter(None, (meaning(self._default, models) for models in self._places())), None)
-        return meant and meant[0]
+        """The default model; None until the endpoint that may serve it has listed its models."""
+        candidates = (meaning(self._default, models) for models in self._name_tables())
+        resolved = next(filter(None, candidates), None)
+        return resolved and resolved[0]
 
     @property
     def default_name(self) -> str:
-        """The default model's id, or the name that it was given as long as nobody knows more."""
+        """The default model's id, or the configured name while the model is not known yet."""
         return self._default if self.default is None else self.default.card.id
 
     @property
     def local(self) -> bool:
-        """Whether all vectors are made on this machine."""
+        """Whether all vectors are computed on this machine."""
         return not self.sources and all(embedder.origin == "local" for embedder in self._embedders)
 
-    async def find(self, model: str) -> Meant:
-        """What a name means: the name of a model, an alias, either with an input type as its suffix, or ``default``.
+    async def find(self, model: str) -> ResolvedModel:
+        """Resolve a name: an id, an alias or ``default``, optionally with an input type as its suffix.
 
         Raises:
-            UnknownModel: no model answers to it.
-            UpstreamUnavailable: whether one does cannot be told, since an endpoint cannot be asked.
+            UnknownModel: no model has this name.
+            UpstreamUnavailable: an endpoint that may serve the model cannot list its models.
         """
         name = next((self._default + end for end in ("", *_SUFFIXES) if model.lower() == DEFAULT + end), model)
-        if meant := meaning(name, self._here):
-            return meant
-        for max_age in (math.inf, FRESH_SECONDS):  # first those that were never asked
+        if resolved := meaning(name, self._local):
+            return resolved
+        for max_age in (math.inf, FRESH_SECONDS):  # first only list endpoints that were never listed
             for source in self.sources:
-                if meant := meaning(name, source.models):
-                    return meant
-                await _ask(source, name, max_age)
-                if meant := meaning(name, source.models):
-                    return meant
+                if resolved := meaning(name, source.models):
+                    return resolved
+                await _discover(source, name, max_age)
+                if resolved := meaning(name, source.models):
+                    return resolved
         raise UnknownModel(
             f"`model` {name[:100]!r} is not served here; served are: {self._ids()} (or `default`){_advice(name)}",
             param="model",
         )
 
     async def refresh(self) -> None:
-        """Ask every endpoint that has not been asked lately; one that cannot be is left as it was known."""
+        """Update the model lists that are no longer fresh; a list that cannot be updated stays as it was."""
         async with anyio.create_task_group() as group:
             for source in self.sources:
                 group.start_soon(_refresh, source)
 
     async def aclose(self) -> None:
-        """Close every embedder, also where one cannot be closed."""
+        """Close every embedder, even if closing one of them fails."""
         async with contextlib.AsyncExitStack() as stack:
             for embedder in self._embedders:
                 stack.push_async_callback(embedder.aclose)
             for source in self.sources:
                 stack.push_async_callback(source.aclose)
 
-    def _places(self) -> list[Mapping[str, Embedder]]:
-        return [self._here, *(source.models for source in self.sources)]
+    def _name_tables(self) -> list[Mapping[str, Embedder]]:
+        return [self._local, *(source.models for source in self.sources)]
 
     def _ids(self) -> str:
         return ", ".join(embedder.card.id for embedder in self.known)
 
 
-def meaning(model: str, models: Mapping[str, Embedder]) -> Meant | None:
-    """What a name means among these models; the whole name goes before one with a suffix."""
+def meaning(model: str, models: Mapping[str, Embedder]) -> ResolvedModel | None:
+    """Resolve a name among these models; an exact match takes precedence over a name with a suffix."""
     name = model.lower()
     if embedder := models.get(name):
         return embedder, None
@@ -187,12 +191,12 @@ def meaning(model: str, models: Mapping[str, Embedder]) -> Meant | None:
     return None
 
 
-def ids_of(*places: Mapping[str, Embedder]) -> list[str]:
-    """The ids of these models, each once, however many names it answers to."""
-    return list(dict.fromkeys(embedder.card.id for models in places for embedder in models.values()))
+def ids_of(*name_tables: Mapping[str, Embedder]) -> list[str]:
+    """Return the ids of these models without duplicates, although a model may have several names."""
+    return list(dict.fromkeys(embedder.card.id for models in name_tables for embedder in models.values()))
 
 
-async def _ask(source: ModelSource, name: str, max_age: float) -> None:
+async def _discover(source: ModelSource, name: str, max_age: float) -> None:
     try:
         await source.discover(max_age)
     except EmbeddingsError as error:
@@ -207,13 +211,13 @@ async def _refresh(source: ModelSource) -> None:
     try:
         await source.discover(FRESH_SECONDS)
     except EmbeddingsError as error:
-        logger.warning("which models %s has now cannot be told: %s", source.origin, error.message)
+        logger.warning("cannot update the list of models of %s: %s", source.origin, error.message)
 
 
 def _advice(name: str) -> str:
-    """How a model that is not served could be, where it is known at all."""
+    """Say how a known model that is not served could be served; empty for an unknown model."""
     card = find_card(name)
     if card is None:
         return ""
-    gone = f"NVIDIA's hosted API ended it on {card.hosted_until}; " if card.hosted_until else ""
-    return f". {gone}a server started with `--model {card.id}{'' if card.repository else '=FOLDER'}` has it"
+    end_of_life = f"NVIDIA's hosted API ended it on {card.hosted_until}; " if card.hosted_until else ""
+    return f". {end_of_life}a server started with `--model {card.id}{'' if card.repository else '=FOLDER'}` has it"

@@ -1,4 +1,4 @@
-"""What one request may ask for and how long it may take, over HTTP or MCP; the command line has no limits."""
+"""Limits on the size and duration of one request, over HTTP or MCP; the command line has no limits."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Limits:
     """The limits of one request.
 
     Attributes:
-        inputs: texts in all of its arrays together; one alone, like a query, is not counted.
-        characters: characters in one text.
-        seconds: from its reading to its answer.
-        mcp_answer_bytes: of its answer over MCP where that travels over HTTP (see `faces.answer_size`).
+        inputs: texts in all arrays together; a text outside an array, like a query, is not counted.
+        characters: characters per text.
+        seconds: timeout, from the parsed request to the response.
+        mcp_answer_bytes: size of the response to an MCP call over HTTP (see `faces.mcp.response_size`).
     """
 
     inputs: int
@@ -36,7 +36,7 @@ class Limits:
 
     @classmethod
     def of(cls, settings: Settings) -> Limits:
-        """Those that the settings say."""
+        """Read the limits from the settings."""
         return cls(
             settings.max_inputs,
             settings.max_input_characters,
@@ -47,13 +47,13 @@ class Limits:
     async def answer(
         self, service: EmbeddingService, operation: Operation, request: BaseModel, on_progress: OnProgress | None = None
     ) -> Mapping[str, Any]:
-        """What the service answers within these limits.
+        """Run the operation within these limits.
 
         Raises:
-            TooManyInputs: the request has more texts.
-            InputTooLarge: one of them has more characters.
-            RequestTimeout: the time is over; the work has been cancelled.
-            EmbeddingsError: whatever the service refuses or fails with.
+            TooManyInputs: the request has too many texts.
+            InputTooLarge: a text has too many characters.
+            RequestTimeout: the request timed out; its work was cancelled.
+            EmbeddingsError: any other error of the service.
         """
         with telemetry.call(operation.name):
             self._check(request)
@@ -63,8 +63,8 @@ class Limits:
                     telemetry.TOKENS.labels(operation.name).inc(response["usage"]["prompt_tokens"])
                 return response
             raise RequestTimeout(
-                f"the request took longer than the {self.seconds:g} s that one may take here: send fewer texts at "
-                "once, or have whoever runs the server set EMBEDDINGS_MCP_REQUEST_SECONDS"
+                f"the request took longer than the {self.seconds:g} s allowed here: send fewer texts at once, or "
+                "have the server's operator raise EMBEDDINGS_MCP_REQUEST_SECONDS"
             )
 
     def _check(self, request: BaseModel) -> None:
@@ -78,13 +78,13 @@ class Limits:
         for name, texts in fields.items():
             for index, text in enumerate([texts] if isinstance(texts, str) else texts):
                 if len(text) > self.characters:
-                    place = name if isinstance(texts, str) else f"{name}[{index}]"
+                    field = name if isinstance(texts, str) else f"{name}[{index}]"
                     raise InputTooLarge(
-                        f"`{place}` has {len(text):,} characters, and one text may have {self.characters:,} here: "
+                        f"`{field}` has {len(text):,} characters, and one text may have {self.characters:,} here: "
                         "split it, or send less of it",
-                        param=place,
+                        param=field,
                     )
 
 
 DEFAULT_LIMITS = Limits.of(Settings.model_construct())
-"""Those of a server that was told nothing about them."""
+"""The limits with default settings."""

@@ -1,8 +1,8 @@
-"""What can be seen of the server while it works: Prometheus metrics, OpenTelemetry spans, and the stages of a request.
+"""Telemetry: Prometheus metrics, OpenTelemetry spans, and the stage timings of a request.
 
-Names, counts and times only: nothing here takes a text, a vector, a key, or a message that may quote one. Label values
-come from tables of ours, so that no caller can make more of them. Spans go nowhere until whoever runs the server brings
-an OpenTelemetry SDK (``opentelemetry-instrument embeddings-mcp serve``).
+Telemetry holds names, counts and times only, never a text, a vector, a key, or a message that may quote one. Label
+values come from fixed sets, so that callers cannot increase their cardinality. Spans are dropped unless the operator
+runs the server with an OpenTelemetry SDK (``opentelemetry-instrument embeddings-mcp serve``).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Stage = Literal["tokenise", "wait", "encode", "serialise"]
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 _COUNTS = tuple(4**power for power in range(10))
 
-disable_created_metrics()  # type: ignore[no-untyped-call]  # a sample more for each, which nobody asks for
+disable_created_metrics()  # type: ignore[no-untyped-call]  # one extra, unused sample per metric
 REGISTRY = CollectorRegistry()
 ProcessCollector(registry=REGISTRY)
 PlatformCollector(registry=REGISTRY)
@@ -42,7 +42,7 @@ HTTP_REQUESTS = Counter(
 )
 HTTP_SECONDS = Histogram(
     "embeddings_http_request_seconds",
-    "From a request's head to the end of its answer.",
+    "From a request's headers to the end of its response.",
     ["route"],
     buckets=_SECONDS,
     registry=REGISTRY,
@@ -50,27 +50,27 @@ HTTP_SECONDS = Histogram(
 REQUESTS_IN_FLIGHT = Gauge("embeddings_http_requests_in_flight", "HTTP requests in flight now.", registry=REGISTRY)
 CALLS = Counter(
     "embeddings_calls",
-    "Operations answered, over MCP and REST; code is `ok`, or that of the error.",
+    "Operations completed, over MCP and REST; code is `ok` or the error code.",
     ["operation", "code"],
     registry=REGISTRY,
 )
 CALL_SECONDS = Histogram(
-    "embeddings_call_seconds", "From a request read to its answer.", ["operation"], buckets=_SECONDS, registry=REGISTRY
+    "embeddings_call_seconds",
+    "From a parsed request to its response.",
+    ["operation"],
+    buckets=_SECONDS,
+    registry=REGISTRY,
 )
 STAGE_SECONDS = Histogram(
-    "embeddings_stage_seconds", "What the time of a request went into.", ["stage"], buckets=_SECONDS, registry=REGISTRY
+    "embeddings_stage_seconds", "Time spent in each stage of a request.", ["stage"], buckets=_SECONDS, registry=REGISTRY
 )
 TOKENS = Counter("embeddings_tokens", "Tokens of answered requests.", ["operation"], registry=REGISTRY)
-QUEUED_TOKENS = Gauge("embeddings_queued_tokens", "Tokens that wait for a worker now.", registry=REGISTRY)
-BATCH_TEXTS = Histogram(
-    "embeddings_batch_texts", "Texts that went through a model at once.", buckets=_COUNTS, registry=REGISTRY
-)
-BATCH_TOKENS = Histogram(
-    "embeddings_batch_tokens", "Tokens that went through a model at once.", buckets=_COUNTS, registry=REGISTRY
-)
+QUEUED_TOKENS = Gauge("embeddings_queued_tokens", "Tokens waiting for a worker now.", registry=REGISTRY)
+BATCH_TEXTS = Histogram("embeddings_batch_texts", "Texts per batch.", buckets=_COUNTS, registry=REGISTRY)
+BATCH_TOKENS = Histogram("embeddings_batch_tokens", "Tokens per batch.", buckets=_COUNTS, registry=REGISTRY)
 CACHE_TEXTS = Counter("embeddings_cache_texts", "Texts looked up in the cache.", ["outcome"], registry=REGISTRY)
 UPSTREAM_RETRIES = Counter(
-    "embeddings_upstream_retries", "Requests to endpoints that failed and were sent again.", registry=REGISTRY
+    "embeddings_upstream_retries", "Requests to endpoints that failed and were retried.", registry=REGISTRY
 )
 
 _tracer = trace.get_tracer("embeddings-mcp")
@@ -79,7 +79,7 @@ _stages: ContextVar[dict[Stage, float] | None] = ContextVar("stages", default=No
 
 @contextmanager
 def staged() -> Iterator[dict[Stage, float]]:
-    """The seconds of each stage of the request that is worked on in this block."""
+    """Collect the seconds spent in each stage of the request that is processed in this block."""
     stages: dict[Stage, float] = {}
     token = _stages.set(stages)
     try:
@@ -89,7 +89,7 @@ def staged() -> Iterator[dict[Stage, float]]:
 
 
 def record(stage: Stage, seconds: float) -> None:
-    """A stage that has just ended took so long."""
+    """Record the duration of a stage that has just ended."""
     STAGE_SECONDS.labels(stage).observe(seconds)
     if (stages := _stages.get()) is not None:
         stages[stage] = stages.get(stage, 0.0) + seconds
@@ -99,18 +99,18 @@ def record(stage: Stage, seconds: float) -> None:
 
 @contextmanager
 def stage(name: Stage) -> Iterator[None]:
-    """Record what is done in this block as a stage."""
-    began = time.perf_counter()
+    """Time the block as a stage."""
+    started = time.perf_counter()
     try:
         yield
     finally:
-        record(name, time.perf_counter() - began)
+        record(name, time.perf_counter() - started)
 
 
 @contextmanager
 def call(operation: str) -> Iterator[None]:
-    """Count what is done in this block as a call of `operation`, with how it ended."""
-    began = time.perf_counter()
+    """Count and time the block as a call of `operation`, labelled with its outcome."""
+    started = time.perf_counter()
     code = "ok"
     try:
         yield
@@ -125,4 +125,4 @@ def call(operation: str) -> Iterator[None]:
         raise
     finally:
         CALLS.labels(operation, code).inc()
-        CALL_SECONDS.labels(operation).observe(time.perf_counter() - began)
+        CALL_SECONDS.labels(operation).observe(time.perf_counter() - started)
