@@ -1,4 +1,4 @@
-"""Vectors in fewer bits: what each `embedding_type` holds, and that it still tells near from far."""
+"""Quantized vectors: the encoding of each `embedding_type`, and its accuracy."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as some
+from hypothesis.extra import numpy as hnp
 
 from embeddings_mcp.schema import TypedEmbeddingRequest
 from embeddings_mcp.serialization import parse
 from embeddings_mcp.vectors import FloatMatrix, normalize, quantize
 from tests.support import service_of
 
-VECTORS = some.arrays(
+VECTORS = hnp.arrays(
     np.float32,
     st.tuples(st.integers(1, 4), st.integers(1, 20)),
     elements=st.floats(-1, 1, width=32, allow_subnormal=False),
@@ -28,17 +28,17 @@ def test_int8_is_within_half_a_level_of_the_scaled_vector(vectors: FloatMatrix) 
     levels = quantize(vectors, "int8")
 
     assert levels.dtype == np.int8
-    large = largest[:, 0] > 1e-9  # what is smaller is next to zero and need not be exact
+    large = largest[:, 0] > 1e-9  # vectors close to zero need not be exact
     assert np.abs(levels[large] - 127 * vectors[large] / largest[large]).max(initial=0) <= 0.5 + 1e-4
 
 
 @given(VECTORS)
-def test_uint8_is_int8_moved_by_128(vectors: FloatMatrix) -> None:
+def test_uint8_is_int8_offset_by_128(vectors: FloatMatrix) -> None:
     assert (quantize(vectors, "uint8").astype(int) - 128 == quantize(vectors, "int8")).all()
 
 
 @given(VECTORS)
-def test_ubinary_holds_the_signs_highest_bit_first(vectors: FloatMatrix) -> None:
+def test_ubinary_holds_the_signs_most_significant_bit_first(vectors: FloatMatrix) -> None:
     packed = quantize(vectors, "ubinary")
     bits = np.unpackbits(packed.astype(np.uint8), axis=1, count=vectors.shape[1])
 
@@ -47,25 +47,25 @@ def test_ubinary_holds_the_signs_highest_bit_first(vectors: FloatMatrix) -> None
 
 
 @given(VECTORS)
-def test_binary_is_ubinary_moved_by_128(vectors: FloatMatrix) -> None:
+def test_binary_is_ubinary_offset_by_128(vectors: FloatMatrix) -> None:
     assert (quantize(vectors, "binary").astype(int) + 128 == quantize(vectors, "ubinary")).all()
 
 
 @given(VECTORS, st.sampled_from(["int8", "uint8", "binary", "ubinary"]))
-def test_a_vector_is_written_alike_whatever_its_neighbours(vectors: FloatMatrix, embedding_type: str) -> None:
+def test_a_vector_is_quantized_independently_of_its_neighbours(vectors: FloatMatrix, embedding_type: str) -> None:
     together = quantize(vectors, embedding_type)  # type: ignore[arg-type]
     alone = [quantize(vector[None], embedding_type)[0] for vector in vectors]  # type: ignore[arg-type]
 
     assert (together == np.stack(alone)).all()
 
 
-@pytest.mark.parametrize(("embedding_type", "least"), [("int8", 0.999), ("uint8", 0.999)])
-def test_cosines_survive_one_byte_a_component(embedding_type: str, least: float) -> None:
+@pytest.mark.parametrize(("embedding_type", "minimum"), [("int8", 0.999), ("uint8", 0.999)])
+def test_cosines_survive_one_byte_per_component(embedding_type: str, minimum: float) -> None:
     vectors = normalize(np.random.default_rng(0).standard_normal((50, 384)).astype(np.float32))
     levels = quantize(vectors, embedding_type).astype(np.float32)  # type: ignore[arg-type]
     levels -= 128 if embedding_type == "uint8" else 0
 
-    assert (normalize(levels) * vectors).sum(axis=1).min() > least
+    assert (normalize(levels) * vectors).sum(axis=1).min() > minimum
 
 
 @pytest.mark.anyio
@@ -75,9 +75,9 @@ def test_cosines_survive_one_byte_a_component(embedding_type: str, least: float)
 )
 async def test_base64_holds_the_bytes_of_the_numbers(embedding_type: str, number: str) -> None:
     service = service_of()
-    asked = {"model": "default", "input": ["one", "two"], "embedding_type": embedding_type}
-    as_numbers = await service.create_embedding(parse(TypedEmbeddingRequest, asked))
-    as_base64 = await service.create_embedding(parse(TypedEmbeddingRequest, asked | {"encoding_format": "base64"}))
+    fields = {"model": "default", "input": ["one", "two"], "embedding_type": embedding_type}
+    as_numbers = await service.create_embedding(parse(TypedEmbeddingRequest, fields))
+    as_base64 = await service.create_embedding(parse(TypedEmbeddingRequest, fields | {"encoding_format": "base64"}))
 
     for plain, packed in zip(as_numbers["data"], as_base64["data"], strict=True):
         assert isinstance(packed["embedding"], str)
