@@ -233,7 +233,7 @@ DESCRIPTIONS: dict[str, tuple[Damage, str]] = {
     "a pooling that is a number": (field("1_Pooling/config.json", pooling_mode=3), r"`pooling_mode` must be"),
     "another config than that of the file": (
         field("sentence_bert_config.json", config_kwargs={"num_hidden_layers": 1}),
-        r"sentence_bert_config\.json: `config_kwargs` must be empty: say it in config\.json",
+        r"sentence_bert_config\.json: `config_kwargs` must be empty: set these in config\.json",
     ),
     "another tokenizer than that of the file": (
         field("sentence_bert_config.json", tokenizer_args={"trust_remote_code": True, "do_lower_case": False}),
@@ -297,7 +297,7 @@ DESCRIPTIONS: dict[str, tuple[Damage, str]] = {
     "a limit that leaves no room": (field("sentence_bert_config.json", max_seq_length=1), r"no room for text"),
     "texts within a chat": (
         field("sentence_bert_config.json", modality_config={"message": {}}),
-        r"sentence_bert_config\.json: texts within a chat template are not supported",
+        r"sentence_bert_config\.json: chat templates around texts are not supported",
     ),
     "another task": (
         field("sentence_bert_config.json", transformer_task="fill-mask"),
@@ -417,10 +417,10 @@ def test_of_weights_that_nobody_may_read_that_is_said(nv_embed: Path) -> None:
 STATIC: dict[str, tuple[Damage, str]] = {
     "no weights": (remove("model.safetensors"), r"model\.safetensors is missing"),
     "half of the weights": (cut("model.safetensors"), r"model\.safetensors: the weights cannot be read"),
-    "no token vectors": (tensors("model.safetensors", dict.clear), r"no `embedding\.weight`, nor model2vec's"),
+    "no token vectors": (tensors("model.safetensors", dict.clear), r"neither `embedding\.weight`, nor model2vec's"),
     "one token vector": (
         tensors("model.safetensors", lambda found: found.update({"embedding.weight": torch.ones(3)})),
-        r"no `embedding\.weight`, nor model2vec's",
+        r"neither `embedding\.weight`, nor model2vec's",
     ),
     "a weight for another number of tokens": (
         tensors(

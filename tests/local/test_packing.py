@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel, T5EncoderModel
 
 from embeddings_mcp.embedders.local.backbone import PROVEN, Backbone
 from embeddings_mcp.embedders.local.bert import Bert, is_bert
-from embeddings_mcp.embedders.local.checkpoint import OFFSET_POSITIONS
+from embeddings_mcp.embedders.local.sequence_length import OFFSET_POSITIONS
 
 VOCABULARY = 40
 PADDING = 0

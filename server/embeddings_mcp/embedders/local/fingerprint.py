@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 
 from embeddings_mcp import __version__
-from embeddings_mcp.embedders.local.checkpoint import FILES, PICKLES, Checkpoint
+from embeddings_mcp.embedders.local.checkpoint import FILE_PATTERNS, PICKLE_PATTERN, Checkpoint
 from embeddings_mcp.embedders.local.pipeline import Dense, LayerNorm
 from embeddings_mcp.errors import CheckpointInvalid
 from embeddings_mcp.models import Precision
@@ -40,7 +40,7 @@ def fingerprint(checkpoint: Checkpoint, *, precision: str, digest: Callable[[Pat
     folders = {checkpoint.folder, pipeline.backbone, *modules}
     # Not by glob, which from Python 3.12 on finds nothing in a folder that the system cannot open now.
     there = [path for folder in folders for path in folder.iterdir()]
-    paths = [path for path in there if any(path.match(pattern) for pattern in (*FILES, PICKLES))]
+    paths = [path for path in there if any(path.match(pattern) for pattern in (*FILE_PATTERNS, PICKLE_PATTERN))]
     try:
         files = {os.path.relpath(path, checkpoint.folder): digest(path) for path in paths}
     except OSError as error:

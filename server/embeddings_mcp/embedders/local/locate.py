@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from embeddings_mcp.embedders.local.checkpoint import FILES, PICKLES
+from embeddings_mcp.embedders.local.checkpoint import FILE_PATTERNS, PICKLE_PATTERN
 from embeddings_mcp.embedders.local.fingerprint import file_digest
 from embeddings_mcp.errors import CheckpointInvalid, ModelUnavailable
 from embeddings_mcp.models import DEFAULT_MODEL
@@ -129,9 +129,11 @@ def _in_cache(repository: str) -> Path | None:
 
     with contextlib.suppress(Exception):  # for one of many reasons
         folder = Path(
-            snapshot_download(repository, allow_patterns=[*FILES], ignore_patterns=_UNWANTED, local_files_only=True)
+            snapshot_download(
+                repository, allow_patterns=[*FILE_PATTERNS], ignore_patterns=_UNWANTED, local_files_only=True
+            )
         )
-        if any(folder.rglob("*.safetensors")) or any(folder.rglob(PICKLES)):
+        if any(folder.rglob("*.safetensors")) or any(folder.rglob(PICKLE_PATTERN)):
             return folder
     return None
 
@@ -159,7 +161,7 @@ def _fetch(repository: str, revision: str | None) -> Path:
 
     info = HfApi().model_info(repository, revision=revision, timeout=HF_HUB_ETAG_TIMEOUT)
     files = [file.rfilename for file in info.siblings or ()]
-    wanted = [*FILES, *_pickles(files)]
+    wanted = [*FILE_PATTERNS, *_pickles(files)]
     folder = Path(snapshot_download(repository, revision=revision, allow_patterns=wanted, ignore_patterns=_UNWANTED))
     for name in _SAYING_HOW:
         # Where the hub goes away after the first question, what was there before is given without a word.
@@ -172,4 +174,4 @@ def _pickles(files: Sequence[str]) -> list[str]:
     """The weights that are not beside safer ones."""
     paths = [PurePosixPath(file) for file in files]
     safe = {path.parent for path in paths if path.suffix == ".safetensors"}
-    return [str(path) for path in paths if path.match(PICKLES) and path.parent not in safe]
+    return [str(path) for path in paths if path.match(PICKLE_PATTERN) and path.parent not in safe]
