@@ -221,9 +221,9 @@ DESCRIPTIONS: dict[str, tuple[Damage, str]] = {
     ),
     "a module of somebody else's": (modules((0, "type", "custom_st.Transformer")), r"'custom_st\.Transformer' is not"),
     "a module that is a number": (modules((0, "type", 7)), r"modules\.json: `type` must be a text"),
-    "no pooling": (order(0, 4), r"modules\.json: supported is a Transformer and a Pooling"),
-    "two poolings": (order(0, 1, 1), r"modules\.json: supported is a Transformer and a Pooling"),
-    "a layer before the pooling": (order(0, 2, 1), r"modules\.json: supported is a Transformer and a Pooling"),
+    "no pooling": (order(0, 4), r"modules\.json: the modules must be a Transformer and a Pooling"),
+    "two poolings": (order(0, 1, 1), r"modules\.json: the modules must be a Transformer and a Pooling"),
+    "a layer before the pooling": (order(0, 2, 1), r"modules\.json: the modules must be a Transformer and a Pooling"),
     "a way out": (modules((1, "path", "../model/1_Pooling")), r"modules\.json: '\.\./model/1_Pooling' leads out"),
     "another way out": (modules((1, "path", "/etc")), r"modules\.json: '/etc' leads out"),
     "a way to nowhere": (modules((2, "path", "elsewhere")), r"elsewhere/config\.json is missing"),
@@ -395,7 +395,7 @@ def test_a_config_that_its_weights_or_reason_contradict_is_refused(folder: Path,
         ),
         pytest.param(
             field("model.safetensors.index.json", weight_map={"norm.weight": "../model.safetensors"}),
-            r"model\.safetensors\.index\.json: `weight_map` must name files beside it",
+            r"model\.safetensors\.index\.json: `weight_map` must name files in the same folder",
             id="a way out",
         ),
     ],
@@ -440,7 +440,7 @@ STATIC: dict[str, tuple[Damage, str]] = {
                 ]
             ),
         ),
-        r"supported is a Transformer and a Pooling, or a StaticEmbedding",
+        r"the modules must be a Transformer and a Pooling, or a StaticEmbedding",
     ),
 }
 
@@ -477,7 +477,7 @@ def test_colbert_is_refused_where_the_mean_of_its_token_vectors_would_be_pooled(
     save_plain(tmp_path, "bert", AutoModel, **SMALL)
     edit(tmp_path / "config.json", architectures=["HF_ColBERT"])
 
-    assert "config.json: ColBERT makes a vector of every token, and none of a text" in refused(tmp_path)
+    assert "config.json: ColBERT makes a vector per token, and none per text" in refused(tmp_path)
 
 
 @pytest.mark.parametrize("field", ["architectures", "is_causal"])
@@ -552,7 +552,9 @@ def test_a_tokenizer_of_another_model_is_refused_with_the_first_token_that_is_no
     encoder = load_encoder("test/foreign", folder)
 
     assert encode(encoder, ["water"], input_type="query").vectors.shape == (1, 16)
-    with pytest.raises(CheckpointInvalid, match=r"makes token \d+ of text 1, and the model has only \d+"):
+    with pytest.raises(
+        CheckpointInvalid, match=r"makes token \d+ of text 1, but the model has embeddings for only \d+"
+    ):
         encode(encoder, ["water", "water [FOREIGN]"], input_type="query")
 
 

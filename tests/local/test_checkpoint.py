@@ -97,7 +97,7 @@ def test_a_text_with_no_tokens_besides_an_unpooled_prompt_is_refused(tmp_path: P
     # Its tokenizer puts nothing behind a text; sentence-transformers would answer with zeros.
     save(tmp_path, Pooling(WIDTH, include_prompt=False), base="nemotron-3-embed", prompts={"query": "query: "})
 
-    with pytest.raises(InvalidRequest, match="`text 256` has no tokens of its own behind the prompt"):
+    with pytest.raises(InvalidRequest, match="`text 256` has no tokens of its own after the prompt"):
         ours(tmp_path, [*["Water."] * 256, ""], "query")
 
 

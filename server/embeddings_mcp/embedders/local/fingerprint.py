@@ -1,6 +1,7 @@
-"""What tells a checkpoint's vectors from those of another: the files that make them, and the numbers they are made in.
+"""Fingerprint a checkpoint: identify the vectors that it makes by its files and its number format.
 
-Without torch, since it is asked before a model is loaded, and often in its place.
+Does not import torch where it can be avoided: a fingerprint is computed before the model is loaded, and often the model
+is then not loaded at all.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from embeddings_mcp.models import Precision
 
 
 def fingerprint(checkpoint: Checkpoint, *, precision: str, digest: Callable[[Path], str]) -> str:
-    """The same for two checkpoints only if they make the same vectors, wherever they are.
+    """Return a SHA-256 that two checkpoints share only if they make the same vectors, wherever they are stored.
 
-    This package's version is part of it, since another version may read the same files in another way.
+    It includes this package's version, since another version may read the same files differently.
 
     Args:
-        checkpoint: as it was read.
-        precision: the number format, as `number_format` says it.
-        digest: makes of a file what tells it from others: `file_digest`, or for the life of a process `file_state`.
+        checkpoint: the checkpoint.
+        precision: the number format, as returned by `number_format`.
+        digest: identifies a file's content: `file_digest`, or within the lifetime of a process `file_state`.
 
     Raises:
         CheckpointInvalid: a file cannot be read.
@@ -38,38 +39,39 @@ def fingerprint(checkpoint: Checkpoint, *, precision: str, digest: Callable[[Pat
     pipeline = checkpoint.pipeline
     modules = [stage.folder for stage in pipeline.stages if isinstance(stage, Dense | LayerNorm)]
     folders = {checkpoint.folder, pipeline.backbone, *modules}
-    # Not by glob, which from Python 3.12 on finds nothing in a folder that the system cannot open now.
-    there = [path for folder in folders for path in folder.iterdir()]
-    paths = [path for path in there if any(path.match(pattern) for pattern in (*FILE_PATTERNS, PICKLE_PATTERN))]
+    # Not with glob: since Python 3.12 it finds nothing in a folder that cannot be opened, instead of raising.
+    entries = [path for folder in folders for path in folder.iterdir()]
+    paths = [path for path in entries if any(path.match(pattern) for pattern in (*FILE_PATTERNS, PICKLE_PATTERN))]
     try:
         files = {os.path.relpath(path, checkpoint.folder): digest(path) for path in paths}
     except OSError as error:
         raise CheckpointInvalid(f"{error.filename} cannot be read: {error.strerror}") from error
     stages = [type(stage).__name__ for stage in pipeline.stages]
-    said = [__version__, precision, pipeline.pooling, pipeline.pool_prompt, stages, sorted(files.items())]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+    identity = [__version__, precision, pipeline.pooling, pipeline.pool_prompt, stages, sorted(files.items())]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
 def file_state(path: Path) -> str:
-    """Which file this is and when it was changed: never the same again once its content may be another.
+    """Return a file's path, device, inode, size and times, which differ once its content may have changed.
 
-    The time of the last change of its entry is what no tool sets back, as archives do with that of its content.
+    The modification time alone is not enough, since archive tools set it back; no tool sets back the change time of the
+    inode (ctime).
     """
     state = path.stat()
     return f"{path.resolve()} {state.st_dev} {state.st_ino} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}"
 
 
 def file_digest(path: Path) -> str:
-    """The SHA-256 of the file's content; a gigabyte takes half a second."""
+    """Return the SHA-256 of a file's content; a gigabyte takes half a second."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def number_format(precision: Precision, device: str) -> Precision:
-    """What ``auto`` means: bfloat16 on CUDA, where it computes in it (from Ampere on), and float32 elsewhere.
+    """Resolve ``auto``: bfloat16 on CUDA devices that support it (Ampere and later), float32 elsewhere.
 
     Args:
-        precision: ``auto``, or a format, which stays what it is.
+        precision: ``auto``, or a format, which is returned unchanged.
         device: ``auto``, or a torch device.
     """
     if precision != "auto":
@@ -79,12 +81,12 @@ def number_format(precision: Precision, device: str) -> Precision:
 
 
 def _cuda_has_bfloat16() -> bool:
-    """Whether there is a GPU for PyTorch here, and bfloat16 is among what it computes in."""
+    """Return whether PyTorch can use a GPU that supports bfloat16 natively."""
     try:
         version = metadata.version("torch")
     except metadata.PackageNotFoundError:
         return False
-    # Where it can be known without importing torch, which takes seconds, and memory for as long as the server runs.
+    # Rule out a GPU without importing torch if possible: the import takes seconds, and memory until the process ends.
     if sys.platform == "darwin" or version.endswith("+cpu") or not ("+rocm" in version or _has_cuda_driver()):
         return False
     import torch
@@ -93,7 +95,7 @@ def _cuda_has_bfloat16() -> bool:
 
 
 def _has_cuda_driver() -> bool:
-    """Whether NVIDIA's driver is installed, which PyTorch finds by the same names."""
+    """Return whether NVIDIA's driver is installed; PyTorch loads it by the same names."""
     try:
         ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:

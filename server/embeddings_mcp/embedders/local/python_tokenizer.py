@@ -1,7 +1,7 @@
-"""Tokenizers that transformers has in Python only, such as PhoBERT's and those of Japanese BERT models.
+"""Tokenizers that transformers implements in Python only, such as PhoBERT's and those of Japanese BERT models.
 
-They are slower than those of the tokenizers library (a text of a hundred tokens takes some milliseconds), and the
-models are of no use without them.
+They are slower than those of the tokenizers library (some milliseconds for a text of a hundred tokens), but these
+models cannot be used without them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A text as tokens.
+    """A tokenized text.
 
     Attributes:
-        ids: of its tokens, special ones included.
-        special_tokens_mask: 1 for the special ones that were put around it, 0 for those of the text.
+        ids: token ids, special tokens included.
+        special_tokens_mask: 1 for the special tokens that were added around the text, 0 for the text's own tokens.
     """
 
     ids: list[int]
@@ -29,13 +29,13 @@ class Encoded:
 
 
 class PythonTokenizer:
-    """One of them, in its use like ``tokenizers.Tokenizer``, so far as `tokenizer.Tokenizer` uses that.
+    """Adapt a Python tokenizer to the part of the `tokenizers.Tokenizer` interface that `tokenizer.Tokenizer` uses.
 
     Args:
-        tokenizer: transformers' own.
-        lowercase: whether the checkpoint says that texts are put in lower case. As in sentence-transformers the
-            tokenizer is told so, and most of these do not listen.
-        special_tokens: whether any are put around a text.
+        tokenizer: the tokenizer of transformers.
+        lowercase: whether the checkpoint asks for lowercased texts. As in sentence-transformers this only sets
+            ``do_lower_case``, which most of these tokenizers ignore.
+        special_tokens: whether to add special tokens around a text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, lowercase: bool, special_tokens: bool) -> None:
@@ -43,24 +43,24 @@ class PythonTokenizer:
         if lowercase:
             tokenizer.do_lower_case = True
         self._special_tokens = special_tokens
-        # Some hand texts to libraries that analyse one at a time.
-        self._one_at_a_time = threading.Lock()
+        # Some call libraries that are not thread-safe.
+        self._lock = threading.Lock()
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> Encoded:
-        """The tokens of one text, all of them, however many."""
-        with self._one_at_a_time:
-            made = self._tokenizer(
+        """Tokenize a text, without truncation."""
+        with self._lock:
+            encoding = self._tokenizer(
                 text,
                 add_special_tokens=add_special_tokens and self._special_tokens,
                 return_special_tokens_mask=True,
-                verbose=False,  # it would warn of texts that are longer than the model takes
+                verbose=False,  # suppresses the warning about texts longer than the model's limit
             )
-        return Encoded(made["input_ids"], made["special_tokens_mask"])
+        return Encoded(encoding["input_ids"], encoding["special_tokens_mask"])
 
     def encode_batch_fast(self, texts: Sequence[str]) -> list[Encoded]:
-        """The same of several."""
+        """Tokenize several texts."""
         return [self.encode(text) for text in texts]
 
     def token_to_id(self, token: str) -> int | None:
-        """The id of a token, or None where there is no such token."""
+        """Return the id of a token, or None if it is not in the vocabulary."""
         return self._tokenizer.get_vocab().get(token)

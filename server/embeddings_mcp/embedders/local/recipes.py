@@ -1,8 +1,8 @@
-"""Families whose checkpoints say in a way of their own what they are.
+"""Model families whose checkpoints have a layout of their own.
 
-Their repositories come with code; a recipe says the same in a few words, over transformers' own classes. It is found by
-the ``model_type`` of ``config.json``; adding a family is adding a row. The reference vectors in tests/golden hold each
-to its authors' code.
+Their repositories come with code; a recipe describes the same model in terms of transformers' own classes. Recipes are
+keyed by the ``model_type`` of ``config.json``; to add a family, add an entry. The reference vectors in tests/golden
+compare each family with its authors' code.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 PoolingMode = Literal["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
-"""How token vectors become one; in the order in which sentence-transformers joins several."""
+"""How token vectors are pooled, in the order in which sentence-transformers concatenates several modes."""
 
 Config = dict[str, Any]
 
@@ -22,12 +22,13 @@ class Recipe:
     """How a family differs from a plain transformers model.
 
     Attributes:
-        backbone: from the checkpoint's config to that of the transformers class which the family is built from.
-        parts: objects that the checkpoint's config must hold.
-        prefix: what stands before the backbone's tensor names.
-        suffix: text that goes behind every input, before tokenizing.
+        backbone: maps the checkpoint's config to the config of the transformers class that the family builds on.
+        parts: objects that the checkpoint's config must contain.
+        prefix: prefix of the backbone's tensor names.
+        suffix: text appended to every input before tokenization.
         latent_attention: whether the token vectors pass through NV-Embed's latent attention.
-        pooled_of_prompt: tokens at the end of a prompt that are pooled all the same; None where all of it is.
+        pooled_prompt_tokens: if set, the prompt is left out of the pooling except for this many tokens at its end;
+            None if the checkpoint's pipeline decides.
     """
 
     backbone: Callable[[Config], Config]
@@ -35,7 +36,7 @@ class Recipe:
     prefix: str = ""
     suffix: Callable[[Config], str] = lambda _config: ""
     latent_attention: bool = False
-    pooled_of_prompt: int | None = None
+    pooled_prompt_tokens: int | None = None
 
 
 def _bidirectional_llama(config: Config) -> Config:
@@ -44,7 +45,7 @@ def _bidirectional_llama(config: Config) -> Config:
 
 
 def _nv_embed(config: Config) -> Config:
-    """Mistral without the causal mask; the sliding window of its config was never used either."""
+    """Mistral without the causal mask, and without the sliding window of its config, which was never used either."""
     text: Config = config["text_config"]
     return text | {"model_type": "mistral", "is_causal": False, "sliding_window": None}
 
@@ -57,14 +58,15 @@ RECIPES: Mapping[str, Recipe] = {
         prefix="embedding_model.",
         suffix=lambda config: "</s>" if config.get("add_eos", True) else "",
         latent_attention=True,
-        # The reference counts the prompt's tokens without <s>, and then leaves out that many from <s> on. The last of
-        # the prompt is a lone space, which joins the text's first word, or is pooled with it where it cannot.
-        pooled_of_prompt=1,
+        # The reference counts the prompt's tokens without <s>, and then skips that many starting from <s>, so the last
+        # prompt token is pooled. That token is a lone space, which either merges into the text's first word or is
+        # pooled as a token of its own.
+        pooled_prompt_tokens=1,
     ),
 }
 
-PLAIN = frozenset({"nvidia/nv-embedqa-e5-v5"})
-"""Cards whose checkpoints are published without sentence-transformers' files: mean over all tokens, then length 1."""
+MEAN_POOLED = frozenset({"nvidia/nv-embedqa-e5-v5"})
+"""Models published without sentence-transformers' files: mean over all tokens, then normalized to length 1."""
 
-POOLING_WORDS: Mapping[str, PoolingMode] = {"avg": "mean", "cls": "cls", "last": "lasttoken"}
-"""What NVIDIA's ``config.json`` calls the ways to pool."""
+NVIDIA_POOLING_NAMES: Mapping[str, PoolingMode] = {"avg": "mean", "cls": "cls", "last": "lasttoken"}
+"""The names of pooling modes in NVIDIA's ``config.json``."""

@@ -1,4 +1,4 @@
-"""Texts to token ids, with the prompt before them, and cut to the model's length."""
+"""Convert texts to token ids: prepend the prompt, and truncate to the model's maximum length."""
 
 from __future__ import annotations
 
@@ -11,72 +11,74 @@ from embeddings_mcp.errors import CheckpointInvalid, InputTooLong, InputUnusable
 from embeddings_mcp.models import Truncate
 
 _CHARACTERS_PER_TOKEN = 16
-"""Of a text with more characters than this for each token that the model takes, only one end is tokenized at first.
-English has about 4; text that has more still comes out right, at the cost of a second look."""
+"""A text with more characters than this per token of the model's limit is first tokenized as an excerpt from one end.
+English has about 4. A text with more characters per token is still tokenized correctly, but takes a second pass."""
 
 _MARGIN = 64
-"""Tokens at the edge of such an excerpt that are not believed, since the cut may have parted what belongs together."""
+"""Tokens at the cut edge of an excerpt that are not trusted, since the cut may have split a token."""
 
-_COUNTED = 1 << 20
-"""A text of up to so many characters is counted to its end before it is refused, and cut as if all of it had been
-tokenized. In a longer one without any boundary, a run of one letter, an excerpt may begin with half a token. Tokenizers
-in Python, which take the square of a word's length, are not asked for more than the excerpt."""
+_MAX_COUNTED_CHARACTERS = 1 << 20
+"""A text of up to this many characters is counted to its end before it is rejected, and is truncated as if it had been
+tokenized as a whole. In a longer text without any word boundary, such as a run of one letter, an excerpt may begin with
+half a token. Python tokenizers take time quadratic in the length of a word, and are given no more than the excerpt."""
 
-_AT_ONCE = 1 << 20
-"""Characters of several texts that are tokenized together: of a token the tokenizer holds some hundred bytes, besides
-its id, until all of these texts are done."""
+_CHARACTERS_PER_BATCH = 1 << 20
+"""Characters of several texts that are tokenized in one batch: besides its id, the tokenizers library holds some
+hundred bytes per token until the whole batch is done."""
 
-_SHORT = 2048
-"""Characters up to which a single text is tokenized without letting go of the interpreter lock: that takes less than to
-get it back from threads that compute."""
+_UNBATCHED_CHARACTERS = 2048
+"""A single text of up to this many characters is tokenized without releasing the GIL: this takes less time than to
+reacquire it from threads that compute."""
 
 
 class Tokenizer:
     """A model's tokenizer.
 
     Args:
-        tokenizer: makes tokens of a text; never cuts, and never pads.
-        max_tokens: longest text, special tokens and prompt included.
-        suffix: what is put behind every text; truncation at the end drops it like the text.
+        tokenizer: splits a text into tokens; must neither truncate nor pad.
+        max_tokens: length of the longest text, special tokens and prompt included.
+        suffix: appended to every text; truncation at the end removes it like the text.
     """
 
     def __init__(self, tokenizer: FastTokenizer | PythonTokenizer, *, max_tokens: int, suffix: str = "") -> None:
         self._tokenizer = tokenizer
-        self._counted = 0 if isinstance(tokenizer, PythonTokenizer) else _COUNTED
+        self._max_counted_characters = 0 if isinstance(tokenizer, PythonTokenizer) else _MAX_COUNTED_CHARACTERS
         self._suffix = suffix
         self.max_tokens = max_tokens
-        added = tokenizer.encode("a").special_tokens_mask
-        self._before, self._after = added.index(0), added[::-1].index(0)
+        special_tokens_mask = tokenizer.encode("a").special_tokens_mask
+        self._leading_specials = special_tokens_mask.index(0)
+        self._trailing_specials = special_tokens_mask[::-1].index(0)
 
     def encode(self, texts: Sequence[str], *, prompt: str, truncate: Truncate) -> list[list[int]]:
-        """The token ids of each text, prompt and special tokens included, never more than the model takes.
+        """Return the token ids of each text, prompt and special tokens included, at most `max_tokens` of them.
 
         `truncate` END drops the end of a text, START its beginning; prompt and special tokens stay. A text much longer
-        than the model takes costs about as much as the part that is kept.
+        than the limit costs about as much as the part that is kept.
 
         Raises:
-            CheckpointInvalid: what the tokenizer would put in the place of an unknown word, say, is missing.
+            CheckpointInvalid: the tokenizer cannot encode a text, for example because its unknown token is missing.
             InputTooLong: texts are too long and `truncate` is NONE.
-            InputUnusable: the tokenizer leaves nothing of a text.
-            InvalidRequest: the model's limit behind the prompt leaves nothing of any text.
+            InputUnusable: the tokenizer makes no tokens of a text.
+            InvalidRequest: prompt and special tokens leave no room for text within the limit.
         """
         if self._suffix:
             texts = [text + self._suffix for text in texts]
-        reach = _CHARACTERS_PER_TOKEN * self.max_tokens
+        first_reach = _CHARACTERS_PER_TOKEN * self.max_tokens
         if truncate == "NONE":
-            reach = max(reach, self._counted)
+            first_reach = max(first_reach, self._max_counted_characters)
         rows: list[list[int]] = []
         too_long: dict[int, int | None] = {}
-        for index, (text, first) in enumerate(zip(texts, self._look(texts, reach, prompt, truncate), strict=True)):
-            ids, seen = first, reach
-            while seen < len(text) and not self._settled(ids, text, seen, prompt, truncate):
-                seen *= 8
-                (ids,) = self._look([text], seen, prompt, truncate)
+        first_passes = self._encode_excerpts(texts, first_reach, prompt, truncate)
+        for index, (text, first_ids) in enumerate(zip(texts, first_passes, strict=True)):
+            ids, reach = first_ids, first_reach
+            while reach < len(text) and not self._is_reliable(ids, text, reach, prompt, truncate):
+                reach *= 8
+                (ids,) = self._encode_excerpts([text], reach, prompt, truncate)
             if len(ids) > self.max_tokens:
                 if truncate == "NONE":
-                    too_long[index] = len(ids) if seen >= len(text) else None
+                    too_long[index] = len(ids) if reach >= len(text) else None
                     continue
-                ids = self._cut(ids, prompt, truncate)
+                ids = self._truncate(ids, prompt, truncate)
             if not ids:
                 raise InputUnusable("holds nothing that the model's tokenizer keeps", index=index)
             rows.append(ids)
@@ -85,72 +87,75 @@ class Tokenizer:
             raise InputTooLong(index=index, tokens=too_long[index], allowed=self.max_tokens, others=others)
         return rows
 
-    def _look(self, texts: Sequence[str], reach: int, prompt: str, truncate: Truncate) -> Iterator[list[int]]:
-        """The ids of the prompt and of that end of each text that is to be kept, `reach` characters of it at most."""
+    def _encode_excerpts(
+        self, texts: Sequence[str], reach: int, prompt: str, truncate: Truncate
+    ) -> Iterator[list[int]]:
+        """Encode the prompt and up to `reach` characters of each text, from the end that `truncate` keeps."""
         excerpts = [prompt + (text[-reach:] if truncate == "START" else text[:reach]) for text in texts]
         try:
-            if len(excerpts) == 1 and len(excerpts[0]) <= _SHORT:
+            if len(excerpts) == 1 and len(excerpts[0]) <= _UNBATCHED_CHARACTERS:
                 yield self._tokenizer.encode(excerpts[0]).ids
                 return
-            for some in _portions(excerpts):
-                yield from [encoding.ids for encoding in self._tokenizer.encode_batch_fast(some)]
+            for batch in _batches(excerpts):
+                yield from [encoding.ids for encoding in self._tokenizer.encode_batch_fast(batch)]
         except Exception as error:
-            if type(error) is not Exception:  # as all are that the tokenizers library raises for such a vocabulary
+            if type(error) is not Exception:  # the tokenizers library raises plain Exception for a faulty vocabulary
                 raise
             raise CheckpointInvalid(f"the model's tokenizer has no tokens for a text: {error}") from error
 
-    def _settled(self, ids: list[int], text: str, reach: int, prompt: str, truncate: Truncate) -> bool:
-        """Whether the tokens to be kept are those that the whole text has, and not an accident of where it was cut.
+    def _is_reliable(self, ids: list[int], text: str, reach: int, prompt: str, truncate: Truncate) -> bool:
+        """Return whether the tokens to be kept are those of the whole text, whatever the position of the cut.
 
-        They are believed when a cut elsewhere leaves the same; a text of one repeated letter is where it does not.
+        This is assumed if an excerpt that is one character shorter gives the same tokens; for a run of one letter, it
+        does not.
         """
         if len(ids) < self.max_tokens + _MARGIN:
             return False
-        if truncate == "NONE" or reach >= self._counted:
+        if truncate == "NONE" or reach >= self._max_counted_characters:
             return True
-        (others,) = self._look([text], reach - 1, prompt, truncate)
+        (other_ids,) = self._encode_excerpts([text], reach - 1, prompt, truncate)
         kept = slice(-self.max_tokens, None) if truncate == "START" else slice(self.max_tokens)
-        return ids[kept] == others[kept]
+        return ids[kept] == other_ids[kept]
 
     def ids_of(self, *tokens: str) -> set[int]:
-        """The ids of these tokens, of those that there are."""
-        return {number for token in tokens if (number := self._tokenizer.token_to_id(token)) is not None}
+        """Return the ids of these tokens; tokens that are not in the vocabulary are skipped."""
+        return {token_id for token in tokens if (token_id := self._tokenizer.token_to_id(token)) is not None}
 
     def prompt_length(self, prompt: str) -> int:
-        """How many tokens at the start of a text are the prompt's or special.
+        """Return how many tokens at the start of a text belong to the prompt or are special tokens.
 
-        The last of the prompt may join the first of the text and is then not counted.
+        The prompt's last token may merge with the text's first one, and is then not counted.
         """
         if not prompt:
             return 0
-        return len(self._tokenizer.encode(prompt).ids) - self._after
+        return len(self._tokenizer.encode(prompt).ids) - self._trailing_specials
 
-    def _cut(self, ids: list[int], prompt: str, truncate: Truncate) -> list[int]:
-        """Drop as many tokens as are too many, from the text's end or from its start."""
-        end = len(ids) - self._after
-        first, last = ids[: self._before + self._shared(ids, prompt)], ids[end:]
-        kept = self.max_tokens - len(first) - len(last)
-        if kept < 1:
+    def _truncate(self, ids: list[int], prompt: str, truncate: Truncate) -> list[int]:
+        """Drop the excess tokens, from the text's end or from its start."""
+        end = len(ids) - self._trailing_specials
+        head, tail = ids[: self._leading_specials + self._prompt_prefix_length(ids, prompt)], ids[end:]
+        room = self.max_tokens - len(head) - len(tail)
+        if room < 1:
             raise InvalidRequest(
-                f"the limit of {self.max_tokens} tokens leaves no room for text behind the prompt and special tokens, "
-                f"which are {len(first) + len(last)}"
+                f"the limit of {self.max_tokens} tokens leaves no room for text after the prompt and special tokens, "
+                f"which take {len(head) + len(tail)}"
             )
-        text = ids[len(first) : end]
-        return first + (text[:kept] if truncate == "END" else text[-kept:]) + last
+        text_ids = ids[len(head) : end]
+        return head + (text_ids[:room] if truncate == "END" else text_ids[-room:]) + tail
 
-    def _shared(self, ids: list[int], prompt: str) -> int:
-        """How many tokens behind the special ones are the prompt's and nothing else's."""
-        alone = self._tokenizer.encode(prompt, add_special_tokens=False).ids if prompt else []
-        pairs = zip(alone, ids[self._before :], strict=False)
-        return next((count for count, (ours, theirs) in enumerate(pairs) if ours != theirs), len(alone))
+    def _prompt_prefix_length(self, ids: list[int], prompt: str) -> int:
+        """Return how many tokens after the leading special ones belong to the prompt alone."""
+        prompt_ids = self._tokenizer.encode(prompt, add_special_tokens=False).ids if prompt else []
+        pairs = zip(prompt_ids, ids[self._leading_specials :], strict=False)
+        return next((count for count, (expected, actual) in enumerate(pairs) if expected != actual), len(prompt_ids))
 
 
-def _portions(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    """The texts in their order, as many as are tokenized together."""
+def _batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Split texts into consecutive batches of at most `_CHARACTERS_PER_BATCH` characters, or of one text."""
     start = characters = 0
     for index, text in enumerate(texts):
         characters += len(text)
-        if characters > _AT_ONCE and index > start:
+        if characters > _CHARACTERS_PER_BATCH and index > start:
             yield texts[start:index]
             start, characters = index, len(text)
     yield texts[start:]

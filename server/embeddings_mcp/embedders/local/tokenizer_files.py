@@ -1,9 +1,10 @@
-"""A checkpoint's tokenizer, as its files say it: straight from ``tokenizer.json``.
+"""Read a checkpoint's tokenizer, directly from ``tokenizer.json`` where possible.
 
-That file is read by the tokenizers library itself: it is what the model was trained with, while transformers' classes
-rebuild parts of it for some families and then give other ids. Two things they rebuilt in training too, up to version 4:
-how BERT's text is normalized, and which special tokens stand around Llama's. The latter gte-Qwen2's own code does too.
-Where there is no such file, transformers makes the tokenizer from older ones.
+The tokenizers library reads that file itself: it is what the model was trained with, while transformers' classes
+rebuild parts of it for some families and then give other ids. Up to version 4, transformers rebuilt two things in
+training as well, and so they are rebuilt here: BERT's normalization, and the special tokens around a text for Llama.
+gte-Qwen2's own code does the latter too. Without ``tokenizer.json``, transformers converts the tokenizer from older
+files.
 """
 
 from __future__ import annotations
@@ -23,24 +24,24 @@ from embeddings_mcp.errors import CheckpointInvalid, MissingDependency
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_BERT = frozenset(
+_BERT_CLASSES = frozenset(
     {"BertTokenizer", "ConvBertTokenizer", "DPRContextEncoderTokenizer", "DPRQuestionEncoderTokenizer"}
     | {"DistilBertTokenizer", "ElectraTokenizer", "LayoutLMTokenizer", "MPNetTokenizer", "MobileBertTokenizer"}
     | {"SqueezeBertTokenizer"}
 )
-"""Classes of transformers for which ``tokenizer_config.json`` goes before ``tokenizer.json`` in how to normalize."""
+"""Tokenizer classes whose normalization is set by ``tokenizer_config.json``, which overrides ``tokenizer.json``."""
 
 _BERT_TYPES = frozenset(
     {"bert", "convbert", "distilbert", "dpr", "electra", "ernie", "layoutlm", "megatron-bert", "mobilebert", "mpnet"}
     | {"nezha", "nomic_bert", "qdqbert", "retribert", "squeezebert", "visual_bert"}
 )
-"""Model types that have one of these classes where none is named."""
+"""Model types that use one of these classes if no class is named."""
 
 _GTE = "tokenization_qwen.Qwen2TokenizerFast"
-"""What gte-Qwen2, and models that were made from it, call the tokenizer of their own code."""
+"""The tokenizer class in the own code of gte-Qwen2 and of models derived from it."""
 
 _LLAMA = {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}
-_ENDS: dict[str, dict[str, Any]] = {
+_BOS_EOS_DEFAULTS: dict[str, dict[str, Any]] = {
     "CodeLlamaTokenizer": _LLAMA,
     "CohereTokenizer": {"add_bos_token": True, "bos_token": "<BOS_TOKEN>", "eos_token": "<|END_OF_TURN_TOKEN|>"},
     "GPTNeoXTokenizer": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
@@ -48,8 +49,8 @@ _ENDS: dict[str, dict[str, Any]] = {
     "LlamaTokenizer": _LLAMA,
     _GTE: {"eos_token": "<|endoftext|>"},
 }
-"""Classes, all but the last of transformers 4, for which ``tokenizer_config.json`` goes before ``tokenizer.json`` in
-what stands around a text, and what they take for said in it that is not."""
+"""Tokenizer classes whose special tokens around a text are set by ``tokenizer_config.json``, which overrides
+``tokenizer.json``; with their defaults for absent fields. All but the last are classes of transformers 4."""
 
 
 def read_tokenizer(
@@ -58,123 +59,123 @@ def read_tokenizer(
     """Read the tokenizer of a checkpoint.
 
     Args:
-        folder: where it is.
+        folder: folder of the tokenizer's files.
         max_tokens: see `Tokenizer`.
-        lowercase: whether texts are put in lower case first.
+        lowercase: whether to lowercase texts before tokenization.
         suffix: see `Tokenizer`.
-        special_tokens: whether any are put around a text.
+        special_tokens: whether to add special tokens around a text.
 
     Raises:
-        CheckpointInvalid: there is none, or it cannot be read.
-        MissingDependency: it needs a package that is not installed.
+        CheckpointInvalid: the tokenizer is missing, or cannot be read.
+        MissingDependency: the tokenizer needs a package that is not installed.
     """
     path = folder / "tokenizer.json"
     try:
-        read = FastTokenizer.from_file(str(path)) if path.is_file() else _convert(folder)
+        loaded = FastTokenizer.from_file(str(path)) if path.is_file() else _convert(folder)
         tokenizer = (
-            _as_said(read, folder, lowercase=lowercase, special_tokens=special_tokens)
-            if isinstance(read, FastTokenizer)
-            else PythonTokenizer(read, lowercase=lowercase, special_tokens=special_tokens)
+            _configure(loaded, folder, lowercase=lowercase, special_tokens=special_tokens)
+            if isinstance(loaded, FastTokenizer)
+            else PythonTokenizer(loaded, lowercase=lowercase, special_tokens=special_tokens)
         )
         return Tokenizer(tokenizer, max_tokens=max_tokens, suffix=suffix)
-    except BaseException as error:  # readers raise whatever comes, and a panic of tokenizers is no Exception
+    except BaseException as error:  # both libraries raise any class; a Rust panic in tokenizers is not an Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         kind = MissingDependency if isinstance(error, ImportError) else CheckpointInvalid
         raise kind(f"{path}: the tokenizer cannot be read: {error}") from error
 
 
-def _as_said(tokenizer: FastTokenizer, folder: Path, *, lowercase: bool, special_tokens: bool) -> FastTokenizer:
-    """The same, with what the files beside it say, and without truncation and padding.
+def _configure(tokenizer: FastTokenizer, folder: Path, *, lowercase: bool, special_tokens: bool) -> FastTokenizer:
+    """Apply the settings of the checkpoint's other files, and disable truncation and padding.
 
-    Files may carry the settings of some training run: MiniLM's cuts at 128 and pads to 128.
+    ``tokenizer.json`` may contain settings of a training run: MiniLM's truncates and pads to 128 tokens.
     """
     tokenizer.no_truncation()
     tokenizer.no_padding()
     config = read_object(folder / "tokenizer_config.json", optional=True)
     model = read_object(folder / "config.json", optional=True)
-    kind = (config.get("tokenizer_class", "") or model.get("tokenizer_class", "")).removesuffix("Fast")
-    is_bert = kind in _BERT if kind else model.get("model_type", "") in _BERT_TYPES
+    class_name = (config.get("tokenizer_class", "") or model.get("tokenizer_class", "")).removesuffix("Fast")
+    is_bert = class_name in _BERT_CLASSES if class_name else model.get("model_type", "") in _BERT_TYPES
     if is_bert:
-        _normalize_as_said(tokenizer, config)
-    _add_tokens_as_said(tokenizer, config, read_object(folder / "added_tokens.json", optional=True))
+        _set_bert_normalizer(tokenizer, config)
+    _add_tokens(tokenizer, config, read_object(folder / "added_tokens.json", optional=True))
     if _GTE in str(config.fields.get("auto_map")):
-        kind = _GTE
-    if kind in _ENDS and config.fields.keys() & {"add_bos_token", "add_eos_token"}:
-        _put_around_as_said(tokenizer, JsonObject(config.path, _ENDS[kind] | config.fields))
+        class_name = _GTE
+    if class_name in _BOS_EOS_DEFAULTS and config.fields.keys() & {"add_bos_token", "add_eos_token"}:
+        _set_bos_eos(tokenizer, JsonObject(config.path, _BOS_EOS_DEFAULTS[class_name] | config.fields))
     if not special_tokens:
         tokenizer.post_processor = None
     if lowercase:
-        own = tokenizer.normalizer
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *([own] if own else [])])
+        normalizer = tokenizer.normalizer
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *([normalizer] if normalizer else [])])
     return tokenizer
 
 
-def _normalize_as_said(tokenizer: FastTokenizer, config: JsonObject) -> None:
-    """See to it that BERT's texts are normalized as its config says, or where that is silent, as transformers does."""
-    own = tokenizer.normalizer
-    if isinstance(own, normalizers.BertNormalizer):
+def _set_bert_normalizer(tokenizer: FastTokenizer, config: JsonObject) -> None:
+    """Set BERT's normalization from the config, with transformers' defaults for absent fields."""
+    normalizer = tokenizer.normalizer
+    if isinstance(normalizer, normalizers.BertNormalizer):
         tokenizer.normalizer = normalizers.BertNormalizer(
-            clean_text=own.clean_text,
+            clean_text=normalizer.clean_text,
             handle_chinese_chars=config.get("tokenize_chinese_chars", default=True),
             strip_accents=config.fields.get("strip_accents"),
             lowercase=config.get("do_lower_case", default=True),
         )
 
 
-def _put_around_as_said(tokenizer: FastTokenizer, config: JsonObject) -> None:
-    """Put those special tokens around a text that the config asks for.
+def _set_bos_eos(tokenizer: FastTokenizer, config: JsonObject) -> None:
+    """Add the special tokens around a text that the config asks for.
 
-    transformers 5 neither reads this nor writes it: where it is said, version 4 did so when the model was trained.
+    transformers 5 neither reads nor writes these fields; if they are present, version 4 applied them in training.
     """
-    first, last = (_end(tokenizer, config, name) for name in ("bos", "eos"))
-    single = [*(token for token, _ in first), "$A", *(token for token, _ in last)]
-    tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=[*first, *last])
+    bos, eos = (_special_token(tokenizer, config, name) for name in ("bos", "eos"))
+    single = [*(token for token, _ in bos), "$A", *(token for token, _ in eos)]
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=[*bos, *eos])
 
 
-def _end(tokenizer: FastTokenizer, config: JsonObject, name: str) -> list[tuple[str, int]]:
-    """The token that is to stand at one end of a text, and its id; none where there is to be none."""
+def _special_token(tokenizer: FastTokenizer, config: JsonObject, name: str) -> list[tuple[str, int]]:
+    """Return the ``bos`` or ``eos`` token and its id; an empty list if the config does not ask for it."""
     if not config.get(f"add_{name}_token", default=False):
         return []
     token: Any = config.fields.get(f"{name}_token")
     if isinstance(token, dict):
         token = token.get("content")
-    number = tokenizer.token_to_id(token) if isinstance(token, str) else None
-    if number is None:
+    token_id = tokenizer.token_to_id(token) if isinstance(token, str) else None
+    if token_id is None:
         raise config.wrong(f"{name}_token", "a token of the tokenizer")
-    return [(token, number)]
+    return [(token, token_id)]
 
 
-def _add_tokens_as_said(tokenizer: FastTokenizer, config: JsonObject, legacy: JsonObject) -> None:
-    """Add the tokens that are named beside ``tokenizer.json`` and not in it.
+def _add_tokens(tokenizer: FastTokenizer, config: JsonObject, legacy: JsonObject) -> None:
+    """Add the tokens that are listed in other files than ``tokenizer.json``.
 
     Args:
-        tokenizer: what it says.
+        tokenizer: the tokenizer as read from ``tokenizer.json``.
         config: ``tokenizer_config.json``.
-        legacy: ``added_tokens.json``, which was there before the config had a place for them.
+        legacy: ``added_tokens.json``, which preceded the config's ``added_tokens_decoder``.
     """
     if described := config.get("added_tokens_decoder", {}):
-        said = [AddedToken(**described[number]) for number in sorted(described, key=int)]
+        added = [AddedToken(**described[token_id]) for token_id in sorted(described, key=int)]
     else:
-        said = [AddedToken(token, normalized=True) for token in sorted(legacy.fields, key=legacy.fields.__getitem__)]
+        added = [AddedToken(token, normalized=True) for token in sorted(legacy.fields, key=legacy.fields.__getitem__)]
     special = config.get("additional_special_tokens", [])
-    said += [AddedToken(token, special=True) for token in special if isinstance(token, str)]
-    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    tokenizer.add_tokens([token for token in said if token.content not in known])
+    added += [AddedToken(token, special=True) for token in special if isinstance(token, str)]
+    present = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    tokenizer.add_tokens([token for token in added if token.content not in present])
 
 
 def _convert(folder: Path) -> FastTokenizer | PreTrainedTokenizerBase:
-    """A tokenizer from the files that there were before ``tokenizer.json``; of transformers, if it is one in Python.
+    """Convert a tokenizer from formats older than ``tokenizer.json``; return Python tokenizers as they are.
 
     Raises:
-        FileNotFoundError: they are not here; transformers would make an empty tokenizer then, which knows no word.
-        ImportError: it needs a package that is not installed.
+        FileNotFoundError: the files are missing. transformers would then make an empty tokenizer, without vocabulary.
+        ImportError: the conversion needs a package that is not installed.
     """
     from transformers import AutoTokenizer  # slow to import
 
     try:
         converted = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception:  # where a format's packages are missing, it tries the next, and says what is wrong with that
+    except Exception:  # if a format's packages are missing, transformers tries the next format and reports that failure
         for path in folder.glob("*.model"):
             _check_sentencepiece(path)
         raise
@@ -189,10 +190,10 @@ def _convert(folder: Path) -> FastTokenizer | PreTrainedTokenizerBase:
 
 
 def _check_sentencepiece(path: Path) -> None:
-    """See that there is what reads SentencePiece's files, of which this is one.
+    """Check that the packages for reading a SentencePiece file are installed.
 
     Raises:
-        ImportError: there is not; says what to install.
+        ImportError: a package is missing; says what to install.
     """
     try:
         for package in ("sentencepiece", "google.protobuf"):
