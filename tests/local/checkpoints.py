@@ -1,4 +1,4 @@
-"""Tiny checkpoints of sentence-transformers' own making, ways to change them, and its vectors beside ours."""
+"""Tiny checkpoints saved by sentence-transformers itself, ways to edit them, and its vectors to compare with ours."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from embeddings_mcp.vectors import FloatMatrix
 from tests.local.golden import FamilyName, family
 
 WIDTH = 32
-"""Length of the token vectors of the families that they are built from."""
+"""Hidden size of the golden models that they are built from."""
 
 SMALL = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": WIDTH}
-"""As much of a config as makes a model of BERT's family tiny."""
+"""Config fields that make a BERT-like model tiny."""
 
 TEXTS = [
     "Water.",
@@ -55,7 +55,7 @@ def assert_same(left: FloatMatrix, right: FloatMatrix) -> None:
 def save(
     folder: Path, *modules: torch.nn.Module, base: FamilyName = "e5", prompts: dict[str, str] | None = None, **kw: Any
 ) -> SentenceTransformer:
-    """Save a golden model's transformer with these modules behind it; gives the model itself."""
+    """Save a golden model's transformer, followed by these modules; return the model."""
     torch.manual_seed(0)
     for module in modules:
         for parameter in module.parameters():
@@ -67,14 +67,14 @@ def save(
 
 
 def save_plain(folder: Path, kind: str, architecture: Any, *, more_tokens: int = 0, **config: Any) -> None:
-    """Save a tiny model of an architecture of transformers, with random weights, as transformers itself saves it.
+    """Save a tiny model with random weights in transformers' own layout.
 
     Args:
-        folder: where.
-        kind: its model type.
+        folder: destination.
+        kind: model type.
         architecture: one of transformers' ``AutoModel`` classes.
-        more_tokens: that it has vectors for, beyond those of its tokenizer.
-        config: of the model.
+        more_tokens: number of embeddings beyond the tokenizer's vocabulary.
+        config: config fields of the model.
     """
     source = family("e5").folder
     vocabulary = json.loads((source / "config.json").read_text(encoding="utf-8"))["vocab_size"]
@@ -85,12 +85,12 @@ def save_plain(folder: Path, kind: str, architecture: Any, *, more_tokens: int =
     model.save_pretrained(folder)
     shutil.copy(source / "tokenizer.json", folder)
     inputs = ["input_ids", "attention_mask"]
-    said = {"tokenizer_class": "BertTokenizer", "pad_token": "[PAD]", "model_input_names": inputs}
-    (folder / "tokenizer_config.json").write_text(json.dumps(said), encoding="utf-8")
+    tokenizer_config = {"tokenizer_class": "BertTokenizer", "pad_token": "[PAD]", "model_input_names": inputs}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config), encoding="utf-8")
 
 
 def save_static(folder: Path, *modules: torch.nn.Module, prompts: dict[str, str] | None = None) -> SentenceTransformer:
-    """Save token vectors that are looked up, with these modules behind them; gives the model itself."""
+    """Save a static embedding model, followed by these modules; return the model."""
     torch.manual_seed(0)
     tokenizer = Tokenizer.from_file(str(family("e5").folder / "tokenizer.json"))
     static = StaticEmbedding(tokenizer, torch.randn(tokenizer.get_vocab_size(), WIDTH))

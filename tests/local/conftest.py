@@ -1,4 +1,4 @@
-"""Fixtures of the encoder's tests."""
+"""Fixtures for the encoder's tests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @pytest.fixture(scope="package", autouse=True)
 def one_thread() -> Iterator[None]:
-    """One thread for models this small: several on a busy machine wait for each other most of the time."""
+    """Use one intra-op thread: with models this small, several threads mostly wait for each other on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

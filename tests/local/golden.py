@@ -1,4 +1,4 @@
-"""The reference vectors in tests/golden: what they hold, and the encoders that have to give them."""
+"""The reference vectors in tests/golden, and the encoders that must reproduce them."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ MODELS: dict[FamilyName, str] = {
     "nv-embed-v1": "nvidia/nv-embed-v1",
     "nv-embed-v2": "nvidia/nv-embed-v2",
 }
-"""The model that each folder of tests/golden holds, or imitates with random weights."""
+"""The model in each folder of tests/golden: the original, or a tiny imitation with random weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A text, and what the reference made of it alone."""
+    """A text, and the reference output for it when embedded alone."""
 
     name: str
     text: str
@@ -60,18 +60,18 @@ class Family:
 
     @property
     def model(self) -> str:
-        """The name of the model that it imitates."""
+        """Name of the model that it holds or imitates."""
         return MODELS[self.name]
 
     @property
     def folder(self) -> Path:
-        """The checkpoint."""
+        """Folder of the checkpoint."""
         return locate(DEFAULT_MODEL, None) if self.name == "minilm" else GOLDEN / self.name / "model"
 
 
 @functools.cache
 def family(name: FamilyName) -> Family:
-    """What the folder of this name holds."""
+    """Read the folder of this name."""
     expected = json.loads((GOLDEN / name / "expected.json").read_text(encoding="utf-8"))
     cases = tuple(_case(case) for case in expected["cases"])
     return Family(
@@ -101,7 +101,7 @@ def _case(fields: dict[str, Any]) -> Case:
 
 @functools.cache
 def encoder(name: FamilyName, max_tokens: int | None = None) -> Encoder:
-    """The family's checkpoint, in float32 wherever it runs; with its reference's limit where none is given."""
+    """Load the family's checkpoint in float32 on any device; `max_tokens` defaults to the reference's limit."""
     golden = family(name)
     return load_encoder(
         golden.model,

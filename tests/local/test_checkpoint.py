@@ -1,4 +1,4 @@
-"""Any sentence-transformers checkpoint: the vectors are those of sentence-transformers itself, and so is the card."""
+"""Checkpoints give the same vectors as in sentence-transformers, and describe themselves in a card."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ MODES = ["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoke
 @pytest.mark.parametrize("base", ["e5", "bge-m3", "nemotron-3-embed"])
 @pytest.mark.parametrize("prompt", ["pooled", "left out"])
 @pytest.mark.parametrize("mode", [*MODES, ["mean", "cls"], MODES], ids=str)
-def test_every_way_to_pool_is_that_of_sentence_transformers(
+def test_every_pooling_mode_matches_sentence_transformers(
     tmp_path: Path, base: FamilyName, mode: str | list[str], prompt: str
 ) -> None:
     pooling = Pooling(WIDTH, pooling_mode=mode, include_prompt=prompt == "pooled")
@@ -74,7 +74,7 @@ STAGES: dict[str, Modules] = {
     "Dense with Identity": lambda: [Dense(WIDTH, 8, activation_function=torch.nn.Identity())],
     "Dense with ReLU": lambda: [Dense(WIDTH, 8, activation_function=torch.nn.ReLU())],
     "Dense with GELU": lambda: [Dense(WIDTH, 8, activation_function=torch.nn.GELU())],
-    "Dense with a PReLU, which learns": lambda: [Dense(WIDTH, 8, activation_function=torch.nn.PReLU())],
+    "Dense with a PReLU, which has parameters": lambda: [Dense(WIDTH, 8, activation_function=torch.nn.PReLU())],
     "Dense twice": lambda: [Dense(WIDTH, 48), Dense(48, 8, activation_function=torch.nn.Sigmoid())],
     "LayerNorm": lambda: [LayerNorm(WIDTH)],
     "Normalize": lambda: [Normalize()],
@@ -84,7 +84,7 @@ STAGES: dict[str, Modules] = {
 
 
 @pytest.mark.parametrize("stages", STAGES.values(), ids=STAGES)
-def test_what_follows_the_pooling_is_done_in_its_order(tmp_path: Path, stages: Modules) -> None:
+def test_stages_after_the_pooling_run_in_their_order(tmp_path: Path, stages: Modules) -> None:
     model = save(tmp_path, Pooling(WIDTH), *stages())
 
     vectors = ours(tmp_path, TEXTS)
@@ -94,20 +94,20 @@ def test_what_follows_the_pooling_is_done_in_its_order(tmp_path: Path, stages: M
 
 
 def test_a_text_with_no_tokens_besides_an_unpooled_prompt_is_refused(tmp_path: Path) -> None:
-    # Its tokenizer puts nothing behind a text; sentence-transformers would answer with zeros.
+    # This tokenizer adds no special token at the end; sentence-transformers would return zeros.
     save(tmp_path, Pooling(WIDTH, include_prompt=False), base="nemotron-3-embed", prompts={"query": "query: "})
 
     with pytest.raises(InvalidRequest, match="`text 256` has no tokens of its own after the prompt"):
         ours(tmp_path, [*["Water."] * 256, ""], "query")
 
 
-def test_nv_embeds_prompt_is_left_out_also_where_no_file_says_so(tmp_path: Path) -> None:
-    said = Path(shutil.copytree(family("nv-embed-v2").folder, tmp_path / "said"))
-    edit(said / "config_sentence_transformers.json", prompts={"query": "the question: "})
-    silent = Path(shutil.copytree(said, tmp_path / "silent"))
-    (silent / "modules.json").unlink()
+def test_nv_embeds_prompt_is_not_pooled_even_without_modules_json(tmp_path: Path) -> None:
+    with_modules = Path(shutil.copytree(family("nv-embed-v2").folder, tmp_path / "with"))
+    edit(with_modules / "config_sentence_transformers.json", prompts={"query": "the question: "})
+    without_modules = Path(shutil.copytree(with_modules, tmp_path / "without"))
+    (without_modules / "modules.json").unlink()
 
-    assert_same(ours(silent, TEXTS, "query"), ours(said, TEXTS, "query"))
+    assert_same(ours(without_modules, TEXTS, "query"), ours(with_modules, TEXTS, "query"))
 
 
 def test_prompts_go_before_queries_and_passages(tmp_path: Path) -> None:
@@ -122,19 +122,19 @@ def test_prompts_go_before_queries_and_passages(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["document", "passage", "corpus"])
-def test_a_passages_prompt_may_have_any_of_its_names(tmp_path: Path, name: str) -> None:
+def test_the_passage_prompt_may_have_any_of_its_names(tmp_path: Path, name: str) -> None:
     model = save(tmp_path, Pooling(WIDTH), prompts={"query": "the question: ", name: "the text: "})
 
     assert_same(ours(tmp_path, TEXTS, "passage"), theirs(model, TEXTS, prompt_name=name))
 
 
-def test_the_default_prompt_may_be_one_that_is_empty_unless_it_is_said(saved: Path) -> None:
+def test_the_default_prompt_may_be_a_builtin_one_that_is_not_set(saved: Path) -> None:
     edit(saved / "config_sentence_transformers.json", prompts={}, default_prompt_name="document")
 
     assert_as_sentence_transformers_reads_it(saved)
 
 
-def test_the_default_prompt_goes_before_texts_whose_type_was_not_said(tmp_path: Path) -> None:
+def test_the_default_prompt_goes_before_texts_without_an_input_type(tmp_path: Path) -> None:
     prompts = {"query": "the question: ", "sts": "compare: "}
     model = save(tmp_path, Pooling(WIDTH), prompts=prompts, default_prompt_name="sts")
 
@@ -146,9 +146,9 @@ def test_the_default_prompt_goes_before_texts_whose_type_was_not_said(tmp_path: 
 @pytest.mark.parametrize(
     ("prompts", "default"),
     [({"query": "say: ", "document": "say: "}, None), ({"sts": "compare: "}, "sts"), ({"sts": "compare: "}, None)],
-    ids=["one for both types", "one for neither type", "one that is not asked for"],
+    ids=["one for both types", "one for neither type", "one that is not the default"],
 )
-def test_a_prompt_goes_before_the_texts_that_it_is_for_and_no_others(
+def test_a_prompt_goes_only_before_the_texts_that_it_is_for(
     tmp_path: Path, prompts: dict[str, str], default: str | None
 ) -> None:
     model = save(tmp_path, Pooling(WIDTH), prompts=prompts, default_prompt_name=default)
@@ -159,7 +159,7 @@ def test_a_prompt_goes_before_the_texts_that_it_is_for_and_no_others(
 
 
 @pytest.mark.parametrize("length", [10, WIDTH, 2 * WIDTH])
-def test_vectors_are_as_short_as_the_checkpoint_says(tmp_path: Path, length: int) -> None:
+def test_vectors_are_truncated_as_the_checkpoint_says(tmp_path: Path, length: int) -> None:
     save(tmp_path, Pooling(WIDTH), Normalize(), truncate_dim=length)
     model = SentenceTransformer(str(tmp_path), device="cpu")
 
@@ -174,17 +174,17 @@ def test_vectors_are_as_short_as_the_checkpoint_says(tmp_path: Path, length: int
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """A plain checkpoint: transformer and mean."""
+    """A plain checkpoint: transformer and mean pooling."""
     save(tmp_path / "model", Pooling(WIDTH))
     return tmp_path / "model"
 
 
 def test_a_transformer_may_have_a_folder_of_its_own(saved: Path) -> None:
-    own = saved / "0_Transformer"
-    own.mkdir()
+    folder = saved / "0_Transformer"
+    folder.mkdir()
     for path in saved.iterdir():
         if path.is_file() and path.name not in {"modules.json", "config_sentence_transformers.json"}:
-            path.rename(own / path.name)
+            path.rename(folder / path.name)
     modules = [
         {"idx": 0, "name": "0", "path": "0_Transformer", "type": "sentence_transformers.models.Transformer"},
         {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
@@ -195,7 +195,7 @@ def test_a_transformer_may_have_a_folder_of_its_own(saved: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "said",
+    "switches",
     [
         {},
         {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False},
@@ -203,16 +203,16 @@ def test_a_transformer_may_have_a_folder_of_its_own(saved: Path) -> None:
         {f"pooling_mode_{name}": True for name in ("cls_token", "weightedmean_tokens", "lasttoken")},
         {"pooling_mode_mean_tokens": False, "pooling_mode_mean_sqrt_len_tokens": True},
     ],
-    ids=lambda said: " ".join(said) or "nothing said",
+    ids=lambda switches: " ".join(switches) or "none",
 )
-def test_pooling_may_be_said_by_one_switch_for_each_way(saved: Path, said: dict[str, bool]) -> None:
-    config = {"word_embedding_dimension": WIDTH} | said
+def test_pooling_may_be_set_by_one_switch_per_mode(saved: Path, switches: dict[str, bool]) -> None:
+    config = {"word_embedding_dimension": WIDTH} | switches
     (saved / "1_Pooling" / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
     assert_as_sentence_transformers_reads_it(saved)
 
 
-def test_a_model_without_any_file_of_sentence_transformers_is_pooled_by_mean_as_it_does(tmp_path: Path) -> None:
+def test_a_model_without_sentence_transformers_files_gets_mean_pooling(tmp_path: Path) -> None:
     shutil.copytree(family("nemotron-3-embed").folder, tmp_path / "model")
     for name in ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"):
         (tmp_path / "model" / name).unlink()
@@ -230,17 +230,21 @@ ENCODER = {
 DECODER = ENCODER | {"num_key_value_heads": 2, "head_dim": 16}
 
 WITH_HEADS: dict[str, tuple[str, Any, dict[str, Any]]] = {
-    "BERT's for answers": ("bert", AutoModelForQuestionAnswering, ENCODER),
-    "DistilBERT's for words": ("distilbert", AutoModelForMaskedLM, {"dim": WIDTH, "n_layers": 2, "n_heads": 2}),
-    "ModernBERT's for words": ("modernbert", AutoModelForMaskedLM, ENCODER | {"cls_token_id": 1, "sep_token_id": 2}),
-    "ELECTRA's for words that were replaced": ("electra", AutoModelForPreTraining, ENCODER | {"embedding_size": 16}),
-    "Nomic's for classes, and a pooler": ("nomic_bert", AutoModelForSequenceClassification, ENCODER),
-    "Qwen's for classes": ("qwen3", AutoModelForSequenceClassification, DECODER),
+    "BERT for question answering": ("bert", AutoModelForQuestionAnswering, ENCODER),
+    "DistilBERT for masked tokens": ("distilbert", AutoModelForMaskedLM, {"dim": WIDTH, "n_layers": 2, "n_heads": 2}),
+    "ModernBERT for masked tokens": (
+        "modernbert",
+        AutoModelForMaskedLM,
+        ENCODER | {"cls_token_id": 1, "sep_token_id": 2},
+    ),
+    "ELECTRA for replaced tokens": ("electra", AutoModelForPreTraining, ENCODER | {"embedding_size": 16}),
+    "Nomic for classification, with a pooler": ("nomic_bert", AutoModelForSequenceClassification, ENCODER),
+    "Qwen for classification": ("qwen3", AutoModelForSequenceClassification, DECODER),
 }
 
 
 @pytest.mark.parametrize(("kind", "architecture", "config"), WITH_HEADS.values(), ids=WITH_HEADS)
-def test_a_head_that_a_model_was_saved_with_is_left_out(
+def test_a_head_that_a_model_was_saved_with_is_ignored(
     tmp_path: Path, kind: str, architecture: Any, config: dict[str, Any]
 ) -> None:
     save_plain(tmp_path, kind, architecture, **config)
@@ -262,30 +266,30 @@ T5 = {"d_model": WIDTH, "d_kv": 16, "d_ff": 32, "num_layers": 2, "num_heads": 2}
 
 POSITIONS, MASK, MASKED = torch.arange(64)[None], torch.ones(1, 1, 64, 64).tril(), torch.tensor(-1e9)
 WITH_BUFFERS: dict[str, tuple[str, Any, dict[str, Any], dict[str, torch.Tensor]]] = {
-    "CodeGen's": ("codegen", AutoModel, GPT | {"n_head": 4, "rotary_dim": 8}, {"h.0.attn.causal_mask": MASK}),
-    "GPT's": ("openai-gpt", AutoModel, GPT, {"h.0.attn.bias": MASK}),
-    "GPT-2's": ("gpt2", AutoModel, GPT, {"h.0.attn.bias": MASK, "h.0.attn.masked_bias": MASKED}),
-    "GPT-J's": ("gptj", AutoModel, GPT | {"rotary_dim": 8}, {"h.0.attn.bias": MASK, "h.0.attn.masked_bias": MASKED}),
-    "GPT-Neo's": (
+    "CodeGen": ("codegen", AutoModel, GPT | {"n_head": 4, "rotary_dim": 8}, {"h.0.attn.causal_mask": MASK}),
+    "GPT": ("openai-gpt", AutoModel, GPT, {"h.0.attn.bias": MASK}),
+    "GPT-2": ("gpt2", AutoModel, GPT, {"h.0.attn.bias": MASK, "h.0.attn.masked_bias": MASKED}),
+    "GPT-J": ("gptj", AutoModel, GPT | {"rotary_dim": 8}, {"h.0.attn.bias": MASK, "h.0.attn.masked_bias": MASKED}),
+    "GPT-Neo": (
         "gpt_neo",
         AutoModel,
         GPT_NEO,
         {"h.0.attn.attention.bias": MASK, "h.0.attn.attention.masked_bias": MASKED},
     ),
-    "GPT-Neo's, behind a head": (
+    "GPT-Neo with a head": (
         "gpt_neo",
         AutoModelForCausalLM,
         GPT_NEO,
         {"transformer.h.0.attn.attention.bias": MASK, "transformer.h.0.attn.attention.masked_bias": MASKED},
     ),
-    "Longformer's": ("longformer", AutoModel, LONGFORMER, {"embeddings.position_ids": POSITIONS}),
-    "LUKE's": ("luke", AutoModel, ENCODER | {"entity_vocab_size": 10}, {"embeddings.position_ids": POSITIONS}),
-    "RoFormer's": ("roformer", AutoModel, ENCODER, {"embeddings.position_ids": POSITIONS}),
+    "Longformer": ("longformer", AutoModel, LONGFORMER, {"embeddings.position_ids": POSITIONS}),
+    "LUKE": ("luke", AutoModel, ENCODER | {"entity_vocab_size": 10}, {"embeddings.position_ids": POSITIONS}),
+    "RoFormer": ("roformer", AutoModel, ENCODER, {"embeddings.position_ids": POSITIONS}),
 }
 
 
 @pytest.mark.parametrize(("kind", "architecture", "config", "buffers"), WITH_BUFFERS.values(), ids=WITH_BUFFERS)
-def test_numbers_that_older_versions_of_transformers_saved_are_left_out(
+def test_buffers_that_older_versions_of_transformers_saved_are_ignored(
     tmp_path: Path, kind: str, architecture: Any, config: dict[str, Any], buffers: dict[str, torch.Tensor]
 ) -> None:
     save_plain(tmp_path, kind, architecture, **config)
@@ -296,14 +300,14 @@ def test_numbers_that_older_versions_of_transformers_saved_are_left_out(
 
 @pytest.mark.parametrize("kind", ["longt5", "mt5", "t5", "umt5"])
 @pytest.mark.parametrize("architecture", [AutoModel, AutoModelForSeq2SeqLM])
-def test_of_a_model_of_two_halves_that_which_writes_is_left_out(tmp_path: Path, kind: str, architecture: Any) -> None:
+def test_the_decoder_of_an_encoder_decoder_model_is_ignored(tmp_path: Path, kind: str, architecture: Any) -> None:
     save_plain(tmp_path, kind, architecture, **T5)
 
     assert_as_sentence_transformers_reads_it(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["h.0.attn.causal_mask", "decoder.weight", "h.0.attn.bias.masked"])
-def test_what_only_other_types_leave_out_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_buffer_that_only_other_model_types_have_is_refused(tmp_path: Path, name: str) -> None:
     save_plain(tmp_path, "gptj", AutoModel, **GPT, rotary_dim=8)
     edit_tensors(tmp_path / "model.safetensors", lambda tensors: tensors.update({name: MASK}))
 
@@ -311,8 +315,8 @@ def test_what_only_other_types_leave_out_is_refused(tmp_path: Path, name: str) -
         load_encoder("test/tiny", tmp_path)
 
 
-def test_a_tensor_that_no_head_has_is_refused_in_a_model_that_was_saved_with_one(tmp_path: Path) -> None:
-    save_plain(tmp_path, "distilbert", AutoModelForMaskedLM, **WITH_HEADS["DistilBERT's for words"][2])
+def test_an_unknown_tensor_is_refused_even_in_a_model_that_was_saved_with_a_head(tmp_path: Path) -> None:
+    save_plain(tmp_path, "distilbert", AutoModelForMaskedLM, **WITH_HEADS["DistilBERT for masked tokens"][2])
     edit_tensors(tmp_path / "model.safetensors", lambda tensors: tensors.update({"distilbert.extra": torch.ones(1)}))
 
     with pytest.raises(CheckpointInvalid, match=r"tensors are not part of the architecture: extra$"):
@@ -320,7 +324,7 @@ def test_a_tensor_that_no_head_has_is_refused_in_a_model_that_was_saved_with_one
 
 
 @pytest.mark.parametrize(("causal", "pooling"), [(True, "lasttoken"), (False, "mean")])
-def test_a_plain_language_model_is_pooled_by_its_last_token_unless_it_looks_both_ways(
+def test_a_plain_language_model_gets_last_token_pooling_unless_it_is_bidirectional(
     tmp_path: Path, causal: bool, pooling: str
 ) -> None:
     save_plain(tmp_path, "llama", AutoModelForCausalLM, **DECODER, is_causal=causal)
@@ -338,7 +342,7 @@ def test_a_limit_may_be_called_n_positions(tmp_path: Path, kind: str) -> None:
     assert_as_sentence_transformers_reads_it(tmp_path, [*TEXTS, "water " * 80])
 
 
-def test_positions_that_are_angles_do_not_end_where_the_sentence_encoder_s_limit_is_said(tmp_path: Path) -> None:
+def test_rotary_positions_do_not_limit_the_length_if_the_sentence_encoder_has_a_limit(tmp_path: Path) -> None:
     save(tmp_path, Pooling(WIDTH), base="nemotron-3-embed")
     edit(tmp_path / "config.json", max_position_embeddings=32)
     edit(tmp_path / "sentence_bert_config.json", max_seq_length=100)
@@ -347,7 +351,7 @@ def test_positions_that_are_angles_do_not_end_where_the_sentence_encoder_s_limit
     assert_as_sentence_transformers_reads_it(tmp_path, ["water " * 80, "water " * 150])
 
 
-def test_angles_may_be_said_as_nomic_does(tmp_path: Path) -> None:
+def test_rotary_positions_may_have_nomics_field_names(tmp_path: Path) -> None:
     save_plain(tmp_path / "plain", "nomic_bert", AutoModel, **ENCODER)
     saved = tmp_path / "model"
     SentenceTransformer(str(tmp_path / "plain"), device="cpu").save(str(saved), create_model_card=False)
@@ -359,7 +363,7 @@ def test_angles_may_be_said_as_nomic_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_angles_that_depend_on_a_text_s_length_are_not_used_beyond_the_positions(tmp_path: Path, kind: str) -> None:
+def test_length_dependent_rotary_positions_limit_the_length(tmp_path: Path, kind: str) -> None:
     save(tmp_path, Pooling(WIDTH), base="nemotron-3-embed")
     edit(
         tmp_path / "config.json",
@@ -372,7 +376,7 @@ def test_angles_that_depend_on_a_text_s_length_are_not_used_beyond_the_positions
 
 
 @pytest.mark.parametrize("name", ["sentence_bert_config.json", "sentence_xlm-roberta_config.json"])
-def test_a_limit_of_the_sentence_encoder_goes_before_the_tokenizers(saved: Path, name: str) -> None:
+def test_the_sentence_encoders_limit_overrides_the_tokenizers(saved: Path, name: str) -> None:
     (saved / "sentence_bert_config.json").unlink()
     (saved / name).write_text(json.dumps({"max_seq_length": 16, "do_lower_case": False}), encoding="utf-8")
 
@@ -380,7 +384,7 @@ def test_a_limit_of_the_sentence_encoder_goes_before_the_tokenizers(saved: Path,
     assert_as_sentence_transformers_reads_it(saved, ["water " * length for length in (1, 13, 14, 15, 60)])
 
 
-def test_a_limit_may_stand_with_the_tokenizer_or_come_from_the_positions(saved: Path) -> None:
+def test_the_limit_may_come_from_the_tokenizer_or_from_the_position_embeddings(saved: Path) -> None:
     edit(saved / "tokenizer_config.json", model_max_length=24)
     assert read_checkpoint(saved).max_tokens == 24
 
@@ -405,7 +409,7 @@ def test_a_limit_may_stand_with_the_tokenizer_or_come_from_the_positions(saved: 
     ids=str,
 )
 @pytest.mark.parametrize("base", ["e5", "bge-m3", "nemotron-3-embed"])
-def test_what_a_config_says_of_its_architecture_is_done(
+def test_variants_of_an_architecture_match_sentence_transformers(
     tmp_path: Path, base: FamilyName, variant: dict[str, Any]
 ) -> None:
     save(tmp_path, Pooling(WIDTH), base=base)
@@ -414,7 +418,7 @@ def test_what_a_config_says_of_its_architecture_is_done(
     assert_as_sentence_transformers_reads_it(tmp_path)
 
 
-def test_a_config_may_leave_out_that_there_are_two_types_of_tokens(saved: Path) -> None:
+def test_a_config_may_omit_the_number_of_token_types(saved: Path) -> None:
     config = json.loads((saved / "config.json").read_text(encoding="utf-8"))
     assert config.pop("type_vocab_size") == 2
     (saved / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -422,7 +426,7 @@ def test_a_config_may_leave_out_that_there_are_two_types_of_tokens(saved: Path) 
     assert_as_sentence_transformers_reads_it(saved)
 
 
-def test_positions_that_start_behind_the_padding_id_take_their_share_of_the_limit(tmp_path: Path) -> None:
+def test_positions_that_start_after_the_padding_id_reduce_the_limit(tmp_path: Path) -> None:
     save(tmp_path, Pooling(WIDTH), base="bge-m3")
     edit(tmp_path / "tokenizer_config.json", model_max_length=10**30)
 
@@ -431,12 +435,12 @@ def test_positions_that_start_behind_the_padding_id_take_their_share_of_the_limi
     assert np.isfinite(ours(tmp_path, ["water " * 100])).all()
 
 
-def test_texts_are_put_in_lower_case_where_the_checkpoint_says_so(tmp_path: Path) -> None:
-    # This tokenizer tells capitals, and its special tokens stay what they are.
+def test_texts_are_lowercased_if_the_checkpoint_says_so(tmp_path: Path) -> None:
+    # This tokenizer is case-sensitive, and its special tokens must not be lowercased.
     prompts = {"query": "The QUESTION: "}
     save(tmp_path, Pooling(WIDTH, include_prompt=False), base="bge-m3", prompts=prompts)
-    said = {"max_seq_length": 64, "do_lower_case": True}
-    (tmp_path / "sentence_bert_config.json").write_text(json.dumps(said), encoding="utf-8")
+    config = {"max_seq_length": 64, "do_lower_case": True}
+    (tmp_path / "sentence_bert_config.json").write_text(json.dumps(config), encoding="utf-8")
     model = SentenceTransformer(str(tmp_path), device="cpu")
     texts = ["WATER and Coffee", "ΣΊΣΥΦΟΣ İstanbul", "Water </s> COFFEE", "ＷＡＴＥＲ with ﬁsh"]  # noqa: RUF001
 
@@ -450,7 +454,7 @@ CLASS = {"tokenizer_class": "BertTokenizer"}
 
 
 @pytest.mark.parametrize(
-    ("said", "model"),
+    ("tokenizer_config", "config"),
     [
         (CLASS, {}),
         (CLASS | {"do_lower_case": False}, {}),
@@ -460,24 +464,25 @@ CLASS = {"tokenizer_class": "BertTokenizer"}
         ({"do_lower_case": False}, {}),
         ({}, {}),
     ],
-    ids=["nothing", "case", "accents", "Chinese", "class by the model", "class by the type", "nothing at all"],
+    ids=["class", "case", "accents", "Chinese", "class in config.json", "class by model type", "nothing at all"],
 )
-def test_berts_texts_are_normalized_as_the_config_of_its_tokenizer_says(
-    saved: Path, said: dict[str, Any], model: dict[str, str]
+def test_berts_normalization_is_set_by_tokenizer_config_json(
+    saved: Path, tokenizer_config: dict[str, Any], config: dict[str, str]
 ) -> None:
-    # The other file says the opposite of what is said here, and of what goes without saying.
+    # tokenizer.json says the opposite of tokenizer_config.json and its defaults.
     tokenizer = json.loads((saved / "tokenizer.json").read_text(encoding="utf-8"))
-    tokenizer["normalizer"] |= {"lowercase": not said.get("do_lower_case", True)}
+    tokenizer["normalizer"] |= {"lowercase": not tokenizer_config.get("do_lower_case", True)}
     edit(saved / "tokenizer.json", normalizer=tokenizer["normalizer"])
-    edit(saved / "config.json", **model)
-    (saved / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 64} | said), encoding="utf-8")
+    edit(saved / "config.json", **config)
+    tokenizer_config = {"model_max_length": 64} | tokenizer_config
+    (saved / "tokenizer_config.json").write_text(json.dumps(tokenizer_config), encoding="utf-8")
     texts = [*TEXTS, "WATER and Café", "the 猫 is a cat"]
 
     assert_same(ours(saved, texts), theirs(SentenceTransformer(str(saved), device="cpu"), texts))
 
 
-def test_a_token_that_only_the_config_puts_behind_a_text_is_the_last_which_is_pooled(tmp_path: Path) -> None:
-    # So e5-mistral was trained with transformers 4, and sentence-transformers on version 5 does not look there.
+def test_an_eos_token_that_only_the_config_asks_for_is_the_one_that_is_pooled(tmp_path: Path) -> None:
+    # e5-mistral was trained this way with transformers 4; sentence-transformers on version 5 ignores the field.
     model = save(tmp_path, Pooling(WIDTH, pooling_mode="lasttoken"), base="nemotron-3-embed")
     edit(tmp_path / "tokenizer_config.json", tokenizer_class="LlamaTokenizer", add_eos_token=True)
 
@@ -485,7 +490,7 @@ def test_a_token_that_only_the_config_puts_behind_a_text_is_the_last_which_is_po
 
 
 @pytest.mark.parametrize("base", ["e5", "bge-m3", "nemotron-3-embed"])
-def test_a_text_may_name_special_tokens(tmp_path: Path, base: FamilyName) -> None:
+def test_a_text_may_contain_special_tokens(tmp_path: Path, base: FamilyName) -> None:
     save(tmp_path, Pooling(WIDTH), base=base)
     names = ["<pad>", "[PAD]", "</s>", "[SEP]", "<s>", "<mask>"]
     texts = [f"the {name} water {name} is cold" for name in names] + [f"{name}water" for name in names]
@@ -498,33 +503,35 @@ FLAGS = {"lstrip": False, "rstrip": False, "single_word": False}
 
 
 @pytest.mark.parametrize(
-    ("file", "said"),
+    ("file", "fields"),
     [
         (
             "tokenizer_config.json",
-            lambda number: {
-                "added_tokens_decoder": {str(number): {"content": "[Q]", "special": True, "normalized": False, **FLAGS}}
+            lambda token_id: {
+                "added_tokens_decoder": {
+                    str(token_id): {"content": "[Q]", "special": True, "normalized": False, **FLAGS}
+                }
             },
         ),
         ("tokenizer_config.json", lambda _: {"additional_special_tokens": ["[Q]"]}),
-        ("added_tokens.json", lambda number: {"[Q]": number}),
+        ("added_tokens.json", lambda token_id: {"[Q]": token_id}),
     ],
-    ids=["by number", "by name", "in a file of their own"],
+    ids=["by id", "by name", "in a file of their own"],
 )
-def test_tokens_may_be_added_beside_the_tokenizer(
-    tmp_path: Path, file: str, said: Callable[[int], dict[str, Any]]
+def test_tokens_may_be_added_by_other_files_than_tokenizer_json(
+    tmp_path: Path, file: str, fields: Callable[[int], dict[str, Any]]
 ) -> None:
     save_plain(tmp_path, "bert", AutoModel, more_tokens=1, **ENCODER)
     tokenizer = FastTokenizer.from_file(str(tmp_path / "tokenizer.json"))
     if not (tmp_path / file).exists():
         (tmp_path / file).write_text("{}", encoding="utf-8")
-    edit(tmp_path / file, **said(tokenizer.get_vocab_size()))
+    edit(tmp_path / file, **fields(tokenizer.get_vocab_size()))
 
     assert tokenizer.token_to_id("[Q]") is None
     assert_as_sentence_transformers_reads_it(tmp_path, ["[Q] water", "the [Q]water", "[Q]"])
 
 
-def test_a_tokenizer_may_come_as_a_vocabulary_only(saved: Path) -> None:
+def test_a_tokenizer_may_consist_of_a_vocabulary_only(saved: Path) -> None:
     expected = ours(saved, TEXTS)
     (saved / "tokenizer.json").unlink()
     shutil.copy(family("e5").folder / "vocab.txt", saved)
@@ -557,12 +564,12 @@ def in_pickled_shards(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
-WAYS = [in_shards, as_a_pickle, in_pickled_shards, in_half_precision]
+REWRITES = [in_shards, as_a_pickle, in_pickled_shards, in_half_precision]
 
 
-@pytest.mark.parametrize("rewrite", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("rewrite", REWRITES, ids=lambda rewrite: rewrite.__name__)
 @pytest.mark.parametrize("base", ["e5", "nemotron-3-embed"])
-def test_weights_may_come_in_shards_as_a_pickle_or_in_half_precision(
+def test_weights_may_be_sharded_pickled_or_in_half_precision(
     tmp_path: Path, base: FamilyName, rewrite: Callable[[Path], None]
 ) -> None:
     save(tmp_path, Pooling(WIDTH), base=base)
@@ -572,7 +579,7 @@ def test_weights_may_come_in_shards_as_a_pickle_or_in_half_precision(
     assert_same(ours(tmp_path, WORDS), theirs(model, WORDS))
 
 
-def test_a_dense_layer_may_come_as_a_pickle(tmp_path: Path) -> None:
+def test_a_dense_layer_may_be_pickled(tmp_path: Path) -> None:
     model = save(tmp_path, Pooling(WIDTH), Dense(WIDTH, 8))
     expected = theirs(model, TEXTS)
     weights = tmp_path / "2_Dense" / "model.safetensors"
@@ -591,7 +598,7 @@ CARDS: dict[str, tuple[Modules, dict[str, Any], ModelCard]] = {
         {},
         ModelCard(id="test/tiny", dimensions=WIDTH, max_tokens=64, input_type="ignored"),
     ),
-    "queries told from passages": (
+    "prompts for queries and passages": (
         lambda: [Pooling(WIDTH, pooling_mode=["mean", "cls"])],
         {"prompts": {"query": "q: ", "document": "d: "}},
         ModelCard(
@@ -603,7 +610,7 @@ CARDS: dict[str, tuple[Modules, dict[str, Any], ModelCard]] = {
             passage_prompt="d: ",
         ),
     ),
-    "told apart, with something to do when nothing is said": (
+    "a default prompt besides that for queries": (
         lambda: [Pooling(WIDTH), Dense(WIDTH, 8)],
         {"prompts": {"query": "q: ", "sts": "s: "}, "default_prompt_name": "sts"},
         ModelCard(
@@ -618,17 +625,17 @@ CARDS: dict[str, tuple[Modules, dict[str, Any], ModelCard]] = {
 }
 
 
-@pytest.mark.parametrize(("modules", "said", "card"), CARDS.values(), ids=CARDS)
-def test_a_checkpoint_that_is_not_in_the_table_describes_itself(
-    tmp_path: Path, modules: Modules, said: dict[str, Any], card: ModelCard
+@pytest.mark.parametrize(("modules", "config", "card"), CARDS.values(), ids=CARDS)
+def test_a_checkpoint_without_a_builtin_card_describes_itself(
+    tmp_path: Path, modules: Modules, config: dict[str, Any], card: ModelCard
 ) -> None:
-    save(tmp_path, *modules(), **said)
+    save(tmp_path, *modules(), **config)
 
     assert read_checkpoint(tmp_path).card("test/tiny") == card
     assert load_encoder("test/tiny", tmp_path).facts.card == card
 
 
-def test_of_sizes_the_files_are_believed_and_of_all_else_the_card(saved: Path) -> None:
+def test_sizes_are_taken_from_the_files_and_everything_else_from_the_card(saved: Path) -> None:
     known = ModelCard(
         id="test/known",
         aliases=("known",),
@@ -646,5 +653,5 @@ def test_of_sizes_the_files_are_believed_and_of_all_else_the_card(saved: Path) -
     assert (card.aliases, card.input_type, card.query_prompt) == (("known",), "optional", "the card's: ")
     assert card.licence == "MIT"
 
-    generous = replace(known, max_tokens=8192)
-    assert read_checkpoint(saved, generous).card(known.id, generous).max_tokens == 64
+    larger = replace(known, max_tokens=8192)
+    assert read_checkpoint(saved, larger).card(known.id, larger).max_tokens == 64

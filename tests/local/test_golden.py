@@ -1,4 +1,4 @@
-"""Each family against the vectors that its authors' own code made: from a text to its vector, and over the wire."""
+"""Each family compared with the vectors of its authors' own code: in the encoder, and over HTTP."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ BATCHES = [
 
 
 def embed(model: Encoder, cases: tuple[Case, ...]) -> Embeddings:
-    """What the encoder makes of cases that may share a call."""
+    """Embed cases that can share a call."""
     (input_type,) = {case.input_type for case in cases}
     truncate: Truncate = "END" if any(case.truncate == "END" for case in cases) else "NONE"
     return encode(model, [case.text for case in cases], input_type=input_type, truncate=truncate)
 
 
 def calls(batch: tuple[Case, ...]) -> Iterator[tuple[Case, ...]]:
-    """The calls that a batch takes, since a call has one input type and one number of dimensions."""
+    """Split a batch into calls with one input type and one number of dimensions each."""
     kinds = dict.fromkeys((case.input_type, case.dimensions) for case in batch)
     return (tuple(case for case in batch if (case.input_type, case.dimensions) == kind) for kind in kinds)
 
@@ -61,9 +61,7 @@ def test_a_text_becomes_the_tokens_and_the_vector_of_the_reference(name: FamilyN
 
 
 @pytest.mark.parametrize(("name", "batch"), BATCHES)
-def test_texts_embedded_together_get_the_vectors_that_they_have_alone(
-    name: FamilyName, batch: tuple[Case, ...]
-) -> None:
+def test_texts_embedded_together_get_the_same_vectors_as_alone(name: FamilyName, batch: tuple[Case, ...]) -> None:
     for cases in calls(batch):
         embedded = embed(encoder(name), cases)
 
@@ -75,7 +73,9 @@ def test_texts_embedded_together_get_the_vectors_that_they_have_alone(
 @pytest.mark.parametrize(
     ("name", "case"), [case for case in CASES if isinstance(case.values[1], Case) and case.values[1].truncate == "END"]
 )
-def test_a_text_that_is_too_long_is_refused_with_its_length_unless_it_may_be_cut(name: FamilyName, case: Case) -> None:
+def test_a_text_that_is_too_long_is_refused_with_its_length_unless_truncation_is_allowed(
+    name: FamilyName, case: Case
+) -> None:
     with pytest.raises(InputTooLong) as refused:
         encode(encoder(name, case.max_length), [case.text], input_type=case.input_type)
 
@@ -88,12 +88,12 @@ def test_the_families_run_without_padding(name: FamilyName) -> None:
     assert encoder(name)._backbone.packed
 
 
-# --- over the wire ---------------------------------------------------------------------------------------------------
+# --- over HTTP -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    """A server of every family, with a card for the tiny Llama: its lengths are not those of the real one."""
+    """A server with all families, and a card for the tiny Llama, whose lengths differ from those of the real one."""
     card = {
         "id": MODELS["llama-nemotron-embed"],
         "matryoshka": family("llama-nemotron-embed").matryoshka,
@@ -109,19 +109,19 @@ def url() -> Iterator[str]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_server_answers_with_the_vectors_of_the_reference(url: str, name: FamilyName) -> None:
-    # An empty text is no valid request; what it would be is shown above.
+    # An empty text is not a valid request; its vector is tested above.
     cases = tuple(case for case in family(name).cases if case.text and case.max_length == family(name).max_tokens)
     for call in calls(cases):
-        body: dict[str, object] = {"model": MODELS[name], "input": [case.text for case in call], "truncate": "END"}
+        request: dict[str, object] = {"model": MODELS[name], "input": [case.text for case in call], "truncate": "END"}
         if call[0].input_type is not None:
-            body["input_type"] = call[0].input_type
+            request["input_type"] = call[0].input_type
         if call[0].dimensions is not None:
-            body["dimensions"] = call[0].dimensions
+            request["dimensions"] = call[0].dimensions
 
-        answer = httpx.post(f"{url}/v1/embeddings", json=body, timeout=60)
+        response = httpx.post(f"{url}/v1/embeddings", json=request, timeout=60)
 
-        assert answer.status_code == 200, answer.text
-        told = answer.json()
-        assert told["usage"]["prompt_tokens"] == sum(len(case.ids) for case in call)
-        for row, case in zip(told["data"], call, strict=True):
+        assert response.status_code == 200, response.text
+        body = response.json()
+        assert body["usage"]["prompt_tokens"] == sum(len(case.ids) for case in call)
+        for row, case in zip(body["data"], call, strict=True):
             np.testing.assert_allclose(row["embedding"], case.vector, rtol=0, atol=family(name).tolerance)

@@ -1,4 +1,4 @@
-"""Where a model's files come from: the package that brings them, the Hugging Face cache, or the hub."""
+"""Where a model's files come from: an installed package, the Hugging Face cache, or the hub."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_the_default_model_is_found_in_its_package_without_running_the_packages_
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the package that is found before the installed one; gives the model's folder."""
+    """The model's folder in a copy of the package that is found before the installed one."""
     installed = find_bundled(DEFAULT_MODEL)
     assert installed is not None
     shutil.copytree(installed, tmp_path / PACKAGE / "model")
@@ -56,7 +56,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / PACKAGE / "model"
 
 
-def test_the_packages_weights_are_used_if_they_are_those_that_were_published(package: Path) -> None:
+def test_the_packages_weights_are_used_if_their_digest_is_the_published_one(package: Path) -> None:
     assert locate(DEFAULT_MODEL, None) == package
 
 
@@ -78,7 +78,7 @@ def test_a_package_without_its_weights_is_refused(package: Path) -> None:
         locate(DEFAULT_MODEL, None)
 
 
-def test_where_the_package_is_not_installed_its_owner_is_told_how_to_install_it(
+def test_without_the_package_the_error_says_how_to_install_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
@@ -88,7 +88,7 @@ def test_where_the_package_is_not_installed_its_owner_is_told_how_to_install_it(
 
 
 @pytest.mark.parametrize("model", [card.id for card in CARDS if card.repository is None])
-def test_of_a_model_that_is_not_on_the_hub_its_owner_is_told_where_it_is(model: str) -> None:
+def test_for_a_model_that_is_not_on_the_hub_the_error_says_where_it_is(model: str) -> None:
     with pytest.raises(ModelUnavailable, match=f"take the folder out of its NIM.*--model {model}=PATH"):
         locate(model, None)
 
@@ -98,18 +98,18 @@ def test_of_a_model_that_is_not_on_the_hub_its_owner_is_told_where_it_is(model: 
 
 @dataclass
 class Hub:
-    """A hub on loopback with one repository.
+    """A fake hub on loopback with one repository.
 
     Attributes:
-        files: what the repository holds.
-        asked: the paths that were asked for.
-        refusal: the status that everything is answered with instead; None for none.
-        refused: what is in the paths that are answered so.
-        newest: the commit that ``main`` is at.
+        files: the repository's files.
+        requests: the requested paths.
+        refusal: status with which to refuse requests; None to serve them all.
+        refused: part of the paths that are refused.
+        newest: the commit of ``main``.
     """
 
     files: dict[str, bytes]
-    asked: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
     refusal: int | None = None
     refused: str = ""
     newest: str = COMMIT
@@ -117,12 +117,12 @@ class Hub:
 
     @property
     def fetched(self) -> set[str]:
-        """The files that were asked for."""
-        return {path.partition(f"/resolve/{COMMIT}/")[2] for path in self.asked if "/resolve/" in path}
+        """The requested files."""
+        return {path.partition(f"/resolve/{COMMIT}/")[2] for path in self.requests if "/resolve/" in path}
 
     def answer(self, path: str) -> tuple[int, bytes]:
-        """Status and body."""
-        self.asked.append(path)
+        """Return status and body."""
+        self.requests.append(path)
         if self.refusal and self.refused in path:
             return self.refusal, b"{}"
         if path.startswith(f"/api/models/{REPOSITORY}/tree/"):
@@ -159,7 +159,7 @@ def hub() -> Iterator[Hub]:
         do_HEAD = do_GET  # noqa: N815 - the base class's name
 
         def log_message(self, *_arguments: object) -> None:
-            """Say nothing."""
+            """Log nothing."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         hub.url = f"http://127.0.0.1:{server.server_port}"
@@ -176,8 +176,8 @@ def run(command: list[str], home: Path, hub: Hub, **environment: str) -> subproc
     )
 
 
-def look_for(home: Path, hub: Hub, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Print where the model's files are."""
+def run_locate(home: Path, hub: Hub, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Print the location of the model's files, in a process of its own."""
     program = (
         "from embeddings_mcp.embedders.local.locate import locate\n"
         "from embeddings_mcp.errors import ModelUnavailable\n"
@@ -188,8 +188,8 @@ def look_for(home: Path, hub: Hub, **environment: str) -> subprocess.CompletedPr
 
 
 def located(home: Path, hub: Hub, **environment: str) -> Path | str:
-    """Where the model's files are, or the error."""
-    done = look_for(home, hub, **environment)
+    """Return the location of the model's files, or the error."""
+    done = run_locate(home, hub, **environment)
     return Path(done.stdout.strip()) if done.returncode == 0 else done.stderr.strip()
 
 
@@ -198,28 +198,28 @@ def names(folder: Path | str) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_of_a_repository_only_what_the_model_needs_is_fetched_and_only_once(tmp_path: Path, hub: Hub) -> None:
-    hub.files |= {"vocab.txt": b"a tokenizer's", "bpe.codes": b"PhoBERT's tokenizer's"}
-    hub.files["chat_template.jinja"] = b"what plain models are refused for"
+def test_only_the_needed_files_of_a_repository_are_fetched_and_only_once(tmp_path: Path, hub: Hub) -> None:
+    hub.files |= {"vocab.txt": b"a tokenizer", "bpe.codes": b"PhoBERT's tokenizer"}
+    hub.files["chat_template.jinja"] = b"a reason to refuse plain models"
     wanted = set(hub.files)
     hub.files |= {
-        "pytorch_model.bin": b"weights once more",
-        "onnx/model.onnx": b"weights for something else",
+        "pytorch_model.bin": b"the same weights",
+        "onnx/model.onnx": b"weights for another runtime",
         "onnx/config.json": b"{}",
         "modeling.py": b"raise AssertionError",
-        "optimizer.pt": b"what a trainer left behind",
+        "optimizer.pt": b"left by a trainer",
         "imgs/long.jpg": b"a picture",
     }
 
     assert names(located(tmp_path, hub)) == wanted
     assert hub.fetched == wanted
 
-    hub.asked.clear()
+    hub.requests.clear()
     assert names(located(tmp_path, hub)) == wanted
-    assert hub.asked == []
+    assert hub.requests == []
 
 
-def test_pickles_are_fetched_where_there_is_nothing_else(tmp_path: Path, hub: Hub) -> None:
+def test_pickles_are_fetched_if_there_are_no_safetensors_files(tmp_path: Path, hub: Hub) -> None:
     hub.files["pytorch_model.bin"] = hub.files.pop("model.safetensors")
     hub.files |= {"training_args.bin": b"", "2_Dense/model.safetensors": b"", "2_Dense/pytorch_model.bin": b""}
     wanted = set(hub.files) - {"training_args.bin", "2_Dense/pytorch_model.bin"}
@@ -228,70 +228,72 @@ def test_pickles_are_fetched_where_there_is_nothing_else(tmp_path: Path, hub: Hu
 
 
 @pytest.mark.parametrize("missing", ["model.safetensors", "tokenizer.json"])
-def test_a_download_that_broke_off_is_gone_on_with(tmp_path: Path, hub: Hub, missing: str) -> None:
+def test_an_interrupted_download_is_continued(tmp_path: Path, hub: Hub, missing: str) -> None:
     folder = located(tmp_path, hub)
     assert isinstance(folder, Path), folder
     (folder / missing).resolve().unlink()
     (folder / missing).unlink()
-    hub.asked.clear()
+    hub.requests.clear()
 
     assert missing in names(located(tmp_path, hub))
     assert hub.fetched == {missing}
 
 
-def use_with_transformers(home: Path, hub: Hub) -> Path:
-    """Have the files in the cache that transformers asks for; gives the folder."""
+def fill_cache_with_transformers(home: Path, hub: Hub) -> Path:
+    """Put the files into the cache that transformers downloads; return the folder."""
     files = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
     paths = [hf_hub_download(REPOSITORY, name, cache_dir=home / "hub", endpoint=hub.url) for name in files]
-    hub.asked.clear()
+    hub.requests.clear()
     return Path(paths[0]).parent
 
 
-def test_what_transformers_left_out_of_the_cache_is_fetched_of_the_same_revision(tmp_path: Path, hub: Hub) -> None:
-    folder = use_with_transformers(tmp_path, hub)
-    lacking = set(hub.files) - names(folder)
+def test_files_that_transformers_did_not_cache_are_fetched_from_the_same_revision(tmp_path: Path, hub: Hub) -> None:
+    folder = fill_cache_with_transformers(tmp_path, hub)
+    missing = set(hub.files) - names(folder)
     hub.newest = COMMIT[::-1]
 
     assert located(tmp_path, hub) == folder
     assert names(folder) == set(hub.files)
-    assert hub.fetched == lacking
-    assert {"modules.json", "config_sentence_transformers.json"} <= lacking
+    assert hub.fetched == missing
+    assert {"modules.json", "config_sentence_transformers.json"} <= missing
 
 
-def test_a_model_of_transformers_alone_is_known_to_be_whole_once_the_hub_was_asked(tmp_path: Path, hub: Hub) -> None:
+def test_a_plain_transformers_model_is_known_to_be_complete_after_one_request_to_the_hub(
+    tmp_path: Path, hub: Hub
+) -> None:
     for name in set(hub.files) - {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}:
         del hub.files[name]
-    folder = use_with_transformers(tmp_path, hub)
+    folder = fill_cache_with_transformers(tmp_path, hub)
 
     assert located(tmp_path, hub) == folder
-    assert hub.asked != []
+    assert hub.requests != []
     assert hub.fetched == set()
 
-    hub.asked.clear()
-    again = look_for(tmp_path, hub)
+    hub.requests.clear()
+    again = run_locate(tmp_path, hub)
     assert (again.stdout, again.stderr) == (f"{folder}\n", "")
-    assert hub.asked == []
+    assert hub.requests == []
 
 
 @pytest.mark.parametrize(
     ("refused", "environment"),
     [("/api/", {}), ("/tree/", {}), ("", {"HF_HUB_OFFLINE": "1"})],
-    ids=["it refuses", "it refuses the second request", "offline"],
+    ids=["refused", "second request refused", "offline"],
 )
-def test_what_may_be_missing_in_the_cache_is_told_where_the_hub_cannot_be_asked(
+def test_files_that_may_be_missing_are_logged_if_the_hub_cannot_be_reached(
     tmp_path: Path, hub: Hub, refused: str, environment: dict[str, str]
 ) -> None:
-    folder = use_with_transformers(tmp_path, hub)
+    folder = fill_cache_with_transformers(tmp_path, hub)
     hub.refusal, hub.refused = 403, refused
 
-    done = look_for(tmp_path, hub, **environment)
+    done = run_locate(tmp_path, hub, **environment)
 
     assert done.stdout == f"{folder}\n"
     assert "without modules.json and config_sentence_transformers.json" in done.stderr
     assert f"`hf download {REPOSITORY}` fetches what is missing" in done.stderr
 
 
-def test_a_hub_that_refuses_or_is_away_is_told_with_what_to_do(tmp_path: Path, hub: Hub) -> None:
+def test_if_the_hub_refuses_or_is_unreachable_the_error_says_what_to_do(tmp_path: Path, hub: Hub) -> None:
     for status in (401, 404):
         hub.refusal = status
         error = str(located(tmp_path, hub))
@@ -299,21 +301,21 @@ def test_a_hub_that_refuses_or_is_away_is_told_with_what_to_do(tmp_path: Path, h
         assert "HF_TOKEN" in error
         assert "--model baai/bge-m3=PATH" in error
 
-    hub.url = "http://127.0.0.1:9"  # where nobody listens
+    hub.url = "http://127.0.0.1:9"  # nothing listens there
     assert "cannot be fetched" in str(located(tmp_path, hub))
     assert "cannot be fetched" in str(located(tmp_path, hub, HF_HUB_OFFLINE="1"))
 
 
-def keep(home: Path, repository: str, folder: Path) -> None:
-    """Have a repository of these files in the cache."""
+def put_into_cache(home: Path, repository: str, folder: Path) -> None:
+    """Put a repository with these files into the cache."""
     cached = home / "hub" / f"models--{repository.replace('/', '--')}"
     (cached / "refs").mkdir(parents=True)
     (cached / "refs" / "main").write_text(COMMIT, encoding="utf-8")
     shutil.copytree(folder, cached / "snapshots" / COMMIT)
 
 
-def test_a_model_in_the_cache_is_embedded_with_without_a_word_to_the_hub(tmp_path: Path, hub: Hub) -> None:
-    keep(tmp_path, REPOSITORY, family("bge-m3").folder)
+def test_a_cached_model_is_used_without_a_request_to_the_hub(tmp_path: Path, hub: Hub) -> None:
+    put_into_cache(tmp_path, REPOSITORY, family("bge-m3").folder)
     case = next(case for case in family("bge-m3").cases if case.name == "plain")
     command = str(Path(sys.executable).with_name("embeddings-mcp"))
 
@@ -323,11 +325,11 @@ def test_a_model_in_the_cache_is_embedded_with_without_a_word_to_the_hub(tmp_pat
     answer = json.loads(done.stdout)
     assert answer["model"] == MODELS["bge-m3"]
     np.testing.assert_allclose(answer["data"][0]["embedding"], case.vector, rtol=0, atol=family("bge-m3").tolerance)
-    assert hub.asked == []
+    assert hub.requests == []
 
 
-def test_the_first_request_to_a_model_of_the_hub_is_answered_as_those_after_it(tmp_path: Path, hub: Hub) -> None:
-    keep(tmp_path, "somebody/something", family("nemotron-3-embed").folder)
+def test_the_first_request_to_a_hub_model_is_answered_like_later_ones(tmp_path: Path, hub: Hub) -> None:
+    put_into_cache(tmp_path, "somebody/something", family("nemotron-3-embed").folder)
     program = (
         "import anyio\n"
         "from embeddings_mcp.assemble import build_service\n"

@@ -1,4 +1,4 @@
-"""Checkpoints whose tokenizer transformers has in Python only: their vectors are those of sentence-transformers."""
+"""Checkpoints whose tokenizer exists in Python only: they give the vectors of sentence-transformers."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ PHOBERT = {
 }
 
 
-def japanese(**said: Any) -> dict[str, str]:
-    """The files of a tokenizer for Japanese."""
+def japanese(**fields: Any) -> dict[str, str]:
+    """Files of a Japanese tokenizer."""
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *("##" + letter for letter in LETTERS)]
-    config = {"tokenizer_class": "BertJapaneseTokenizer"} | said
+    config = {"tokenizer_class": "BertJapaneseTokenizer"} | fields
     return {"tokenizer_config.json": json.dumps(config), "vocab.txt": "\n".join(tokens)}
 
 
 def save(folder: Path, files: dict[str, str]) -> Path:
-    """Save a tiny model with such files for a tokenizer."""
+    """Save a tiny model with these tokenizer files."""
     save_plain(folder, "roberta", AutoModel, **SMALL)
     (folder / "tokenizer.json").unlink()
     for name, text in files.items():
@@ -56,45 +56,41 @@ def test_their_vectors_are_those_of_sentence_transformers(tmp_path: Path, files:
     assert_as_sentence_transformers_reads_it(save(tmp_path, files), TEXTS)
 
 
-def test_that_texts_are_to_be_put_in_lower_case_is_handed_on_as_there(tmp_path: Path) -> None:
+def test_lowercasing_is_passed_to_the_tokenizer_as_in_sentence_transformers(tmp_path: Path) -> None:
     save(tmp_path, PHOBERT)
-    said = {"max_seq_length": 64, "do_lower_case": True}
-    (tmp_path / "sentence_bert_config.json").write_text(json.dumps(said), encoding="utf-8")
+    config = {"max_seq_length": 64, "do_lower_case": True}
+    (tmp_path / "sentence_bert_config.json").write_text(json.dumps(config), encoding="utf-8")
     assert_as_sentence_transformers_reads_it(tmp_path, [*TEXTS, "WATER Is wet.", "Ä ñ <MASK> WA"])
 
 
 class Counting(PythonTokenizer):
-    """Counts the characters that it reads."""
+    """Counts the characters that it tokenizes."""
 
-    read = 0
+    characters = 0
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> Encoded:
-        self.read += len(text)
+        self.characters += len(text)
         return super().encode(text, add_special_tokens=add_special_tokens)
 
 
 @pytest.mark.parametrize("truncate", get_args(Truncate))
 @pytest.mark.parametrize("text", ["wa ter ", "a", "猫"])
-def test_of_a_text_much_too_long_only_the_end_that_is_kept_is_read(
-    tmp_path: Path, text: str, truncate: Truncate
-) -> None:
-    made = AutoTokenizer.from_pretrained(save(tmp_path, PHOBERT))
-    counting = Counting(made, lowercase=False, special_tokens=True)
+def test_only_the_kept_end_of_a_much_too_long_text_is_tokenized(tmp_path: Path, text: str, truncate: Truncate) -> None:
+    python_tokenizer = AutoTokenizer.from_pretrained(save(tmp_path, PHOBERT))
+    counting = Counting(python_tokenizer, lowercase=False, special_tokens=True)
     tokenizer = Tokenizer(counting, max_tokens=32)
-    long = text * 100_000
+    long_text = text * 100_000
     if truncate == "NONE":
         with pytest.raises(InputTooLong, match="more than the 32 tokens"):
-            tokenizer.encode([long], prompt="", truncate=truncate)
+            tokenizer.encode([long_text], prompt="", truncate=truncate)
     else:
-        (kept,) = tokenizer.encode([long], prompt="", truncate=truncate)
+        (kept,) = tokenizer.encode([long_text], prompt="", truncate=truncate)
         (expected,) = tokenizer.encode([text * 500], prompt="", truncate=truncate)
         assert (len(kept), kept) == (32, expected)
-    assert counting.read < 5000
+    assert counting.characters < 5000
 
 
-def test_a_package_that_a_tokenizer_needs_is_named_where_it_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_package_that_a_tokenizer_needs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fugashi", None)  # as if it were not installed
     with pytest.raises(MissingDependency, match="You need to install fugashi"):
         load_encoder("test/japanese", save(tmp_path, japanese(word_tokenizer_type="mecab")))

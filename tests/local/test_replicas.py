@@ -1,4 +1,4 @@
-"""One model on several devices: the vectors are those of one alone, and each device has its share of the work."""
+"""One model on several devices: the vectors are those of a single device, and the devices share the work."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ TEXTS = [f"passage number {number} " * (number % 40 + 1) for number in range(200
 
 
 async def vectors(texts: Sequence[str], **settings: Any) -> FloatMatrix:
-    """What a service with these settings makes of the texts."""
+    """Embed texts with a service with these settings."""
     service = build_service(Settings(models=(f"mine={GOLDEN / 'e5' / 'model'}",), cache="off", **settings))
     with anyio.fail_after(SECONDS):
-        answer = await service.create_embedding(EmbeddingRequest(model="mine", input=list(texts), truncate="END"))
+        response = await service.create_embedding(EmbeddingRequest(model="mine", input=list(texts), truncate="END"))
         await service.aclose()
-    return np.array([entry["embedding"] for entry in answer["data"]])
+    return np.array([entry["embedding"] for entry in response["data"]])
 
 
 async def test_several_devices_share_the_batches_and_make_the_vectors_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two CPUs by name; each of the two threads waits for the other once, so that neither takes all of the work."""
+    """Names the CPU twice; each worker thread waits once for the other, so that neither takes all of the work."""
     alone = await vectors(TEXTS)
 
     used: Counter[int] = Counter()
-    both = threading.Barrier(2)
+    barrier = threading.Barrier(2)
     forward = Encoder.forward
 
     def counting(self: Encoder, rows: Sequence[Sequence[int]], skip: int) -> FloatMatrix:
         if threading.current_thread().name.startswith("encode"):
             used[id(self)] += 1
             if used[id(self)] == 1:
-                both.wait(SECONDS)
+                barrier.wait(SECONDS)
         return forward(self, rows, skip)
 
     monkeypatch.setattr(Encoder, "forward", counting)
@@ -55,6 +55,6 @@ async def test_several_devices_share_the_batches_and_make_the_vectors_of_one(mon
     assert len(used) == 2
 
 
-async def test_a_device_that_is_not_here_is_named_whichever_of_them_it_is() -> None:
+async def test_a_missing_device_is_named_wherever_it_is_in_the_list() -> None:
     with pytest.raises(ModelUnavailable, match="the device 'cuda:7' cannot be used here"):
         await vectors(["a"], device="cpu,cuda:7", precision="float32")

@@ -1,4 +1,4 @@
-"""Token vectors that are looked up: those of sentence-transformers' `StaticEmbedding`, and of model2vec's layout."""
+"""Static embeddings: sentence-transformers' `StaticEmbedding`, and model2vec's layout."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.local.checkpoints import (
 @pytest.mark.parametrize(
     "stages", [list, lambda: [Normalize()], lambda: [Dense(WIDTH, 8)]], ids=["alone", "normalized", "dense"]
 )
-def test_token_vectors_may_be_looked_up_without_any_transformer(tmp_path: Path, stages: Modules) -> None:
+def test_static_embeddings_give_the_vectors_of_sentence_transformers(tmp_path: Path, stages: Modules) -> None:
     prompts = {"query": "the question: ", "document": "the text: "}
     model = save_static(tmp_path, *stages(), prompts=prompts)
     texts = [*WORDS, "water " * 3000]
@@ -42,16 +42,16 @@ def test_token_vectors_may_be_looked_up_without_any_transformer(tmp_path: Path, 
     assert_same(ours(tmp_path, texts, "query"), np.asarray(model.encode_query(texts)))
 
 
-def test_token_vectors_that_are_looked_up_have_the_limit_of_their_tokenizer(tmp_path: Path) -> None:
+def test_static_embeddings_have_the_limit_of_their_tokenizer(tmp_path: Path) -> None:
     save_static(tmp_path)
-    cut = {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
-    edit(tmp_path / "tokenizer.json", truncation=cut)
+    truncation = {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
+    edit(tmp_path / "tokenizer.json", truncation=truncation)
 
     assert read_checkpoint(tmp_path).max_tokens == 9
     assert_as_sentence_transformers_reads_it(tmp_path, [*WORDS, "the water is very cold in the river " * 3])
 
 
-def test_a_text_without_any_token_is_refused_where_token_vectors_are_looked_up(tmp_path: Path) -> None:
+def test_a_text_without_any_token_is_refused_by_static_embeddings(tmp_path: Path) -> None:
     save_static(tmp_path)
 
     with pytest.raises(InvalidRequest, match="`text 1` holds nothing that the model's tokenizer keeps"):
@@ -74,8 +74,8 @@ def plain(vectors: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"embeddings": vectors}
 
 
-@pytest.mark.parametrize("rewrite", [plain, shared, weighted, in_half], ids=lambda way: way.__name__)
-def test_token_vectors_may_be_laid_out_as_model2vec_does_or_in_half_precision(
+@pytest.mark.parametrize("rewrite", [plain, shared, weighted, in_half], ids=lambda rewrite: rewrite.__name__)
+def test_static_embeddings_may_have_the_layout_of_model2vec_or_half_precision(
     tmp_path: Path, rewrite: Callable[[torch.Tensor], dict[str, torch.Tensor]]
 ) -> None:
     save_static(tmp_path, Normalize())
@@ -87,11 +87,11 @@ def test_token_vectors_may_be_laid_out_as_model2vec_does_or_in_half_precision(
 
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16", "int8"])
-def test_token_vectors_are_looked_up_in_float32_whatever_the_precision(
+def test_static_embeddings_are_float32_whatever_the_precision(
     tmp_path: Path, precision: Precision, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_static(tmp_path)
-    exact = ours(tmp_path, WORDS)
-    found = encode(load_encoder("test/static", tmp_path, precision=precision), WORDS).vectors
-    assert np.array_equal(found, exact)
+    expected = ours(tmp_path, WORDS)
+    vectors = encode(load_encoder("test/static", tmp_path, precision=precision), WORDS).vectors
+    assert np.array_equal(vectors, expected)
     assert not caplog.records

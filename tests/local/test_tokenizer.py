@@ -1,4 +1,4 @@
-"""Texts to token ids: what is kept of a text that is too long, and what it costs to find out."""
+"""Texts to token ids: how a text that is too long is truncated, and at what cost."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PROMPTS = ["", "query: ", "Instruct: find what answers the question\nQuery: "]
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of tokenizer: whose it is, and how many special tokens it puts before and behind a text."""
+    """A kind of tokenizer: its family, and how many special tokens it adds before and after a text."""
 
     family: FamilyName
     before: int
@@ -58,7 +58,7 @@ TEXTS = st.text(max_size=120) | st.lists(
 
 @functools.cache
 def whole(kind: Kind) -> FastTokenizer:
-    """The kind's tokenizer as its library reads it, which never cuts."""
+    """The kind's tokenizer as the tokenizers library reads it, without truncation."""
     tokenizer = FastTokenizer.from_file(str(kind.path))
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -76,9 +76,9 @@ def encode(tokenizer: Tokenizer, text: str, prompt: str = "", *, truncate: Trunc
 
 
 def parts(kind: Kind, prompt: str, text: str) -> tuple[list[int], list[int], list[int]]:
-    """The whole text's ids: special tokens and prompt, the text's own, and the special ones behind it."""
+    """The ids of the whole text: special tokens and prompt, the text itself, and the special tokens after it."""
     ids = whole(kind).encode(prompt + text).ids
-    # Of the prompt's tokens those are its own that it has alone, too: the last may have joined the text's first.
+    # The prompt's last token may merge with the text's first one; its own are those that it also has alone.
     alone = whole(kind).encode(prompt, add_special_tokens=False).ids if prompt else []
     pairs = zip(alone, ids[kind.before :], strict=False)
     start = kind.before + len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
@@ -94,68 +94,68 @@ def parts(kind: Kind, prompt: str, text: str) -> tuple[list[int], list[int], lis
 @example(text="猫" * 1000, prompt="")
 @example(text=" " * 3000 + "water", prompt="query: ")
 @example(text="water\n" * 500, prompt="query: ")
-def test_of_a_text_that_is_too_long_one_end_of_its_own_tokens_goes(kind: Kind, text: str, prompt: str) -> None:
-    before, own, after = parts(kind, prompt, text)
+def test_a_text_that_is_too_long_loses_tokens_at_one_end_only(kind: Kind, text: str, prompt: str) -> None:
+    before, body, after = parts(kind, prompt, text)
     room = LIMIT - len(before) - len(after)
-    if len(own) <= room:
+    if len(body) <= room:
         for truncate in get_args(Truncate):
-            assert encode(limited(kind), text, prompt, truncate=truncate) == before + own + after
+            assert encode(limited(kind), text, prompt, truncate=truncate) == before + body + after
         return
 
-    assert encode(limited(kind), text, prompt, truncate="END") == before + own[:room] + after
-    assert encode(limited(kind), text, prompt, truncate="START") == before + own[-room:] + after
+    assert encode(limited(kind), text, prompt, truncate="END") == before + body[:room] + after
+    assert encode(limited(kind), text, prompt, truncate="START") == before + body[-room:] + after
     with pytest.raises(InputTooLong) as refused:
         encode(limited(kind), text, prompt)
-    assert (refused.value.tokens, refused.value.allowed) == (len(before) + len(own) + len(after), LIMIT)
+    assert (refused.value.tokens, refused.value.allowed) == (len(before) + len(body) + len(after), LIMIT)
 
 
 @pytest.mark.parametrize("letters", range(2000, 2008))
 @pytest.mark.parametrize("truncate", ["START", "END"])
-def test_a_run_of_one_letter_is_cut_where_the_whole_of_it_would_be(letters: int, truncate: Truncate) -> None:
-    # What its last tokens are depends on how many letters there are, not on how many are looked at.
+def test_a_run_of_one_letter_is_truncated_as_if_it_were_tokenized_as_a_whole(letters: int, truncate: Truncate) -> None:
+    # The last tokens depend on the number of letters in the text, not in the excerpt.
     pieces = {"a": 0, "aa": 1, "aaaa": 2}
     runs = FastTokenizer(models.BPE(vocab=pieces, merges=[("a", "a"), ("aa", "aa")]))
     ids = runs.encode("a" * letters).ids
 
-    cut = encode(Tokenizer(runs, max_tokens=16), "a" * letters, truncate=truncate)
+    truncated = encode(Tokenizer(runs, max_tokens=16), "a" * letters, truncate=truncate)
 
-    assert cut == (ids[:16] if truncate == "END" else ids[-16:])
+    assert truncated == (ids[:16] if truncate == "END" else ids[-16:])
 
 
-def test_a_token_that_the_first_look_parts_is_found_whole() -> None:
-    # Five tokens make the first look 80 characters long, which ends within "abX": with "ab" as with "a", the fifth
-    # token would seem to be "a".
+def test_a_token_that_the_first_excerpt_splits_is_found_whole() -> None:
+    # A limit of five tokens makes the first excerpt 80 characters long. It ends within "abX", and both with "ab" and
+    # with "a" the fifth token would seem to be "a".
     runs = ["c" * 2**power for power in range(7)]
     merges = [(run, run) for run in runs[:-1]] + [("b", "X"), ("a", "bX")]
     pieces = {piece: number for number, piece in enumerate([*runs, "a", "b", "X", "bX", "abX", "d"])}
     tokenizer = FastTokenizer(models.BPE(vocab=pieces, merges=merges))
     text = "c" * 78 + "abX" + "d" * 100
 
-    cut = encode(Tokenizer(tokenizer, max_tokens=5), text, truncate="END")
+    truncated = encode(Tokenizer(tokenizer, max_tokens=5), text, truncate="END")
 
-    assert cut == tokenizer.encode(text).ids[:5]
-    assert cut[-1] == pieces["abX"]
+    assert truncated == tokenizer.encode(text).ids[:5]
+    assert truncated[-1] == pieces["abX"]
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_an_empty_text_has_its_special_tokens_and_its_prompt(kind: Kind) -> None:
+def test_an_empty_text_becomes_special_tokens_and_the_prompt(kind: Kind) -> None:
     assert len(encode(limited(kind), "")) == kind.before + kind.after
     assert encode(limited(kind), "", "query: ") == whole(kind).encode("query: ").ids
 
 
-def test_a_text_of_which_the_tokenizer_keeps_nothing_is_refused() -> None:
+def test_a_text_without_any_token_is_refused() -> None:
     letters = FastTokenizer(models.BPE(vocab={"a": 0}, merges=[]))
 
     with pytest.raises(InvalidRequest, match="`text 1` holds nothing that the model's tokenizer keeps"):
         Tokenizer(letters, max_tokens=16).encode(["a", ""], prompt="", truncate="NONE")
 
 
-def test_what_is_no_text_is_not_the_checkpoints_fault() -> None:
+def test_an_invalid_string_is_not_reported_as_an_invalid_checkpoint() -> None:
     with pytest.raises(TypeError):
         encode(limited(KINDS["WordPiece"]), "half an emoji: \ud83d")
 
 
-def test_the_text_that_is_too_long_is_named_by_its_place() -> None:
+def test_texts_that_are_too_long_are_reported_by_index() -> None:
     with pytest.raises(InputTooLong) as refused:
         limited(KINDS["WordPiece"]).encode(["water", "water " * 50, "water " * 60], prompt="", truncate="NONE")
 
@@ -173,7 +173,7 @@ def test_a_limit_that_leaves_no_room_for_text_is_refused(kind: Kind, truncate: T
 
 
 @pytest.mark.parametrize("name", ["nv-embed-v1", "nv-embed-v2"])
-def test_a_limit_within_nv_embeds_prompt_is_refused_where_its_authors_code_divides_by_zero(name: FamilyName) -> None:
+def test_a_limit_shorter_than_nv_embeds_prompt_is_refused_instead_of_dividing_by_zero(name: FamilyName) -> None:
     (alone,) = encoder(name).tokenize([""], input_type="query", truncate="NONE")
     prompt_tokens = sum(alone.counts) - 1  # without </s>
 
@@ -191,7 +191,7 @@ OTHERS = {"bos_token": "<s>", "eos_token": "</s>"}
 GTE = {"auto_map": {"AutoTokenizer": ["tokenization_qwen.Qwen2Tokenizer", "tokenization_qwen.Qwen2TokenizerFast"]}}
 WATER = [343, 424, 460]
 
-AROUND = [
+SPECIAL_TOKENS = [
     (LLAMA | {"add_eos_token": True}, [1, *WATER, 2]),
     (LLAMA | {"add_eos_token": True, "add_bos_token": False}, [*WATER, 2]),
     (LLAMA | {"add_eos_token": True, "eos_token": {"__type": "AddedToken", "content": "<unk>"}}, [1, *WATER, 0]),
@@ -209,26 +209,26 @@ AROUND = [
     (OTHERS | GTE | {"tokenizer_class": "Qwen2Tokenizer", "add_eos_token": False}, WATER),
     (OTHERS | {"tokenizer_class": "PreTrainedTokenizerFast", "add_eos_token": True}, [1, *WATER]),
 ]
-"""What ``tokenizer_config.json`` says, and what transformers 4.48, or the code that it names, makes of "Water." where
-``tokenizer.json`` says that ``<s>`` goes before a text."""
+"""Fields of ``tokenizer_config.json``, and the ids that transformers 4.48, or the code that it names, makes of "Water."
+with a ``tokenizer.json`` that adds ``<s>`` before a text."""
 
 
-def beside(folder: Path, config: dict[str, Any], *, max_tokens: int = LIMIT) -> Tokenizer:
-    """NV-Embed's tokenizer, with this config beside it."""
+def read_with_config(folder: Path, config: dict[str, Any], *, max_tokens: int = LIMIT) -> Tokenizer:
+    """Read NV-Embed's tokenizer with this ``tokenizer_config.json``."""
     shutil.copy(KINDS["SentencePiece BPE"].path, folder)
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return read_tokenizer(folder, max_tokens=max_tokens)
 
 
-@pytest.mark.parametrize(("config", "ids"), AROUND, ids=str)
-def test_around_a_text_are_the_special_tokens_that_the_model_was_trained_with(
+@pytest.mark.parametrize(("config", "ids"), SPECIAL_TOKENS, ids=str)
+def test_a_text_gets_the_special_tokens_that_the_model_was_trained_with(
     tmp_path: Path, config: dict[str, Any], ids: list[int]
 ) -> None:
-    assert encode(beside(tmp_path, config), "Water.") == ids
+    assert encode(read_with_config(tmp_path, config), "Water.") == ids
 
 
-def test_special_tokens_that_the_config_asks_for_stay_where_a_text_is_cut(tmp_path: Path) -> None:
-    tokenizer = beside(tmp_path, LLAMA | {"add_eos_token": True}, max_tokens=6)
+def test_special_tokens_that_the_config_asks_for_survive_truncation(tmp_path: Path) -> None:
+    tokenizer = read_with_config(tmp_path, LLAMA | {"add_eos_token": True}, max_tokens=6)
 
     assert encode(tokenizer, "Water. Water.", truncate="END") == [1, *WATER, 343, 2]
     assert encode(tokenizer, "Water. Water.", truncate="START") == [1, 460, *WATER, 2]
@@ -237,26 +237,26 @@ def test_special_tokens_that_the_config_asks_for_stay_where_a_text_is_cut(tmp_pa
     assert refused.value.tokens == 8
 
 
-def test_a_special_token_that_the_tokenizer_does_not_have_is_refused_by_file_and_field(tmp_path: Path) -> None:
+def test_a_special_token_that_is_not_in_the_vocabulary_is_refused_by_file_and_field(tmp_path: Path) -> None:
     with pytest.raises(CheckpointInvalid, match=r"tokenizer_config\.json: `eos_token` must be a token .* not '<end>'"):
-        beside(tmp_path, LLAMA | {"add_eos_token": True, "eos_token": "<end>"})
+        read_with_config(tmp_path, LLAMA | {"add_eos_token": True, "eos_token": "<end>"})
 
 
-# --- what it costs ---------------------------------------------------------------------------------------------------
+# --- cost ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Counting:
-    """A tokenizer that counts the characters that it is handed; in all else the one that it is made of."""
+    """Wraps a tokenizer, and counts the characters that it tokenizes."""
 
     tokenizer: FastTokenizer
     characters: int = field(default=0)
-    most: int = field(default=0)  # of them together
+    largest_batch: int = field(default=0)  # in characters
 
     def encode_batch_fast(self, texts: Sequence[str]) -> list[Encoding]:
         characters = sum(map(len, texts))
         self.characters += characters
-        self.most = max(self.most, characters)
+        self.largest_batch = max(self.largest_batch, characters)
         return self.tokenizer.encode_batch_fast(texts)
 
     def __getattr__(self, name: str) -> Any:
@@ -270,7 +270,7 @@ LONG = {
     "digits": "31415926" * (TEN_MEGABYTES // 8),
     "one word": "electroencephalography" * (TEN_MEGABYTES // 22),
 }
-# WordPiece makes one [UNK] of a word of any length, so to such texts the next test applies.
+# WordPiece makes one [UNK] of a word of any length, so its long words are among the texts of few tokens below.
 TOO_LONG = [
     pytest.param(kind, text, id=f"{name}-{text}")
     for name, kind in KINDS.items()
@@ -280,7 +280,7 @@ TOO_LONG = [
 
 
 def cost(kind: Kind, text: str, truncate: Truncate) -> tuple[int, int]:
-    """How many tokens the text becomes, and how many characters the tokenizer was handed for it."""
+    """Return the number of tokens of the text, and how many characters were tokenized for it."""
     counting = Counting(FastTokenizer.from_file(str(kind.path)))
     row = encode(Tokenizer(cast("FastTokenizer", counting), max_tokens=LIMIT), text, truncate=truncate)
     return len(row), counting.characters
@@ -288,7 +288,9 @@ def cost(kind: Kind, text: str, truncate: Truncate) -> tuple[int, int]:
 
 @pytest.mark.parametrize(("kind", "text"), TOO_LONG)
 @pytest.mark.parametrize("truncate", ["START", "END"])
-def test_to_cut_ten_megabytes_costs_about_what_the_kept_part_costs(kind: Kind, text: str, truncate: Truncate) -> None:
+def test_truncating_ten_megabytes_costs_about_as_much_as_the_kept_part(
+    kind: Kind, text: str, truncate: Truncate
+) -> None:
     tokens, characters = cost(kind, LONG[text], truncate)
 
     assert tokens == LIMIT
@@ -304,7 +306,7 @@ def test_to_cut_ten_megabytes_costs_about_what_the_kept_part_costs(kind: Kind, t
     ],
 )
 @pytest.mark.parametrize("end", ["", " water"])
-def test_a_text_of_few_tokens_is_read_to_its_end_however_long_it_is(kind: Kind, text: str, end: str) -> None:
+def test_a_text_of_few_tokens_is_tokenized_to_its_end_however_long_it_is(kind: Kind, text: str, end: str) -> None:
     tokens, characters = cost(kind, text + end, "END")
 
     assert tokens == len(whole(kind).encode(text + end).ids) < LIMIT
@@ -318,7 +320,7 @@ def test_a_text_far_too_long_to_be_counted_is_refused_without_a_number() -> None
     assert refused.value.tokens is None
 
 
-def test_of_texts_that_are_long_few_are_tokenized_together() -> None:
+def test_long_texts_are_tokenized_in_small_batches() -> None:
     counting = Counting(FastTokenizer.from_file(str(KINDS["byte-level BPE"].path)))
     tokenizer = Tokenizer(cast("FastTokenizer", counting), max_tokens=8192)
     texts = [f"{number} water" * 60_000 for number in range(3)]
@@ -327,4 +329,4 @@ def test_of_texts_that_are_long_few_are_tokenized_together() -> None:
 
     assert (refused.value.index, refused.value.others) == (0, [1, 2])
     assert counting.characters == sum(map(len, texts)) + len("coffee")
-    assert counting.most <= 1 << 20
+    assert counting.largest_batch <= 1 << 20
