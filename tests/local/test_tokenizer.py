@@ -177,7 +177,7 @@ def test_a_limit_shorter_than_nv_embeds_prompt_is_refused_instead_of_dividing_by
     (alone,) = encoder(name).tokenize([""], input_type="query", truncate="NONE")
     prompt_tokens = sum(alone.counts) - 1  # without </s>
 
-    for limit in (prompt_tokens - 3, prompt_tokens - 2):
+    for limit in (prompt_tokens - 3, prompt_tokens - 2):  # at which the authors' code divides by zero
         with pytest.raises(InvalidRequest, match="leaves no room for text"):
             bulk.encode(encoder(name, limit), ["Where is the water?"], input_type="query", truncate="END")
     embedded = bulk.encode(encoder(name, prompt_tokens), ["Where is the water?"], input_type="query", truncate="END")

@@ -72,7 +72,7 @@ class Checkpoint:
 
     @property
     def has_own_code(self) -> bool:
-        """Whether the checkpoint names model code of its own, in place of which transformers' class is used."""
+        """Whether the checkpoint names model code of its own, which is not run: transformers' class is used instead."""
         return self.recipe is None and _names_custom_code(self._config_object(self.config))
 
     @property

@@ -124,7 +124,7 @@ def _from_hub(model: str, repository: str) -> Path:
 
 
 def _find_cached(repository: str) -> Path | None:
-    """Return the repository's folder in the cache, if it has weights and all files of the cached listing, if any."""
+    """Return the repository's folder in the cache, or None if it lacks weights, or files of a cached listing."""
     from huggingface_hub import snapshot_download
 
     with contextlib.suppress(Exception):  # raises many classes, all of which mean that it is not cached
