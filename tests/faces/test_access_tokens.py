@@ -19,7 +19,7 @@ from mcp.client.streamable_http import streamable_http_client
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from embeddings_mcp.errors import InvalidSetting, IssuerUnavailable
-from embeddings_mcp.faces.http import access_tokens
+from embeddings_mcp.faces.http import jwks
 from embeddings_mcp.faces.http.access_tokens import TokenVerifier
 from embeddings_mcp.faces.http.app import create_app
 from embeddings_mcp.faces.mcp.server import build_mcp_server
@@ -224,7 +224,7 @@ def test_a_new_key_of_the_issuer_is_found_but_nobody_can_have_him_asked_at_will(
         for _ in range(5):
             assert ask(url, issuer.token("ec")).status_code == 401
         assert issuer.asked == 1
-        monkeypatch.setattr(access_tokens, "PAUSE_SECONDS", 0.0)
+        monkeypatch.setattr(jwks, "REFETCH_SECONDS", 0.0)
         assert ask(url, issuer.token("ec")).status_code == 200
 
 
@@ -250,8 +250,8 @@ def test_a_key_that_the_issuer_has_withdrawn_opens_no_more_once_the_keys_are_old
     with serving_for(issuer) as url:
         assert ask(url, issuer.token("rsa")).status_code == 200
         issuer.published = ["ec"]
-        monkeypatch.setattr(access_tokens, "FRESH_SECONDS", 0.0)
-        monkeypatch.setattr(access_tokens, "PAUSE_SECONDS", 0.0)
+        monkeypatch.setattr(jwks, "MAX_AGE_SECONDS", 0.0)
+        monkeypatch.setattr(jwks, "REFETCH_SECONDS", 0.0)
         assert ask(url, issuer.token("rsa")).status_code == 401
 
 
@@ -266,11 +266,11 @@ def test_a_lone_key_need_not_be_named(issuer: Issuer) -> None:
     [
         (Response(status_code=500), "answers 500"),
         (Response("no JSON"), "cannot be read"),
-        (JSONResponse([]), "no JSON object"),
-        (JSONResponse({"keys": []}), "its keys cannot be read"),
+        (JSONResponse([]), "does not answer with a JSON object"),
+        (JSONResponse({"keys": []}), "its JWKS has no `keys`"),
         (JSONResponse({"keys": [{"kty": "oct", "k": "c2VjcmV0", "kid": "rsa"}]}), None),
         (JSONResponse({"keys": ["rsa", None, {"kty": "RSA", "n": 5}, {"kty": "EC", "crv": "P-256"}]}), None),
-        (Response(b" " * (access_tokens._MOST_BYTES + 1)), "more than 1,048,576 bytes"),
+        (Response(b" " * (jwks._MAX_RESPONSE_BYTES + 1)), "more than 1,048,576 bytes"),
     ],
 )
 def test_an_issuer_that_does_not_say_its_keys_is_no_fault_of_the_token(
@@ -297,7 +297,7 @@ def test_an_issuer_that_is_never_done_with_his_answer_is_not_waited_for(
             yield b" "
             await anyio.sleep(0.05)
 
-    monkeypatch.setattr(access_tokens, "_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(jwks, "_TIMEOUT_SECONDS", 0.5)
     issuer.answer = StreamingResponse(answer())
     with serving_for(issuer) as url:
         refused = ask(url, issuer.token())
@@ -309,8 +309,8 @@ def test_a_known_key_goes_on_to_open_while_the_issuer_is_down(issuer: Issuer, mo
     with serving_for(issuer) as url:
         assert ask(url, issuer.token()).status_code == 200
         issuer.answer = Response(status_code=500)
-        monkeypatch.setattr(access_tokens, "FRESH_SECONDS", 0.0)
-        monkeypatch.setattr(access_tokens, "PAUSE_SECONDS", 0.0)
+        monkeypatch.setattr(jwks, "MAX_AGE_SECONDS", 0.0)
+        monkeypatch.setattr(jwks, "REFETCH_SECONDS", 0.0)
         assert ask(url, issuer.token()).status_code == 200
 
 
