@@ -313,5 +313,5 @@ def test_callers_who_have_made_up_for_all_that_they_asked_are_forgotten(monkeypa
     for caller in range(100_000):
         assert rate.wait(str(caller)) == 0
         clock.now += 0.1  # a request of each takes a minute to make up for
-    assert len(rate._made_up) < 3000
+    assert len(rate._arrival_times) < 3000
     assert rate.wait(str(caller)) > 0

@@ -1,4 +1,4 @@
-"""The HTTP application: the REST and the MCP face behind one guard, with one life, on one port."""
+"""The HTTP application, with REST and MCP on one port behind one guard, and the server that runs it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from embeddings_mcp.faces.http import descriptions, rest
 from embeddings_mcp.faces.http.access_tokens import TokenVerifier
 from embeddings_mcp.faces.http.connection import Connection
 from embeddings_mcp.faces.http.guard import Guard
-from embeddings_mcp.faces.http.instrumentation import Instrumented, metrics_route
+from embeddings_mcp.faces.http.instrumentation import InstrumentationMiddleware, metrics_route
 from embeddings_mcp.faces.preload import preloaded
 from embeddings_mcp.request_limits import Limits
 from embeddings_mcp.service import EmbeddingService
@@ -36,26 +36,27 @@ if sys.platform != "win32":
 logger = logging.getLogger(__name__)
 
 SHUTDOWN_SECONDS = 7
-"""How long requests in progress may go on after the server was told to stop; then they are refused."""
+"""Grace period for requests in flight after a signal to stop; after it they are failed with an error."""
 
-_LAST_SECONDS = 2  # for the refusals to be written; container managers kill what is still there 10 s after its signal
+_FAILING_SECONDS = 2  # for those errors to be written; container runtimes kill a process 10 s after the signal
 
 _OPEN_FILES = 10_240
-"""Files that this process wants to have open, of which a connection is one; macOS allows no more to be asked for."""
+"""Soft limit of open files to ask for, since each connection is one; macOS allows no higher value."""
 
-_ACCEPTED_AT_ONCE = 32
-"""Connections that asyncio accepts in one step. Where files run out it fails as often, and tries again a second later
-for each failure by itself: with many of them that is soon all that it does."""
+_ACCEPT_BATCH = 32
+"""Connections that asyncio accepts in one iteration of the event loop. When the process is out of files, each of these
+accepts fails and schedules a retry of its own one second later; with a large value the event loop would soon do nothing
+else."""
 
-_WAITING = 2048
-"""Connections that may wait in the system until they are accepted."""
+_BACKLOG = 2048
+"""Connections that the kernel queues until they are accepted."""
 
-_SILENCE = 60.0
-"""Seconds for which it is not said again that connections cannot be accepted."""
+_ACCEPT_ERROR_LOG_SECONDS = 60.0
+"""Minimum time between two log records that connections cannot be accepted."""
 
 
 def create_app(service: EmbeddingService, mcp_server: MCPServer, settings: Settings) -> ASGIApp:
-    """The application: ``/v1``, ``/mcp`` and what is published; `service` is closed when its life ends.
+    """Build the application with ``/v1``, ``/mcp`` and the published documents; its lifespan closes `service`.
 
     Raises:
         InvalidSetting: the server would be open to other machines without a key.
@@ -63,11 +64,11 @@ def create_app(service: EmbeddingService, mcp_server: MCPServer, settings: Setti
     mcp_app = mcp_server.streamable_http_app(
         streamable_http_path=paths.MCP,
         # Up to protocol 2025-11-25 a client cancels a call by a second request, which finds the first only through
-        # their session; later protocols have none, whatever is set here. Answers in JSON only would leave out the
-        # progress of long calls.
+        # their session; later protocols have no sessions, whatever is set here. With JSON responses only, the progress
+        # of long calls could not be reported.
         stateless_http=False,
         json_response=False,
-        # The guard limits and checks first; two rules for one thing would only contradict each other.
+        # The guard enforces the body limit, Host and Origin first; the SDK's own checks could only contradict it.
         max_request_body_size=settings.max_body_bytes,
         transport_security=TransportSecuritySettings(enable_dns_rebinding_protection=False),
     )
@@ -75,7 +76,7 @@ def create_app(service: EmbeddingService, mcp_server: MCPServer, settings: Setti
     tokens = TokenVerifier.of(settings)
 
     @contextlib.asynccontextmanager
-    async def life(_app: Starlette) -> AsyncIterator[None]:
+    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as stack:
             if tokens is not None:
                 stack.push_async_callback(tokens.aclose)
@@ -92,125 +93,125 @@ def create_app(service: EmbeddingService, mcp_server: MCPServer, settings: Setti
             *mcp_app.routes,
         ],
         exception_handlers=rest.EXCEPTION_HANDLERS,
-        lifespan=life,
+        lifespan=lifespan,
     )
     guard = Guard(app, settings, tokens)
     if not settings.cors_origins:
-        return Instrumented(guard)
-    # Outside of the guard, since a browser shows no key when it asks beforehand whether a page may.
-    pages = CORSMiddleware(
+        return InstrumentationMiddleware(guard)
+    # Outside the guard, since a browser sends no key with a preflight request.
+    cors = CORSMiddleware(
         guard,
         allow_origins=settings.cors_origins,
         allow_methods=["GET", "POST", "DELETE"],
         allow_headers=["*"],
         expose_headers=["Mcp-Session-Id", "Retry-After", "Server-Timing", "WWW-Authenticate", "X-Request-Id"],
     )
-    return Instrumented(pages)
+    return InstrumentationMiddleware(cors)
 
 
 def serve_http(service: EmbeddingService, mcp_server: MCPServer, settings: Settings) -> None:
-    """Serve until SIGINT or SIGTERM; what is in progress then may go on for `SHUTDOWN_SECONDS`, and is refused after.
+    """Serve until SIGINT or SIGTERM; requests then in flight have `SHUTDOWN_SECONDS` to complete.
 
-    The address is said in one line on stderr once the server listens: port 0 takes a free one.
+    Once the server listens, it writes its address to stderr in one line; port 0 picks a free port.
 
     Raises:
-        InvalidSetting: it cannot listen there, has no usable certificate, or would be open to other machines without a
-            key.
-        ModelUnavailable: the default model is to be loaded first, and cannot be.
+        InvalidSetting: the server cannot listen on the address, the certificate is unusable, or the server would be
+            open to other machines without a key.
+        ModelUnavailable: the default model is to be loaded before the server starts, and cannot be.
     """
     config = uvicorn.Config(
         create_app(service, mcp_server, settings),
         http=Connection,
-        loop="asyncio",  # whatever else is installed: uvloop hangs up on those for whom there is no open file
+        loop="asyncio",  # even where uvloop is installed, which drops connections when it is out of files
         lifespan="on",
         ws="none",
         ssl_certfile=settings.tls_certificate,
         ssl_keyfile=settings.tls_key,
-        log_config=None,  # what is logged and how is settled for the whole process, not here
+        log_config=None,  # logging is configured for the whole process (see `logs`)
         access_log=False,
         server_header=False,
-        proxy_headers=False,  # or whoever comes from loopback chooses his address, and with it his pace
-        backlog=_ACCEPTED_AT_ONCE,
-        timeout_graceful_shutdown=SHUTDOWN_SECONDS + _LAST_SECONDS,
+        proxy_headers=False,  # or a client on loopback could forge its address, and so evade the rate limit
+        backlog=_ACCEPT_BATCH,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS + _FAILING_SECONDS,
     )
     try:
         config.load()
-    except OSError as error:  # which those of TLS are too
+    except OSError as error:  # includes ssl.SSLError
         raise InvalidSetting(
             f"the certificate {settings.tls_certificate} cannot be used: {error.strerror or error}; "
             "EMBEDDINGS_MCP_TLS_CERTIFICATE and, where that file does not hold it, EMBEDDINGS_MCP_TLS_KEY must name "
             "PEM files that belong together"
         ) from error
-    _allow_open_files()
+    _raise_open_files_limit()
     with _listen(settings.host, settings.port) as listener, contextlib.suppress(KeyboardInterrupt):
         _Server(config, listener, service, settings.load).run(sockets=[listener])
 
 
 class _Server(uvicorn.Server):
-    """Says where it listens once it does, and what keeps it from that; leaves no request without an answer."""
+    """uvicorn's server, which also announces its address, logs accept errors, and answers all requests at shutdown."""
 
     def __init__(self, config: uvicorn.Config, listener: socket.socket, service: EmbeddingService, load: Load) -> None:
         super().__init__(config)
         self._load = load
         self._listener = listener
-        self._silent_until = 0.0  # by the event loop's clock
+        self._log_accept_error_at = 0.0  # by the event loop's clock
         self._url = _url(listener, "https" if config.is_ssl else "http")
         self._service = service
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        asyncio.get_running_loop().set_exception_handler(self._on_error)
+        asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
         async with preloaded(self._service, self._load):
             await super().serve(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self._listener.listen(_WAITING)  # for which, and for what is accepted at once, uvicorn has one number
+        self._listener.listen(_BACKLOG)  # again: uvicorn uses one number for the backlog and for the accept batch
         sys.stderr.write(f"embeddings-mcp: serving MCP at {self._url}{paths.MCP} and REST at {self._url}/v1\n")
         sys.stderr.flush()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        refusing = asyncio.create_task(self._refuse_late())
+        failing = asyncio.create_task(self._fail_late_requests())
         try:
             await super().shutdown(sockets)
         finally:
-            refusing.cancel()
+            failing.cancel()
 
-    def _on_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Log what went wrong outside of all requests; that no connection can be accepted, once in a while only."""
+    def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Log an error raised outside of any request; accept errors at a limited rate."""
         if "socket" not in context:
             loop.default_exception_handler(context)
-        elif loop.time() >= self._silent_until:
-            self._silent_until = loop.time() + _SILENCE
+        elif loop.time() >= self._log_accept_error_at:
+            self._log_accept_error_at = loop.time() + _ACCEPT_ERROR_LOG_SECONDS
             logger.error(
-                "No connection can be accepted (%s): raise the limit of open files (ulimit -n), or have a proxy before "
-                "the server that holds fewer",
+                "No connection can be accepted (%s): raise the limit of open files (ulimit -n), or put a proxy that "
+                "opens fewer connections in front of the server",
                 context["exception"],
             )
 
-    async def _refuse_late(self) -> None:
-        """Have the embedders fail what is still in progress: it gets an error, where uvicorn would only hang up."""
+    async def _fail_late_requests(self) -> None:
+        """After the grace period, close the embedders: requests in flight get an error, not a dropped connection."""
         await asyncio.sleep(SHUTDOWN_SECONDS)
         await self._service.aclose()
 
 
-def _allow_open_files() -> None:
-    """Raise the limit of open files, which is 1,024 or 256 on most systems, as far as it may be."""
+def _raise_open_files_limit() -> None:
+    """Raise the soft limit of open files, 1,024 or 256 on most systems, to `_OPEN_FILES` or the hard limit."""
     if sys.platform != "win32":
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, _OPEN_FILES)), hard))
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A socket bound to the address, for the server to listen on."""
+    """Return a socket bound to the address."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # The protocol is said, since asyncio switches Nagle's algorithm off only where it is: else every answer waits
-    # 40 ms for the client's delayed acknowledgement of its own head.
+    # The protocol is given explicitly, since asyncio disables Nagle's algorithm (TCP_NODELAY) only then; otherwise the
+    # body of every response would wait 40 ms for the client's delayed ACK of the head.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        if os.name == "posix":  # elsewhere it would let two servers have one port
+        if os.name == "posix":  # on Windows it would let two servers share a port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
-    except (OSError, TypeError) as error:  # the latter of a name that is not UTF-8
+    except (OSError, TypeError) as error:  # TypeError: a host name that is not valid UTF-8
         listener.close()
         reason = error.strerror if isinstance(error, OSError) else error
         raise InvalidSetting(

@@ -1,9 +1,9 @@
-"""What every HTTP request must pass before any route sees it: host, origin, key or token, pace, room and size.
+"""Access control for every HTTP request: Host, Origin, authentication, rate limit, admission and size.
 
 Listening on loopback keeps other machines out, but not the web pages in this machine's browser: a page can post to
-``http://localhost`` as it likes, and by DNS rebinding reach 127.0.0.1 under a name of its own. So Host, which a browser
-always sends, must name this server, and so must Origin where it sends one. This is the only place that checks it: the
-MCP SDK's own check knows neither our settings nor our other routes, and is switched off.
+``http://localhost`` at will, and by DNS rebinding reach 127.0.0.1 under a host name of its own. So Host, which a
+browser always sends, must name this server, and so must Origin where it is sent. Only this module checks them: the MCP
+SDK's own check knows neither the settings nor the other routes, and is disabled.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from embeddings_mcp.errors import (
 )
 from embeddings_mcp.faces.http.access_tokens import TokenVerifier
 from embeddings_mcp.faces.http.api_keys import Keyring
-from embeddings_mcp.faces.http.in_flight import InFlightLimiter, address_of, values_of
+from embeddings_mcp.faces.http.in_flight import InFlightLimiter, client_address, header_values
 from embeddings_mcp.faces.http.rate_limit import RateLimiter
 from embeddings_mcp.faces.http.rest import error_response, http_error_response
 from embeddings_mcp.settings import Settings
@@ -45,13 +45,13 @@ _AUTHORITY = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\s:/?#@\[\]]+))(?::[0-9]*)?", 
 
 
 class Guard:
-    """An ASGI application that lets through to another only the requests that may pass.
+    """ASGI middleware that refuses requests which may not reach the application.
 
     Args:
-        app: what lies behind.
-        settings: the host and its names, keys, routes that need none, limits of what is in flight, and whether an
-            endpoint has ``caller_keys``.
-        tokens: checks access tokens, where there is an issuer of them.
+        app: the application.
+        settings: the host and its names, keys, routes without a key, rate limit, limits of requests in flight, and
+            whether any endpoint takes ``caller_keys``.
+        tokens: verifies access tokens, where an issuer is configured.
 
     Raises:
         InvalidSetting: the server would be open to other machines without a key.
@@ -72,99 +72,99 @@ class Guard:
             self._keyless_paths |= {urlsplit(tokens.metadata_url).path}
         self._origins = frozenset(settings.cors_origins)
         self._rate = None if settings.requests_per_minute is None else RateLimiter(settings.requests_per_minute)
-        self._room = InFlightLimiter(settings)
-        self._names = _LOOPBACK_NAMES | {
-            _name(host) or host.lower() for host in (settings.host, *settings.allowed_hosts)
+        self._in_flight = InFlightLimiter(settings)
+        self._hosts = _LOOPBACK_NAMES | {
+            _host_in(host) or host.lower() for host in (settings.host, *settings.allowed_hosts)
         }
         self._takes_caller_keys = any(endpoint.caller_keys for endpoint in settings.endpoints)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer the request in place of the application behind, or pass it on."""
+        """Pass the request on to the application, or respond with an error."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        posts = scope["method"] == "POST"
+        is_post = scope["method"] == "POST"
         try:
-            caller = await self._admit(scope)
-            if posts:
-                receive = await self._room.admit(scope, receive, None if caller is None else _called(caller))
-            # Whoever watches the server shares no pace with strangers, who could have it taken for dead.
+            caller = await self._check(scope)
+            if is_post:
+                receive = await self._in_flight.admit(scope, receive, None if caller is None else _name_of(caller))
+            # Health probes have no rate limit: others at the same address could use it up, and the server seem dead.
             if scope["path"] not in self._keyless_paths:
-                self._check_pace(address_of(scope) if caller is None else _called(caller))
+                self._check_rate(client_address(scope) if caller is None else _name_of(caller))
         except EmbeddingsError as error:
             await error_response(error)(scope, receive, send)
             return
         except HTTPException as error:
             await http_error_response(error.status_code, error.detail, error.headers)(scope, receive, send)
             return
-        if values_of(scope, b"x-forwarded-proto") == ["https"]:
-            # By a proxy with TLS before us: addresses in our answers are for its callers. Of all that proxies say this
-            # alone is believed, since whoever makes it up only gets addresses that are of no use to him.
+        if header_values(scope, b"x-forwarded-proto") == ["https"]:
+            # Set by a TLS-terminating proxy: URLs in responses must have its scheme. This is the only header of a proxy
+            # that is trusted, since a client that forges it only gets URLs that do not work for it.
             scope["scheme"] = "https"
         with contextlib.ExitStack() as stack:
             if caller is not None:
-                # By this the MCP SDK sees to it that a session is its owner's only.
+                # By this, the MCP SDK restricts a session to the user who opened it.
                 scope["user"] = AuthenticatedUser(caller)
-                stack.enter_context(with_caller_name(_called(caller)))
-            # Whoever is asked for no key could try out those of others otherwise: a probe asks the endpoint, too.
-            if scope["path"] not in self._keyless_paths and (keys := values_of(scope, _CALLER_KEY)):
+                stack.enter_context(with_caller_name(_name_of(caller)))
+            # Not on routes without authentication: a readiness probe sends a request to the endpoint, so anybody could
+            # use one to test stolen keys.
+            if scope["path"] not in self._keyless_paths and (keys := header_values(scope, _CALLER_KEY)):
                 stack.enter_context(with_caller_key(SecretStr(keys[0])))
-            # A GET of MCP is a stream of what the server has to say, for as long as the client stays.
-            if posts:
-                receive = stack.enter_context(self._room.in_flight(receive))
+            # A GET is not counted: on the MCP route it is a stream of server messages, open while the client stays.
+            if is_post:
+                receive = stack.enter_context(self._in_flight.in_flight(receive))
             await self._app(scope, receive, send)
 
-    async def _admit(self, scope: Scope) -> AccessToken | None:
-        """Who sent a request that may pass; None where nobody is asked.
+    async def _check(self, scope: Scope) -> AccessToken | None:
+        """Check everything in a request's head, and return its caller; None where no authentication is required.
 
         Raises:
-            HTTPException: it is addressed to another server, or comes from a foreign page.
-            EmbeddingsError: it shows no key and no token, has a header that cannot be, or is too large.
+            HTTPException: the head is ambiguous, names another host, or has a foreign Origin.
+            EmbeddingsError: the caller is not authenticated, a header is invalid, or the body is too large.
         """
-        if values_of(scope, b"content-length") and values_of(scope, b"transfer-encoding"):
-            # A proxy before us may have believed the other one of the two: what it took for a body would be a request
-            # to us, which it never checked (RFC 9112, section 11.2).
+        if header_values(scope, b"content-length") and header_values(scope, b"transfer-encoding"):
+            # Request smuggling (RFC 9112, section 11.2): a proxy that used the other one of these two headers would
+            # take for part of this body what is here a second request, which it never checked.
             raise HTTPException(
                 HTTPStatus.BAD_REQUEST,
                 "a request has either a Content-Length or a Transfer-Encoding, not both",
                 {"Connection": "close"},
             )
-        self._check_address(scope)
+        self._check_host_and_origin(scope)
         if scope["path"] in self._keyless_paths:
             return None
-        caller = await self._caller(scope)
-        if (keys := values_of(scope, _CALLER_KEY)) and (problem := self._problem_of(keys)):
-            raise InvalidRequest(problem)
-        self._room.check_length(scope)
+        caller = await self._authenticate(scope)
+        self._check_caller_key(scope)
+        self._in_flight.check_length(scope)
         return caller
 
-    def _check_pace(self, caller: str) -> None:
-        """Refuse what a caller sends beyond his number of requests in a minute.
+    def _check_rate(self, caller: str) -> None:
+        """Enforce the rate limit.
 
         Raises:
-            RateLimited: this is one too many.
+            RateLimited: the caller has exceeded it.
         """
         if self._rate is not None and (wait := self._rate.wait(caller)):
             raise RateLimited(
-                "so many requests in a minute are more than this server takes from one caller: try again in "
-                f"{math.ceil(wait)} s, or send more texts in one request",
+                f"more requests in a minute than this server takes from one caller: try again in {math.ceil(wait)} s, "
+                "or send more texts in one request",
                 retry_after=wait,
             )
 
-    def _check_address(self, scope: Scope) -> None:
-        """Refuse what is addressed to another server, or sent by a foreign page."""
-        hosts = values_of(scope, b"host")
-        # Probes in HTTP/1.0 send none; and whatever sends none is no browser, so there is no page behind it.
-        if hosts and not self._is_ours(", ".join(hosts), scope):
+    def _check_host_and_origin(self, scope: Scope) -> None:
+        """Refuse a request that is addressed to another host, or sent by a page of another origin."""
+        hosts = header_values(scope, b"host")
+        # Probes over HTTP/1.0 send no Host; a browser always does, so without one there is no page to protect against.
+        if hosts and not self._is_own_host(", ".join(hosts), scope):
             raise HTTPException(
                 HTTPStatus.MISDIRECTED_REQUEST,
                 f"this server is not called {', '.join(hosts)[:100]!r}; if it should be, have whoever runs it add that "
                 "name to its allowed hosts (EMBEDDINGS_MCP_ALLOWED_HOSTS)",
             )
-        for origin in values_of(scope, b"origin"):
+        for origin in header_values(scope, b"origin"):
             scheme, _, authority = origin.partition("://")
-            ours = scheme in {"http", "https"} and self._is_ours(authority, scope)
-            if not ours and origin.lower() not in self._origins:
+            same_host = scheme in {"http", "https"} and self._is_own_host(authority, scope)
+            if not same_host and origin.lower() not in self._origins:
                 raise HTTPException(
                     HTTPStatus.FORBIDDEN,
                     f"pages of {origin[:100]!r} may not use this server; if they should, have whoever runs it add the "
@@ -172,68 +172,82 @@ class Guard:
                     "hosts (EMBEDDINGS_MCP_ALLOWED_HOSTS)",
                 )
 
-    def _is_ours(self, authority: str, scope: Scope) -> bool:
+    def _is_own_host(self, authority: str, scope: Scope) -> bool:
         """Whether this ``host:port`` names this server.
 
-        The numeric address that the connection came in on always does: rebinding takes a name, and of a server that
-        listens on all addresses (0.0.0.0) nobody could list them.
+        The numeric address that the connection was made to always does: DNS rebinding needs a name, and the addresses
+        of a server that listens on all of them (0.0.0.0) cannot be listed in the settings.
         """
-        name = _name(authority)
-        if name is None:
+        host = _host_in(authority)
+        if host is None:
             return False
         server = scope.get("server")
-        reached = server is not None and name == server[0] and numeric_address(name) is not None
-        return reached or name in self._names
+        is_server_address = server is not None and host == server[0] and numeric_address(host) is not None
+        return is_server_address or host in self._hosts
 
-    async def _caller(self, scope: Scope) -> AccessToken | None:
-        """Whose key or token the request shows; None where none is asked for."""
+    async def _authenticate(self, scope: Scope) -> AccessToken | None:
+        """Return the owner of the request's API key or access token; None where neither is required.
+
+        Raises:
+            AuthenticationFailed: it has neither a known key nor a valid token.
+            InsufficientScope: its token lacks a required scope.
+            IssuerUnavailable: its token cannot be verified.
+        """
         if not self._keys.in_use and self._tokens is None:
             return None
-        values = values_of(scope, b"authorization")
-        scheme, _, shown = values[0].partition(" ") if len(values) == 1 else ("", "", "")
-        shown = shown.strip() if scheme.lower() == "bearer" else ""
-        if shown and (owner := self._keys.owner(shown.encode("latin-1"))) is not None:
+        values = header_values(scope, b"authorization")
+        scheme, _, credential = values[0].partition(" ") if len(values) == 1 else ("", "", "")
+        credential = credential.strip() if scheme.lower() == "bearer" else ""
+        if credential and (owner := self._keys.owner(credential.encode("latin-1"))) is not None:
             return AccessToken(token="", client_id=owner, scopes=[])
         if self._tokens is None:
             raise AuthenticationFailed(
-                "this server asks for its API key, in the header `Authorization: Bearer KEY`; there was none, or "
-                "another one"
+                "this server requires its API key, in the header `Authorization: Bearer KEY`; it is missing or wrong"
             )
         challenge = f'Bearer resource_metadata="{self._tokens.metadata_url}"'
-        access = await self._tokens.verify_token(shown) if shown else None
-        if access is None:
+        token = await self._tokens.verify_token(credential) if credential else None
+        if token is None:
             raise AuthenticationFailed(
-                "this server asks for an access token, in the header `Authorization: Bearer TOKEN`; there was none, or "
-                f"one that has run out or is not for this server. {self._tokens.metadata_url} says who makes them",
-                challenge=f'{challenge}, error="invalid_token"' if shown else challenge,
+                "this server requires an access token, in the header `Authorization: Bearer TOKEN`; it is missing, "
+                f"expired or not for this server. {self._tokens.metadata_url} names the issuer to get one from",
+                challenge=f'{challenge}, error="invalid_token"' if credential else challenge,
             )
-        if missing := [wanted for wanted in self._tokens.scopes if wanted not in access.scopes]:
-            wanted = " ".join(self._tokens.scopes)
+        if missing := [name for name in self._tokens.scopes if name not in token.scopes]:
+            required = " ".join(self._tokens.scopes)
             raise InsufficientScope(
-                f"the access token lacks the scope {' '.join(missing)}: ask its issuer for one with `scope` {wanted!r}",
-                challenge=f'{challenge}, error="insufficient_scope", scope="{wanted}"',
+                f"the access token lacks the scope {' '.join(missing)}: ask its issuer for one with `scope` "
+                f"{required!r}",
+                challenge=f'{challenge}, error="insufficient_scope", scope="{required}"',
             )
-        return access
+        return token
 
-    def _problem_of(self, caller_keys: list[str]) -> str | None:
-        """Why a caller may not bring these keys for an endpoint; they are not repeated."""
+    def _check_caller_key(self, scope: Scope) -> None:
+        """Check the caller's own key for an endpoint, if the request has one; errors do not quote it.
+
+        Raises:
+            InvalidRequest: no endpoint takes callers' keys, or the header is malformed.
+        """
+        keys = header_values(scope, _CALLER_KEY)
+        if not keys:
+            return
         if not self._takes_caller_keys:
-            return (
+            raise InvalidRequest(
                 f"this server takes no keys of its callers: leave the header {CALLER_KEY_HEADER} out, or have whoever "
                 "runs the server set `caller_keys` for the endpoint that it is for"
             )
-        (key, *others) = caller_keys
+        (key, *others) = keys
         if others or not (key.isascii() and key.isprintable() and key) or " " in key:
-            return f"the header {CALLER_KEY_HEADER} must hold one key, and nothing that no key has: copy it anew"
-        return None
+            raise InvalidRequest(
+                f"the header {CALLER_KEY_HEADER} must hold one key, without characters that no key has: copy it again"
+            )
 
 
-def _called(caller: AccessToken) -> str:
-    """What tells the caller from others: the name of an API key, or whom a token speaks for."""
+def _name_of(caller: AccessToken) -> str:
+    """The caller's identity: the subject of a token (its client where it has no subject), or the name of an API key."""
     return caller.subject or caller.client_id
 
 
-def _name(authority: str) -> str | None:
-    """The name in ``name:port``, ``name`` or ``[ipv6]:port``, in lower case; None where it is none of these."""
+def _host_in(authority: str) -> str | None:
+    """The host in ``host:port``, ``host`` or ``[ipv6]:port``, in lower case; None if it has none of these forms."""
     match = _AUTHORITY.fullmatch(authority)
     return (match[1] or match[2]).lower() if match else None

@@ -1,4 +1,4 @@
-"""How much may be in flight at once: requests, and the bytes of their bodies."""
+"""Admission control: how many requests, and how many bytes of their bodies, may be in flight at once."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from embeddings_mcp.reservations import Reservations
 from embeddings_mcp.settings import Settings
 
 BODY_SECONDS = 60.0
-"""Longest that a request's body may take to arrive: who sends a byte now and then would keep others out for ever."""
+"""Timeout for a request's whole body; otherwise a client that sends a byte now and then could hold a slot forever."""
 
-_SOON = 1.0
-"""Seconds after which it is worth asking again where the bodies are too much together: nobody knows when one ends."""
+_BYTES_RETRY_SECONDS = 1.0
+"""Retry-After where the bodies in flight exceed their limit: there is no estimate of when one of them ends."""
 
-_COUNTING_SECONDS = 0.5
-"""For so long it is counted how many requests end, to tell how fast they do: those of a batch end together."""
+_RATE_WINDOW_SECONDS = 0.5
+"""Window over which ended requests are counted, to estimate their rate: those of one batch end together."""
 
-_ALIKE = 256
-"""Requests refused that may be alike in all by which they are known again."""
+_MAX_IDENTICAL = 256
+"""Reservations for refused requests that cannot be told apart."""
 
-_GLANCE_SECONDS = 0.02
-"""For so long the beginning of a body is waited for, to know a request again where there is no place for all."""
+_PEEK_SECONDS = 0.02
+"""Timeout for the beginning of a body, which helps to recognize a refused request when it is retried."""
 
-_GLANCE_BYTES = 1024
-"""Length of that beginning; less than arrives in one piece, however it is cut on its way."""
+_PEEK_BYTES = 1024
+"""Length of that beginning; small enough to arrive in one message, however the network splits the body."""
 
 
 class InFlightLimiter:
-    """The places for requests in flight, and what their bodies may have.
+    """Limits the requests in flight, the bytes of their bodies together, and the size of one body.
 
     Args:
-        settings: read are the limits of requests and bytes in flight, and of one body.
+        settings: `max_requests_in_flight`, `max_bytes_in_flight` and `max_body_bytes` are the limits.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -47,48 +47,48 @@ class InFlightLimiter:
         self._max_bytes = settings.max_bytes_in_flight
         self._max_body_bytes = settings.max_body_bytes
         self._requests = self._bytes = 0
-        self._turns = Reservations(self._max_requests, alike=_ALIKE)
-        self._counted: tuple[float, int] | None = None  # since when, by the monotonic clock, how many requests ended
-        self._ends_per_second = 0.0  # 0 until it is known
+        self._reservations = Reservations(self._max_requests, alike=_MAX_IDENTICAL)
+        self._rate_window: tuple[float, int] | None = None  # its start by the monotonic clock, requests ended since
+        self._ends_per_second = 0.0  # exponential moving average; 0 until it is known
 
     def check_length(self, scope: Scope) -> None:
-        """Refuse a body that says itself that it is too large.
+        """Refuse a request whose Content-Length is over the limit of one body.
 
         Raises:
-            PayloadTooLarge: it does.
+            PayloadTooLarge: it is.
         """
-        if any(_number(value) > self._max_body_bytes for value in values_of(scope, b"content-length")):
+        if any(_content_length(value) > self._max_body_bytes for value in header_values(scope, b"content-length")):
             raise self._too_large()
 
     async def admit(self, scope: Scope, receive: Receive, caller: str | None) -> Receive:
-        """Find a request a place among those in flight; returns its `receive`.
+        """Admit a request if there is a free slot, or one reserved for it; return the `receive` to go on with.
 
         Raises:
-            TooBusy: there is none.
+            TooBusy: there is no slot.
         """
-        if not self._turns.is_contended(1, used=self._requests):
+        if not self._reservations.is_contended(1, used=self._requests):
             return receive
-        beginning, receive = await _glance(receive)
-        who = (
+        beginning, receive = await _peek_body(receive)
+        fingerprint = (
             caller,
-            address_of(scope),
+            client_address(scope),
             scope["path"],
-            *values_of(scope, b"content-length"),
+            *header_values(scope, b"content-length"),
             hash(beginning),
         )
-        if wait := self._turns.wait(who, 1, used=self._requests, per_second=self._ends_per_second):
+        if wait := self._reservations.wait(fingerprint, 1, used=self._requests, per_second=self._ends_per_second):
             raise TooBusy(
                 f"{self._requests:,} requests are in flight already: try again in {wait:.0f} s", retry_after=wait
             )
-        self._turns.admitted(who)
+        self._reservations.admitted(fingerprint)
         return receive
 
     @contextlib.contextmanager
     def in_flight(self, receive: Receive) -> Iterator[Receive]:
-        """Counts a request as in flight, and gives its `receive`, which raises what is wrong with its body.
+        """Count a request as in flight during the block; yield a `receive` that enforces the limits of its body.
 
-        That is `PayloadTooLarge` for a body over its limit, `TooBusy` where all bodies in flight are over theirs
-        together, and an `HTTPException` where the body does not arrive in time.
+        It raises `PayloadTooLarge` for a body over its limit, `TooBusy` where all bodies in flight together are over
+        theirs, and an `HTTPException` (408) where the body does not arrive in time.
         """
         received = 0
         complete = False
@@ -105,15 +105,16 @@ class InFlightLimiter:
                     HTTPStatus.REQUEST_TIMEOUT, f"the request body did not arrive within {BODY_SECONDS:.0f} s"
                 )
             complete = not message.get("more_body", False)
-            more = len(message.get("body", b""))
-            received += more
-            self._bytes += more
+            size = len(message.get("body", b""))
+            received += size
+            self._bytes += size
             if received > self._max_body_bytes:
                 raise self._too_large()
             if self._bytes > self._max_bytes:
                 raise TooBusy(
-                    f"the requests in flight have {self._max_bytes:,} bytes already: try again in {_SOON:.0f} s",
-                    retry_after=_SOON,
+                    f"the requests in flight have {self._max_bytes:,} bytes already: "
+                    f"try again in {_BYTES_RETRY_SECONDS:.0f} s",
+                    retry_after=_BYTES_RETRY_SECONDS,
                 )
             return message
 
@@ -128,21 +129,21 @@ class InFlightLimiter:
             self._bytes -= received
 
     def _note_end(self) -> None:
-        """Learn how fast requests end, and make room for others."""
-        if self._requests * 2 < self._max_requests:  # how fast they do when few come is not how fast they could
-            self._counted = None
+        """Update the estimate of how fast requests end."""
+        if self._requests * 2 < self._max_requests:  # under low load the rate says nothing about the capacity
+            self._rate_window = None
             return
         now = time.monotonic()
-        if self._counted is None:
-            self._counted = now, 0
+        if self._rate_window is None:
+            self._rate_window = now, 0
             return
-        since, ends = self._counted
-        if now - since < _COUNTING_SECONDS:
-            self._counted = since, ends + 1
+        start, ended = self._rate_window
+        if now - start < _RATE_WINDOW_SECONDS:
+            self._rate_window = start, ended + 1
             return
-        rate = (ends + 1) / (now - since)
+        rate = (ended + 1) / (now - start)
         self._ends_per_second = (self._ends_per_second or rate) * 0.5 + rate * 0.5
-        self._counted = now, 0
+        self._rate_window = now, 0
 
     def _too_large(self) -> PayloadTooLarge:
         return PayloadTooLarge(
@@ -150,33 +151,33 @@ class InFlightLimiter:
         )
 
 
-async def _glance(receive: Receive) -> tuple[bytes, Receive]:
-    """The beginning of a request's body, if it is about to be there, and a `receive` that has it still."""
-    with anyio.move_on_after(_GLANCE_SECONDS) as scope:
+async def _peek_body(receive: Receive) -> tuple[bytes, Receive]:
+    """Return the beginning of a request's body (empty if it does not arrive in time), and a `receive` to replay it."""
+    with anyio.move_on_after(_PEEK_SECONDS) as scope:
         first = await receive()
     if scope.cancelled_caught:
         return b"", receive
-    seen: list[Message] = [first]
+    peeked: list[Message] = [first]
 
-    async def again() -> Message:
-        return seen.pop() if seen else await receive()
+    async def replaying() -> Message:
+        return peeked.pop() if peeked else await receive()
 
-    return first.get("body", b"")[:_GLANCE_BYTES], again
+    return first.get("body", b"")[:_PEEK_BYTES], replaying
 
 
-def address_of(scope: Scope) -> str:
-    """Where the request came from; callers behind one proxy are not told apart."""
+def client_address(scope: Scope) -> str:
+    """The address that the request came from; clients behind one proxy share one."""
     host, _port = scope.get("client") or ("", 0)
     return str(host)
 
 
-def values_of(scope: Scope, name: bytes) -> list[str]:
-    """The header's values; latin-1 reads every byte, so no header can fail here."""
+def header_values(scope: Scope, name: bytes) -> list[str]:
+    """All values of a header; latin-1 decodes any byte, so this cannot fail."""
     return [value.decode("latin-1") for key, value in scope["headers"] if key == name]
 
 
-def _number(value: str) -> int:
-    """A Content-Length; one that is no number is the HTTP server's to refuse."""
+def _content_length(value: str) -> int:
+    """Parse a Content-Length; 0 if it is not a number, which the HTTP server refuses."""
     try:
         return int(value)
     except ValueError:

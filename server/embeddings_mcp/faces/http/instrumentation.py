@@ -1,4 +1,4 @@
-"""The outermost layer of the HTTP server: it gives every request an id, and sees how each one ends."""
+"""The outermost middleware of the HTTP server: request ids, metrics, a span and an access log record per request."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ _PREFIXES = ("/v1/models/", "/skills", "/.well-known/")
 _tracer = trace.get_tracer("embeddings-mcp")
 
 
-class Instrumented:
-    """An ASGI application that sees how another answers.
+class InstrumentationMiddleware:
+    """ASGI middleware that identifies, traces, counts and logs requests.
 
-    A caller may give his request an id, in ``X-Request-Id``; else, or where it is nothing that a log should hold, it
-    gets one. The answer has it in the same header, and so have the log records of the request.
+    The request id is the caller's ``X-Request-Id``, or a generated one where that is missing or unsafe to log. It is
+    returned in the same header, and added to the log records of the request.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, and count it once its answer has ended."""
+        """Pass the request on; record its metrics and log it when it has ended."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -62,7 +62,7 @@ class Instrumented:
         request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
         route = route_of(scope["path"])
         method = scope["method"] if scope["method"] in _METHODS else "other"
-        status = 499  # of those who hang up before there is an answer
+        status = 499  # stays where the client disconnects before a response is started
         began = time.perf_counter()
 
         async def send_with_id(message: Message) -> None:
@@ -79,7 +79,7 @@ class Instrumented:
                 context=extract(dict(headers)),
                 kind=SpanKind.SERVER,
                 attributes={"http.request.method": method, "http.route": route, "request.id": request_id},
-                record_exception=False,  # its message may quote a caller
+                record_exception=False,  # an exception's message may quote input
             ) as span:
                 await self._app(scope, receive, send_with_id)
                 span.set_attribute("http.response.status_code", status)
@@ -97,14 +97,14 @@ class Instrumented:
 
 
 def route_of(path: str) -> str:
-    """The route that a path belongs to, of the few that there are."""
+    """The route of a path, as one of a fixed set of labels."""
     if path in _PATHS:
         return path
     return next((f"{prefix.rstrip('/')}/*" for prefix in _PREFIXES if path.startswith(prefix)), "other")
 
 
 def metrics_route() -> Route:
-    """What Prometheus asks for."""
+    """The route that Prometheus scrapes."""
 
     async def metrics(_request: Request) -> Response:
         return Response(generate_latest(telemetry.REGISTRY), headers={"Content-Type": CONTENT_TYPE_LATEST})

@@ -1,18 +1,18 @@
-"""How often each caller may ask."""
+"""Rate limit: how many requests a minute each caller may send."""
 
 from __future__ import annotations
 
 import time
 
-_FEW = 1024
-"""Callers up to which nobody is forgotten."""
+_MIN_PRUNE_SIZE = 1024
+"""Callers up to which no entry is pruned."""
 
 
 class RateLimiter:
-    """At most so many requests of each caller at once, and from then on at an even pace.
+    """Allow each caller a burst of `per_minute` requests, and then requests at that rate.
 
-    This is the generic cell rate algorithm: of each caller it keeps only the moment at which he will have made up for
-    all that he has asked; and nothing of those who have, once there are many.
+    This is the generic cell rate algorithm (GCRA). Per caller it stores one number: the theoretical arrival time, at
+    which all of the caller's requests will be paid off. Entries whose time has passed are pruned once there are many.
 
     Args:
         per_minute: requests.
@@ -20,17 +20,17 @@ class RateLimiter:
 
     def __init__(self, per_minute: int) -> None:
         self._interval = 60 / per_minute
-        self._made_up: dict[str, float] = {}
-        self._many = _FEW
+        self._arrival_times: dict[str, float] = {}
+        self._prune_at = _MIN_PRUNE_SIZE
 
     def wait(self, caller: str) -> float:
-        """Seconds until the caller may ask again; 0 where he may now, and then that counts as a request."""
+        """Return the seconds until the caller may send a request; if it is 0, count this request."""
         now = time.monotonic()
-        made_up = max(self._made_up.get(caller, now), now) + self._interval
-        if (wait := made_up - now - 60) > 1e-6:
+        arrival_time = max(self._arrival_times.get(caller, now), now) + self._interval
+        if (wait := arrival_time - now - 60) > 1e-6:
             return wait
-        if len(self._made_up) >= self._many:
-            self._made_up = {other: moment for other, moment in self._made_up.items() if moment > now}
-            self._many = max(_FEW, 2 * len(self._made_up))
-        self._made_up[caller] = made_up
+        if len(self._arrival_times) >= self._prune_at:
+            self._arrival_times = {other: moment for other, moment in self._arrival_times.items() if moment > now}
+            self._prune_at = max(_MIN_PRUNE_SIZE, 2 * len(self._arrival_times))
+        self._arrival_times[caller] = arrival_time
         return 0.0
