@@ -149,7 +149,7 @@ def test_an_answer_is_looked_after_until_it_is_read_or_nobody_reads_it(
         monkeypatch.setattr(connection.Connection, event, telling(getattr(connection.Connection, event)))
     with serving_long_vectors() as url, connected(url) as client:
         client.sendall(request("one"))
-        reading = came.get(timeout=SECONDS)._reading
+        reading = came.get(timeout=SECONDS)._read_timer
         assert reading is not None
         if then == "reads it":
             read_answer(client)
@@ -162,7 +162,7 @@ def test_an_answer_is_looked_after_until_it_is_read_or_nobody_reads_it(
 def test_who_reads_slowly_gets_all_of_his_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "STALL_SECONDS", 2.0)
     waits, looked = threading.Event(), threading.Event()
-    wait, check = connection.Connection.pause_writing, connection.Connection._check_reader
+    wait, check = connection.Connection.pause_writing, connection.Connection._check_progress
 
     def wait_and_tell(self: connection.Connection) -> None:
         wait(self)
@@ -173,7 +173,7 @@ def test_who_reads_slowly_gets_all_of_his_answer(monkeypatch: pytest.MonkeyPatch
         looked.set()
 
     monkeypatch.setattr(connection.Connection, "pause_writing", wait_and_tell)
-    monkeypatch.setattr(connection.Connection, "_check_reader", check_and_tell)
+    monkeypatch.setattr(connection.Connection, "_check_progress", check_and_tell)
     with serving_long_vectors() as url, connected(url) as client:
         client.sendall(request("one"))
         assert waits.wait(SECONDS)

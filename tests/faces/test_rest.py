@@ -128,14 +128,14 @@ def test_a_request_too_large_for_the_event_loop_is_read_all_the_same(client: htt
 )
 @settings(max_examples=50)
 async def test_an_answer_in_pieces_is_the_answer(answer: dict[str, Any]) -> None:
-    pieces = [piece async for piece in rest._pieces(answer)]
+    pieces = [piece async for piece in rest._json_chunks(answer)]
 
     assert b"".join(pieces) == dump_json(answer)
 
 
 ROWS: dict[str, list[Any]] = {
-    "many": [0] * 10 * rest._ROWS_AT_ONCE,
-    "wide": [{"index": 0, "embedding": np.zeros(rest._NUMBERS_AT_ONCE, dtype=np.float32)}] * 10,
+    "many": [0] * 10 * rest._MAX_ROWS_PER_CHUNK,
+    "wide": [{"index": 0, "embedding": np.zeros(rest._MAX_NUMBERS_PER_CHUNK, dtype=np.float32)}] * 10,
 }
 
 
@@ -152,7 +152,7 @@ async def test_other_requests_have_their_turn_between_the_pieces_of_a_large_answ
 
     async with anyio.create_task_group() as group:
         group.start_soon(another)
-        async for _ in rest._pieces({"data": rows}):
+        async for _ in rest._json_chunks({"data": rows}):
             pass
         group.cancel_scope.cancel()
     assert turns >= 10

@@ -1,1 +1,1 @@
-"""The ways in: each translates one wire form to a request of the service and its answer back, and knows no more."""
+"""The interfaces: each only translates between one wire format and the requests and answers of the service."""

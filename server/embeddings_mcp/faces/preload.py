@@ -1,4 +1,4 @@
-"""When the default model is loaded: before the server answers, beside its first answers, or when it is first needed."""
+"""When the default model is loaded: before the server starts (eager), in the background, or on first use (lazy)."""
 
 from __future__ import annotations
 
@@ -18,30 +18,31 @@ logger = logging.getLogger(__name__)
 async def preloaded(
     service: EmbeddingService, load: Load, *, after: Callable[[], Awaitable[object]] | None = None
 ) -> AsyncIterator[None]:
-    """Load the default model of `service` before this block, or beside it, as the setting says.
+    """Load the default model of `service` as the setting says: before this block, concurrently with it, or not at all.
 
     Args:
-        service: whose default model.
+        service: the service whose default model is loaded.
         load: the setting.
-        after: what loading beside the block waits for, so that it holds up no answer that a host waits for.
+        after: awaited before loading in the background, so that loading does not delay an answer that the host is
+            waiting for.
 
     Raises:
-        ModelUnavailable: it is to be loaded before the block, and cannot be.
+        ModelUnavailable: `load` is "eager", and the model cannot be loaded.
     """
     if load == "eager":
         await service.load_default()
-    beside = asyncio.create_task(_load_beside(service, after)) if load == "background" else None
+    task = asyncio.create_task(_load_in_background(service, after)) if load == "background" else None
     try:
         yield
     finally:
-        if beside is not None:
-            beside.cancel()
+        if task is not None:
+            task.cancel()
 
 
-async def _load_beside(service: EmbeddingService, after: Callable[[], Awaitable[object]] | None) -> None:
+async def _load_in_background(service: EmbeddingService, after: Callable[[], Awaitable[object]] | None) -> None:
     if after is not None:
         await after()
     try:
         await service.load_default()
-    except EmbeddingsError as error:  # who asks for a vector tries again, and gets to hear it too
+    except EmbeddingsError as error:  # the first request tries again, and gets the error too
         logger.warning("The default model is not loaded: %s", error.message)

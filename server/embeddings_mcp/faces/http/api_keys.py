@@ -1,8 +1,8 @@
-"""The API keys that open the server over HTTP: which there are, and whose a given one is.
+"""API keys for the HTTP server: generating them, loading them, and finding the owner of a given one.
 
-Keys are known by their SHA-256 only. A slow hash would protect short passwords, which a key is not: those that
-`new_key` makes have 256 random bits. All digests are compared with the given one, each in constant time, so that how
-long it takes tells nothing about any of them.
+Only the SHA-256 of a key is kept. A slow password hash would add nothing: keys are not short passwords, and those from
+`new_key` have 256 random bits. A given key's digest is compared with every known one, each in constant time, so that
+the response time reveals nothing about any of them.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from embeddings_mcp.settings import Settings
 logger = logging.getLogger(__name__)
 
 Digests = tuple[tuple[str, bytes], ...]
-"""The name of each key's owner, and the key's SHA-256."""
+"""Pairs of a key's owner and the key's SHA-256."""
 
-_State = tuple[int, int, int]
-"""What changes whenever a file does."""
+_FileState = tuple[int, int, int]
+"""Modification time in ns, size and inode of a file, to detect changes."""
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 
@@ -31,56 +31,56 @@ _LINE = re.compile(rf"({NAME.pattern})\s+sha256:([0-9a-f]{{64}})")
 
 
 class Keyring:
-    """The keys of the settings: `api_key`, `api_keys` and those in `api_keys_file`, which is read anew when it changes.
+    """The keys in the settings: `api_key`, `api_keys` and those in `api_keys_file`, which is reloaded when it changes.
 
     Raises:
-        InvalidSetting: the file cannot be read, or a key is not given as it should be.
+        InvalidSetting: the file cannot be read, or a key is not in the expected form.
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._fixed = _of_settings(settings)
+        self._settings_keys = _keys_in_settings(settings)
         self._file = settings.api_keys_file
-        self._state = None if self._file is None else _state(self._file)
-        self._of_file: Digests = () if self._file is None else _read(self._file)
-        self._warned: tuple[_State | None, str] | None = None  # of which state of the file, and what was wrong
+        self._file_state = None if self._file is None else _state_of(self._file)
+        self._file_keys: Digests = () if self._file is None else _read_file(self._file)
+        self._last_warning: tuple[_FileState | None, str] | None = None  # the file's state, and the error message
 
     @property
     def in_use(self) -> bool:
-        """Whether callers have to show a key."""
-        return bool(self._fixed) or self._file is not None
+        """Whether callers need a key."""
+        return bool(self._settings_keys) or self._file is not None
 
     def owner(self, key: bytes) -> str | None:
-        """Whose key it is; None where it is nobody's."""
+        """Return the name of the key's owner, or None if the key is unknown."""
         self._refresh()
         digest = hashlib.sha256(key).digest()
-        found = None
-        for name, known in (*self._fixed, *self._of_file):
-            # No way out at the first that fits: the place of a key is none of the caller's business either.
+        owner = None
+        for name, known in (*self._settings_keys, *self._file_keys):
+            # No early exit at a match: that would reveal the position of the key.
             if hmac.compare_digest(digest, known):
-                found = name
-        return found
+                owner = name
+        return owner
 
     def _refresh(self) -> None:
-        """Read the file anew if it has changed; the keys stay as they are for as long as it cannot be read."""
-        if self._file is None or (state := _state(self._file)) == self._state:
+        """Reload the file if it has changed; as long as it cannot be read, keep the keys."""
+        if self._file is None or (state := _state_of(self._file)) == self._file_state:
             return
         try:
-            self._of_file = _read(self._file)
+            self._file_keys = _read_file(self._file)
         except InvalidSetting as error:
-            if self._warned != (state, error.message):
-                self._warned = state, error.message
-                logger.warning("The API keys stay as they were: %s", error.message)
+            if self._last_warning != (state, error.message):
+                self._last_warning = state, error.message
+                logger.warning("The API keys were not reloaded, and the previous ones stay valid: %s", error.message)
         else:
-            self._state = state
-            self._warned = None
-            logger.warning("The API keys were read anew from %s: %d", self._file, len(self._of_file))
+            self._file_state = state
+            self._last_warning = None
+            logger.warning("%d API keys were reloaded from %s", len(self._file_keys), self._file)
 
 
 def new_key(name: str) -> tuple[str, str]:
-    """A new key of `name`, and the line that makes a file of keys know it.
+    """Generate a key for `name`; return it and its line for the file of keys.
 
     Raises:
-        InvalidSetting: it is no name that a key can have.
+        InvalidSetting: `name` is not allowed.
     """
     if not NAME.fullmatch(name):
         raise InvalidSetting(
@@ -90,27 +90,27 @@ def new_key(name: str) -> tuple[str, str]:
     return key, f"{name} sha256:{hashlib.sha256(key.encode()).hexdigest()}"
 
 
-def _of_settings(settings: Settings) -> Digests:
+def _keys_in_settings(settings: Settings) -> Digests:
     keys: list[tuple[str, str]] = []
     if settings.api_key is not None and (key := settings.api_key.get_secret_value()):
         keys.append(("api-key", key))
-    for place, entry in enumerate(settings.api_keys.get_secret_value().split() if settings.api_keys else []):
+    for number, entry in enumerate(settings.api_keys.get_secret_value().split() if settings.api_keys else [], 1):
         name, _, key = entry.partition("=")
-        if not key or not NAME.fullmatch(name):  # the entry itself is not repeated: it may be a key
-            raise InvalidSetting(f"entry {place + 1} of EMBEDDINGS_MCP_API_KEYS must be NAME=KEY")
+        if not key or not NAME.fullmatch(name):  # the message does not quote the entry, which may be a key
+            raise InvalidSetting(f"entry {number} of EMBEDDINGS_MCP_API_KEYS must be NAME=KEY")
         keys.append((name, key))
-    # The bytes of the environment, whatever they are: a caller's are compared as they come, too.
+    # The raw bytes of the environment in any encoding, since the bytes of a header are not decoded either.
     return tuple((name, hashlib.sha256(key.encode(errors="surrogateescape")).digest()) for name, key in keys)
 
 
-def _read(file: Path) -> Digests:
-    """The keys that a file holds: a line for each, ``NAME sha256:HEX``; empty lines and those after ``#`` are nothing.
+def _read_file(file: Path) -> Digests:
+    """Read a file of keys: one ``NAME sha256:HEX`` a line; blank lines and comments after ``#`` are ignored.
 
     Raises:
-        InvalidSetting: it cannot be read, or a line is another thing.
+        InvalidSetting: the file cannot be read, or a line has another form.
     """
     try:
-        lines = file.read_text("utf-8-sig").splitlines()  # as editors on Windows write it
+        lines = file.read_text("utf-8-sig").splitlines()  # editors on Windows write a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidSetting(f"the file of API keys {file} cannot be read: {error}") from error
     digests = []
@@ -126,8 +126,8 @@ def _read(file: Path) -> Digests:
     return tuple(digests)
 
 
-def _state(file: Path) -> _State | None:
-    """The state that the file is in; None where it is not there."""
+def _state_of(file: Path) -> _FileState | None:
+    """The state of the file, or None if it does not exist."""
     try:
         status = file.stat()
     except OSError:

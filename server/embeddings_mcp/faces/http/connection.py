@@ -1,7 +1,7 @@
-"""A connection of the HTTP server, whose client must keep up: say what it wants, and read what it is told.
+"""Timeouts of an HTTP connection: for the head of a request to arrive, and for the client to read the response.
 
-A client that does neither would hold on to its connection and, once its request is in flight, to its place among those
-(see `room`), for as long as it likes. uvicorn, whose protocol this is, waits for ever.
+uvicorn, whose protocol class this extends, has neither. A client that sends or reads nothing could then keep its
+connection, and the slot of its request in flight (see `in_flight`), for as long as it likes.
 """
 
 from __future__ import annotations
@@ -21,86 +21,86 @@ if sys.platform == "linux":
 _logger = logging.getLogger(__name__)
 
 HEAD_SECONDS = 30.0
-"""Longest that the head of a request may take to arrive, and the first one to begin."""
+"""Timeout for the whole head of a request; for the first request it starts when the connection is made."""
 
 STALL_SECONDS = 60.0
-"""How often it is looked whether a client reads its answer, while it has not read what there is of it."""
+"""Interval at which the progress of a client that has not yet read its response is checked."""
 
-_LEAST_READ = 16 * 1024
-"""Bytes that it must have read in between: a slow line has 50 times as much."""
+_MIN_READ_BYTES = 16 * 1024
+"""Bytes that it must have read in each interval; a slow line transfers 50 times as much."""
 
 _SO_NWRITE = 0x1024
-"""The option by which macOS tells how much of what was sent a client has not taken; Python has no name for it."""
+"""Socket option of macOS: bytes sent that the client has not acknowledged. Python has no name for it."""
 
 
 class Connection(H11Protocol):
-    """uvicorn's protocol, with a limit to how long it waits for its client.
+    """uvicorn's HTTP protocol, with timeouts for a client that stalls.
 
-    It is that of h11, whatever else happens to be installed: only this one limits the size of a request's head.
+    Based on h11 even where httptools is installed: only h11 limits the size of a request's head.
     """
 
-    _head: asyncio.TimerHandle | None = None
-    _reading: asyncio.TimerHandle | None = None
+    _head_timer: asyncio.TimerHandle | None = None
+    _read_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
-        """Wait for the head of the first request."""
+        """Start the timeout for the head of the first request."""
         super().connection_made(transport)
-        self._await_head()
+        self._start_head_timer()
 
     def data_received(self, data: bytes) -> None:
-        """Wait for the rest of a head, or no longer."""
+        """Start the timeout where a head is incomplete, and cancel it where one is complete."""
         super().data_received(data)
         if self.conn.their_state is h11.IDLE:
-            self._await_head()
-        elif self._head is not None:
-            self._head.cancel()
-            self._head = None
+            self._start_head_timer()
+        elif self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
     def _should_upgrade(self) -> bool:
-        """Answer in HTTP/1.1 who offers another protocol too; uvicorn would warn that a package for it is missing."""
+        """Ignore offers of another protocol and answer in HTTP/1.1; uvicorn would warn that a package is missing."""
         return False
 
     def pause_writing(self) -> None:
-        """Wait for the client to read what was written."""
+        """Start checking whether the client reads its response: the write buffer is full."""
         super().pause_writing()
-        self._await_reader()
+        self._start_read_timer()
 
     def resume_writing(self) -> None:
-        """Go on: it has read most of it."""
+        """Stop checking: the write buffer has drained."""
         super().resume_writing()
-        if self._reading is not None:
-            self._reading.cancel()
+        if self._read_timer is not None:
+            self._read_timer.cancel()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Wait for nothing any more."""
+        """Cancel the timers."""
         super().connection_lost(exc)
-        for timer in (self._head, self._reading):
+        for timer in (self._head_timer, self._read_timer):
             if timer is not None:
                 timer.cancel()
 
-    def _await_head(self) -> None:
-        if self._head is None:
-            self._head = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
+    def _start_head_timer(self) -> None:
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
 
-    def _await_reader(self) -> None:
-        self._reading = self.loop.call_later(STALL_SECONDS, self._check_reader, self._unread())
+    def _start_read_timer(self) -> None:
+        self._read_timer = self.loop.call_later(STALL_SECONDS, self._check_progress, self._unread_bytes())
 
-    def _unread(self) -> int:
-        """Bytes that the client has not taken yet: those held here, and by the system, which may be megabytes more.
+    def _unread_bytes(self) -> int:
+        """Bytes that the client has not received: in the write buffer and, where known, in the kernel's send buffer.
 
-        Of the system's, only Linux and macOS tell.
+        The send buffer may hold megabytes; only Linux and macOS report its size.
         """
         unread = self.transport.get_write_buffer_size()
-        way: socket.socket = self.transport.get_extra_info("socket")
+        sock: socket.socket = self.transport.get_extra_info("socket")
         if sys.platform == "linux":
-            unread += int.from_bytes(fcntl.ioctl(way.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+            unread += int.from_bytes(fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
         elif sys.platform == "darwin":
-            unread += way.getsockopt(socket.SOL_SOCKET, _SO_NWRITE)
+            unread += sock.getsockopt(socket.SOL_SOCKET, _SO_NWRITE)
         return unread
 
-    def _check_reader(self, before: int) -> None:
-        if before - self._unread() >= _LEAST_READ:
-            self._await_reader()
+    def _check_progress(self, unread_before: int) -> None:
+        if unread_before - self._unread_bytes() >= _MIN_READ_BYTES:
+            self._start_read_timer()
             return
-        _logger.info("A client that did not read its answer for %.0f s was hung up on", STALL_SECONDS)
-        self.transport.abort()  # the request ends like that of a client who hung up
+        _logger.info("A connection was closed, since its client did not read the answer for %.0f s", STALL_SECONDS)
+        self.transport.abort()  # the request ends as if the client had disconnected

@@ -1,7 +1,7 @@
-"""What the server says of itself over HTTP: its descriptions, and its Agent Skill.
+"""Routes that describe the server: its published documents (OpenAPI, APIs.json, server card, ...) and its Agent Skill.
 
-The skill's routes have the shapes of Naftiko's skill adapter; the index under ``/.well-known`` is that of
-agentskills.io, version 0.2.0. Files are looked up among those that the skill has, never on the disk.
+The skill's routes follow Naftiko's skill adapter; the index under ``/.well-known`` follows agentskills.io, version
+0.2.0. Files are looked up in the skill loaded in memory, never by path on the disk.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ _DOCUMENTS: Mapping[str, identity.Format] = {
     "/apis.json": "apis-json",
     "/mcp/server-card": "server-card",
 }
-"""Documents that are looked for at places of their own; all are at ``/manifest``."""
+"""Documents with a well-known path of their own; ``/manifest`` serves all of them."""
 
 
 def routes() -> list[Route]:
-    """The routes, all of them to be read only."""
+    """The routes, all of them read-only."""
     return [
         *(Route(path, partial(_document, name)) for path, name in _DOCUMENTS.items()),
         Route("/manifest", _manifest),
         Route("/skills", _catalogue),
-        Route("/skills/{name}", _of_skill(_detail)),
-        Route("/skills/{name}/download", _of_skill(_download)),
-        Route("/skills/{name}/contents", _of_skill(_contents)),
-        Route("/skills/{name}/contents/{file:path}", _of_skill(_file)),
+        Route("/skills/{name}", _skill_endpoint(_detail)),
+        Route("/skills/{name}/download", _skill_endpoint(_download)),
+        Route("/skills/{name}/contents", _skill_endpoint(_contents)),
+        Route("/skills/{name}/contents/{file:path}", _skill_endpoint(_file)),
         Route("/.well-known/agent-skills/index.json", _index),
     ]
 
@@ -57,12 +57,12 @@ def _text(name: identity.Format, url: str) -> str:
 
 
 async def _manifest(request: Request) -> Response:
-    """The capability, or the description that ``format`` asks for."""
-    wanted = request.query_params.get("format", "ikanos")
+    """The document that the query parameter ``format`` names; by default the capability."""
+    requested = request.query_params.get("format", "ikanos")
     for name in FORMATS:
-        if name == wanted:
+        if name == requested:
             return await _document(name, request)
-    return _not_found(f"`format` must be one of {', '.join(FORMATS)}, not {wanted[:100]!r}")
+    return _not_found(f"`format` must be one of {', '.join(FORMATS)}, not {requested[:100]!r}")
 
 
 # --- The skill -------------------------------------------------------------------------------------------------------
@@ -70,18 +70,18 @@ async def _manifest(request: Request) -> Response:
 
 async def _catalogue(_request: Request) -> Response:
     skill = read_skill()
-    entry = {**_about(skill, "description", "license"), "tools": [operation.name for operation in OPERATIONS]}
+    entry = {**_frontmatter(skill, "description", "license"), "tools": [operation.name for operation in OPERATIONS]}
     return _json({"count": 1, "skills": [entry]})
 
 
-def _of_skill(answer: Callable[[Skill, Request], Response]) -> Callable[[Request], Awaitable[Response]]:
-    """The endpoint of a route below ``/skills/{name}``: ours is the only name that there is."""
+def _skill_endpoint(handler: Callable[[Skill, Request], Response]) -> Callable[[Request], Awaitable[Response]]:
+    """The endpoint of a route below ``/skills/{name}``: 404 for any name but that of the only skill."""
 
     async def endpoint(request: Request) -> Response:
         skill, name = read_skill(), request.path_params["name"]
         if name != skill.name:
             return _not_found(f"there is no skill {name[:100]!r}; GET /skills lists them")
-        return answer(skill, request)
+        return handler(skill, request)
 
     return endpoint
 
@@ -96,7 +96,7 @@ def _detail(skill: Skill, _request: Request) -> Response:
         }
         for operation in OPERATIONS
     ]
-    return _json({**_about(skill, "description", "license", "compatibility", "metadata"), "tools": tools})
+    return _json({**_frontmatter(skill, "description", "license", "compatibility", "metadata"), "tools": tools})
 
 
 def _download(skill: Skill, _request: Request) -> Response:
@@ -113,17 +113,17 @@ def _contents(skill: Skill, _request: Request) -> Response:
 
 
 def _file(skill: Skill, request: Request) -> Response:
-    wanted = request.path_params["file"]
-    if wanted not in skill.files:
-        return _not_found(f"the skill has no file {wanted[:100]!r}; it has {', '.join(skill.files)}")
-    file = skill.files[wanted]
+    path = request.path_params["file"]
+    if path not in skill.files:
+        return _not_found(f"the skill has no file {path[:100]!r}; it has {', '.join(skill.files)}")
+    file = skill.files[path]
     return Response(file.content, media_type=file.media_type)
 
 
 async def _index(_request: Request) -> Response:
     skill = read_skill()
     entry = {
-        **_about(skill, "description"),
+        **_frontmatter(skill, "description"),
         "type": "archive",
         "url": f"/skills/{skill.name}/download",
         "digest": digest(skill.archive),
@@ -132,7 +132,7 @@ async def _index(_request: Request) -> Response:
     return _json({"$schema": "https://schemas.agentskills.io/discovery/0.2.0/schema.json", "skills": [entry]})
 
 
-def _about(skill: Skill, *fields: str) -> dict[str, Any]:
+def _frontmatter(skill: Skill, *fields: str) -> dict[str, Any]:
     return {"name": skill.name, **{field: skill.frontmatter[field] for field in fields}}
 
 

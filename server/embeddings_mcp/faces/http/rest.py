@@ -1,8 +1,8 @@
-"""The REST face: the OpenAI and NIM routes under ``/v1``, and every error in OpenAI's envelope.
+"""The REST interface: the OpenAI and NIM routes under ``/v1``, and every error in OpenAI's envelope.
 
-One handler serves every operation of the table that has a path. A caller who hangs up cancels the work. Large answers
-are written in pieces: the JSON encoder holds the interpreter lock, so one long call would stop all other requests, on
-whatever thread it runs.
+One handler serves every operation in `operations` that has a path. A client that disconnects cancels its request. Large
+responses are serialized in chunks: the JSON encoder holds the GIL, so one long call would block all other requests, on
+any thread.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ from embeddings_mcp.service import EmbeddingService
 logger = logging.getLogger(__name__)
 
 READY_SECONDS = 5.0
-"""Longest that a readiness probe waits for the default model."""
+"""Timeout of a readiness probe that waits for the default model."""
 
-_LARGE_BODY = 1024 * 1024
-"""Request bodies above this many bytes are read on a worker thread: a million short texts take 0.2 s to validate."""
+_LARGE_BODY_BYTES = 1024 * 1024
+"""Larger request bodies are parsed on a worker thread: a million short texts take 0.2 s to validate."""
 
-_ROWS_AT_ONCE = 128
-"""Rows of an answer that are written without letting other requests in."""
+_MAX_ROWS_PER_CHUNK = 128
+"""Rows of a response that are serialized before other requests get a turn."""
 
-_NUMBERS_AT_ONCE = 128 * 384
-"""And numbers in them, which take 1 ms; a row that has more is written as a whole."""
+_MAX_NUMBERS_PER_CHUNK = 128 * 384
+"""Numbers in those rows, which take 1 ms to serialize; a longer row is a chunk of its own."""
 
 # --- Routes ----------------------------------------------------------------------------------------------------------
 
 
 def routes(service: EmbeddingService, limits: Limits = DEFAULT_LIMITS) -> list[Route]:
-    """The REST routes, answered by `service` within `limits`."""
+    """The REST routes of `service`, with `limits` for each request."""
     started = int(time.time())
 
     async def list_models(_request: Request) -> Response:
@@ -68,13 +68,13 @@ def routes(service: EmbeddingService, limits: Limits = DEFAULT_LIMITS) -> list[R
         return _json(HealthResponse(object="health.response", message="live", live=True))
 
     async def ready(_request: Request) -> Response:
-        problem = await _why_not_ready(service)
+        problem = await _readiness_problem(service)
         health = HealthResponse(object="health.response", message=problem or "ready", ready=problem is None)
         return _json(health, HTTPStatus.OK if problem is None else HTTPStatus.SERVICE_UNAVAILABLE)
 
     return [
         *(
-            Route(path, partial(_post, service, limits, operation), methods=["POST"], name=operation.name)
+            Route(path, partial(_run_operation, service, limits, operation), methods=["POST"], name=operation.name)
             for path, operation in ROUTES.items()
         ),
         Route("/v1/models", list_models),
@@ -84,8 +84,8 @@ def routes(service: EmbeddingService, limits: Limits = DEFAULT_LIMITS) -> list[R
     ]
 
 
-async def _post(service: EmbeddingService, limits: Limits, operation: Operation, request: Request) -> Response:
-    """Answer one operation."""
+async def _run_operation(service: EmbeddingService, limits: Limits, operation: Operation, request: Request) -> Response:
+    """Handle a request for one operation."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise HTTPException(
             HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
@@ -94,26 +94,26 @@ async def _post(service: EmbeddingService, limits: Limits, operation: Operation,
     if (coding := request.headers.get("content-encoding", "identity").strip().lower()) != "identity":
         raise HTTPException(
             HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
-            f"the body is said to be {coding[:100]!r} by its header Content-Encoding: send it as it is, without one",
+            f"the header Content-Encoding is {coding[:100]!r}: send the body uncompressed, without that header",
             {"Accept-Encoding": "identity"},
         )
     body = await request.body()
-    read = partial(_read, operation.request, body)
-    asked = read() if len(body) <= _LARGE_BODY else await anyio.to_thread.run_sync(read)
+    parse_body = partial(_parse_body, operation.request, body)
+    parsed = parse_body() if len(body) <= _LARGE_BODY_BYTES else await anyio.to_thread.run_sync(parse_body)
     with telemetry.staged() as stages:
         began = time.perf_counter()
-        response = await _unless_gone(request.receive, limits.answer(service, operation, asked))
-        response.headers["Server-Timing"] = _timing(stages, time.perf_counter() - began)
+        response = await _unless_disconnected(request.receive, limits.answer(service, operation, parsed))
+        response.headers["Server-Timing"] = _server_timing(stages, time.perf_counter() - began)
     return response
 
 
-def _timing(stages: Mapping[telemetry.Stage, float], total: float) -> str:
-    """The stages in milliseconds, as the header wants them (W3C Server Timing); a large answer is written later."""
+def _server_timing(stages: Mapping[telemetry.Stage, float], total: float) -> str:
+    """The value of the header Server-Timing (W3C), in milliseconds; a large response is serialized only after it."""
     times = [*stages.items(), ("total", total)]
     return ", ".join(f"{name};dur={seconds * 1000:.1f}" for name, seconds in times)
 
 
-def _read(request_type: type[BaseModel], body: bytes) -> BaseModel:
+def _parse_body(request_type: type[BaseModel], body: bytes) -> BaseModel:
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -121,37 +121,37 @@ def _read(request_type: type[BaseModel], body: bytes) -> BaseModel:
     return parse(request_type, value)
 
 
-async def _unless_gone(receive: Receive, work: Awaitable[Mapping[str, Any]]) -> Response:
-    """The answer that `work` gives; a caller who hangs up before cancels it.
+async def _unless_disconnected(receive: Receive, work: Awaitable[Mapping[str, Any]]) -> Response:
+    """Respond with the result of `work`; cancel it if the client disconnects first.
 
-    The request's body has been read, so all that `receive` still has to say is that the caller is gone.
+    The request's body has been read, so the only message that `receive` can still return is the disconnect.
     """
     with anyio.CancelScope() as scope:
 
-        async def cancel_when_gone() -> None:
+        async def cancel_on_disconnect() -> None:
             while (await receive())["type"] != "http.disconnect":
                 pass
             scope.cancel()
 
-        # Not a task group, which would wrap whatever `work` raises into a group.
-        watcher = asyncio.create_task(cancel_when_gone())
+        # Not a task group, which would wrap an exception of `work` in an ExceptionGroup.
+        watcher = asyncio.create_task(cancel_on_disconnect())
         try:
             return _json(await work)
         finally:
             watcher.cancel()
-    return _nobody_there()
+    return _client_closed_request()
 
 
-async def _why_not_ready(service: EmbeddingService) -> str | None:
-    """What keeps the default model from answering, None where nothing does.
+async def _readiness_problem(service: EmbeddingService) -> str | None:
+    """Why the default model cannot answer; None if it can.
 
-    A probe needs no key, so details (paths, addresses) go to the log and only the error's code goes out.
+    A probe needs no key, so details (paths, addresses) only go to the log, and the response has the error's code.
     """
     try:
         with anyio.fail_after(READY_SECONDS):
             await service.check()
     except TimeoutError:
-        return f"not ready: the default model did not come up within {READY_SECONDS:.0f} s"
+        return f"not ready: the default model was not ready within {READY_SECONDS:.0f} s"
     except EmbeddingsError as error:
         logger.warning("Not ready: %s", error.message)
         return f"not ready: {wire_form(error).code}"
@@ -163,52 +163,52 @@ def _model_object(entry: ModelEntry, created: int) -> ModelObject:
     return {**entry, "object": "model", "created": created, "owned_by": owner if slash else "embeddings-mcp"}
 
 
-# --- Answers ---------------------------------------------------------------------------------------------------------
+# --- Responses -------------------------------------------------------------------------------------------------------
 
 
 def _json(answer: Mapping[str, Any], status: int = HTTPStatus.OK) -> Response:
-    if any(isinstance(value, list) and len(value) > _at_once(value) for value in answer.values()):
-        return StreamingResponse(_pieces(answer), status, media_type="application/json")
+    if any(isinstance(value, list) and len(value) > _rows_per_chunk(value) for value in answer.values()):
+        return StreamingResponse(_json_chunks(answer), status, media_type="application/json")
     with telemetry.stage("serialise"):
         body = dump_json(answer)
     return Response(body, status, media_type="application/json")
 
 
-async def _pieces(answer: Mapping[str, Any]) -> AsyncIterator[bytes]:
-    """The answer's JSON, its lists in slices, with room for other requests after each."""
+async def _json_chunks(answer: Mapping[str, Any]) -> AsyncIterator[bytes]:
+    """Serialize the answer, its lists in slices, and yield to the event loop after each slice."""
     seconds = 0.0
-    opening = b"{"
+    separator = b"{"
     for key, value in answer.items():
-        yield opening + dump_json(key) + b":"
+        yield separator + dump_json(key) + b":"
         if isinstance(value, list) and value:
-            opening = b"["
-            step = _at_once(value)
+            separator = b"["
+            step = _rows_per_chunk(value)
             for start in range(0, len(value), step):
                 began = time.perf_counter()
-                # A slice's own brackets make way for those of the whole list.
-                piece = opening + dump_json(value[start : start + step])[1:-1]
+                # Strip the slice's own brackets: the whole list has only one pair.
+                chunk = separator + dump_json(value[start : start + step])[1:-1]
                 seconds += time.perf_counter() - began
-                yield piece
-                opening = b","
+                yield chunk
+                separator = b","
                 await anyio.lowlevel.checkpoint()
             yield b"]"
         else:
             yield dump_json(value)
-        opening = b","
+        separator = b","
     yield b"}"
     telemetry.record("serialise", seconds)
 
 
-def _at_once(rows: Sequence[object]) -> int:
-    """How many of these rows, which are alike, are written at once."""
+def _rows_per_chunk(rows: Sequence[object]) -> int:
+    """How many of these rows, which all have the same size, go into one chunk."""
     vector = rows[0].get("embedding") if rows and isinstance(rows[0], dict) else None
     if not isinstance(vector, np.ndarray):
-        return _ROWS_AT_ONCE
-    return max(1, min(_ROWS_AT_ONCE, _NUMBERS_AT_ONCE // max(1, vector.size)))
+        return _MAX_ROWS_PER_CHUNK
+    return max(1, min(_MAX_ROWS_PER_CHUNK, _MAX_NUMBERS_PER_CHUNK // max(1, vector.size)))
 
 
 def error_response(error: EmbeddingsError) -> Response:
-    """The error as an answer, with the headers that belong to it."""
+    """The response for an error of the service, with Retry-After and WWW-Authenticate where they apply."""
     response = _envelope(wire_form(error), error.message, error.param)
     if error.retry_after is not None:
         response.headers["Retry-After"] = str(math.ceil(error.retry_after))
@@ -218,20 +218,20 @@ def error_response(error: EmbeddingsError) -> Response:
 
 
 def http_error_response(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
-    """An error of HTTP itself (no such route, wrong method) in the same envelope."""
+    """The response for an error of HTTP itself (no such route, wrong method), in the same envelope."""
     response = _envelope(http_form(status), message)
     response.headers.update(headers or {})
     return response
 
 
 def _envelope(form: WireForm, message: str, param: str | None = None) -> Response:
-    """An error as OpenAI writes it."""
+    """An error in OpenAI's format."""
     error: ErrorResponse = {"error": {"message": message, "type": form.type, "param": param, "code": form.code}}
     return _json(error, form.status)
 
 
-def _nobody_there() -> Response:
-    """What is said to a caller who hung up: nothing, under the status that web servers log for it."""
+def _client_closed_request() -> Response:
+    """An empty response for a client that has disconnected, with the status that nginx logs for it."""
     return Response(status_code=499)
 
 
@@ -249,16 +249,16 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
         message = f"nothing is served at {request.url.path[:100]}; GET /openapi.json lists what is"
     elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         allowed = (error.headers or {}).get("Allow", "")
-        message = f"{request.method} is not possible at {request.url.path[:100]}, which takes {allowed}"
+        message = f"{request.method} is not allowed at {request.url.path[:100]}, which takes {allowed}"
     return http_error_response(error.status_code, message, error.headers)
 
 
 async def _on_disconnect(_request: Request, _error: Exception) -> Response:
-    return _nobody_there()
+    return _client_closed_request()
 
 
-async def _on_crash(_request: Request, _error: Exception) -> Response:
-    # Starlette raises the exception again once this is sent: the HTTP server logs its traceback and hangs up.
+async def _on_unexpected_exception(_request: Request, _error: Exception) -> Response:
+    # Starlette re-raises the exception once this is sent: the HTTP server logs its traceback and closes the connection.
     return http_error_response(
         HTTPStatus.INTERNAL_SERVER_ERROR, "an error inside the server; its log says more", {"Connection": "close"}
     )
@@ -268,6 +268,6 @@ EXCEPTION_HANDLERS: Mapping[Any, ExceptionHandler] = {
     EmbeddingsError: _on_embeddings_error,
     HTTPException: _on_http_exception,
     ClientDisconnect: _on_disconnect,
-    Exception: _on_crash,
+    Exception: _on_unexpected_exception,
 }
-"""How an exception becomes an answer, for the application that holds the routes."""
+"""Exception handlers for the application that mounts the routes."""
