@@ -1,4 +1,4 @@
-"""An authorization server as tests need one: a real HTTP server that publishes keys, and tokens signed with them."""
+"""An authorization server for tests: a real HTTP server with a JWKS, and tokens signed with its keys."""
 
 from __future__ import annotations
 
@@ -28,45 +28,46 @@ ALGORITHMS = {"rsa": "RS256", "ec": "ES256", "ed": "EdDSA"}
 
 
 class Issuer:
-    """An authorization server, as far as resource servers see it.
+    """An authorization server, as far as a resource server sees it.
 
     Attributes:
-        url: where it is; ends with its path.
-        published: names of the keys that it publishes.
-        asked: how often it was asked for them.
-        restricted: the algorithm that it says its keys are for.
-        answer: what it answers in place of its keys.
+        url: its identifier and URL, with its path.
+        published: names of the keys in its JWKS.
+        fetches: how often the JWKS was requested.
+        restricted: the `alg` of its keys; None leaves it out.
+        answer: the response in place of the JWKS.
+        jwks_uri: where its metadata says the JWKS is.
     """
 
     def __init__(self, path: str = "", description: str = "oauth-authorization-server") -> None:
         self.url = ""
         self.published = ["rsa", "ec", "ed"]
         self.restricted: str | None = None
-        self.asked = 0
+        self.fetches = 0
         self.answer: Response | None = None
         self.jwks_uri = "/keys"
-        before = f"/.well-known/{description}{path}"
-        behind = f"{path}/.well-known/{description}"
+        oauth_path = f"/.well-known/{description}{path}"
+        openid_path = f"{path}/.well-known/{description}"
         self.app = Starlette(
             routes=[
-                Route(before if description.startswith("oauth") else behind, self._describe),
-                Route("/keys", self._keys),
+                Route(oauth_path if description.startswith("oauth") else openid_path, self._metadata),
+                Route("/keys", self._jwks),
                 Route("/moved", lambda _request: RedirectResponse("/keys")),
             ]
         )
 
-    async def _describe(self, request: Request) -> Response:
+    async def _metadata(self, request: Request) -> Response:
         return JSONResponse({"issuer": self.url, "jwks_uri": f"{str(request.base_url).rstrip('/')}{self.jwks_uri}"})
 
-    async def _keys(self, _request: Request) -> Response:
-        self.asked += 1
-        return self.answer or JSONResponse({"keys": [self._public(name) for name in self.published]})
+    async def _jwks(self, _request: Request) -> Response:
+        self.fetches += 1
+        return self.answer or JSONResponse({"keys": [self._jwk(name) for name in self.published]})
 
-    def _public(self, name: str) -> dict[str, Any]:
-        return _public(name) | ({} if self.restricted is None else {"alg": self.restricted})
+    def _jwk(self, name: str) -> dict[str, Any]:
+        return _public_jwk(name) | ({} if self.restricted is None else {"alg": self.restricted})
 
     def token(self, key: str = "rsa", *, kid: str | None = "", algorithm: str | None = None, **changes: Any) -> str:
-        """A good token, with these claims changed; None leaves one out, also the name of the key."""
+        """A valid token with these claims changed; None leaves a claim, or the `kid`, out."""
         claims = {
             "iss": self.url,
             "aud": RESOURCE,
@@ -75,12 +76,12 @@ class Issuer:
             "scope": "embed read",
             "exp": int(time.time()) + 600,
         } | changes
-        said = {name: value for name, value in claims.items() if value is not None}
-        signed_by = algorithm or ALGORITHMS[key]
-        return jwt.encode(said, PRIVATE[key], signed_by, headers=None if kid is None else {"kid": kid or key})
+        present = {name: value for name, value in claims.items() if value is not None}
+        headers = None if kid is None else {"kid": kid or key}
+        return jwt.encode(present, PRIVATE[key], algorithm or ALGORITHMS[key], headers=headers)
 
 
-def _public(name: str) -> dict[str, Any]:
+def _public_jwk(name: str) -> dict[str, Any]:
     kinds: dict[str, Any] = {"rsa": RSAAlgorithm, "ec": ECAlgorithm, "ed": OKPAlgorithm}
     return {**kinds[name].to_jwk(PRIVATE[name].public_key(), as_dict=True), "kid": name, "use": "sig"}
 

@@ -1,4 +1,4 @@
-"""OAuth: access tokens of an issuer, which is a real HTTP server here, open every route; others open none."""
+"""OAuth: valid access tokens of the issuer, here a real HTTP server, are accepted on every route; no others on any."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.faces.issuer import PRIVATE, RESOURCE, Issuer, issuing
 from tests.support import INITIALIZE, served, service_of
 
 METADATA = "https://embeddings.example/.well-known/oauth-protected-resource/mcp"
-STRANGER = rsa.generate_private_key(65537, 2048)
+FOREIGN_KEY = rsa.generate_private_key(65537, 2048)
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def issuer() -> Iterator[Issuer]:
 
 @contextmanager
 def serving_for(issuer: Issuer, **chosen: Any) -> Iterator[str]:
-    """The address of a server that takes this issuer's tokens."""
+    """The URL of a server that accepts this issuer's tokens."""
     with served(service_of(), oauth_issuer=issuer.url, oauth_resource=RESOURCE, **chosen) as url:
         yield url
 
@@ -48,19 +48,19 @@ def ask(url: str, token: str, path: str = "/v1/models") -> httpx.Response:
     return httpx.get(f"{url}{path}", headers={"Authorization": f"Bearer {token}"}, timeout=10)
 
 
-# --- Tokens that open ------------------------------------------------------------------------------------------------
+# --- Accepted tokens -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("key", PRIVATE)
-def test_a_token_of_the_issuer_opens_whatever_kind_its_key_is(issuer: Issuer, key: str) -> None:
+def test_a_token_of_the_issuer_is_accepted_with_every_key_type(issuer: Issuer, key: str) -> None:
     with serving_for(issuer) as url:
         assert ask(url, issuer.token(key)).status_code == 200
         assert ask(url, issuer.token(key, aud=["https://other.example", RESOURCE])).status_code == 200
-    assert issuer.asked == 1
+    assert issuer.fetches == 1
 
 
 @pytest.mark.parametrize("algorithm", ["RS256", "RS384", "RS512", "PS256", "PS384", "PS512"])
-def test_an_rsa_key_signs_in_every_way_unless_it_is_for_one_only(issuer: Issuer, algorithm: str) -> None:
+def test_an_rsa_key_allows_every_rsa_algorithm_unless_it_names_one(issuer: Issuer, algorithm: str) -> None:
     with serving_for(issuer) as url:
         assert ask(url, issuer.token("rsa", algorithm=algorithm)).status_code == 200
     issuer.published, issuer.restricted = ["rsa"], "RS256"
@@ -72,7 +72,7 @@ def test_an_rsa_key_signs_in_every_way_unless_it_is_for_one_only(issuer: Issuer,
 @pytest.mark.parametrize(
     ("path", "description"), [("/tenant", "oauth-authorization-server"), ("/tenant", "openid-configuration")]
 )
-def test_an_issuer_with_a_path_is_found_in_either_way_of_describing_itself(path: str, description: str) -> None:
+def test_metadata_of_an_issuer_with_a_path_is_found_in_oauth_and_in_openid_form(path: str, description: str) -> None:
     with issuing(path, description) as issuer, serving_for(issuer) as url:
         assert ask(url, issuer.token()).status_code == 200
 
@@ -89,13 +89,13 @@ async def test_an_mcp_client_with_a_token_calls_tools(issuer: Issuer, era: str) 
     assert not answer.is_error
 
 
-def test_whom_a_token_speaks_for_has_a_pace_of_his_own_also_where_he_shares_a_program(issuer: Issuer) -> None:
+def test_subjects_have_separate_rate_limits_even_with_the_same_client_id(issuer: Issuer) -> None:
     with serving_for(issuer, requests_per_minute=1) as url:
-        statuses = [ask(url, issuer.token(sub=who)).status_code for who in ("alice", "alice", "bob")]
+        statuses = [ask(url, issuer.token(sub=subject)).status_code for subject in ("alice", "alice", "bob")]
     assert statuses == [200, 429, 200]
 
 
-def test_api_keys_open_beside_tokens(issuer: Issuer) -> None:
+def test_api_keys_are_accepted_as_well_as_tokens(issuer: Issuer) -> None:
     with serving_for(issuer, api_key="plain") as url:
         assert ask(url, "plain").status_code == ask(url, issuer.token()).status_code == 200
         assert ask(url, "other").status_code == 401
@@ -107,7 +107,7 @@ def test_with_an_issuer_a_server_may_listen_to_other_machines(issuer: Issuer) ->
     create_app(service, build_mcp_server(service), settings)
 
 
-# --- Tokens that do not ----------------------------------------------------------------------------------------------
+# --- Refused tokens --------------------------------------------------------------------------------------------------
 
 
 def _public_pem() -> bytes:
@@ -116,57 +116,60 @@ def _public_pem() -> bytes:
     return pem
 
 
-def _by_hand(header: dict[str, Any], claims: dict[str, Any], signature: bytes) -> str:
+def _encode(header: dict[str, Any], claims: dict[str, Any], signature: bytes) -> str:
     parts = [jwt.utils.base64url_encode(httpx.Response(200, json=part).content) for part in (header, claims)]
     return b".".join([*parts, jwt.utils.base64url_encode(signature)]).decode()
 
 
-def _hmac_by_public_key(issuer: Issuer) -> str:
+def _hmac_with_public_key(issuer: Issuer) -> str:
     claims = {"iss": issuer.url, "aud": RESOURCE, "exp": int(time.time()) + 600}
-    signed = _by_hand({"alg": "HS256", "kid": "rsa"}, claims, b"").rpartition(".")[0].encode()
+    signed = _encode({"alg": "HS256", "kid": "rsa"}, claims, b"").rpartition(".")[0].encode()
     signature = jwt.algorithms.HMACAlgorithm(jwt.algorithms.HMACAlgorithm.SHA256).sign(signed, _public_pem())
     return f"{signed.decode()}.{jwt.utils.base64url_encode(signature).decode()}"
 
 
 BAD = {
-    "of another issuer": lambda issuer: issuer.token(iss="https://evil.example"),
-    "for another server": lambda issuer: issuer.token(aud="https://other.example/mcp"),
-    "for nobody": lambda issuer: issuer.token(aud=None),
-    "run out": lambda issuer: issuer.token(exp=int(time.time()) - 120),
-    "without an end": lambda issuer: issuer.token(exp=None),
-    "not yet good": lambda issuer: issuer.token(nbf=int(time.time()) + 600),
-    "signed by a stranger": lambda issuer: jwt.encode(
-        {"iss": issuer.url, "aud": RESOURCE, "exp": int(time.time()) + 600}, STRANGER, "RS256", headers={"kid": "rsa"}
+    "another issuer": lambda issuer: issuer.token(iss="https://evil.example"),
+    "another audience": lambda issuer: issuer.token(aud="https://other.example/mcp"),
+    "no audience": lambda issuer: issuer.token(aud=None),
+    "expired": lambda issuer: issuer.token(exp=int(time.time()) - 120),
+    "no expiry": lambda issuer: issuer.token(exp=None),
+    "not yet valid": lambda issuer: issuer.token(nbf=int(time.time()) + 600),
+    "signed with a foreign key": lambda issuer: jwt.encode(
+        {"iss": issuer.url, "aud": RESOURCE, "exp": int(time.time()) + 600},
+        FOREIGN_KEY,
+        "RS256",
+        headers={"kid": "rsa"},
     ),
-    "with a key that nobody knows": lambda issuer: issuer.token(kid="other"),
-    "without the name of a key": lambda issuer: issuer.token(kid=None),
-    "with another key's name": lambda issuer: issuer.token("ec", kid="rsa"),
-    "not signed": lambda issuer: _by_hand(
+    "unknown kid": lambda issuer: issuer.token(kid="other"),
+    "no kid": lambda issuer: issuer.token(kid=None),
+    "kid of another key": lambda issuer: issuer.token("ec", kid="rsa"),
+    "unsigned": lambda issuer: _encode(
         {"alg": "none", "kid": "rsa"}, {"iss": issuer.url, "aud": RESOURCE, "exp": int(time.time()) + 600}, b""
     ),
-    "signed with the public key as a secret": _hmac_by_public_key,
-    "changed": lambda issuer: issuer.token()[:-4] + "AAAA",
-    "no token": lambda _issuer: "a.b.c",
-    "no text": lambda _issuer: "\xe9" * 40,
+    "signed with the public key as a secret": _hmac_with_public_key,
+    "tampered signature": lambda issuer: issuer.token()[:-4] + "AAAA",
+    "not a JWT": lambda _issuer: "a.b.c",
+    "not ASCII": lambda _issuer: "\xe9" * 40,
     "enormous": lambda _issuer: "a" * 30_000,
 }
 
 
 @pytest.mark.parametrize("make", BAD.values(), ids=BAD)
-def test_any_other_token_opens_nothing(issuer: Issuer, make: Any) -> None:
+def test_any_other_token_is_refused_on_every_route(issuer: Issuer, make: Any) -> None:
     with serving_for(issuer) as url:
-        shown = make(issuer)
+        token = make(issuer)
         for path in ("/v1/models", "/mcp", "/v1/metrics"):
-            refused = httpx.get(f"{url}{path}", headers=[(b"Authorization", f"Bearer {shown}".encode("latin-1"))])
+            refused = httpx.get(f"{url}{path}", headers=[(b"Authorization", f"Bearer {token}".encode("latin-1"))])
             assert refused.status_code == 401
             assert (
                 refused.headers["WWW-Authenticate"] == f'Bearer resource_metadata="{METADATA}", error="invalid_token"'
             )
             assert METADATA in refused.json()["error"]["message"]
-            assert shown not in refused.text
+            assert token not in refused.text
 
 
-def test_without_a_token_a_caller_hears_where_to_get_one_and_may_look_there(issuer: Issuer) -> None:
+def test_without_a_token_a_caller_is_referred_to_the_resource_metadata_which_needs_none(issuer: Issuer) -> None:
     with serving_for(issuer, oauth_scopes="embed") as url:
         refused = httpx.post(f"{url}/mcp", json={})
         assert refused.status_code == 401
@@ -175,19 +178,19 @@ def test_without_a_token_a_caller_hears_where_to_get_one_and_may_look_there(issu
     assert described["resource"] == RESOURCE
     assert described["authorization_servers"] == [issuer.url]
     assert described["scopes_supported"] == ["embed"]
-    assert issuer.asked == 0
+    assert issuer.fetches == 0
 
 
 @pytest.mark.parametrize(
     "claims", [{"scope": "embed read"}, {"scope": None, "scp": ["read", "embed"]}, {"scope": None, "scp": "embed read"}]
 )
-def test_a_token_with_the_scopes_opens(issuer: Issuer, claims: dict[str, Any]) -> None:
+def test_a_token_with_the_required_scopes_is_accepted(issuer: Issuer, claims: dict[str, Any]) -> None:
     with serving_for(issuer, oauth_scopes="read embed") as url:
         assert ask(url, issuer.token(**claims)).status_code == 200
 
 
 @pytest.mark.parametrize("scope", ["embed", "embedread", None, 7])
-def test_a_token_without_a_scope_hears_which_it_needs(issuer: Issuer, scope: Any) -> None:
+def test_a_token_that_lacks_a_scope_is_refused_with_the_required_ones(issuer: Issuer, scope: Any) -> None:
     with serving_for(issuer, oauth_scopes="embed read") as url:
         refused = ask(url, issuer.token(scope=scope))
     assert refused.status_code == 403
@@ -200,8 +203,8 @@ def test_a_session_is_its_owners_only(issuer: Issuer) -> None:
     with serving_for(issuer, api_keys="bob=second carol=third") as url:
 
         def post(token: str, body: dict[str, Any], **headers: str) -> httpx.Response:
-            every = {"Authorization": f"Bearer {token}", **accept, **headers}
-            return httpx.post(f"{url}/mcp", json=body, headers=every, timeout=10)
+            headers = {"Authorization": f"Bearer {token}", **accept, **headers}
+            return httpx.post(f"{url}/mcp", json=body, headers=headers, timeout=10)
 
         for owner, others in ((issuer.token(), [issuer.token(sub="mallory"), "second"]), ("second", ["third"])):
             session = post(owner, INITIALIZE).headers["Mcp-Session-Id"]
@@ -214,7 +217,7 @@ def test_a_session_is_its_owners_only(issuer: Issuer) -> None:
 # --- The issuer ------------------------------------------------------------------------------------------------------
 
 
-def test_a_new_key_of_the_issuer_is_found_but_nobody_can_have_him_asked_at_will(
+def test_a_new_key_of_the_issuer_is_found_but_unknown_keys_cannot_trigger_fetches_at_will(
     issuer: Issuer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     issuer.published = ["rsa"]
@@ -223,28 +226,28 @@ def test_a_new_key_of_the_issuer_is_found_but_nobody_can_have_him_asked_at_will(
         issuer.published = ["rsa", "ec"]
         for _ in range(5):
             assert ask(url, issuer.token("ec")).status_code == 401
-        assert issuer.asked == 1
+        assert issuer.fetches == 1
         monkeypatch.setattr(jwks, "REFETCH_SECONDS", 0.0)
         assert ask(url, issuer.token("ec")).status_code == 200
 
 
 @pytest.mark.anyio
-async def test_who_comes_while_the_issuer_is_asked_waits_for_his_answer_too(issuer: Issuer) -> None:
+async def test_concurrent_callers_share_one_fetch_of_the_keys(issuer: Issuer) -> None:
     verifier = TokenVerifier(issuer.url, RESOURCE)
-    found: list[bool] = []
+    accepted: list[bool] = []
 
     async def verify() -> None:
-        found.append(await verifier.verify_token(issuer.token()) is not None)
+        accepted.append(await verifier.verify_token(issuer.token()) is not None)
 
     async with anyio.create_task_group() as callers:
         for _ in range(3):
             callers.start_soon(verify)
     await verifier.aclose()
-    assert found == [True] * 3
-    assert issuer.asked == 1
+    assert accepted == [True] * 3
+    assert issuer.fetches == 1
 
 
-def test_a_key_that_the_issuer_has_withdrawn_opens_no_more_once_the_keys_are_old(
+def test_a_revoked_key_is_refused_once_the_cached_keys_have_expired(
     issuer: Issuer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving_for(issuer) as url:
@@ -255,7 +258,7 @@ def test_a_key_that_the_issuer_has_withdrawn_opens_no_more_once_the_keys_are_old
         assert ask(url, issuer.token("rsa")).status_code == 401
 
 
-def test_a_lone_key_need_not_be_named(issuer: Issuer) -> None:
+def test_a_token_needs_no_kid_where_the_issuer_has_one_key(issuer: Issuer) -> None:
     issuer.published = ["ec"]
     with serving_for(issuer) as url:
         assert ask(url, issuer.token("ec", kid=None)).status_code == 200
@@ -273,13 +276,13 @@ def test_a_lone_key_need_not_be_named(issuer: Issuer) -> None:
         (Response(b" " * (jwks._MAX_RESPONSE_BYTES + 1)), "more than 1,048,576 bytes"),
     ],
 )
-def test_an_issuer_that_does_not_say_its_keys_is_no_fault_of_the_token(
+def test_an_issuer_without_readable_keys_is_reported_as_unavailable(
     issuer: Issuer, answer: Response, reason: str | None
 ) -> None:
     issuer.answer = answer
     with serving_for(issuer, api_key="plain") as url:
         refused = ask(url, issuer.token())
-        if reason is None:  # a secret among the public keys is none that opens
+        if reason is None:  # the JWKS can be read, but has no usable public key
             assert refused.status_code == 401
             return
         assert refused.status_code == 503
@@ -289,9 +292,7 @@ def test_an_issuer_that_does_not_say_its_keys_is_no_fault_of_the_token(
         assert ask(url, "plain").status_code == 200
 
 
-def test_an_issuer_that_is_never_done_with_his_answer_is_not_waited_for(
-    issuer: Issuer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_issuer_whose_answer_never_ends_is_not_waited_for(issuer: Issuer, monkeypatch: pytest.MonkeyPatch) -> None:
     async def answer() -> AsyncIterator[bytes]:
         while True:
             yield b" "
@@ -305,7 +306,7 @@ def test_an_issuer_that_is_never_done_with_his_answer_is_not_waited_for(
         assert refused.json()["error"]["code"] == "issuer_unavailable"
 
 
-def test_a_known_key_goes_on_to_open_while_the_issuer_is_down(issuer: Issuer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_known_key_stays_valid_while_the_issuer_is_down(issuer: Issuer, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving_for(issuer) as url:
         assert ask(url, issuer.token()).status_code == 200
         issuer.answer = Response(status_code=500)
@@ -316,9 +317,7 @@ def test_a_known_key_goes_on_to_open_while_the_issuer_is_down(issuer: Issuer, mo
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("jwks_uri", ["/moved", "@evil.example/keys", "@[evil.example"])
-async def test_keys_come_from_where_the_issuer_says_over_https_and_from_nowhere_else(
-    issuer: Issuer, jwks_uri: str
-) -> None:
+async def test_keys_are_fetched_only_over_https_and_without_redirects(issuer: Issuer, jwks_uri: str) -> None:
     issuer.jwks_uri = jwks_uri
     verifier = TokenVerifier(issuer.url, RESOURCE)
     with pytest.raises(IssuerUnavailable, match=r"answers 307|not https|cannot be read: ValueError"):
@@ -336,7 +335,7 @@ async def test_keys_come_from_where_the_issuer_says_over_https_and_from_nowhere_
         ({"oauth_issuer": "https://a.example", "oauth_resource": "mcp"}, "OAUTH_RESOURCE must be an https address"),
     ],
 )
-def test_settings_that_cannot_be_are_refused_by_name(chosen: dict[str, str], named: str) -> None:
+def test_invalid_settings_are_refused_by_name(chosen: dict[str, str], named: str) -> None:
     service = service_of()
     with pytest.raises(InvalidSetting, match=named):
         create_app(service, build_mcp_server(service), Settings.model_validate(chosen))

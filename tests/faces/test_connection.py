@@ -1,4 +1,4 @@
-"""A client that does not keep up is hung up on, and one that is slow is not."""
+"""The connection of a client that stalls is closed; that of a slow client is not."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ from embeddings_mcp.models import ModelCard
 from tests.support import HashEmbedder, served, service_of
 
 SECONDS = 20
-"""Longest that anything here may take."""
+"""Timeout of every wait here."""
 
-SOON = 1.0
-"""What the limits are set to."""
+SHORT_SECONDS = 1.0
+"""What the server's timeouts are set to."""
 
 LENGTH = 2_000_000
-"""Numbers in a vector: as JSON, 24 MB, which is more than the system holds between the server and its client."""
+"""Numbers in a vector: as JSON 24 MB, more than the socket buffers between server and client hold."""
 
-SOME = 2_000_000
-"""Bytes that a slow reader takes of them before it is looked whether it reads."""
+PARTIAL_READ = 2_000_000
+"""Bytes that a slow client reads before its progress is checked."""
 
 
 @pytest.fixture
-def hung_up(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+def closed(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Set once the server has lost a connection."""
     event = threading.Event()
-    lose = connection.Connection.connection_lost
+    original = connection.Connection.connection_lost
 
-    def lose_and_tell(self: connection.Connection, exc: Exception | None) -> None:
-        lose(self, exc)
+    def connection_lost(self: connection.Connection, exc: Exception | None) -> None:
+        original(self, exc)
         event.set()
 
-    monkeypatch.setattr(connection.Connection, "connection_lost", lose_and_tell)
+    monkeypatch.setattr(connection.Connection, "connection_lost", connection_lost)
     return event
 
 
@@ -72,27 +72,27 @@ def request(*texts: str) -> bytes:
 
 
 def read(client: socket.socket, count: int) -> bytes:
-    pieces = []
+    chunks = []
     while count:
-        piece = client.recv(min(count, 1 << 16))
-        assert piece, "the server hung up"
-        pieces.append(piece)
-        count -= len(piece)
-    return b"".join(pieces)
+        chunk = client.recv(min(count, 1 << 16))
+        assert chunk, "the server closed the connection"
+        chunks.append(chunk)
+        count -= len(chunk)
+    return b"".join(chunks)
 
 
-def read_answer(client: socket.socket, some: bytes = b"") -> bytes:
-    """The body of an answer, of which the client has read the head and maybe more, or nothing."""
-    while b"\r\n\r\n" not in some:
-        some += read(client, 1)
-    head, _, body = some.partition(b"\r\n\r\n")
+def read_answer(client: socket.socket, already_read: bytes = b"") -> bytes:
+    """The body of a response, of which the client has already read these bytes."""
+    while b"\r\n\r\n" not in already_read:
+        already_read += read(client, 1)
+    head, _, body = already_read.partition(b"\r\n\r\n")
     length = re.search(rb"content-length: (\d+)", head)
     assert length is not None
     return body + read(client, int(length[1]) - len(body))
 
 
-def test_who_does_not_read_his_answer_loses_his_place_to_others(
-    monkeypatch: pytest.MonkeyPatch, hung_up: threading.Event
+def test_a_client_that_does_not_read_its_answer_loses_its_slot_to_others(
+    monkeypatch: pytest.MonkeyPatch, closed: threading.Event
 ) -> None:
     monkeypatch.setattr(connection, "STALL_SECONDS", 2.0)
     with (
@@ -102,128 +102,127 @@ def test_who_does_not_read_his_answer_loses_his_place_to_others(
     ):
 
         def status() -> int:
-            # Dimensions that cannot be are refused at once, but only who has a place gets so far.
-            asked = {"model": "default", "input": "one", "dimensions": 1}
-            return other.post("/v1/embeddings", json=asked).status_code
+            # Invalid dimensions are refused at once (400), but only for a request that was admitted.
+            invalid = {"model": "default", "input": "one", "dimensions": 1}
+            return other.post("/v1/embeddings", json=invalid).status_code
 
         client.sendall(request("one", "two", "three"))
         assert client.recv(12) == b"HTTP/1.1 200"
         assert status() == 503
 
-        assert hung_up.wait(SECONDS)
+        assert closed.wait(SECONDS)
         deadline = time.monotonic() + SECONDS
-        while status() == 503:  # the place is free once the request has heard of it
+        while status() == 503:  # the slot is freed only once the request has noticed the disconnect
             assert time.monotonic() < deadline
         assert status() == 400
 
 
 @pytest.mark.parametrize("system", ["darwin", "freebsd14", "win32"])
-def test_who_does_not_read_is_hung_up_on_by_other_systems_too(
-    monkeypatch: pytest.MonkeyPatch, hung_up: threading.Event, system: str
+def test_a_client_that_does_not_read_is_disconnected_on_other_systems_too(
+    monkeypatch: pytest.MonkeyPatch, closed: threading.Event, system: str
 ) -> None:
-    """Of which none is asked what only Linux tells."""
+    """Without the ioctl that only Linux has."""
     monkeypatch.setattr(connection, "sys", SimpleNamespace(platform=system))
-    monkeypatch.setattr(connection, "_SO_NWRITE", socket.SO_ERROR)  # where the option is unknown; 0 while all is well
+    monkeypatch.setattr(connection, "_SO_NWRITE", socket.SO_ERROR)  # an option that every system has; it reads 0
     monkeypatch.delattr(connection, "termios", raising=False)
-    monkeypatch.setattr(connection, "STALL_SECONDS", SOON)
+    monkeypatch.setattr(connection, "STALL_SECONDS", SHORT_SECONDS)
     with serving_long_vectors() as url, connected(url) as client:
         client.sendall(request("one"))
-        assert hung_up.wait(SECONDS)
+        assert closed.wait(SECONDS)
 
 
 @pytest.mark.parametrize("then", ["reads it", "hangs up"])
-def test_an_answer_is_looked_after_until_it_is_read_or_nobody_reads_it(
+def test_the_read_timer_is_cancelled_once_the_answer_is_read_or_the_connection_is_lost(
     monkeypatch: pytest.MonkeyPatch, then: str
 ) -> None:
-    """Else who stays would be hung up on later, or a connection that is gone be asked what is left in it."""
-    came: queue.SimpleQueue[connection.Connection] = queue.SimpleQueue()
+    """Otherwise it would later close a healthy connection, or inspect the socket of a closed one."""
+    events: queue.SimpleQueue[connection.Connection] = queue.SimpleQueue()
 
-    def telling(of: Callable[..., None]) -> Callable[..., None]:
-        def tell(self: connection.Connection, *arguments: object) -> None:
-            of(self, *arguments)
-            came.put(self)
+    def recording(method: Callable[..., None]) -> Callable[..., None]:
+        def call(self: connection.Connection, *arguments: object) -> None:
+            method(self, *arguments)
+            events.put(self)
 
-        return tell
+        return call
 
-    for event in ("pause_writing", "resume_writing", "connection_lost"):
-        monkeypatch.setattr(connection.Connection, event, telling(getattr(connection.Connection, event)))
+    for name in ("pause_writing", "resume_writing", "connection_lost"):
+        monkeypatch.setattr(connection.Connection, name, recording(getattr(connection.Connection, name)))
     with serving_long_vectors() as url, connected(url) as client:
         client.sendall(request("one"))
-        reading = came.get(timeout=SECONDS)._read_timer
-        assert reading is not None
+        timer = events.get(timeout=SECONDS)._read_timer
+        assert timer is not None
         if then == "reads it":
             read_answer(client)
         else:
             client.close()
-        while not reading.cancelled():
-            came.get(timeout=SECONDS)
+        while not timer.cancelled():
+            events.get(timeout=SECONDS)
 
 
-def test_who_reads_slowly_gets_all_of_his_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_reads_slowly_gets_its_whole_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "STALL_SECONDS", 2.0)
-    waits, looked = threading.Event(), threading.Event()
-    wait, check = connection.Connection.pause_writing, connection.Connection._check_progress
+    paused, checked = threading.Event(), threading.Event()
+    original_pause = connection.Connection.pause_writing
+    original_check = connection.Connection._check_progress
 
-    def wait_and_tell(self: connection.Connection) -> None:
-        wait(self)
-        waits.set()
+    def pause_writing(self: connection.Connection) -> None:
+        original_pause(self)
+        paused.set()
 
-    def check_and_tell(self: connection.Connection, before: int) -> None:
-        check(self, before)
-        looked.set()
+    def check_progress(self: connection.Connection, unread_before: int) -> None:
+        original_check(self, unread_before)
+        checked.set()
 
-    monkeypatch.setattr(connection.Connection, "pause_writing", wait_and_tell)
-    monkeypatch.setattr(connection.Connection, "_check_progress", check_and_tell)
+    monkeypatch.setattr(connection.Connection, "pause_writing", pause_writing)
+    monkeypatch.setattr(connection.Connection, "_check_progress", check_progress)
     with serving_long_vectors() as url, connected(url) as client:
         client.sendall(request("one"))
-        assert waits.wait(SECONDS)
-        some = read(client, SOME)
-        assert looked.wait(SECONDS)
-        body = read_answer(client, some)
+        assert paused.wait(SECONDS)
+        beginning = read(client, PARTIAL_READ)
+        assert checked.wait(SECONDS)
+        body = read_answer(client, beginning)
 
     assert len(json.loads(body)["data"][0]["embedding"]) == LENGTH
 
 
-HALF = b"POST /v1/embeddings HTTP/1.1\r\nHost: loc"
+HALF_A_HEAD = b"POST /v1/embeddings HTTP/1.1\r\nHost: loc"
 
 
-@pytest.mark.parametrize("said", [b"", HALF], ids=["nothing", "half a head"])
-def test_who_does_not_say_what_he_wants_is_hung_up_on(
-    monkeypatch: pytest.MonkeyPatch, hung_up: threading.Event, said: bytes
+@pytest.mark.parametrize("sent", [b"", HALF_A_HEAD], ids=["nothing", "half a head"])
+def test_a_client_that_does_not_send_a_whole_head_is_disconnected(
+    monkeypatch: pytest.MonkeyPatch, closed: threading.Event, sent: bytes
 ) -> None:
-    monkeypatch.setattr(connection, "HEAD_SECONDS", SOON)
+    monkeypatch.setattr(connection, "HEAD_SECONDS", SHORT_SECONDS)
     with serving_long_vectors() as url, connected(url) as client:
-        client.sendall(said)
-        assert hung_up.wait(SECONDS)
+        client.sendall(sent)
+        assert closed.wait(SECONDS)
 
 
 @contextmanager
 def answered(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
-    """The connection of a client who was answered, to a server that soon tires of half a head."""
-    monkeypatch.setattr(connection, "HEAD_SECONDS", SOON)
+    """The connection of a client that has had an answer, to a server with a short timeout for heads."""
+    monkeypatch.setattr(connection, "HEAD_SECONDS", SHORT_SECONDS)
     with serving_long_vectors() as url, connected(url) as client:
         client.sendall(request("one"))
         assert client.recv(12) == b"HTTP/1.1 200"
         yield client
 
 
-def test_who_says_half_of_what_he_wants_after_an_answer_is_hung_up_on(
-    monkeypatch: pytest.MonkeyPatch, hung_up: threading.Event
+def test_a_client_that_sends_half_a_head_after_an_answer_is_disconnected(
+    monkeypatch: pytest.MonkeyPatch, closed: threading.Event
 ) -> None:
     with answered(monkeypatch) as client:
-        client.sendall(HALF)
-        assert hung_up.wait(SECONDS)
+        client.sendall(HALF_A_HEAD)
+        assert closed.wait(SECONDS)
 
 
-def test_who_has_said_what_he_wants_is_waited_for_no_longer(
-    monkeypatch: pytest.MonkeyPatch, hung_up: threading.Event
-) -> None:
+def test_the_timeout_for_the_head_ends_with_the_head(monkeypatch: pytest.MonkeyPatch, closed: threading.Event) -> None:
     with answered(monkeypatch):
-        assert not hung_up.wait(2 * SOON)
+        assert not closed.wait(2 * SHORT_SECONDS)
 
 
 @pytest.mark.parametrize("protocol", [b"h2c", b"websocket"])
-def test_who_offers_another_protocol_too_is_answered_in_this_one_without_a_word_in_the_log(
+def test_an_offer_of_another_protocol_is_ignored_without_a_warning(
     caplog: pytest.LogCaptureFixture, protocol: bytes
 ) -> None:
     offer = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: %s\r\n" % protocol

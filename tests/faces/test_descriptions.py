@@ -1,4 +1,4 @@
-"""What the server says of itself over HTTP."""
+"""The routes that describe the server: published documents and the Agent Skill."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def client() -> Iterator[httpx.Client]:
         yield client
 
 
-def test_the_capability_is_for_the_address_that_it_was_asked_at(client: httpx.Client) -> None:
+def test_the_capability_has_the_address_of_the_request(client: httpx.Client) -> None:
     answer = client.get("/manifest")
 
     assert answer.headers["Content-Type"].startswith("application/yaml")
@@ -32,7 +32,7 @@ def test_the_capability_is_for_the_address_that_it_was_asked_at(client: httpx.Cl
 
 
 @pytest.mark.parametrize("document", FORMATS)
-def test_every_document_is_served_as_what_it_is(client: httpx.Client, document: str) -> None:
+def test_every_document_is_served_with_its_media_type(client: httpx.Client, document: str) -> None:
     answer = client.get("/manifest", params={"format": document})
 
     assert answer.headers["Content-Type"].startswith(FORMATS[document].media_type)  # type: ignore[index]
@@ -43,23 +43,23 @@ def test_every_document_is_served_as_what_it_is(client: httpx.Client, document: 
     ("path", "document"),
     [("/openapi.json", "openapi"), ("/apis.json", "apis-json"), ("/mcp/server-card", "server-card")],
 )
-def test_documents_are_where_they_are_looked_for(client: httpx.Client, path: str, document: str) -> None:
+def test_documents_are_also_at_their_well_known_paths(client: httpx.Client, path: str, document: str) -> None:
     assert client.get(path).text == client.get("/manifest", params={"format": document}).text
 
 
-def test_the_card_says_where_the_server_is(client: httpx.Client) -> None:
+def test_the_server_card_has_the_servers_address(client: httpx.Client) -> None:
     (remote,) = client.get("/mcp/server-card").json()["remotes"]
     assert remote["url"] == f"{str(client.base_url).rstrip('/')}/mcp"
 
 
-def test_behind_a_proxy_with_tls_addresses_are_those_of_its_callers(client: httpx.Client) -> None:
+def test_behind_a_proxy_with_tls_urls_are_https(client: httpx.Client) -> None:
     headers = {"host": "localhost", "x-forwarded-proto": "https"}
     (remote,) = client.get("/mcp/server-card", headers=headers).json()["remotes"]
     assert remote["url"] == "https://localhost/mcp"
     assert client.get("/mcp/", headers=headers).headers["location"] == "https://localhost/mcp"
 
 
-def test_a_format_that_there_is_not_is_answered_with_those_that_there_are(client: httpx.Client) -> None:
+def test_an_unknown_format_is_answered_with_the_known_ones(client: httpx.Client) -> None:
     answer = client.get("/manifest", params={"format": "wsdl"})
     assert answer.status_code == 404
     assert answer.json()["error"]["message"] == f"`format` must be one of {', '.join(FORMATS)}, not 'wsdl'"
@@ -87,7 +87,7 @@ def test_the_catalogue_and_the_detail_have_the_shapes_of_naftikos_adapter(client
         }
 
 
-def test_every_file_can_be_had_by_itself(client: httpx.Client) -> None:
+def test_every_file_of_the_skill_can_be_fetched(client: httpx.Client) -> None:
     contents = client.get("/skills/embeddings/contents").json()
     assert contents["name"] == "embeddings"
     for file in contents["files"]:
@@ -97,7 +97,7 @@ def test_every_file_can_be_had_by_itself(client: httpx.Client) -> None:
         assert answer.headers["Content-Type"].startswith(file["type"])
 
 
-def test_the_index_leads_to_an_archive_that_is_what_its_digest_says(client: httpx.Client) -> None:
+def test_the_index_links_to_an_archive_that_matches_its_digest(client: httpx.Client) -> None:
     index = client.get("/.well-known/agent-skills/index.json")
     assert index.headers["Content-Type"] == "application/json"
     assert index.json()["$schema"] == "https://schemas.agentskills.io/discovery/0.2.0/schema.json"
@@ -124,7 +124,7 @@ def test_the_index_leads_to_an_archive_that_is_what_its_digest_says(client: http
         "/skills/..%2F..%2Fskills/contents",
     ],
 )
-def test_what_there_is_not_is_not_found(client: httpx.Client, path: str) -> None:
+def test_other_skills_and_files_are_not_found(client: httpx.Client, path: str) -> None:
     answer = client.get(path)
     assert answer.status_code == 404
     assert answer.json()["error"]["code"] == "not_found"
@@ -132,12 +132,12 @@ def test_what_there_is_not_is_not_found(client: httpx.Client, path: str) -> None
 
 
 @pytest.mark.parametrize("path", ["/skills", "/skills/embeddings", "/manifest", "/.well-known/agent-skills/index.json"])
-def test_all_of_it_can_only_be_read(client: httpx.Client, path: str) -> None:
+def test_all_of_these_routes_are_read_only(client: httpx.Client, path: str) -> None:
     assert client.head(path).status_code == 200
     assert client.post(path).status_code == 405
 
 
-def test_a_server_with_a_key_wants_it_here_too() -> None:
+def test_a_server_with_a_key_requires_it_here_too() -> None:
     with client_of(api_key="key") as client:
         assert client.get("/skills").status_code == 401
         assert client.get("/skills", headers={"Authorization": "Bearer key"}).status_code == 200

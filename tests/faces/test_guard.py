@@ -1,4 +1,4 @@
-"""What may not pass: foreign hosts and origins, wrong keys, bodies over the limit, on every route alike."""
+"""Refused on every route: foreign hosts and origins, missing or wrong keys, bodies over the limit."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def locked() -> Iterator[httpx.Client]:
 
 
 def raw(client: httpx.Client, request: bytes) -> bytes:
-    """The first bytes of the answer to a request that no HTTP client would send."""
+    """The first bytes of the response to a request that no HTTP client would send."""
     with socket.create_connection((client.base_url.host, client.base_url.port or 0), timeout=10) as caller:
         caller.sendall(request)
         return caller.recv(100)
@@ -68,7 +68,7 @@ def test_the_servers_own_names_are_answered(client: httpx.Client, host: str) -> 
     assert client.get("/v1/models", headers={"host": host}).status_code == 200
 
 
-def test_what_it_listens_on_is_one_of_its_names() -> None:
+def test_the_host_that_the_server_listens_on_is_one_of_its_names() -> None:
     with client_of(host="Embeddings.example", api_key=KEY) as client:
         headers = authorization(f"Bearer {KEY}")
         headers["host"] = "embeddings.example:8000"
@@ -85,7 +85,7 @@ def test_a_foreign_host_is_refused_on_every_route(client: httpx.Client, host: st
         assert "EMBEDDINGS_MCP_ALLOWED_HOSTS" in answer.json()["error"]["message"], path
 
 
-def test_a_probe_of_http_1_0_need_not_say_a_host(client: httpx.Client) -> None:
+def test_a_probe_over_http_1_0_needs_no_host(client: httpx.Client) -> None:
     assert raw(client, b"GET /v1/health/ready HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200 ")
     assert raw(client, b"GET /v1/health/ready HTTP/1.0\r\nHost: evil.example\r\n\r\n").startswith(b"HTTP/1.1 421 ")
 
@@ -95,13 +95,13 @@ def test_a_probe_of_http_1_0_need_not_say_a_host(client: httpx.Client) -> None:
     [(b"", 400), (b"Host:\r\n", 421), (b"Host: localhost\r\nHost: localhost\r\n", 400)],
     ids=["none", "empty", "two"],
 )
-def test_in_http_1_1_a_host_is_said_once(client: httpx.Client, hosts: bytes, status: int) -> None:
+def test_http_1_1_requires_exactly_one_host(client: httpx.Client, hosts: bytes, status: int) -> None:
     answer = raw(client, b"GET /v1/health/ready HTTP/1.1\r\n" + hosts + b"\r\n")
 
     assert answer.startswith(f"HTTP/1.1 {status} ".encode())
 
 
-def test_without_a_host_the_key_is_asked_for_and_foreign_pages_are_refused_all_the_same(locked: httpx.Client) -> None:
+def test_without_a_host_the_key_is_still_required_and_foreign_pages_are_still_refused(locked: httpx.Client) -> None:
     assert raw(locked, b"GET /v1/models HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 401 ")
     page = b"Origin: http://evil.example\r\n"
     assert raw(locked, b"GET /v1/health/live HTTP/1.0\r\n" + page + b"\r\n").startswith(b"HTTP/1.1 403 ")
@@ -126,7 +126,7 @@ def test_a_foreign_origin_is_refused_on_every_route(client: httpx.Client, origin
 
 
 @pytest.mark.parametrize("header", [b"Host", b"Origin", b"Authorization", b"Content-Type", b"X-Other"])
-def test_odd_bytes_in_a_header_make_nothing_fail(locked: httpx.Client, header: bytes) -> None:
+def test_odd_bytes_in_a_header_cause_no_server_error(locked: httpx.Client, header: bytes) -> None:
     host = b"" if header == b"Host" else b"Host: localhost\r\n"
 
     answer = raw(locked, b"POST /v1/embeddings HTTP/1.1\r\n" + host + header + b": \xff\xfe\xc3(\r\n\r\n")
@@ -134,8 +134,8 @@ def test_odd_bytes_in_a_header_make_nothing_fail(locked: httpx.Client, header: b
     assert answer.startswith(b"HTTP/1.1 4")
 
 
-async def answer_of(app: ASGIApp, server: tuple[str, int], host: str) -> int:
-    """The status that `app` gives to a request that came in on the address `server`."""
+async def status_of(app: ASGIApp, server: tuple[str, int], host: str) -> int:
+    """The status of the response to a request that was sent to the address `server`."""
     sent: list[Message] = []
     scope: Scope = {
         "type": "http",
@@ -157,15 +157,15 @@ async def answer_of(app: ASGIApp, server: tuple[str, int], host: str) -> int:
 
 
 @pytest.mark.anyio
-async def test_the_numeric_address_that_a_caller_reached_is_the_servers_own() -> None:
-    async def behind(_scope: Scope, _receive: object, send: Any) -> None:
+async def test_the_numeric_address_that_a_request_was_sent_to_is_the_servers_own() -> None:
+    async def app(_scope: Scope, _receive: object, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
-    guard = Guard(behind, Settings())
+    guard = Guard(app, Settings())
 
-    assert await answer_of(guard, ("192.168.1.7", 8000), "192.168.1.7:8000") == 200
-    assert await answer_of(guard, ("192.168.1.7", 8000), "192.168.1.8:8000") == 421
-    assert await answer_of(guard, ("evil.example", 8000), "evil.example:8000") == 421
+    assert await status_of(guard, ("192.168.1.7", 8000), "192.168.1.7:8000") == 200
+    assert await status_of(guard, ("192.168.1.7", 8000), "192.168.1.8:8000") == 421
+    assert await status_of(guard, ("evil.example", 8000), "evil.example:8000") == 421
 
 
 # --- The key ---------------------------------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ def test_without_the_key_no_route_is_open(locked: httpx.Client, headers: httpx.H
         assert KEY not in answer.text, path
 
 
-def test_two_keys_are_none(locked: httpx.Client) -> None:
+def test_two_authorization_headers_are_refused_even_with_the_key(locked: httpx.Client) -> None:
     line = b"Authorization: Bearer " + KEY.encode() + b"\r\n"
 
     assert raw(locked, b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n" + line + line + b"\r\n").startswith(
@@ -201,7 +201,7 @@ def test_two_keys_are_none(locked: httpx.Client) -> None:
     )
 
 
-def test_the_key_opens_both_faces(locked: httpx.Client) -> None:
+def test_the_key_opens_both_rest_and_mcp(locked: httpx.Client) -> None:
     headers = authorization(f"Bearer {KEY}")
 
     assert locked.get("/v1/models", headers=headers).status_code == 200
@@ -239,19 +239,19 @@ def body_of(path: str, size: int) -> bytes:
     return json.dumps(request).encode().ljust(size)
 
 
-def in_pieces(body: bytes) -> Iterator[bytes]:
-    """Sent so, a body's length is not known beforehand."""
+def chunked(body: bytes) -> Iterator[bytes]:
+    """The body in chunks, so that it is sent without a Content-Length."""
     for start in range(0, len(body), 1_000):
         yield body[start : start + 1_000]
 
 
 @pytest.mark.parametrize("path", ["/v1/embeddings", "/mcp"])
-@pytest.mark.parametrize("send", [bytes, in_pieces])
-def test_a_body_may_have_the_limit_and_no_byte_more(client: httpx.Client, path: str, send: Any) -> None:
+@pytest.mark.parametrize("encode", [bytes, chunked])
+def test_a_body_may_have_the_limit_and_no_byte_more(client: httpx.Client, path: str, encode: Any) -> None:
     headers = MCP_HEADERS | {"content-type": "application/json"}
 
-    allowed = client.post(path, content=send(body_of(path, LIMIT)), headers=headers)
-    refused = client.post(path, content=send(body_of(path, LIMIT + 1)), headers=headers)
+    allowed = client.post(path, content=encode(body_of(path, LIMIT)), headers=headers)
+    refused = client.post(path, content=encode(body_of(path, LIMIT + 1)), headers=headers)
 
     assert allowed.status_code == 200
     assert refused.status_code == 413
@@ -260,7 +260,7 @@ def test_a_body_may_have_the_limit_and_no_byte_more(client: httpx.Client, path: 
 
 
 @pytest.mark.parametrize("path", ["/v1/embeddings", "/mcp", "/nowhere"])
-def test_a_body_that_says_it_is_too_large_is_not_even_read(client: httpx.Client, path: str) -> None:
+def test_a_body_with_too_large_a_content_length_is_refused_unread(client: httpx.Client, path: str) -> None:
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {LIMIT + 1}\r\n\r\n"
 
     assert raw(client, head.encode()).startswith(b"HTTP/1.1 413 ")

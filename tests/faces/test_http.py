@@ -1,4 +1,4 @@
-"""The HTTP application as one thing: both faces, one life, and the server that it runs in."""
+"""The HTTP application as a whole: REST and MCP, their lifespan, and the server that runs it."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ SERVER = (sys.executable, "-c", SCRIPT)
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("mode", ["legacy", "auto"])
-async def test_both_faces_give_the_same_vector(mode: str) -> None:
+async def test_rest_and_mcp_give_the_same_vector(mode: str) -> None:
     with served(service_of(), api_key="key") as url:
         async with httpx2.AsyncClient(headers={"authorization": "Bearer key"}) as http:
-            ask = {"model": "default", "input": "one"}
-            rest = (await http.post(f"{url}/v1/embeddings", json=ask)).json()
+            request = {"model": "default", "input": "one"}
+            rest = (await http.post(f"{url}/v1/embeddings", json=request)).json()
             with anyio.fail_after(10):
                 async with Client(streamable_http_client(f"{url}/mcp", http_client=http), mode=mode) as client:
-                    tool = (await client.call_tool("create_embedding", ask)).structured_content
+                    tool = (await client.call_tool("create_embedding", request)).structured_content
 
     assert tool == rest
     assert np.array_equal(np.array(rest["data"][0]["embedding"], dtype=np.float32), HashEmbedder().vector("one"))
@@ -76,7 +76,7 @@ def test_the_embedders_are_closed_when_the_server_stops() -> None:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("mode", ["legacy", "auto"])
-async def test_a_server_told_to_stop_closes_its_sessions_and_embedders(mode: str) -> None:
+async def test_sigterm_closes_sessions_and_embedders(mode: str) -> None:
     with running(*SERVER) as (process, url):
         with anyio.fail_after(20):
             async with Client(f"{url}/mcp", mode=mode) as client:
@@ -97,14 +97,14 @@ def test_ctrl_c_ends_the_server_without_a_traceback() -> None:
     assert (stdout, stderr, process.returncode) == ("closed\n", "", 0)
 
 
-def test_the_event_loop_is_pythons_own_whatever_else_is_installed() -> None:
-    other = "import sys, types; sys.modules['uvloop'] = types.ModuleType('uvloop')"
-    with running(sys.executable, "-c", other + SCRIPT) as (_, url):
+def test_the_event_loop_is_asyncios_own_even_where_uvloop_is_installed() -> None:
+    fake_uvloop = "import sys, types; sys.modules['uvloop'] = types.ModuleType('uvloop')"
+    with running(sys.executable, "-c", fake_uvloop + SCRIPT) as (_, url):
         assert httpx.get(f"{url}/v1/health/live").status_code == 200
 
 
-def test_answers_are_not_held_back_by_the_network() -> None:
-    """Nagle's algorithm would hold the body back until the client's delayed acknowledgement, 40 ms later."""
+def test_answers_are_not_delayed_by_nagles_algorithm() -> None:
+    """It would hold the body back until the client's delayed ACK, 40 ms later."""
     with running(*SERVER) as (_process, url), httpx.Client(base_url=url) as client:
         client.get("/v1/health/live")
         times = []
@@ -124,7 +124,7 @@ def test_a_port_that_is_taken_is_an_error_that_teaches() -> None:
             serve_http(service, build_mcp_server(service), Settings(port=port))
 
 
-def test_nobody_chooses_the_address_by_which_he_is_known() -> None:
+def test_a_client_cannot_forge_its_address() -> None:
     with running("env", "EMBEDDINGS_MCP_REQUESTS_PER_MINUTE=1", *SERVER) as (_process, url):
         answers = [httpx.get(f"{url}/v1/models", headers={"x-forwarded-for": f"10.0.0.{n}"}) for n in range(2)]
     assert [answer.status_code for answer in answers] == [200, 429]
@@ -132,41 +132,41 @@ def test_nobody_chooses_the_address_by_which_he_is_known() -> None:
 
 # --- Many connections ------------------------------------------------------------------------------------------------
 
-FEW = 64
-"""Files that a server may have open."""
+MAX_FILES = 64
+"""Limit of open files of a server."""
 
-LIMITED = pytest.mark.skipif(os.name != "posix", reason="limits of open files are those of POSIX systems")
+needs_ulimit = pytest.mark.skipif(os.name != "posix", reason="only POSIX systems have a limit of open files")
 
 
-def with_few_files(limit: str) -> tuple[str, ...]:
-    """The command that serves HTTP, under a limit of open files: a soft one (``-Sn``), or one that holds (``-n``)."""
+def with_few_files(option: str) -> tuple[str, ...]:
+    """The command that serves HTTP under a limit of open files: a soft one (``-Sn``), or also a hard one (``-n``)."""
     serve = (sys.executable, "-m", "embeddings_mcp", "serve", "--transport", "http", "--port", "0", "--load", "lazy")
-    return ("sh", "-c", f'ulimit {limit} {FEW} && exec "$@"', "sh", *serve)
+    return ("sh", "-c", f'ulimit {option} {MAX_FILES} && exec "$@"', "sh", *serve)
 
 
 @contextmanager
-def many_idle(url: str) -> Iterator[None]:
-    """More connections than such a server can have, of clients who say nothing."""
+def many_idle_connections(url: str) -> Iterator[None]:
+    """More idle connections than the limit of open files allows."""
     address = httpx.URL(url)
     with ExitStack() as clients:
-        for _ in range(2 * FEW):
+        for _ in range(2 * MAX_FILES):
             clients.enter_context(socket.create_connection((address.host, address.port or 0), timeout=10))
         yield
 
 
-@LIMITED
-def test_a_server_has_as_many_connections_as_it_may_and_not_as_few_as_it_began_with() -> None:
-    with running(*with_few_files("-Sn")) as (_process, url), many_idle(url):
+@needs_ulimit
+def test_a_server_raises_its_soft_limit_of_open_files() -> None:
+    with running(*with_few_files("-Sn")) as (_process, url), many_idle_connections(url):
         assert httpx.get(f"{url}/v1/health/live", timeout=10).status_code == 200
 
 
-@LIMITED
-def test_where_no_connection_can_be_accepted_that_is_said_once_and_those_that_wait_are_answered_later() -> None:
+@needs_ulimit
+def test_running_out_of_files_is_logged_once_and_waiting_connections_are_answered_later() -> None:
     with ThreadPoolExecutor(1) as reader, running(*with_few_files("-n")) as (process, url):
         assert process.stderr is not None
-        with many_idle(url):
-            said = reader.submit(process.stderr.readline).result(10)
-            assert "No connection can be accepted ([Errno 24] Too many open files)" in said
+        with many_idle_connections(url):
+            line = reader.submit(process.stderr.readline).result(10)
+            assert "No connection can be accepted ([Errno 24] Too many open files)" in line
         assert httpx.get(f"{url}/v1/health/live", timeout=10).status_code == 200
         process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=10)[1] == ""

@@ -1,4 +1,4 @@
-"""Eyes on the server: ids, metrics, stages and logs; and in none of them anything of a text or a key."""
+"""Observability: request ids, metrics, stages and logs, none of which contain anything of a text or a key."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ KEY = "sk-marzipan"
 
 
 def local_embedder(encoder: SteppedEncoder | None = None) -> LocalEmbedder:
-    """One whose encoder makes of a text its length, of at most eight characters; without waiting, if none is given."""
+    """An embedder that takes a character as a token, and at most eight of them; by default it never waits."""
     encoder = encoder or SteppedEncoder(steps=threading.Semaphore(1000))
     return LocalEmbedder(ModelCard(id="test/rough"), lambda: cast("Any", encoder), lambda: ("rough", EXACT))
 
@@ -43,7 +43,7 @@ def ask(client: httpx.Client, text: str | list[str] = "one", **headers: str) -> 
 
 
 def metrics(client: httpx.Client, **headers: str) -> dict[str, float]:
-    """Every sample by its name and labels, as Prometheus reads them."""
+    """The value of every sample, by its name and labels, as parsed by the Prometheus client."""
     text = client.get("/v1/metrics", headers=headers).raise_for_status().text
     return {
         f"{sample.name}{json.dumps(sample.labels, sort_keys=True)}": sample.value
@@ -52,7 +52,7 @@ def metrics(client: httpx.Client, **headers: str) -> dict[str, float]:
     }
 
 
-def risen(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+def increases(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
     return {name: value - before.get(name, 0) for name, value in after.items() if value != before.get(name, 0)}
 
 
@@ -60,17 +60,17 @@ def risen(before: dict[str, float], after: dict[str, float]) -> dict[str, float]
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/health/live", "/mcp", "/nowhere"])
-def test_every_answer_has_an_id_the_callers_own_or_a_new_one(path: str) -> None:
-    with client_of(api_key="key") as client:  # so that most are refused
+def test_every_answer_has_a_request_id_the_callers_own_or_a_new_one(path: str) -> None:
+    with client_of(api_key="key") as client:  # without which most routes refuse the request
         given = client.get(path, headers={"x-request-id": "trace-1.2_3"})
-        fresh = [client.get(path).headers["x-request-id"] for _ in range(2)]
+        generated = [client.get(path).headers["x-request-id"] for _ in range(2)]
     assert given.headers["x-request-id"] == "trace-1.2_3"
-    assert all(re.fullmatch("[0-9a-f]{32}", one) for one in fresh)
-    assert fresh[0] != fresh[1]
+    assert all(re.fullmatch("[0-9a-f]{32}", request_id) for request_id in generated)
+    assert generated[0] != generated[1]
 
 
 @pytest.mark.parametrize("forged", ["a b", "x" * 129, "id%0a", "\u001b[31m", "a,b", ""])
-def test_an_id_that_no_log_should_hold_is_replaced(forged: str) -> None:
+def test_a_request_id_that_is_unsafe_to_log_is_replaced(forged: str) -> None:
     with client_of() as client:
         answer = client.get("/v1/models", headers={b"x-request-id": forged.encode()})
     assert re.fullmatch("[0-9a-f]{32}", answer.headers["x-request-id"])
@@ -85,22 +85,22 @@ def test_metrics_count_requests_calls_tokens_batches_and_stages() -> None:
         assert ask(client, "four").status_code == 200
         assert ask(client, "far too long").status_code == 400
         assert client.get("/v1/models/none").status_code == 404
-        rise = risen(before, metrics(client))
-    called = '"operation": "create_embedding"'
-    assert rise[f'embeddings_calls_total{{"code": "ok", {called}}}'] == 1
-    assert rise[f'embeddings_calls_total{{"code": "input_too_long", {called}}}'] == 1
-    assert rise[f"embeddings_tokens_total{{{called}}}"] == 4
-    posted = '"method": "POST", "route": "/v1/embeddings"'
-    assert rise[f'embeddings_http_requests_total{{{posted}, "status": "200"}}'] == 1
-    assert rise[f'embeddings_http_requests_total{{{posted}, "status": "400"}}'] == 1
+        increase = increases(before, metrics(client))
+    operation = '"operation": "create_embedding"'
+    assert increase[f'embeddings_calls_total{{"code": "ok", {operation}}}'] == 1
+    assert increase[f'embeddings_calls_total{{"code": "input_too_long", {operation}}}'] == 1
+    assert increase[f"embeddings_tokens_total{{{operation}}}"] == 4
+    post = '"method": "POST", "route": "/v1/embeddings"'
+    assert increase[f'embeddings_http_requests_total{{{post}, "status": "200"}}'] == 1
+    assert increase[f'embeddings_http_requests_total{{{post}, "status": "400"}}'] == 1
     missing = '"method": "GET", "route": "/v1/models/*", "status": "404"'
-    assert rise[f"embeddings_http_requests_total{{{missing}}}"] == 1
-    assert (rise["embeddings_batch_texts_sum{}"], rise["embeddings_batch_tokens_sum{}"]) == (1, 4)
+    assert increase[f"embeddings_http_requests_total{{{missing}}}"] == 1
+    assert (increase["embeddings_batch_texts_sum{}"], increase["embeddings_batch_tokens_sum{}"]) == (1, 4)
     for stage in ("tokenise", "wait", "encode", "serialise"):
-        assert rise[f'embeddings_stage_seconds_count{{"stage": "{stage}"}}'] >= 1, stage
+        assert increase[f'embeddings_stage_seconds_count{{"stage": "{stage}"}}'] >= 1, stage
 
 
-def test_what_waits_and_what_is_in_work_is_counted_until_it_is_done() -> None:
+def test_queued_tokens_and_requests_in_flight_are_counted_until_they_are_done() -> None:
     encoder = SteppedEncoder()
     with client_of(local_embedder(encoder)) as client, ThreadPoolExecutor(1) as caller:
         before = metrics(client)
@@ -110,8 +110,8 @@ def test_what_waits_and_what_is_in_work_is_counted_until_it_is_done() -> None:
         encoder.steps.release(2)
         assert answer.result().status_code == 200
         after = metrics(client)
-    for gauge, rise in {"embeddings_queued_tokens{}": 4, "embeddings_http_requests_in_flight{}": 1}.items():
-        assert (meanwhile[gauge] - before[gauge], after[gauge] - before[gauge]) == (rise, 0), gauge
+    for gauge, increase in {"embeddings_queued_tokens{}": 4, "embeddings_http_requests_in_flight{}": 1}.items():
+        assert (meanwhile[gauge] - before[gauge], after[gauge] - before[gauge]) == (increase, 0), gauge
 
 
 @pytest.mark.anyio
@@ -125,7 +125,7 @@ async def test_calls_over_mcp_are_counted_too() -> None:
     assert counter._value.get() == before + 1
 
 
-def test_metrics_need_the_key_unless_they_are_said_not_to() -> None:
+def test_metrics_need_the_key_unless_the_settings_exempt_them() -> None:
     with client_of(api_key=KEY) as client:
         assert client.get("/v1/metrics").status_code == 401
         assert client.get("/v1/metrics", headers={"authorization": f"Bearer {KEY}"}).status_code == 200
@@ -144,7 +144,7 @@ def test_metrics_need_the_key_unless_they_are_said_not_to() -> None:
         ("", "other"),
     ],
 )
-def test_no_caller_makes_a_label_of_his_own(path: str, route: str) -> None:
+def test_paths_are_mapped_to_a_fixed_set_of_labels(path: str, route: str) -> None:
     assert route_of(path) == route
 
 
@@ -156,7 +156,7 @@ def test_every_route_has_a_label() -> None:
 # --- Stages ----------------------------------------------------------------------------------------------------------
 
 
-def test_an_answer_says_what_its_time_went_into() -> None:
+def test_an_answer_has_the_time_of_each_stage() -> None:
     with client_of(local_embedder()) as client:
         header = ask(client).headers["server-timing"]
     stages = dict(re.findall(r"(\w+);dur=([0-9.]+)", header))
@@ -165,39 +165,39 @@ def test_an_answer_says_what_its_time_went_into() -> None:
     assert parts <= float(stages["total"]) + 0.5
 
 
-# --- Nothing of the texts --------------------------------------------------------------------------------------------
+# --- No texts or keys ------------------------------------------------------------------------------------------------
 
 
-class Listening:
-    """A tracer that keeps all that it is told."""
+class RecordingTracer:
+    """A tracer, and a span, that records every call."""
 
     def __init__(self) -> None:
-        self.heard: list[str] = []
+        self.calls: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
-        def hear(*args: object, **kwargs: object) -> Any:
-            self.heard.append(f"{name} {args} {kwargs}")
+        def record(*args: object, **kwargs: object) -> Any:
+            self.calls.append(f"{name} {args} {kwargs}")
             return self
 
-        return hear
+        return record
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        self.heard.append(str(raised[:2]))
+        self.calls.append(str(raised[:2]))
 
 
 def test_nothing_of_texts_or_keys_is_in_logs_metrics_or_spans(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tracer = Listening()
+    tracer = RecordingTracer()
     monkeypatch.setattr("embeddings_mcp.telemetry._tracer", tracer)
     monkeypatch.setattr("embeddings_mcp.faces.http.instrumentation._tracer", tracer)
-    written = io.StringIO()
-    handler = logging.StreamHandler(written)
+    log = io.StringIO()
+    handler = logging.StreamHandler(log)
     handler.setFormatter(logs.JsonLines())
-    handler.addFilter(lambda record: not record.name.startswith(("httpx", "httpcore")))  # the client's, not ours
+    handler.addFilter(lambda record: not record.name.startswith(("httpx", "httpcore")))  # those of the test's client
     root = logging.getLogger()
     root.addHandler(handler)
     caplog.set_level(logging.DEBUG)
@@ -211,38 +211,38 @@ def test_nothing_of_texts_or_keys_is_in_logs_metrics_or_spans(
             client.post("/v1/embeddings", json={"model": TEXT, "input": "a", TEXT: 1}, headers=authorized)
             client.get(f"/{TEXT}?{TEXT}={TEXT}", headers=authorized)
             client.post("/mcp", json={"method": TEXT}, headers=authorized)
-            seen = client.get("/v1/metrics", headers=authorized).text
+            exposition = client.get("/v1/metrics", headers=authorized).text
         with client_of(FailingEmbedder(error=RuntimeError("no text in here"))) as client:
             ask(client, TEXT)
     finally:
         root.removeHandler(handler)
-    ours = [record.getMessage() for record in caplog.records if record.name.startswith("embeddings_mcp")]
-    assert any("route=/v1/embeddings status=200" in line for line in ours)
-    assert len(tracer.heard) > 20
-    for what, place in (("logs", written.getvalue()), ("metrics", seen), ("spans", "\n".join(tracer.heard))):
+    messages = [record.getMessage() for record in caplog.records if record.name.startswith("embeddings_mcp")]
+    assert any("route=/v1/embeddings status=200" in message for message in messages)
+    assert len(tracer.calls) > 20
+    for name, output in (("logs", log.getvalue()), ("metrics", exposition), ("spans", "\n".join(tracer.calls))):
         for secret in (TEXT[:8], KEY):
-            assert secret not in place, what
+            assert secret not in output, name
 
 
-def test_a_span_goes_on_the_callers_trace_and_never_records_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
-    tracer = Listening()
+def test_a_span_continues_the_callers_trace_and_never_records_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+    tracer = RecordingTracer()
     monkeypatch.setattr("embeddings_mcp.faces.http.instrumentation._tracer", tracer)
     trace = "0af7651916cd43dd8448eb211c80319c"
     with client_of() as client:
         ask(client, "one", traceparent=f"00-{trace}-b7ad6b7169203331-01")
 
-    (started,) = [line for line in tracer.heard if line.startswith("start_as_current_span ")]
+    (started,) = [call for call in tracer.calls if call.startswith("start_as_current_span ")]
     assert f"trace_id=0x{trace}" in started
     assert "'record_exception': False" in started
 
 
 # --- Logs ------------------------------------------------------------------------------------------------------------
 
-FORGED = "fine\r\nERROR root: forged\x1b[2J\u2028\x85end, and half of a character: \ud83d"
+FORGED = "fine\r\nERROR root: forged\x1b[2J\u2028\x85end, and a lone surrogate: \ud83d"
 
 
 @pytest.mark.parametrize("formatter", [logs.TextLines(), logs.JsonLines()])
-def test_no_message_makes_a_second_line_or_speaks_to_a_terminal(formatter: logging.Formatter) -> None:
+def test_a_message_can_neither_forge_a_second_line_nor_control_a_terminal(formatter: logging.Formatter) -> None:
     record = logging.LogRecord("a", logging.WARNING, __file__, 1, "%s", (FORGED,), None)
     line = formatter.format(record)
     assert len(line.splitlines()) == 1
@@ -252,7 +252,7 @@ def test_no_message_makes_a_second_line_or_speaks_to_a_terminal(formatter: loggi
         assert json.loads(line)["message"] == FORGED
 
 
-def test_a_json_line_says_whose_it_is_and_holds_the_traceback() -> None:
+def test_a_json_line_has_the_request_id_and_the_traceback() -> None:
     token = logs.request_id.set("id-1")
     try:
         int("broken")
@@ -276,9 +276,9 @@ def test_requests_are_logged_with_id_route_status_and_time(caplog: pytest.LogCap
 # --- The dashboard ---------------------------------------------------------------------------------------------------
 
 
-def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
+def test_the_dashboard_queries_only_existing_metrics_and_almost_all_of_them() -> None:
     dashboard = json.loads((ROOT / "packaging/grafana/embeddings-mcp.json").read_text("utf-8"))
-    asked = {
+    queried = {
         name
         for panel in dashboard["panels"]
         for target in panel["targets"]
@@ -290,6 +290,6 @@ def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
         for family in text_string_to_metric_families(text)
         for ending in {"counter": ["_total"], "histogram": ["_bucket"]}.get(family.type, [""])
     }
-    assert asked <= families
+    assert queried <= families
     ours = {name for name in families if name.startswith("embeddings_") and "http_request_seconds" not in name}
-    assert ours - asked <= {"embeddings_batch_tokens_bucket"}
+    assert ours - queried <= {"embeddings_batch_tokens_bucket"}
