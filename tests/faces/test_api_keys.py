@@ -1,4 +1,4 @@
-"""Access: several keys, kept hashed, changed while the server runs; TLS; pages of other origins."""
+"""Access: several API keys, stored hashed and reloaded while the server runs; CORS; TLS."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def status(client: httpx.Client, key: str, path: str = "/v1/models") -> int:
     return client.get(path, headers={"authorization": f"Bearer {key}"}).status_code
 
 
-# --- Which keys there are --------------------------------------------------------------------------------------------
+# --- Known keys ------------------------------------------------------------------------------------------------------
 
 
-def test_every_key_opens_and_is_its_owners() -> None:
+def test_every_key_has_its_owner() -> None:
     keyring = Keyring(settings(**SETTINGS))
     assert [keyring.owner(key) for key in (b"plain", b"first", b"second", b"third")] == [
         "api-key",
@@ -54,17 +54,17 @@ def test_every_key_opens_and_is_its_owners() -> None:
 
 
 def test_a_key_may_be_in_any_encoding() -> None:
-    keyring = Keyring(settings(api_key="schl\udcfcssel"))  # as a variable in latin-1 is read
+    keyring = Keyring(settings(api_key="schl\udcfcssel"))  # as Python decodes an environment variable in latin-1
     assert keyring.owner(b"schl\xfcssel") == "api-key"
     assert keyring.owner("schlüssel".encode()) is None
 
 
-def test_without_a_key_none_is_asked_for() -> None:
+def test_without_a_key_in_the_settings_none_is_required() -> None:
     assert not Keyring(settings()).in_use
     assert not Keyring(settings(api_key="")).in_use
 
 
-def test_an_empty_file_of_keys_opens_to_nobody(tmp_path: Path) -> None:
+def test_an_empty_file_of_keys_admits_nobody(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("# none yet\n")
     keyring = Keyring(settings(api_keys_file=file))
@@ -75,41 +75,41 @@ def test_an_empty_file_of_keys_opens_to_nobody(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", ["nothing", "=sk-secret", "a b=", "semi;colon=sk-secret"])
-def test_a_key_without_a_name_is_refused_and_not_repeated(wrong: str) -> None:
+def test_a_key_without_a_name_is_refused_and_not_quoted(wrong: str) -> None:
     with pytest.raises(InvalidSetting, match="NAME=KEY") as refused:
         Keyring(settings(api_keys=wrong))
     assert "secret" not in refused.value.message
 
 
-def test_a_new_key_is_known_by_its_line_alone(tmp_path: Path) -> None:
-    made, line = new_key("carol")
+def test_a_new_key_is_recognized_by_its_line_which_does_not_contain_it(tmp_path: Path) -> None:
+    key, line = new_key("carol")
     file = tmp_path / "keys"
     file.write_text(f"# of the team\n\n{line}  # until March\n")
-    assert made not in line
-    assert Keyring(settings(api_keys_file=file)).owner(made.encode()) == "carol"
-    assert new_key("carol")[0] != made
+    assert key not in line
+    assert Keyring(settings(api_keys_file=file)).owner(key.encode()) == "carol"
+    assert new_key("carol")[0] != key
 
 
 def test_a_file_of_keys_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
-    made, line = new_key("carol")
+    key, line = new_key("carol")
     file = tmp_path / "keys"
     file.write_text(f"{line}\n", encoding="utf-8-sig")
-    assert Keyring(settings(api_keys_file=file)).owner(made.encode()) == "carol"
+    assert Keyring(settings(api_keys_file=file)).owner(key.encode()) == "carol"
 
 
-def test_the_command_prints_the_line_to_stdout_and_the_key_beside_it() -> None:
+def test_the_command_prints_the_line_to_stdout_and_the_key_to_stderr() -> None:
     result = CliRunner().invoke(app, ["key", "dave"])
     key = result.stderr.split()[-1]
     assert result.stdout == f"dave sha256:{hashlib.sha256(key.encode()).hexdigest()}\n"
 
 
 @pytest.mark.parametrize("name", ["", "a b", "x" * 65, "new\nline", "#"])
-def test_a_name_that_no_key_can_have_is_refused(name: str) -> None:
+def test_an_invalid_name_of_a_key_is_refused(name: str) -> None:
     with pytest.raises(InvalidSetting, match="letters, digits"):
         new_key(name)
 
 
-def test_a_file_with_a_line_that_is_no_key_is_refused_by_its_number(tmp_path: Path) -> None:
+def test_a_malformed_line_in_the_file_of_keys_is_refused_by_its_number(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text(f"{new_key('a')[1]}\nb plain-text-key\n")
     with pytest.raises(InvalidSetting, match=r"line 2 of .*NAME sha256:HEX") as refused:
@@ -136,15 +136,15 @@ def test_keys_come_and_go_while_the_server_runs(tmp_path: Path, caplog: pytest.L
     assert new not in caplog.text
 
 
-@pytest.mark.parametrize("harm", ["damaged", "gone"])
-def test_a_file_that_breaks_leaves_the_keys_as_they_were(
-    tmp_path: Path, harm: str, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("state", ["damaged", "missing"])
+def test_a_file_that_cannot_be_read_any_more_leaves_the_keys_as_they_were(
+    tmp_path: Path, state: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     key, line = new_key("a")
     file = tmp_path / "keys"
     file.write_text(line)
     keyring = Keyring(settings(api_keys_file=file))
-    if harm == "gone":
+    if state == "missing":
         file.unlink()
     else:
         file.write_text("not a line of keys")
@@ -184,20 +184,20 @@ def test_keys_are_compared_by_digest_every_one_and_in_constant_time(monkeypatch:
     for key in (b"plain", b"third", b"none of them", b"f"):
         compared.clear()
         keyring.owner(key)
-        assert len(compared) == 4, "it does not end at the one that fits"
+        assert len(compared) == 4, "no early exit at a match"
         assert {len(side) for pair in compared for side in pair} == {32}, "digests only, whatever the key's length"
 
 
-# --- What is open ----------------------------------------------------------------------------------------------------
+# --- Routes and origins ----------------------------------------------------------------------------------------------
 
 
-def test_health_too_may_ask_for_a_key() -> None:
+def test_health_routes_may_be_set_to_require_a_key() -> None:
     with client_of(api_key="key", without_key=()) as client:
         assert client.get("/v1/health/live").status_code == 401
         assert status(client, "key", "/v1/health/live") == 200
 
 
-def test_a_server_that_others_can_reach_may_be_keyless_if_that_is_said() -> None:
+def test_a_server_that_others_can_reach_may_be_keyless_if_that_is_set() -> None:
     create_app(service_of(), MCPServer("test"), settings(host="0.0.0.0", allow_keyless=True))
 
 
@@ -222,27 +222,27 @@ def test_an_origin_is_one_origin(origin: str) -> None:
 
 
 def test_no_page_of_another_origin_is_answered_unless_it_is_set() -> None:
-    asking = {"origin": "https://app.example", "access-control-request-method": "POST"}
+    preflight = {"origin": "https://app.example", "access-control-request-method": "POST"}
     with client_of() as client:
-        answer = client.options("/v1/embeddings", headers=asking)
+        answer = client.options("/v1/embeddings", headers=preflight)
         assert answer.status_code == 403
         assert "access-control-allow-origin" not in answer.headers
         assert "access-control-allow-origin" not in client.get("/v1/models").headers
 
 
-def test_a_page_of_an_origin_that_is_set_may_ask_and_no_other() -> None:
+def test_a_page_of_an_origin_that_is_set_is_allowed_and_no_other() -> None:
     with client_of(api_key="key", cors_origins="https://app.example") as client:
-        asking = {"origin": "https://app.example", "access-control-request-method": "POST"}
-        before = client.options("/mcp", headers=asking | {"access-control-request-headers": "authorization"})
+        preflight = {"origin": "https://app.example", "access-control-request-method": "POST"}
+        granted = client.options("/mcp", headers=preflight | {"access-control-request-headers": "authorization"})
         allowed = client.get("/v1/models", headers={"origin": "https://app.example", "authorization": "Bearer key"})
         keyless = client.get("/v1/models", headers={"origin": "https://app.example"})
         other = client.get("/v1/models", headers={"origin": "https://evil.example", "authorization": "Bearer key"})
-        other_before = client.options("/mcp", headers=asking | {"origin": "https://evil.example"})
-    assert (before.status_code, allowed.status_code, keyless.status_code, other.status_code) == (200, 200, 401, 403)
+        denied = client.options("/mcp", headers=preflight | {"origin": "https://evil.example"})
+    assert (granted.status_code, allowed.status_code, keyless.status_code, other.status_code) == (200, 200, 401, 403)
     assert allowed.headers["access-control-allow-origin"] == "https://app.example"
     assert "access-control-allow-origin" not in other.headers
-    assert other_before.status_code == 400
-    assert "access-control-allow-origin" not in other_before.headers
+    assert denied.status_code == 400
+    assert "access-control-allow-origin" not in denied.headers
 
 
 # --- TLS -------------------------------------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ serve_http(service, build_mcp_server(service), Settings(port=0, tls_certificate=
 
 
 def certificate(folder: Path) -> tuple[Path, Path]:
-    """A certificate of localhost signed by itself, and its key."""
+    """A self-signed certificate for localhost, and its key."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
     now = datetime.now(UTC)
@@ -285,11 +285,11 @@ def certificate(folder: Path) -> tuple[Path, Path]:
 
 def test_with_a_certificate_the_server_speaks_https(tmp_path: Path) -> None:
     chain, key = certificate(tmp_path)
-    trusting = ssl.create_default_context(cafile=chain)
+    context = ssl.create_default_context(cafile=chain)
     with running(sys.executable, "-c", SCRIPT, str(chain), str(key)) as (_process, url):
         assert url.startswith("https://127.0.0.1:")
         port = httpx.URL(url).port
-        answer = httpx.get(f"https://localhost:{port}/v1/models", verify=trusting)
+        answer = httpx.get(f"https://localhost:{port}/v1/models", verify=context)
         with pytest.raises(httpx.TransportError):
             httpx.get(f"http://localhost:{port}/v1/models")
     assert answer.status_code == 200

@@ -1,4 +1,4 @@
-"""Limits: each with its own error and status, on both faces, and nothing left behind by those who were refused."""
+"""Limits: each has its own error and status, over REST and MCP, and a refused request leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ from tests.support import SECONDS, Clock, HashEmbedder, client_of, service_of
 
 @dataclass
 class HeldEmbedder(HashEmbedder):
-    """Answers when the test lets it, and says from any thread how often it was asked and left."""
+    """Answers when the test allows it, and counts calls and cancelled calls in thread-safe semaphores."""
 
-    asked: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-    left: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    calls: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    cancellations: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     may_answer: threading.Event = field(default_factory=threading.Event)
 
     async def embed(self, texts: Sequence[str], **options: Any) -> Embeddings:
-        self.asked.release()
+        self.calls.release()
         try:
             while not self.may_answer.is_set():
                 await anyio.to_thread.run_sync(self.may_answer.wait, 0.02)
         except anyio.get_cancelled_exc_class():
-            self.left.release()
+            self.cancellations.release()
             raise
         return await super().embed(texts, **options)
 
@@ -66,14 +66,14 @@ def small() -> Iterator[httpx.Client]:
         yield client
 
 
-def test_a_request_may_have_so_many_texts_and_no_more(small: httpx.Client) -> None:
+def test_a_request_may_have_the_maximum_number_of_texts_and_no_more(small: httpx.Client) -> None:
     assert ask(small, ["one"] * 3).status_code == 200
     assert refusal(ask(small, ["one"] * 4)) == (400, "too_many_inputs", "input")
     both = small.post("/v1/similarity", json={"model": "default", "input": ["one"] * 2, "other": ["one"] * 2})
     assert refusal(both) == (400, "too_many_inputs", "input")
 
 
-def test_a_text_may_have_so_many_characters_and_no_more(small: httpx.Client) -> None:
+def test_a_text_may_have_the_maximum_number_of_characters_and_no_more(small: httpx.Client) -> None:
     assert ask(small, "x" * 10).status_code == 200
     assert refusal(ask(small, "x" * 11)) == (400, "input_too_large", "input")
     assert refusal(ask(small, ["x", "x" * 11])) == (400, "input_too_large", "input[1]")
@@ -82,7 +82,7 @@ def test_a_text_may_have_so_many_characters_and_no_more(small: httpx.Client) -> 
 
 
 @pytest.mark.anyio
-async def test_the_limits_of_a_request_hold_for_tools_too() -> None:
+async def test_the_limits_of_a_request_apply_to_tools_too() -> None:
     limits = Limits.of(Settings(max_inputs=1, max_input_characters=10, request_seconds=SECONDS))
     with anyio.fail_after(SECONDS):
         async with Client(build_mcp_server(service_of(), limits)) as client:
@@ -94,15 +94,15 @@ async def test_the_limits_of_a_request_hold_for_tools_too() -> None:
     assert "`query` has 11 characters" in str(large.content)
 
 
-def test_a_request_that_takes_too_long_is_ended() -> None:
+def test_a_request_that_takes_too_long_is_cancelled() -> None:
     embedder = HeldEmbedder()
     with client_of(embedder, request_seconds=0.1) as client:
         assert refusal(ask(client)) == (503, "request_timeout", None)
-        assert embedder.left.acquire(timeout=SECONDS), "its work was cancelled"
+        assert embedder.cancellations.acquire(timeout=SECONDS), "its work was cancelled"
 
 
 @pytest.mark.anyio
-async def test_a_tool_call_that_takes_too_long_is_ended() -> None:
+async def test_a_tool_call_that_takes_too_long_is_cancelled() -> None:
     embedder = HeldEmbedder()
     limits = Limits.of(Settings(request_seconds=0.1))
     with anyio.fail_after(SECONDS):
@@ -110,18 +110,18 @@ async def test_a_tool_call_that_takes_too_long_is_ended() -> None:
             result = await client.call_tool("create_embedding", {"model": "default", "input": "a"})
     assert result.is_error
     assert "longer than the 0.1 s" in str(result.content)
-    assert embedder.left.acquire(timeout=SECONDS)
+    assert embedder.cancellations.acquire(timeout=SECONDS)
 
 
 # --- Many requests ---------------------------------------------------------------------------------------------------
 
 
-def test_only_so_many_requests_are_in_work_and_their_end_makes_room() -> None:
+def test_only_the_maximum_number_of_requests_is_in_flight_and_one_that_ends_makes_room() -> None:
     embedder = HeldEmbedder()
     with client_of(embedder, max_requests_in_flight=2) as client, ThreadPoolExecutor(2) as others:
         first = [others.submit(ask, client) for _ in range(2)]
         for _ in first:
-            assert embedder.asked.acquire(timeout=SECONDS)
+            assert embedder.calls.acquire(timeout=SECONDS)
 
         refused = ask(client)
         mcp = client.post("/mcp", json={})
@@ -138,73 +138,73 @@ def test_only_so_many_requests_are_in_work_and_their_end_makes_room() -> None:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The time of those who wait for a place."""
+    """The time in admission control, which the test advances."""
     clock = Clock()
     monkeypatch.setattr(in_flight, "time", clock)
     monkeypatch.setattr(reservations, "time", clock)
     return clock
 
 
-def have_one_answered(client: httpx.Client, embedder: HeldEmbedder) -> None:
+def complete_one(client: httpx.Client, embedder: HeldEmbedder) -> None:
     embedder.may_answer.set()
     assert ask(client).status_code == 200
-    assert client.get("/v1/health/live").status_code == 200  # and so the request before has really ended
-    assert embedder.asked.acquire(timeout=SECONDS)
+    assert client.get("/v1/health/live").status_code == 200  # by now the request before has ended in the server too
+    assert embedder.calls.acquire(timeout=SECONDS)
     embedder.may_answer.clear()
 
 
-def test_those_who_find_no_place_are_asked_back_as_fast_as_others_have_ended(clock: Clock) -> None:
+def test_retry_after_of_refused_requests_follows_the_rate_at_which_requests_end(clock: Clock) -> None:
     embedder = HeldEmbedder()
     with client_of(embedder, max_requests_in_flight=1) as client, ThreadPoolExecutor(1) as others:
         for _ in range(3):
-            have_one_answered(client, embedder)
+            complete_one(client, embedder)
             clock.now += 2
         first = others.submit(ask, client)
-        assert embedder.asked.acquire(timeout=SECONDS)
+        assert embedder.calls.acquire(timeout=SECONDS)
         waits = [ask(client).headers["retry-after"] for _ in range(3)]
         embedder.may_answer.set()
         assert first.result().status_code == 200
-    assert waits == ["2", "4", "6"], "as fast as others have ended"
+    assert waits == ["2", "4", "6"], "one request has ended every 2 s"
 
 
-def test_who_comes_back_in_his_time_finds_a_place_before_newcomers_do(clock: Clock) -> None:
+def test_a_refused_request_that_is_retried_on_time_is_admitted_before_new_ones(clock: Clock) -> None:
     embedder = HeldEmbedder()
-    mine, anothers = "x" * 900_000, "y" * 900_000  # which arrive in several pieces
+    refused_before, new = "x" * 900_000, "y" * 900_000  # long enough to arrive in several messages
     with client_of(embedder, max_requests_in_flight=2) as client, ThreadPoolExecutor(3) as others:
         for _ in range(3):
-            have_one_answered(client, embedder)
+            complete_one(client, embedder)
             clock.now += 1
-        in_work = [others.submit(ask, client) for _ in range(2)]
-        for _ in in_work:
-            assert embedder.asked.acquire(timeout=SECONDS)
-        refused = ask(client, mine)
+        in_flight = [others.submit(ask, client) for _ in range(2)]
+        for _ in in_flight:
+            assert embedder.calls.acquire(timeout=SECONDS)
+        refused = ask(client, refused_before)
         assert refused.status_code == 503
         clock.now += int(refused.headers["retry-after"])
         embedder.may_answer.set()
-        for request in in_work:
+        for request in in_flight:
             assert request.result().status_code == 200
         embedder.may_answer.clear()
-        in_work = [others.submit(ask, client)]
-        assert embedder.asked.acquire(timeout=SECONDS)
+        in_flight = [others.submit(ask, client)]
+        assert embedder.calls.acquire(timeout=SECONDS)
 
-        assert ask(client, anothers).status_code == 503
-        in_work.append(others.submit(ask, client, mine))
-        assert embedder.asked.acquire(timeout=SECONDS)
+        assert ask(client, new).status_code == 503
+        in_flight.append(others.submit(ask, client, refused_before))
+        assert embedder.calls.acquire(timeout=SECONDS)
         embedder.may_answer.set()
-        assert [request.result().status_code for request in in_work] == [200, 200]
+        assert [request.result().status_code for request in in_flight] == [200, 200]
         embedder.may_answer.clear()
-        in_work = [others.submit(ask, client) for _ in range(2)]
-        for _ in in_work:
-            assert embedder.asked.acquire(timeout=SECONDS), "his place is kept no longer"
+        in_flight = [others.submit(ask, client) for _ in range(2)]
+        for _ in in_flight:
+            assert embedder.calls.acquire(timeout=SECONDS), "the reservation was used, so both slots are free"
         embedder.may_answer.set()
 
 
-def test_bodies_in_work_have_so_many_bytes_together_and_their_end_makes_room() -> None:
+def test_bodies_in_flight_have_a_maximum_size_together_and_one_that_ends_makes_room() -> None:
     embedder = HeldEmbedder()
     text = "x" * 1_000
     with client_of(embedder, max_bytes_in_flight=2_000) as client, ThreadPoolExecutor(1) as others:
         first = others.submit(ask, client, text)
-        assert embedder.asked.acquire(timeout=SECONDS)
+        assert embedder.calls.acquire(timeout=SECONDS)
 
         refused = ask(client, text)
         embedder.may_answer.set()
@@ -214,7 +214,7 @@ def test_bodies_in_work_have_so_many_bytes_together_and_their_end_makes_room() -
         assert ask(client, text).status_code == 200
 
 
-def test_those_who_hang_up_or_are_refused_leave_no_place_taken() -> None:
+def test_clients_that_disconnect_or_are_refused_leave_no_slot_taken() -> None:
     embedder = HeldEmbedder()
     with client_of(embedder, max_requests_in_flight=1, max_body_bytes=100) as client:
         address = client.base_url.host, client.base_url.port or 0
@@ -223,15 +223,15 @@ def test_those_who_hang_up_or_are_refused_leave_no_place_taken() -> None:
         for _ in range(3):
             with socket.create_connection(address, timeout=SECONDS) as caller:
                 caller.sendall(head % b"/v1/embeddings" + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-                assert embedder.asked.acquire(timeout=SECONDS)
-            assert embedder.left.acquire(timeout=SECONDS)
+                assert embedder.calls.acquire(timeout=SECONDS)
+            assert embedder.cancellations.acquire(timeout=SECONDS)
             assert client.post("/v1/embeddings", content=iter([b"x" * 101])).status_code in {413, 415}
             assert client.post("/v1/embeddings", json=[]).status_code == 400
         embedder.may_answer.set()
         assert ask(client).status_code == 200
 
 
-def test_a_body_that_does_not_arrive_in_time_is_waited_for_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_body_that_does_not_arrive_in_time_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(in_flight, "BODY_SECONDS", 0.1)
     with client_of() as client:
         address = client.base_url.host, client.base_url.port or 0
@@ -244,7 +244,7 @@ def test_a_body_that_does_not_arrive_in_time_is_waited_for_no_longer(monkeypatch
                 assert caller.recv(100).startswith(b"HTTP/1.1 408 "), path
 
 
-def test_each_key_has_a_pace_of_its_own() -> None:
+def test_each_key_has_a_rate_limit_of_its_own() -> None:
     with client_of(api_keys="one=first two=second", requests_per_minute=3) as client:
         answers = [ask(client, authorization="Bearer first") for _ in range(4)]
         other = ask(client, authorization="Bearer second")
@@ -256,21 +256,21 @@ def test_each_key_has_a_pace_of_its_own() -> None:
     assert {answer.status_code for answer in unknown} == {401}
 
 
-def test_the_queue_of_a_model_is_told_whose_the_texts_are() -> None:
+def test_the_embedder_knows_the_name_of_the_caller() -> None:
     callers: list[str] = []
 
-    class Noting(HashEmbedder):
+    class CallerRecorder(HashEmbedder):
         async def embed(self, texts: Sequence[str], **options: Any) -> Embeddings:
             callers.append(caller_name())
             return await super().embed(texts, **options)
 
-    with client_of(Noting(), api_keys="one=first two=second") as client:
+    with client_of(CallerRecorder(), api_keys="one=first two=second") as client:
         for key in ("first", "second"):
             assert ask(client, authorization=f"Bearer {key}").status_code == 200
     assert callers == ["one", "two"]
 
 
-def test_nobody_uses_up_the_pace_of_those_who_watch_the_server() -> None:
+def test_health_probes_have_no_rate_limit() -> None:
     with client_of(api_key="first", requests_per_minute=2) as client:
         assert {client.get("/v1/health/live").status_code for _ in range(5)} == {200}
         assert [ask(client, authorization="Bearer first").status_code for _ in range(3)] == [200, 200, 429]
@@ -278,9 +278,9 @@ def test_nobody_uses_up_the_pace_of_those_who_watch_the_server() -> None:
 
 
 @pytest.mark.anyio
-async def test_without_keys_callers_are_told_apart_by_their_addresses() -> None:
+async def test_without_keys_the_rate_limit_is_per_address() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await Response("let through")(scope, receive, send)
+        await Response("passed")(scope, receive, send)
 
     guard = Guard(app, Settings(requests_per_minute=1))
 
@@ -293,25 +293,25 @@ async def test_without_keys_callers_are_told_apart_by_their_addresses() -> None:
     assert await statuses_for("10.0.0.2") == [200, 429]
 
 
-def test_who_comes_back_when_he_was_told_to_may_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_caller_that_waits_for_as_long_as_it_is_told_is_admitted(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr("embeddings_mcp.faces.http.rate_limit.time", clock)
-    rate = RateLimiter(per_minute=4)
-    assert [rate.wait("a") for _ in range(4)] == [0, 0, 0, 0]
+    limiter = RateLimiter(per_minute=4)
+    assert [limiter.wait("a") for _ in range(4)] == [0, 0, 0, 0]
     for _ in range(10):
-        wait = rate.wait("a")
+        wait = limiter.wait("a")
         assert wait == pytest.approx(15)
         clock.now += wait
-        assert rate.wait("a") == 0
-    assert rate.wait("b") == 0
+        assert limiter.wait("a") == 0
+    assert limiter.wait("b") == 0
 
 
-def test_callers_who_have_made_up_for_all_that_they_asked_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rate_limiter_prunes_callers_that_have_all_their_allowance_back(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr("embeddings_mcp.faces.http.rate_limit.time", clock)
-    rate = RateLimiter(per_minute=1)
+    limiter = RateLimiter(per_minute=1)
     for caller in range(100_000):
-        assert rate.wait(str(caller)) == 0
-        clock.now += 0.1  # a request of each takes a minute to make up for
-    assert len(rate._arrival_times) < 3000
-    assert rate.wait(str(caller)) > 0
+        assert limiter.wait(str(caller)) == 0
+        clock.now += 0.1  # each caller has its allowance back after a minute
+    assert len(limiter._arrival_times) < 3000
+    assert limiter.wait(str(caller)) > 0

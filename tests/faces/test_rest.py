@@ -1,4 +1,4 @@
-"""The REST face over a real socket, with an embedder that needs no model."""
+"""The REST interface over a real socket, with an embedder that needs no model."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ MODEL = "test/hash"
 
 @dataclass
 class StuckEmbedder(HashEmbedder):
-    """Never answers, and says from any thread when it was asked and when it was let go."""
+    """Never answers, and sets thread-safe events when it is called and when that call is cancelled."""
 
-    asked: threading.Event = field(default_factory=threading.Event)
-    let_go: threading.Event = field(default_factory=threading.Event)
+    called: threading.Event = field(default_factory=threading.Event)
+    call_cancelled: threading.Event = field(default_factory=threading.Event)
 
     async def embed(self, texts: Sequence[str], **options: Any) -> Embeddings:
         await self.check()
         raise AssertionError("unreachable")
 
     async def check(self) -> None:
-        self.asked.set()
+        self.called.set()
         try:
             await anyio.sleep_forever()
         finally:
-            self.let_go.set()
+            self.call_cancelled.set()
 
 
 @pytest.fixture(scope="module")
@@ -78,25 +78,25 @@ def test_each_text_gets_its_own_vector_at_its_own_index(client: httpx.Client) ->
 
 @pytest.mark.parametrize("modality", ["text", ["text"], ["text", "text"]])
 def test_a_request_may_say_that_its_inputs_are_text(client: httpx.Client, modality: object) -> None:
-    ask = {"model": MODEL, "input": ["one", "two"]}
+    request = {"model": MODEL, "input": ["one", "two"]}
 
-    said = client.post("/v1/embeddings", json=ask | {"modality": modality})
+    explicit = client.post("/v1/embeddings", json=request | {"modality": modality})
 
-    assert said.json() == client.post("/v1/embeddings", json=ask).json()
+    assert explicit.json() == client.post("/v1/embeddings", json=request).json()
 
 
 def test_base64_holds_the_same_floats(client: httpx.Client) -> None:
-    ask = {"model": "default", "input": "one"}
+    request = {"model": "default", "input": "one"}
 
-    floats, packed = (
-        client.post("/v1/embeddings", json=ask | {"encoding_format": form}).json()["data"][0]["embedding"]
+    floats, encoded = (
+        client.post("/v1/embeddings", json=request | {"encoding_format": form}).json()["data"][0]["embedding"]
         for form in ("float", "base64")
     )
 
-    assert np.array_equal(np.frombuffer(base64.b64decode(packed), dtype="<f4"), np.array(floats, dtype=np.float32))
+    assert np.array_equal(np.frombuffer(base64.b64decode(encoded), dtype="<f4"), np.array(floats, dtype=np.float32))
 
 
-def test_a_large_answer_is_whole_and_in_order(client: httpx.Client) -> None:
+def test_a_large_answer_is_complete_and_in_order(client: httpx.Client) -> None:
     texts = [f"text {number}" for number in range(1_000)]
 
     body = client.post("/v1/embeddings", json={"model": MODEL, "input": texts}).json()
@@ -110,7 +110,7 @@ def test_a_large_answer_is_whole_and_in_order(client: httpx.Client) -> None:
     assert body["usage"]["total_tokens"] == 4_000
 
 
-def test_a_request_too_large_for_the_event_loop_is_read_all_the_same(client: httpx.Client) -> None:
+def test_a_request_large_enough_for_a_worker_thread_is_answered(client: httpx.Client) -> None:
     texts = ["long " * 150_000] * 2
     body = client.post("/v1/embeddings", json={"model": MODEL, "input": texts, "truncate": "END"}).json()
 
@@ -127,10 +127,10 @@ def test_a_request_too_large_for_the_event_loop_is_read_all_the_same(client: htt
     )
 )
 @settings(max_examples=50)
-async def test_an_answer_in_pieces_is_the_answer(answer: dict[str, Any]) -> None:
-    pieces = [piece async for piece in rest._json_chunks(answer)]
+async def test_the_chunks_of_an_answer_are_its_json(answer: dict[str, Any]) -> None:
+    chunks = [chunk async for chunk in rest._json_chunks(answer)]
 
-    assert b"".join(pieces) == dump_json(answer)
+    assert b"".join(chunks) == dump_json(answer)
 
 
 ROWS: dict[str, list[Any]] = {
@@ -141,17 +141,17 @@ ROWS: dict[str, list[Any]] = {
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
-async def test_other_requests_have_their_turn_between_the_pieces_of_a_large_answer(rows: list[Any]) -> None:
+async def test_other_tasks_run_between_the_chunks_of_a_large_answer(rows: list[Any]) -> None:
     turns = 0
 
-    async def another() -> None:
+    async def count_turns() -> None:
         nonlocal turns
         while True:
             turns += 1
             await anyio.lowlevel.checkpoint()
 
     async with anyio.create_task_group() as group:
-        group.start_soon(another)
+        group.start_soon(count_turns)
         async for _ in rest._json_chunks({"data": rows}):
             pass
         group.cancel_scope.cancel()
@@ -210,7 +210,7 @@ def test_a_readiness_probe_is_answered_while_the_model_hangs(monkeypatch: pytest
 
     assert ready.status_code == 503
     assert ready.json()["ready"] is False
-    assert stuck.let_go.is_set()
+    assert stuck.call_cancelled.is_set()
 
 
 # --- Errors ----------------------------------------------------------------------------------------------------------
@@ -344,14 +344,14 @@ def test_every_error_comes_in_one_envelope(
     assert answer.json()["error"]["code"] == code
 
 
-def test_a_method_that_is_not_possible_is_answered_with_those_that_are(client: httpx.Client) -> None:
+def test_a_wrong_method_is_answered_with_the_allowed_ones(client: httpx.Client) -> None:
     answer = client.get("/v1/embeddings")
 
     assert answer.headers["allow"] == "POST"
     assert "takes POST" in answer.json()["error"]["message"]
 
 
-def test_an_overloaded_server_says_when_to_come_back() -> None:
+def test_an_overloaded_server_sends_retry_after() -> None:
     full = FailingEmbedder(error=Overloaded("the queue is full", retry_after=1.2))
     with client_of(full) as client:
         answer = client.post("/v1/embeddings", json=ONE)
@@ -361,7 +361,7 @@ def test_an_overloaded_server_says_when_to_come_back() -> None:
     assert answer.json()["error"]["type"] == "rate_limit_error"
 
 
-def test_a_failure_of_the_server_is_told_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failure_of_the_server_is_reported_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     with client_of(FailingEmbedder(error=CheckpointInvalid("config.json is not JSON"))) as client:
         answer = client.post("/v1/embeddings", json=ONE)
 
@@ -370,7 +370,7 @@ def test_a_failure_of_the_server_is_told_and_logged(caplog: pytest.LogCaptureFix
     assert "/v1/embeddings failed: config.json is not JSON" in caplog.text
 
 
-def test_a_crash_says_nothing_to_the_caller_and_all_to_the_log(caplog: pytest.LogCaptureFixture) -> None:
+def test_details_of_an_unexpected_exception_go_to_the_log_only(caplog: pytest.LogCaptureFixture) -> None:
     with client_of(FailingEmbedder(error=ZeroDivisionError("secret detail"))) as client:
         answer = client.post("/v1/embeddings", json=ONE)
         assert client.get("/v1/health/live").status_code == 200
@@ -402,18 +402,18 @@ _fields = st.sampled_from(sorted({name for operation in ROUTES.values() for name
     body=_json_values | st.dictionaries(_fields, _likely_values, max_size=6),
 )
 @settings(max_examples=300, deadline=None)
-def test_no_json_makes_the_server_fail(client: httpx.Client, path: str, body: object) -> None:
+def test_no_json_body_causes_a_server_error(client: httpx.Client, path: str, body: object) -> None:
     answer = client.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
 
     assert answer.status_code in {200, 400, 404}
     assert (answer.status_code == 200) == ("error" not in answer.json())
 
 
-# --- Callers who leave -----------------------------------------------------------------------------------------------
+# --- Clients that disconnect -----------------------------------------------------------------------------------------
 
 
 def post(body_length: int, *headers: bytes) -> bytes:
-    """The head of a request, for callers who do what no HTTP client would."""
+    """The head of a request, for clients that disconnect where no HTTP library would."""
     lines = (
         b"POST /v1/embeddings HTTP/1.1",
         b"Host: localhost",
@@ -424,20 +424,20 @@ def post(body_length: int, *headers: bytes) -> bytes:
     return b"\r\n".join(lines) + b"\r\n\r\n"
 
 
-def test_hanging_up_cancels_the_work() -> None:
+def test_a_disconnect_cancels_the_work() -> None:
     stuck = StuckEmbedder()
     body = orjson.dumps(ONE)
     with client_of(stuck) as client:
         address = client.base_url.host, client.base_url.port or 0
         with socket.create_connection(address, timeout=10) as caller:
             caller.sendall(post(len(body)) + body)
-            assert stuck.asked.wait(10)
-            assert not stuck.let_go.is_set()
+            assert stuck.called.wait(10)
+            assert not stuck.call_cancelled.is_set()
 
-        assert stuck.let_go.wait(10)
+        assert stuck.call_cancelled.wait(10)
 
 
-def test_hanging_up_in_the_middle_of_a_request_is_no_error(
+def test_a_disconnect_in_the_middle_of_a_request_is_no_error(
     client: httpx.Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     address = client.base_url.host, client.base_url.port or 0
