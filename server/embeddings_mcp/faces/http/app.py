@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 SHUTDOWN_SECONDS = 7
 """Grace period for requests in flight after a signal to stop; after it they are failed with an error."""
 
-_FAILING_SECONDS = 2  # for those errors to be written; container runtimes kill a process 10 s after the signal
+_LAST_RESPONSES_SECONDS = 2  # to send those errors; container runtimes kill a process 10 s after the signal
 
 _OPEN_FILES = 10_240
 """Soft limit of open files to ask for, since each connection is one; macOS allows no higher value."""
@@ -132,7 +132,7 @@ def serve_http(service: EmbeddingService, mcp_server: MCPServer, settings: Setti
         server_header=False,
         proxy_headers=False,  # or a client on loopback could forge its address, and so evade the rate limit
         backlog=_ACCEPT_BATCH,
-        timeout_graceful_shutdown=SHUTDOWN_SECONDS + _FAILING_SECONDS,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS + _LAST_RESPONSES_SECONDS,
     )
     try:
         config.load()

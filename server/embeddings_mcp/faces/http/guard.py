@@ -88,7 +88,8 @@ class Guard:
             caller = await self._check(scope)
             if is_post:
                 receive = await self._in_flight.admit(scope, receive, None if caller is None else _name_of(caller))
-            # Health probes have no rate limit: others at the same address could use it up, and the server seem dead.
+            # Routes without a key have no rate limit: others at the same address could use it up, and a health probe
+            # would then fail.
             if scope["path"] not in self._keyless_paths:
                 self._check_rate(client_address(scope) if caller is None else _name_of(caller))
         except EmbeddingsError as error:
@@ -112,7 +113,7 @@ class Guard:
                 stack.enter_context(with_caller_key(SecretStr(keys[0])))
             # A GET is not counted: on the MCP route it is a stream of server messages, open while the client stays.
             if is_post:
-                receive = stack.enter_context(self._in_flight.in_flight(receive))
+                receive = stack.enter_context(self._in_flight.track(receive))
             await self._app(scope, receive, send)
 
     async def _check(self, scope: Scope) -> AccessToken | None:
@@ -123,8 +124,8 @@ class Guard:
             EmbeddingsError: the caller is not authenticated, a header is invalid, or the body is too large.
         """
         if header_values(scope, b"content-length") and header_values(scope, b"transfer-encoding"):
-            # Request smuggling (RFC 9112, section 11.2): a proxy that used the other one of these two headers would
-            # take for part of this body what is here a second request, which it never checked.
+            # Request smuggling (RFC 9112, section 11.2): if a proxy uses one of these headers and this server the
+            # other, a part of the body for the proxy is another request here, which the proxy has not checked.
             raise HTTPException(
                 HTTPStatus.BAD_REQUEST,
                 "a request has either a Content-Length or a Transfer-Encoding, not both",
@@ -146,8 +147,8 @@ class Guard:
         """
         if self._rate is not None and (wait := self._rate.wait(caller)):
             raise RateLimited(
-                f"more requests in a minute than this server takes from one caller: try again in {math.ceil(wait)} s, "
-                "or send more texts in one request",
+                f"too many requests in a minute from one caller: try again in {math.ceil(wait)} s, or send more texts "
+                "in one request",
                 retry_after=wait,
             )
 

@@ -84,7 +84,7 @@ class InFlightLimiter:
         return receive
 
     @contextlib.contextmanager
-    def in_flight(self, receive: Receive) -> Iterator[Receive]:
+    def track(self, receive: Receive) -> Iterator[Receive]:
         """Count a request as in flight during the block; yield a `receive` that enforces the limits of its body.
 
         It raises `PayloadTooLarge` for a body over its limit, `TooBusy` where all bodies in flight together are over
