@@ -107,8 +107,8 @@ class Guard:
                 # By this, the MCP SDK restricts a session to the user who opened it.
                 scope["user"] = AuthenticatedUser(caller)
                 stack.enter_context(with_caller_name(_name_of(caller)))
-            # Not on routes without authentication: a readiness probe sends a request to the endpoint, so anybody could
-            # use one to test stolen keys.
+            # Ignored on routes without authentication: a readiness probe sends a request to the endpoint, so anybody
+            # could use one to test stolen keys.
             if scope["path"] not in self._keyless_paths and (keys := header_values(scope, _CALLER_KEY)):
                 stack.enter_context(with_caller_key(SecretStr(keys[0])))
             # A GET is not counted: on the MCP route it is a stream of server messages, open while the client stays.
@@ -159,8 +159,8 @@ class Guard:
         if hosts and not self._is_own_host(", ".join(hosts), scope):
             raise HTTPException(
                 HTTPStatus.MISDIRECTED_REQUEST,
-                f"this server is not called {', '.join(hosts)[:100]!r}; if it should be, have whoever runs it add that "
-                "name to its allowed hosts (EMBEDDINGS_MCP_ALLOWED_HOSTS)",
+                f"{', '.join(hosts)[:100]!r} is not a name of this server; if it should be, ask the server's operator "
+                "to add it to the allowed hosts (EMBEDDINGS_MCP_ALLOWED_HOSTS)",
             )
         for origin in header_values(scope, b"origin"):
             scheme, _, authority = origin.partition("://")
@@ -168,9 +168,9 @@ class Guard:
             if not same_host and origin.lower() not in self._origins:
                 raise HTTPException(
                     HTTPStatus.FORBIDDEN,
-                    f"pages of {origin[:100]!r} may not use this server; if they should, have whoever runs it add the "
-                    "origin to EMBEDDINGS_MCP_CORS_ORIGINS or, where it is a name of this server's own, to its allowed "
-                    "hosts (EMBEDDINGS_MCP_ALLOWED_HOSTS)",
+                    f"pages of {origin[:100]!r} may not use this server; if they should, ask the server's operator to "
+                    "add the origin to EMBEDDINGS_MCP_CORS_ORIGINS or, where its host is a name of this server, that "
+                    "name to the allowed hosts (EMBEDDINGS_MCP_ALLOWED_HOSTS)",
                 )
 
     def _is_own_host(self, authority: str, scope: Scope) -> bool:
@@ -233,8 +233,8 @@ class Guard:
             return
         if not self._takes_caller_keys:
             raise InvalidRequest(
-                f"this server takes no keys of its callers: leave the header {CALLER_KEY_HEADER} out, or have whoever "
-                "runs the server set `caller_keys` for the endpoint that it is for"
+                f"this server takes no keys of its callers: leave the header {CALLER_KEY_HEADER} out, or ask the "
+                "server's operator to set `caller_keys` for the endpoint that the key is for"
             )
         (key, *others) = keys
         if others or not (key.isascii() and key.isprintable() and key) or " " in key:
