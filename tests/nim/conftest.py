@@ -1,4 +1,4 @@
-"""Fixtures for the tests of endpoints."""
+"""Fixtures for the endpoint tests."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ import stamina
 
 @pytest.fixture(autouse=True)
 def _no_pauses() -> Iterator[None]:
-    """Retries happen as often as they would, but at once."""
+    """Keep the number of retries, but without backoff."""
     with stamina.set_testing(True, attempts=100, cap=True):
         yield

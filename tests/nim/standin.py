@@ -1,7 +1,7 @@
-"""A stand-in for a NIM endpoint: a real HTTP server on loopback that answers as NIM does, and fails as it is told to.
+"""A stand-in for a NIM endpoint: a real HTTP server on loopback that responds like NIM, with configurable faults.
 
-It speaks HTTP by hand, since a proper server would refuse to break off in the middle of a body or to lie about its
-length. What it sends is drawn from a text's hash (see `tests.support.HashEmbedder`), so that a swapped row shows.
+HTTP is implemented by hand, since a proper server would refuse to cut a body off or to send a wrong Content-Length.
+Vectors are derived from a text's hash (see `tests.support.HashEmbedder`), so that a swapped row is noticed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Seen:
     """A request that the stand-in received.
 
     Attributes:
-        at: `time.monotonic` of its arrival.
+        at: `time.monotonic` at its arrival.
     """
 
     method: str
@@ -55,12 +55,12 @@ class Seen:
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer, true or broken.
+    """A response, correct or faulty.
 
     Attributes:
-        headers: sent in UTF-8; ``surrogateescape`` stands for bytes that are none.
-        length: what Content-Length says; the truth when None.
-        cut_after: break the connection off after so many bytes of the body.
+        headers: sent in UTF-8; ``surrogateescape`` stands for bytes that are not UTF-8.
+        length: value of Content-Length; the true length if None.
+        cut_after: close the connection after this many bytes of the body.
         held_by: send nothing before this event.
     """
 
@@ -73,18 +73,18 @@ class Reply:
 
 
 Fault = Callable[[Reply], Reply]
-"""Makes, of the answer that a request deserves, the one that it gets."""
+"""Turns the correct response into the one that is sent."""
 
 
 def answering(status: int, body: object = b"", **headers: str) -> Fault:
-    """Another answer altogether; bytes are sent as they are, all else as JSON."""
+    """Send another response instead; bytes are sent as they are, anything else as JSON."""
     encoded = body if isinstance(body, bytes) else json.dumps(body).encode()
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     return lambda _: Reply(status, encoded, named)
 
 
 def changing(change: Callable[[dict[str, Any]], object]) -> Fault:
-    """The answer with something in its JSON changed in place."""
+    """Change the JSON of the response in place."""
 
     def fault(reply: Reply) -> Reply:
         payload = json.loads(reply.body)
@@ -95,32 +95,32 @@ def changing(change: Callable[[dict[str, Any]], object]) -> Fault:
 
 
 def zipped(reply: Reply) -> Reply:
-    """The answer compressed."""
+    """Compress the body."""
     return replace(reply, body=gzip.compress(reply.body), headers={**reply.headers, "Content-Encoding": "gzip"})
 
 
 def cut(reply: Reply) -> Reply:
-    """Only the first half of the answer's bytes."""
+    """Close the connection after half of the body."""
     return replace(reply, cut_after=len(reply.body) // 2)
 
 
 def truncated(reply: Reply) -> Reply:
-    """The first half of the answer's JSON, sent properly."""
+    """Send half of the JSON, with a correct Content-Length."""
     return replace(reply, body=reply.body[: len(reply.body) // 2])
 
 
 def overstated(reply: Reply) -> Reply:
-    """A Content-Length of more than there is."""
+    """Send a Content-Length larger than the body."""
     return replace(reply, length=len(reply.body) + 10)
 
 
 def understated(reply: Reply) -> Reply:
-    """A Content-Length of less than there is."""
+    """Send a Content-Length smaller than the body."""
     return replace(reply, length=len(reply.body) - 10)
 
 
 def held(event: anyio.Event) -> Fault:
-    """The answer, but not before the event."""
+    """Delay the response until the event is set."""
     return lambda reply: replace(reply, held_by=event)
 
 
@@ -130,14 +130,14 @@ class StandIn:
 
     Attributes:
         models: the models it serves, by name.
-        base64: whether it knows ``encoding_format``; some servers answer with numbers whatever is asked.
-        prompts: whether it puts a model's prompts before the texts, as NIM does and plain OpenAI servers do not.
-        served_as: the model id in its answers; the requested one when None.
-        faults: what is wrong with each embedding request in turn; None is an answer in order.
-        elsewhere: what is always wrong with the answers of other routes, by path.
-        seen: every request so far.
-        most_at_once: of the requests that were being answered at the same time.
-        hung_up: set when a client has closed the connection before it had its answer.
+        base64: whether it supports ``encoding_format``; some servers always send numbers.
+        prompts: whether it prepends a model's prompts to the texts, as NIM does and plain OpenAI servers do not.
+        served_as: the model id in its responses; the requested one if None.
+        faults: the fault of each embedding request in turn; None for a correct response.
+        elsewhere: permanent faults of other routes, by path.
+        seen: all requests received so far.
+        most_at_once: largest number of requests in flight at the same time.
+        hung_up: set when a client has closed its connection before the response.
     """
 
     models: Mapping[str, ModelCard] = field(default_factory=lambda: {c.id: c for c in (ASYMMETRIC, SYMMETRIC)})
@@ -156,17 +156,17 @@ class StandIn:
     _connections: dict[asyncio.Task[Any], asyncio.StreamWriter] = field(default_factory=dict)
 
     async def received(self, requests: int) -> None:
-        """Return when so many requests have arrived in all."""
+        """Return when this many requests have arrived in total."""
         while len(self.seen) < requests:
             self._arrival = anyio.Event()
             await self._arrival.wait()
 
     def vector(self, text: str, model: str, input_type: InputType | None = None) -> Any:
-        """The vector that this text has in this model."""
+        """Return the model's vector for this text."""
         return HashEmbedder(self.models[model]).vector(text, input_type)
 
     def accepting(self, polls: int) -> Fault:
-        """Say "accepted", and give the answer at the nth question for it."""
+        """Respond with 202 Accepted, and with the real response at the nth poll."""
 
         def fault(reply: Reply) -> Reply:
             for poll in range(polls):
@@ -177,14 +177,14 @@ class StandIn:
 
         return fault
 
-    # --- What a request deserves -------------------------------------------------------------------------------------
+    # --- Responses ---------------------------------------------------------------------------------------------------
 
-    def _answer(self, seen: Seen) -> Reply:
+    def _reply_to(self, seen: Seen) -> Reply:
         fault = next(self.faults, None) if seen.path == "/v1/embeddings" else self.elsewhere.get(seen.path)
-        reply = self._deserved(seen)
+        reply = self._correct_reply(seen)
         return reply if fault is None else fault(reply)
 
-    def _deserved(self, seen: Seen) -> Reply:
+    def _correct_reply(self, seen: Seen) -> Reply:
         match seen.method, seen.path:
             case "POST", "/v1/embeddings":
                 return self._embed(seen.json)
@@ -212,7 +212,7 @@ class StandIn:
             message = f"Input length {max(lengths)} exceeds maximum allowed token size {card.max_tokens}"
             return _json({"error": message}, 400)
         vectors = [HashEmbedder(card).vector(text, input_type if self.prompts else None) for text in body["input"]]
-        packed = self.base64 and body.get("encoding_format") == "base64"
+        as_base64 = self.base64 and body.get("encoding_format") == "base64"
         return _json(
             {
                 "object": "list",
@@ -220,7 +220,7 @@ class StandIn:
                     {
                         "object": "embedding",
                         "index": index,
-                        "embedding": base64.b64encode(vector.tobytes()).decode() if packed else vector.tolist(),
+                        "embedding": base64.b64encode(vector.tobytes()).decode() if as_base64 else vector.tolist(),
                     }
                     for index, vector in enumerate(vectors)
                 ],
@@ -242,10 +242,10 @@ class StandIn:
                 self._at_once += 1
                 self.most_at_once = max(self.most_at_once, self._at_once)
                 try:
-                    going_on = await self._send(self._answer(seen), reader, writer)
+                    keep_alive = await self._send(self._reply_to(seen), reader, writer)
                 finally:
                     self._at_once -= 1
-                if not going_on:
+                if not keep_alive:
                     return
         except ConnectionError:
             self.hung_up.set()
@@ -256,16 +256,16 @@ class StandIn:
             del self._connections[task]
 
     async def hang_up(self) -> None:
-        """Close every connection, which ends what reads from it."""
+        """Close all connections, which ends the tasks that read from them."""
         for writer in self._connections.values():
             writer.close()
         await asyncio.gather(*self._connections)
 
     async def _send(self, reply: Reply, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        """Whether the connection can be used again."""
+        """Send a reply; return whether the connection can be reused."""
         if reply.held_by is not None:
             released = asyncio.ensure_future(reply.held_by.wait())
-            hung_up = asyncio.ensure_future(reader.read(1))  # a client that waits sends nothing, unless it hangs up
+            hung_up = asyncio.ensure_future(reader.read(1))  # completes only when the client closes the connection
             try:
                 await asyncio.wait({released, hung_up}, return_when=asyncio.FIRST_COMPLETED)
                 if hung_up.done():
@@ -285,30 +285,30 @@ class StandIn:
 
 @asynccontextmanager
 async def stand_in(**attributes: Any) -> AsyncIterator[StandIn]:
-    """A stand-in, listening for as long as the block lasts."""
-    standing = StandIn(**attributes)
-    server = await asyncio.start_server(standing._serve, "127.0.0.1", 0)
-    standing.url = "http://{}:{}".format(*server.sockets[0].getsockname())
+    """Run a stand-in for the duration of the block."""
+    nim = StandIn(**attributes)
+    server = await asyncio.start_server(nim._serve, "127.0.0.1", 0)
+    nim.url = "http://{}:{}".format(*server.sockets[0].getsockname())
     try:
-        yield standing
+        yield nim
     finally:
-        # A connection that is accepted while the server closes would be lost and never closed (CPython, as of 3.11).
+        # A connection accepted while the server closes would never be closed (CPython 3.11).
         for _ in range(3):
             await asyncio.sleep(0)
         await anyio.wait_all_tasks_blocked()
         server.close()
-        await standing.hang_up()
+        await nim.hang_up()
 
 
 async def _read_request(reader: asyncio.StreamReader) -> Seen | None:
-    """The next request of a connection; None when the client has no more."""
+    """Read the next request of a connection; None if the client has closed it."""
     try:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
         request_line, *lines = head.strip().split("\r\n")
         method, path, _ = request_line.split(" ")
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
         body = await reader.readexactly(int(headers.get("content-length", "0")))
-    except asyncio.IncompleteReadError:  # it may also have been given up half way
+    except asyncio.IncompleteReadError:  # the request may be incomplete too
         return None
     return Seen(method, path, headers, body, time.monotonic())
 

@@ -1,4 +1,4 @@
-"""Endpoints in the settings, and what a service is made of with them."""
+"""Endpoints in the settings, and the service assembled from them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def served(service: EmbeddingService) -> list[tuple[str, str]]:
 
 
 def keys_of(settings: Settings) -> dict[str, tuple[str | None, str]]:
-    """Each endpoint's key, and what holds it."""
+    """Each endpoint's key and its `key_name`."""
     keys: dict[str, tuple[str | None, str]] = {}
     for source in endpoint_models(settings):
         assert isinstance(source, EndpointModels)
@@ -63,7 +63,7 @@ def test_endpoints_are_addresses_or_json(
     assert [endpoint.model_dump(exclude_none=True) for endpoint in Settings().endpoints] == endpoints
 
 
-def test_an_endpoint_given_by_flag_takes_the_place_of_those_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endpoint_given_by_flag_replaces_those_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMBEDDINGS_MCP_ENDPOINTS", THERE)
     given = settings_of(HERE, f'{{"url": "{THERE}", "timeout": 5}}')
     assert given.endpoints == (EndpointSettings(url=HERE), EndpointSettings(url=THERE, timeout=5))
@@ -87,7 +87,7 @@ def test_an_endpoint_given_by_flag_takes_the_place_of_those_in_the_environment(m
         ),
     ],
 )
-def test_an_endpoint_that_cannot_be_is_refused_without_its_key(
+def test_an_invalid_endpoint_is_refused_without_repeating_its_key(
     monkeypatch: pytest.MonkeyPatch, text: str, place: tuple[object, ...], problem: str
 ) -> None:
     monkeypatch.setenv("EMBEDDINGS_MCP_ENDPOINTS", text)
@@ -99,7 +99,7 @@ def test_an_endpoint_that_cannot_be_is_refused_without_its_key(
     assert KEY not in str(caught.value)
 
 
-def test_keys_are_in_nothing_that_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_are_never_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NVIDIA_API_KEY", KEY)
     settings = settings_of(EndpointSettings(url=HERE, api_key=SecretStr(KEY)))
     assert settings.nvidia_api_key is not None
@@ -110,7 +110,7 @@ def test_keys_are_in_nothing_that_is_printed(monkeypatch: pytest.MonkeyPatch) ->
 # --- Keys ------------------------------------------------------------------------------------------------------------
 
 
-def test_each_endpoint_has_its_own_key_and_nvidias_goes_to_nvidia_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_endpoint_has_its_own_key_and_nvidias_key_goes_to_nvidia_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINE", "of-mine")
     settings = settings_of(
         HERE,
@@ -126,14 +126,14 @@ def test_each_endpoint_has_its_own_key_and_nvidias_goes_to_nvidia_only(monkeypat
     }
 
 
-def test_the_hosted_api_can_be_described_like_others_and_still_finds_its_key() -> None:
-    described = EndpointSettings(url="https://integrate.api.nvidia.com", requests_per_minute=200)
-    assert keys_of(settings_of(described, nvidia_api_key=SecretStr(KEY))) == {HOSTED_URL: (KEY, "NVIDIA_API_KEY")}
-    assert keys_of(settings_of(described)) == {HOSTED_URL: (None, "NVIDIA_API_KEY")}
+def test_the_hosted_api_can_be_configured_like_other_endpoints_and_still_gets_its_key() -> None:
+    configured = EndpointSettings(url="https://integrate.api.nvidia.com", requests_per_minute=200)
+    assert keys_of(settings_of(configured, nvidia_api_key=SecretStr(KEY))) == {HOSTED_URL: (KEY, "NVIDIA_API_KEY")}
+    assert keys_of(settings_of(configured)) == {HOSTED_URL: (None, "NVIDIA_API_KEY")}
 
 
 @pytest.mark.parametrize("value", [None, ""])
-def test_a_key_that_is_not_where_it_is_said_to_be_is_missed(monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
+def test_a_missing_key_variable_is_an_error(monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
     monkeypatch.delenv("MINE", raising=False)
     if value is not None:
         monkeypatch.setenv("MINE", value)
@@ -154,7 +154,7 @@ def test_a_key_that_is_not_where_it_is_said_to_be_is_missed(monkeypatch: pytest.
         ),
     ],
 )
-def test_a_key_in_the_place_of_an_address_or_of_a_name_is_refused_without_being_repeated(
+def test_a_key_given_as_an_address_or_variable_name_is_refused_without_being_repeated(
     monkeypatch: pytest.MonkeyPatch, endpoints: str, lesson: str
 ) -> None:
     monkeypatch.setenv("EMBEDDINGS_MCP_ENDPOINTS", endpoints)
@@ -166,7 +166,7 @@ def test_a_key_in_the_place_of_an_address_or_of_a_name_is_refused_without_being_
 # --- Services --------------------------------------------------------------------------------------------------------
 
 
-def test_with_nvidias_key_alone_the_hosted_models_are_there_beside_the_default() -> None:
+def test_with_only_nvidias_key_the_hosted_models_are_served_next_to_the_default() -> None:
     service = build_service(Settings(nvidia_api_key=SecretStr(KEY)))
     assert served(service) == [(DEFAULT_MODEL, "local"), *((model, HOSTED_URL) for model in HOSTED_MODELS)]
     assert service.catalogue.default_name == DEFAULT_MODEL
@@ -174,13 +174,13 @@ def test_with_nvidias_key_alone_the_hosted_models_are_there_beside_the_default()
     assert chosen.catalogue.default_name == HOSTED_DEFAULT_MODEL
 
 
-def test_a_model_that_is_to_run_here_does_although_the_hosted_api_has_it() -> None:
+def test_a_local_model_takes_precedence_over_the_hosted_api() -> None:
     card = OwnCard(id=HOSTED_DEFAULT_MODEL, dimensions=2048)
     settings = Settings(models=(HOSTED_DEFAULT_MODEL,), nvidia_api_key=SecretStr(KEY), cards=(card,))
     assert served(build_service(settings)) == [(HOSTED_DEFAULT_MODEL, "local"), (HOSTED_MODELS[1], HOSTED_URL)]
 
 
-def test_endpoints_come_in_their_order_and_the_hosted_api_last() -> None:
+def test_endpoints_keep_their_order_and_the_hosted_api_comes_last() -> None:
     settings = settings_of(
         EndpointSettings(url=HERE, models=("one", HOSTED_DEFAULT_MODEL)),
         EndpointSettings(url=THERE, models=("one", "two")),
@@ -195,8 +195,8 @@ def test_endpoints_come_in_their_order_and_the_hosted_api_last() -> None:
 
 
 @pytest.mark.anyio
-async def test_one_model_is_asked_of_this_machine_or_of_the_endpoint_that_has_it() -> None:
-    """And the hosted API is asked nothing for that: its address cannot be reached here."""
+async def test_a_single_model_is_opened_locally_or_at_the_endpoint_that_has_it() -> None:
+    """The hosted API is not contacted: its address cannot be reached here."""
 
     async def origin(settings: Settings, model: str | None, *, at_endpoint: bool = False) -> str:
         async with aclosing(await service_for(settings, model, at_endpoint=at_endpoint)) as service:
@@ -205,11 +205,11 @@ async def test_one_model_is_asked_of_this_machine_or_of_the_endpoint_that_has_it
 
     hosted = Settings(nvidia_api_key=SecretStr(KEY))
     with anyio.fail_after(10):
-        async with stand_in() as standing:
-            both = settings_of(standing.url, nvidia_api_key=SecretStr(KEY))
-            at = f"{standing.url}/v1"
-            assert await origin(both, SYMMETRIC.id) == at
-            assert await origin(both, f"{ASYMMETRIC.id}-query") == at
+        async with stand_in() as nim:
+            both = settings_of(nim.url, nvidia_api_key=SecretStr(KEY))
+            at_nim = f"{nim.url}/v1"
+            assert await origin(both, SYMMETRIC.id) == at_nim
+            assert await origin(both, f"{ASYMMETRIC.id}-query") == at_nim
             assert await origin(both, "nemotron-3-embed") == HOSTED_URL
             assert await origin(both, None) == "local"
             assert await origin(both, "DEFAULT") == "local"
@@ -217,28 +217,28 @@ async def test_one_model_is_asked_of_this_machine_or_of_the_endpoint_that_has_it
                 assert await origin(both, local) == "local"
             assert await origin(hosted, HOSTED_DEFAULT_MODEL) == HOSTED_URL
             with pytest.raises(UnknownModel, match=f"served are: {ASYMMETRIC.id}, {SYMMETRIC.id}"):
-                await origin(settings_of(standing.url), "baai/bge-m3", at_endpoint=True)
+                await origin(settings_of(nim.url), "baai/bge-m3", at_endpoint=True)
             with pytest.raises(InvalidRequest, match=f"with --model: the endpoint has {ASYMMETRIC.id}, {SYMMETRIC.id}"):
-                await origin(settings_of(standing.url), None, at_endpoint=True)
-            standing.models = {SYMMETRIC.id: SYMMETRIC}
-            assert await origin(settings_of(standing.url), None, at_endpoint=True) == at
-        with pytest.raises(UpstreamUnavailable, match=f"cannot connect to the endpoint {standing.url}"):
+                await origin(settings_of(nim.url), None, at_endpoint=True)
+            nim.models = {SYMMETRIC.id: SYMMETRIC}
+            assert await origin(settings_of(nim.url), None, at_endpoint=True) == at_nim
+        with pytest.raises(UpstreamUnavailable, match=f"cannot connect to the endpoint {nim.url}"):
             await origin(both, "somebody/something")
 
 
 @pytest.mark.anyio
-async def test_a_folder_is_always_taken_from_this_machine(tmp_path: Path) -> None:
-    async with stand_in() as standing:
+async def test_a_folder_is_always_opened_locally(tmp_path: Path) -> None:
+    async with stand_in() as nim:
         with pytest.raises(Exception, match="config"):
-            await service_for(settings_of(standing.url), f"{SYMMETRIC.id}={tmp_path}")
-        assert not standing.seen
+            await service_for(settings_of(nim.url), f"{SYMMETRIC.id}={tmp_path}")
+        assert not nim.seen
 
 
 @pytest.mark.anyio
-async def test_an_endpoint_to_compare_with_has_the_key_that_the_settings_give_it() -> None:
-    async with stand_in() as standing:
-        settings = settings_of(EndpointSettings(url=f"{standing.url}/v1", api_key=SecretStr(KEY)))
-        embedder = await open_embedder(standing.url, SYMMETRIC.id, settings)
+async def test_an_endpoint_to_compare_with_uses_its_key_from_the_settings() -> None:
+    async with stand_in() as nim:
+        settings = settings_of(EndpointSettings(url=f"{nim.url}/v1", api_key=SecretStr(KEY)))
+        embedder = await open_embedder(nim.url, SYMMETRIC.id, settings)
         await embedder.embed(["a text"], input_type=None, truncate="NONE")
         await embedder.aclose()
-        assert {seen.headers["authorization"] for seen in standing.seen} == {f"Bearer {KEY}"}
+        assert {seen.headers["authorization"] for seen in nim.seen} == {f"Bearer {KEY}"}

@@ -1,4 +1,4 @@
-"""Keys that callers bring for an endpoint: they go there, in their callers' names, and nowhere else."""
+"""Callers' own keys for an endpoint: sent to the endpoint with their own requests, and nowhere else."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ NUMBERS = itertools.count()
 
 
 def request() -> dict[str, str]:
-    """For a text that nothing has been asked for yet, since what is remembered is not asked for again."""
+    """A request for a new text, since cached ones are not sent to the endpoint again."""
     return {"model": SYMMETRIC.id, "input": f"text {next(NUMBERS)}"}
 
 
 @contextmanager
-def served(standing: StandIn, *, default: str | None = None, cache: str = "memory", **endpoint: Any) -> Iterator[str]:
-    """Our server's address, with the stand-in as its endpoint."""
-    described = EndpointSettings(url=standing.url, **{"api_key": OURS, "caller_keys": True, **endpoint})
-    settings = Settings(endpoints=(described,), default_model=default, cache=cache)
+def served(nim: StandIn, *, default: str | None = None, cache: str = "memory", **endpoint: Any) -> Iterator[str]:
+    """URL of a server of ours with the stand-in as its endpoint."""
+    configured = EndpointSettings(url=nim.url, **{"api_key": OURS, "caller_keys": True, **endpoint})
+    settings = Settings(endpoints=(configured,), default_model=default, cache=cache)
     service = build_service(settings)
     with serving(create_app(service, build_mcp_server(service), settings)) as url:
         yield url
@@ -61,29 +61,29 @@ async def ask(http: httpx.AsyncClient, key: str | None) -> httpx.Response:
     return await http.post("/v1/embeddings", json=request(), headers=headers)
 
 
-def keys_seen(standing: StandIn, path: str = "/v1/embeddings") -> list[str | None]:
-    return [seen.headers.get("authorization") for seen in standing.seen if seen.path == path]
+def keys_seen(nim: StandIn, path: str = "/v1/embeddings") -> list[str | None]:
+    return [seen.headers.get("authorization") for seen in nim.seen if seen.path == path]
 
 
 def bytes_in(folder: Path) -> bytes:
     return b"".join(path.read_bytes() for path in folder.iterdir())
 
 
-async def test_a_callers_key_goes_out_in_place_of_the_servers_with_his_request_only() -> None:
-    async with stand_in() as standing:
-        with served(standing) as url:
+async def test_a_callers_key_replaces_the_servers_for_its_own_request_only() -> None:
+    async with stand_in() as nim:
+        with served(nim) as url:
             async with rest(url) as http:
                 for key in (None, ALICES, BOBS, None):
                     assert (await ask(http, key)).status_code == 200
-        assert keys_seen(standing) == [f"Bearer {key}" for key in (OURS, ALICES, BOBS, OURS)]
-        assert keys_seen(standing, "/v1/models") == [f"Bearer {OURS}"]
+        assert keys_seen(nim) == [f"Bearer {key}" for key in (OURS, ALICES, BOBS, OURS)]
+        assert keys_seen(nim, "/v1/models") == [f"Bearer {OURS}"]
 
 
 @pytest.mark.parametrize("mode", ["legacy", "auto"])
 async def test_a_tool_call_carries_the_key_of_its_own_request(mode: str) -> None:
-    """Also where one session has requests with different keys, one with none, and several at the same time."""
-    async with stand_in() as standing:
-        with served(standing) as url, anyio.fail_after(20):
+    """Even if the requests of one session have different keys, or none."""
+    async with stand_in() as nim:
+        with served(nim) as url, anyio.fail_after(20):
             async with (
                 httpx2.AsyncClient() as http,
                 Client(streamable_http_client(f"{url}/mcp", http_client=http), mode=mode) as mcp,
@@ -93,55 +93,55 @@ async def test_a_tool_call_carries_the_key_of_its_own_request(mode: str) -> None
                     if key is not None:
                         http.headers[CALLER_KEY_HEADER] = key
                     assert not (await mcp.call_tool("create_embedding", request())).is_error
-        assert keys_seen(standing) == [f"Bearer {key}" for key in (ALICES, BOBS, OURS)]
+        assert keys_seen(nim) == [f"Bearer {key}" for key in (ALICES, BOBS, OURS)]
 
 
-async def test_many_callers_at_once_keep_their_keys_apart() -> None:
+async def test_the_keys_of_concurrent_callers_are_not_mixed_up() -> None:
     keys = [f"nvapi-caller-{number}" for number in range(20)]
-    async with stand_in() as standing:
-        with served(standing, batch_size=1) as url:
+    async with stand_in() as nim:
+        with served(nim, batch_size=1) as url:
             async with rest(url) as http, anyio.create_task_group() as group:
                 for key in keys:
-                    asked = {"model": SYMMETRIC.id, "input": [f"{key} one", f"{key} two"]}
+                    body = {"model": SYMMETRIC.id, "input": [f"{key} one", f"{key} two"]}
                     headers = {CALLER_KEY_HEADER: key}
-                    group.start_soon(lambda r, h: http.post("/v1/embeddings", json=r, headers=h), asked, headers)
-        embedded = [seen for seen in standing.seen if seen.path == "/v1/embeddings"]
+                    group.start_soon(lambda b, h: http.post("/v1/embeddings", json=b, headers=h), body, headers)
+        embedded = [seen for seen in nim.seen if seen.path == "/v1/embeddings"]
         assert len(embedded) == 2 * len(keys)
         assert all(seen.headers["authorization"] == f"Bearer {seen.json['input'][0].split()[0]}" for seen in embedded)
 
 
-async def test_a_probe_that_needs_no_key_carries_none_to_the_endpoint() -> None:
-    async with stand_in() as standing:
-        with served(standing, models=(SYMMETRIC.id,), default=SYMMETRIC.id, api_key=None) as url:
+async def test_a_readiness_probe_sends_no_key_to_the_endpoint() -> None:
+    async with stand_in() as nim:
+        with served(nim, models=(SYMMETRIC.id,), default=SYMMETRIC.id, api_key=None) as url:
             async with rest(url) as http:
                 await http.get("/v1/health/ready", headers={CALLER_KEY_HEADER: ALICES})
-        assert standing.seen
-        assert all("authorization" not in seen.headers for seen in standing.seen)
+        assert nim.seen
+        assert all("authorization" not in seen.headers for seen in nim.seen)
 
 
-async def test_a_server_that_takes_no_keys_of_callers_says_so_on_every_route() -> None:
-    async with stand_in() as standing:
-        with served(standing, caller_keys=False) as url:
+async def test_a_server_that_accepts_no_callers_keys_says_so_on_every_route() -> None:
+    async with stand_in() as nim:
+        with served(nim, caller_keys=False) as url:
             async with rest(url) as http:
                 for path in ("/v1/embeddings", "/mcp", "/v1/models"):
                     answer = await http.post(path, json=request(), headers={CALLER_KEY_HEADER: ALICES})
                     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_request")
                     assert "this server takes no keys of its callers" in answer.json()["error"]["message"]
                     assert ALICES not in answer.text
-        assert not standing.seen
+        assert not nim.seen
 
 
 @pytest.mark.parametrize("values", [["nvapi two"], [""], ["nvapi-\xe9"], [ALICES, BOBS]])
-async def test_a_header_that_holds_no_key_is_refused_without_being_repeated(values: list[str]) -> None:
-    async with stand_in() as standing:
-        with served(standing) as url:
+async def test_a_header_without_a_valid_key_is_refused_without_being_repeated(values: list[str]) -> None:
+    async with stand_in() as nim:
+        with served(nim) as url:
             async with rest(url) as http:
                 headers = [(CALLER_KEY_HEADER.encode(), value.encode("latin-1")) for value in values]
                 answer = await http.post("/v1/embeddings", json=request(), headers=headers)
         assert answer.status_code == 400
         assert "must hold one key" in answer.json()["error"]["message"]
         assert "nvapi" not in answer.text
-        assert not standing.seen
+        assert not nim.seen
 
 
 @pytest.mark.parametrize(
@@ -152,11 +152,9 @@ async def test_a_header_that_holds_no_key_is_refused_without_being_repeated(valu
         (OURS, ALICES, f"does not accept the key (401): send yours in the header {CALLER_KEY_HEADER}"),
     ],
 )
-async def test_a_refused_key_is_the_callers_to_put_right_where_it_is_his(
-    ours: str | None, callers: str | None, says: str
-) -> None:
-    async with stand_in(faults=itertools.repeat(answering(401, b"no"))) as standing:
-        with served(standing, api_key=ours) as url:
+async def test_a_caller_is_told_to_fix_its_own_refused_key(ours: str | None, callers: str | None, says: str) -> None:
+    async with stand_in(faults=itertools.repeat(answering(401, b"no"))) as nim:
+        with served(nim, api_key=ours) as url:
             async with rest(url) as http:
                 answer = await ask(http, callers)
         error = answer.json()["error"]
@@ -166,17 +164,17 @@ async def test_a_refused_key_is_the_callers_to_put_right_where_it_is_his(
 
 
 async def test_a_refusal_of_the_servers_own_key_is_not_the_callers_fault() -> None:
-    async with stand_in(faults=itertools.repeat(answering(401, b"no"))) as standing:
-        with served(standing) as url:
+    async with stand_in(faults=itertools.repeat(answering(401, b"no"))) as nim:
+        with served(nim) as url:
             async with rest(url) as http:
                 answer = await ask(http, None)
         assert (answer.status_code, answer.json()["error"]["code"]) == (502, "upstream_refused")
         assert "does not accept the API key in the endpoint's `api_key`" in answer.json()["error"]["message"]
 
 
-async def test_limits_are_those_of_each_key() -> None:
-    async with stand_in() as standing:
-        endpoint = Endpoint(url=standing.url, caller_keys=True, requests_per_minute=1, deadline=30)
+async def test_each_key_has_its_own_rate_limit() -> None:
+    async with stand_in() as nim:
+        endpoint = Endpoint(url=nim.url, caller_keys=True, requests_per_minute=1, deadline=30)
         embedder = NimEmbedder(EndpointClient(endpoint), SYMMETRIC)
 
         async def embed() -> None:
@@ -194,27 +192,27 @@ async def test_limits_are_those_of_each_key() -> None:
             with pytest.raises(Overloaded):
                 await embed()
             await embedder.aclose()
-        assert len(standing.seen) == 3
+        assert len(nim.seen) == 3
 
 
-async def test_the_limits_of_no_more_keys_are_kept_than_can_be_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "MOST_CALLERS", 3)
-    to = EndpointClient(Endpoint(url="http://localhost", caller_keys=True))
+async def test_the_least_recently_used_callers_throttle_is_evicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "MAX_CALLER_THROTTLES", 3)
+    endpoint_client = EndpointClient(Endpoint(url="http://localhost", caller_keys=True))
     throttles = []
     for key in ("a", "b", "c", "a", "d"):
         with with_caller_key(SecretStr(key)):
-            throttles.append(to.account.throttle)
+            throttles.append(endpoint_client.account.throttle)
     assert throttles[0] is throttles[3]
-    with with_caller_key(SecretStr("b")):  # the one not heard of for longest has made room for d
-        assert to.account.throttle is not throttles[1]
+    with with_caller_key(SecretStr("b")):  # the least recently used one was evicted for "d"
+        assert endpoint_client.account.throttle is not throttles[1]
     with with_caller_key(SecretStr("a")):
-        assert to.account.throttle is throttles[0]
+        assert endpoint_client.account.throttle is throttles[0]
 
 
-async def test_a_caller_without_a_key_is_told_to_bring_one_and_the_server_is_ready_all_the_same() -> None:
-    nameless = answering(401, b"Header of type `authorization` was missing")
-    async with stand_in(faults=itertools.repeat(nameless)) as standing:
-        embedder = NimEmbedder(EndpointClient(Endpoint(url=standing.url, caller_keys=True)), SYMMETRIC)
+async def test_a_caller_without_a_key_is_told_to_send_one_and_the_server_is_still_ready() -> None:
+    unauthorized = answering(401, b"Header of type `authorization` was missing")
+    async with stand_in(faults=itertools.repeat(unauthorized)) as nim:
+        embedder = NimEmbedder(EndpointClient(Endpoint(url=nim.url, caller_keys=True)), SYMMETRIC)
         with anyio.fail_after(10):
             await embedder.check()
             with pytest.raises(AuthenticationFailed, match="send yours"):
@@ -222,7 +220,7 @@ async def test_a_caller_without_a_key_is_told_to_bring_one_and_the_server_is_rea
             await embedder.aclose()
 
 
-async def test_what_was_made_on_a_callers_account_is_told_from_what_others_get() -> None:
+async def test_vectors_made_on_a_callers_account_have_an_identity_of_their_own() -> None:
     embedder = NimEmbedder(EndpointClient(Endpoint(url="http://localhost:1", caller_keys=True)), SYMMETRIC)
     identities = [await embedder.identify()]
     for key in (ALICES, BOBS, ALICES):
@@ -234,44 +232,46 @@ async def test_what_was_made_on_a_callers_account_is_told_from_what_others_get()
     assert not [identity for identity in identities for key in (ALICES, BOBS) if key in identity]
 
 
-async def test_no_key_is_in_anything_that_is_kept_or_printed(caplog: pytest.LogCaptureFixture) -> None:
+async def test_no_key_is_stored_or_printed(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
-    told: list[str] = []
-    repeated = answering(400, {"error": f"what is Bearer {ALICES}?"})
-    faults = itertools.cycle([repeated, answering(402), answering(403), answering(404, b"not found for account"), None])
-    async with stand_in(faults=faults) as standing:
-        endpoint = Endpoint(url=standing.url, api_key=SecretStr(OURS), caller_keys=True)
+    printed: list[str] = []
+    echoing_key = answering(400, {"error": f"what is Bearer {ALICES}?"})
+    faults = itertools.cycle(
+        [echoing_key, answering(402), answering(403), answering(404, b"not found for account"), None]
+    )
+    async with stand_in(faults=faults) as nim:
+        endpoint = Endpoint(url=nim.url, api_key=SecretStr(OURS), caller_keys=True)
         embedder = NimEmbedder(EndpointClient(endpoint), SYMMETRIC)
         with anyio.fail_after(10), with_caller_key(SecretStr(ALICES)):
             for _ in range(5):
                 try:
                     await embedder.embed(["a text"], input_type=None, truncate="NONE")
                 except Exception as error:  # noqa: BLE001 - each kind has its own test
-                    told += [str(error), repr(vars(error))]
-            told += [repr(vars(embedder)), repr(vars(embedder._client)), repr(embedder._client.account)]
+                    printed += [str(error), repr(vars(error))]
+            printed += [repr(vars(embedder)), repr(vars(embedder._client)), repr(embedder._client.account)]
             await embedder.aclose()
-    told += [f"{record.getMessage()} {vars(record)}" for record in caplog.records]
-    assert len(told) > 10
-    assert not [line for line in told for key in (ALICES, OURS) if key in line]
+    printed += [f"{record.getMessage()} {vars(record)}" for record in caplog.records]
+    assert len(printed) > 10
+    assert not [line for line in printed for key in (ALICES, OURS) if key in line]
 
 
-async def test_a_key_that_an_endpoint_repeats_in_its_answer_is_not_kept_logged_or_passed_on(
+async def test_a_key_echoed_in_a_response_is_not_stored_logged_or_forwarded(
     caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     caplog.set_level(logging.WARNING)
     keys = {None: "a-key-of-the-server", "a-key-of-alice": "a-key-of-alice"}
-    async with stand_in() as standing:
+    async with stand_in() as nim:
 
-        def repeating(reply: Reply) -> Reply:
-            sent = standing.seen[-1].headers["authorization"]
+        def echoing(reply: Reply) -> Reply:
+            sent = nim.seen[-1].headers["authorization"]
             reply = changing(lambda payload: payload.update(model=f"served for {sent}"))(reply)
             return replace(reply, headers={**reply.headers, "Deprecation": sent})
 
-        standing.faults = itertools.repeat(repeating)
-        with served(standing, api_key=keys[None], cache=str(tmp_path)) as url:
+        nim.faults = itertools.repeat(echoing)
+        with served(nim, api_key=keys[None], cache=str(tmp_path)) as url:
             async with rest(url) as http:
                 answers = [await ask(http, key) for key in keys]
-    assert keys_seen(standing) == [f"Bearer {key}" for key in keys.values()]
+    assert keys_seen(nim) == [f"Bearer {key}" for key in keys.values()]
     assert [answer.json()["model"] for answer in answers] == ["served for Bearer ***"] * 2
     assert "end of life" in caplog.text
     stored = bytes_in(tmp_path)

@@ -1,4 +1,4 @@
-"""A model at an endpoint as the callers of our faces meet it."""
+"""A model at an endpoint, called over REST and MCP."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ MODEL = ASYMMETRIC.id
 TEXTS = ["one", "two", "three", '["four"]', "two"]
 
 
-def embedder_at(standing: StandIn, **endpoint: int) -> NimEmbedder:
-    return NimEmbedder(EndpointClient(Endpoint(url=standing.url, **endpoint)), ASYMMETRIC)  # type: ignore[arg-type]
+def embedder_at(nim: StandIn, **endpoint: int) -> NimEmbedder:
+    return NimEmbedder(EndpointClient(Endpoint(url=nim.url, **endpoint)), ASYMMETRIC)  # type: ignore[arg-type]
 
 
 @contextmanager
 def rest_over(embedder: Embedder, **chosen: float) -> Iterator[str]:
-    """The address of our REST face over this embedder, which is closed with it."""
+    """Serve our REST API over this embedder, and close the embedder afterwards."""
     with served(service_of(embedder), **chosen) as url:
         yield f"{url}/v1"
 
@@ -48,20 +48,20 @@ async def mcp_over(embedder: Embedder) -> AsyncIterator[Client]:
 async def test_cancelling_a_tool_call_cancels_the_requests_to_the_endpoint() -> None:
     faults = itertools.repeat(held(anyio.Event()))
     with anyio.fail_after(10):
-        async with stand_in(faults=faults) as standing, mcp_over(embedder_at(standing, batch_size=2)) as client:
+        async with stand_in(faults=faults) as nim, mcp_over(embedder_at(nim, batch_size=2)) as client:
             async with anyio.create_task_group() as calls:
                 arguments = {"model": MODEL, "input": TEXTS, "input_type": "passage"}
                 calls.start_soon(client.call_tool, "create_embedding", arguments)
-                await standing.received(3)
+                await nim.received(3)
                 calls.cancel_scope.cancel()
-            await standing.hung_up.wait()
+            await nim.hung_up.wait()
 
 
-async def test_a_rest_caller_who_hangs_up_hangs_up_on_the_endpoint() -> None:
+async def test_a_disconnecting_rest_client_cancels_the_request_to_the_endpoint() -> None:
     faults = itertools.repeat(held(anyio.Event()))
     with anyio.fail_after(10):
-        async with stand_in(faults=faults) as standing:
-            with rest_over(embedder_at(standing)) as url:
+        async with stand_in(faults=faults) as nim:
+            with rest_over(embedder_at(nim)) as url:
                 async with (
                     openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client,
                     anyio.create_task_group() as calls,
@@ -69,23 +69,23 @@ async def test_a_rest_caller_who_hangs_up_hangs_up_on_the_endpoint() -> None:
                     calls.start_soon(
                         lambda: client.embeddings.create(model=MODEL, input=TEXTS, extra_body={"input_type": "query"})
                     )
-                    await standing.received(1)
+                    await nim.received(1)
                     calls.cancel_scope.cancel()
-                await standing.hung_up.wait()
+                await nim.hung_up.wait()
 
 
-async def test_a_rest_caller_whose_time_is_over_before_his_turn_is_told_so() -> None:
-    async with stand_in() as standing:
-        with rest_over(embedder_at(standing), request_seconds=1e-9) as url:
+async def test_a_rest_request_that_times_out_before_its_turn_gets_a_timeout_error() -> None:
+    async with stand_in() as nim:
+        with rest_over(embedder_at(nim), request_seconds=1e-9) as url:
             async with httpx.AsyncClient(timeout=10) as client:
-                asked = {"model": MODEL, "input": TEXTS, "input_type": "query"}
-                answer = await client.post(f"{url}/embeddings", json=asked)
+                body = {"model": MODEL, "input": TEXTS, "input_type": "query"}
+                answer = await client.post(f"{url}/embeddings", json=body)
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "request_timeout")
-    assert not standing.seen
+    assert not nim.seen
 
 
-async def test_a_waiting_tool_call_reports_ever_more_progress(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embeddings_mcp.embedders.nim.embedder.SIGN_OF_LIFE", 0.01)
+async def test_a_waiting_tool_call_reports_increasing_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embeddings_mcp.embedders.nim.embedder.PROGRESS_INTERVAL", 0.01)
     gate = anyio.Event()
     amounts: list[float] = []
     messages: list[str | None] = []
@@ -98,8 +98,8 @@ async def test_a_waiting_tool_call_reports_ever_more_progress(monkeypatch: pytes
 
     with anyio.fail_after(10):
         async with (
-            stand_in(faults=iter([None, held(gate)])) as standing,
-            mcp_over(embedder_at(standing, batch_size=3)) as client,
+            stand_in(faults=iter([None, held(gate)])) as nim,
+            mcp_over(embedder_at(nim, batch_size=3)) as client,
         ):
             arguments = {"model": MODEL, "input": TEXTS, "input_type": "passage"}
             result = await client.call_tool("create_embedding", arguments, progress_callback=on_progress)
@@ -108,12 +108,12 @@ async def test_a_waiting_tool_call_reports_ever_more_progress(monkeypatch: pytes
     assert all(later > earlier for earlier, later in itertools.pairwise(amounts))
 
 
-@pytest.fixture(params=["endpoint", "this machine"])
+@pytest.fixture(params=["endpoint", "local"])
 async def url(request: pytest.FixtureRequest) -> AsyncIterator[str]:
-    """Our REST face over either kind of backend."""
-    async with stand_in() as standing:
-        local = request.param == "this machine"
-        with rest_over(HashEmbedder(ASYMMETRIC) if local else embedder_at(standing, batch_size=2)) as url:
+    """URL of our REST API over each kind of backend."""
+    async with stand_in() as nim:
+        local = request.param == "local"
+        with rest_over(HashEmbedder(ASYMMETRIC) if local else embedder_at(nim, batch_size=2)) as url:
             yield url
 
 
@@ -122,20 +122,20 @@ def expected(input_type: str) -> np.ndarray[tuple[int, int], np.dtype[np.float32
     return np.stack([HashEmbedder(ASYMMETRIC).vector(text, input_type) for text in TEXTS])  # type: ignore[arg-type]
 
 
-async def test_openai_gets_vectors_by_base64_and_as_numbers(url: str) -> None:
+async def test_openais_client_gets_vectors_as_base64_and_as_numbers(url: str) -> None:
     async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
-        packed = await client.embeddings.create(model=f"{MODEL}-query", input=TEXTS)
+        base64 = await client.embeddings.create(model=f"{MODEL}-query", input=TEXTS)
         floats = await client.embeddings.create(model=f"{MODEL}-query", input=TEXTS, encoding_format="float")
         with pytest.raises(openai.BadRequestError, match="`input_type` is required by test/asymmetric"):
             await client.embeddings.create(model=MODEL, input=TEXTS)
-    for answer in (packed, floats):
+    for answer in (base64, floats):
         np.testing.assert_array_equal(np.array([row.embedding for row in answer.data], np.float32), expected("query"))
         assert answer.model == MODEL
         assert answer.usage.prompt_tokens >= len(TEXTS)
 
 
 async def test_nvidias_own_langchain_client_gets_queries_and_passages(url: str) -> None:
-    # It asks for the list of models with a blocking client when it is made.
+    # Its constructor lists the models with a blocking client.
     client = await anyio.to_thread.run_sync(
         lambda: NVIDIAEmbeddings(base_url=url, model=MODEL, usage_telemetry_enabled=False)
     )

@@ -1,4 +1,4 @@
-"""Embedding at an endpoint: what is sent, what of an answer is believed, and what is given up."""
+"""Embedding at an endpoint: requests, validation of responses, failures and rate limits."""
 
 from __future__ import annotations
 
@@ -52,17 +52,17 @@ TEXTS = [f"text number {number}" for number in range(7)]
 
 @asynccontextmanager
 async def embedding_at(
-    standing: StandIn,
+    nim: StandIn,
     card: ModelCard = SYMMETRIC,
     *,
     model: str | None = None,
     window: float = 60.0,
     **endpoint: Any,
 ) -> AsyncIterator[NimEmbedder]:
-    """An embedder at the stand-in."""
-    at = Endpoint(url=standing.url, **endpoint)
-    throttle = Throttle("the stand-in", concurrency=at.concurrency, requests=at.rate, window=window)
-    embedder = NimEmbedder(EndpointClient(at, throttle=throttle), card, model=model)
+    """Open an embedder at the stand-in."""
+    configured = Endpoint(url=nim.url, **endpoint)
+    throttle = Throttle("the stand-in", concurrency=configured.concurrency, requests=configured.rate, window=window)
+    embedder = NimEmbedder(EndpointClient(configured, throttle=throttle), card, model=model)
     try:
         with anyio.fail_after(60):
             yield embedder
@@ -82,36 +82,36 @@ async def embed(
 
 
 def expected(
-    standing: StandIn, card: ModelCard = SYMMETRIC, input_type: InputType | None = None, texts: list[str] = TEXTS
+    nim: StandIn, card: ModelCard = SYMMETRIC, input_type: InputType | None = None, texts: list[str] = TEXTS
 ) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
-    return np.stack([standing.vector(text, card.id, input_type) for text in texts])
+    return np.stack([nim.vector(text, card.id, input_type) for text in texts])
 
 
-# --- What is sent ----------------------------------------------------------------------------------------------------
+# --- Requests --------------------------------------------------------------------------------------------------------
 
 
-async def test_every_text_gets_its_own_vector_and_usage_is_added_up() -> None:
-    async with stand_in() as standing, embedding_at(standing, batch_size=2) as embedder:
+async def test_every_text_gets_its_own_vector_and_usage_is_summed() -> None:
+    async with stand_in() as nim, embedding_at(nim, batch_size=2) as embedder:
         made = await embedder.embed(TEXTS, input_type=None, truncate="NONE")
-        np.testing.assert_array_equal(made.vectors, expected(standing))
+        np.testing.assert_array_equal(made.vectors, expected(nim))
         assert made.prompt_tokens == 3 * len(TEXTS)
         assert made.served_model == SYMMETRIC.id
-        assert sorted(len(seen.json["input"]) for seen in standing.seen) == [1, 2, 2, 2]
+        assert sorted(len(seen.json["input"]) for seen in nim.seen) == [1, 2, 2, 2]
 
 
-async def test_a_request_holds_what_the_model_needs_and_nothing_else() -> None:
-    async with stand_in() as standing, embedding_at(standing, ASYMMETRIC) as embedder:
+async def test_a_request_has_the_fields_that_the_model_needs_and_no_others() -> None:
+    async with stand_in() as nim, embedding_at(nim, ASYMMETRIC) as embedder:
         await embed(embedder, ["one"], input_type="query", truncate="END")
-        assert standing.seen[-1].json == {
+        assert nim.seen[-1].json == {
             "model": "test/asymmetric",
             "input": ["one"],
             "encoding_format": "base64",
             "truncate": "END",
             "input_type": "query",
         }
-    async with stand_in() as standing, embedding_at(standing, SYMMETRIC) as embedder:
+    async with stand_in() as nim, embedding_at(nim, SYMMETRIC) as embedder:
         await embed(embedder, ["one"], input_type="query")
-        assert standing.seen[-1].json == {
+        assert nim.seen[-1].json == {
             "model": "test/symmetric",
             "input": ["one"],
             "encoding_format": "base64",
@@ -119,64 +119,64 @@ async def test_a_request_holds_what_the_model_needs_and_nothing_else() -> None:
         }
 
 
-async def test_the_endpoints_own_name_for_a_model_is_the_one_it_is_asked_for() -> None:
+async def test_a_model_is_requested_by_its_name_at_the_endpoint() -> None:
     served = replace(SYMMETRIC, id="symmetric:latest")
-    async with stand_in(models={served.id: served}) as standing:
-        async with embedding_at(standing, SYMMETRIC, model=served.id) as embedder:
+    async with stand_in(models={served.id: served}) as nim:
+        async with embedding_at(nim, SYMMETRIC, model=served.id) as embedder:
             made = await embedder.embed(["one"], input_type=None, truncate="NONE")
         assert made.served_model == "symmetric:latest"
         assert embedder.card.id == SYMMETRIC.id
 
 
-async def test_a_server_that_knows_no_input_type_gets_the_prompt_before_the_text() -> None:
-    async with stand_in(prompts=False) as standing:
-        async with embedding_at(standing, ASYMMETRIC, dialect="openai") as embedder:
+async def test_a_server_without_input_type_gets_the_prompt_prepended_to_the_text() -> None:
+    async with stand_in(prompts=False) as nim:
+        async with embedding_at(nim, ASYMMETRIC, dialect="openai") as embedder:
             vectors = await embed(embedder, input_type="query")
-            assert set(standing.seen[0].json) == {"model", "input", "encoding_format"}
+            assert set(nim.seen[0].json) == {"model", "input", "encoding_format"}
             with pytest.raises(InvalidRequest, match="`truncate` must be 'NONE' with test/asymmetric"):
                 await embed(embedder, input_type="query", truncate="END")
-        np.testing.assert_array_equal(vectors, expected(standing, ASYMMETRIC, "query"))
+        np.testing.assert_array_equal(vectors, expected(nim, ASYMMETRIC, "query"))
 
 
-async def test_a_server_that_ignores_base64_is_understood() -> None:
-    async with stand_in(base64=False) as standing, embedding_at(standing) as embedder:
-        np.testing.assert_array_equal(await embed(embedder), expected(standing))
+async def test_numbers_are_accepted_from_a_server_that_ignores_base64() -> None:
+    async with stand_in(base64=False) as nim, embedding_at(nim) as embedder:
+        np.testing.assert_array_equal(await embed(embedder), expected(nim))
 
 
-async def test_the_length_of_a_vector_is_learnt_from_the_first_answer() -> None:
-    async with stand_in() as standing, embedding_at(standing, replace(SYMMETRIC, dimensions=None)) as embedder:
+async def test_unknown_dimensions_are_taken_from_the_first_response() -> None:
+    async with stand_in() as nim, embedding_at(nim, replace(SYMMETRIC, dimensions=None)) as embedder:
         await embedder.check()
         assert embedder.card.dimensions == 8
 
 
 async def test_progress_counts_the_texts_that_are_done() -> None:
-    told: list[int] = []
+    reported: list[int] = []
 
     async def on_progress(done: int) -> None:
-        told.append(done)
+        reported.append(done)
 
-    async with stand_in() as standing, embedding_at(standing, batch_size=3, concurrency=1) as embedder:
+    async with stand_in() as nim, embedding_at(nim, batch_size=3, concurrency=1) as embedder:
         await embedder.embed(TEXTS, input_type=None, truncate="NONE", on_progress=on_progress)
-    assert told == [3, 6, 7]
+    assert reported == [3, 6, 7]
 
 
-async def test_a_long_wait_gives_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embeddings_mcp.embedders.nim.embedder.SIGN_OF_LIFE", 0.01)
+async def test_progress_is_reported_periodically_during_a_long_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embeddings_mcp.embedders.nim.embedder.PROGRESS_INTERVAL", 0.01)
     gate = anyio.Event()
-    told: list[int] = []
+    reported: list[int] = []
 
     async def on_progress(done: int) -> None:
-        told.append(done)
-        if told.count(4) == 3:
+        reported.append(done)
+        if reported.count(4) == 3:
             gate.set()
 
-    async with stand_in(faults=iter([None, held(gate)])) as standing, embedding_at(standing, batch_size=4) as embedder:
+    async with stand_in(faults=iter([None, held(gate)])) as nim, embedding_at(nim, batch_size=4) as embedder:
         await embedder.embed(TEXTS, input_type=None, truncate="NONE", on_progress=on_progress)
-    assert told == sorted(told)
-    assert told[-1] == 7
+    assert reported == sorted(reported)
+    assert reported[-1] == 7
 
 
-# --- Answers ---------------------------------------------------------------------------------------------------------
+# --- Responses -------------------------------------------------------------------------------------------------------
 
 
 def _shuffle(payload: dict[str, Any]) -> None:
@@ -238,10 +238,10 @@ def _no_data(payload: dict[str, Any]) -> None:
         pytest.param(answering(200, b""), 2, id="empty body"),
     ],
 )
-async def test_what_order_or_one_more_attempt_puts_right_is_put_right(fault: Fault, requests: int) -> None:
-    async with stand_in(faults=iter([fault])) as standing, embedding_at(standing) as embedder:
-        np.testing.assert_array_equal(await embed(embedder), expected(standing))
-        assert len(standing.seen) == requests
+async def test_a_response_that_can_be_reordered_or_retried_succeeds(fault: Fault, requests: int) -> None:
+    async with stand_in(faults=iter([fault])) as nim, embedding_at(nim) as embedder:
+        np.testing.assert_array_equal(await embed(embedder), expected(nim))
+        assert len(nim.seen) == requests
 
 
 @pytest.mark.parametrize(
@@ -251,8 +251,8 @@ async def test_what_order_or_one_more_attempt_puts_right_is_put_right(fault: Fau
         (changing(_no_index), "a vector does not say which text it belongs to"),
         (changing(_index_beyond), "a vector does not say which text it belongs to"),
         (changing(_one_less), "7 texts were sent and 6 vectors came back"),
-        (changing(_shorter), "the vector of text 1 has 4 dimensions in place of 8"),
-        (changing(_all_shorter), "the vector of text 0 has 4 dimensions in place of 8"),
+        (changing(_shorter), "the vector of text 1 has 4 dimensions instead of 8"),
+        (changing(_all_shorter), "the vector of text 0 has 4 dimensions instead of 8"),
         (_embedding([float("nan")] * 8), "the vector of text 1 holds values that are not finite numbers"),
         (_embedding([float("inf")] * 8), "the vector of text 1 holds values that are not finite numbers"),
         (_embedding([1e300] * 8), "the vector of text 1 holds values that are not finite numbers"),
@@ -262,75 +262,75 @@ async def test_what_order_or_one_more_attempt_puts_right_is_put_right(fault: Fau
         (_embedding("AAAA"), "the vector of text 1 cannot be read"),
         (_embedding(["a"] * 8), "the vector of text 1 cannot be read"),
         (_embedding([10**400] * 8), "the vector of text 1 cannot be read"),
-        (_embedding([[0.5] * 8]), "the vector of text 1 is empty or not flat"),
-        (_embedding([]), "the vector of text 1 is empty or not flat"),
+        (_embedding([[0.5] * 8]), "the vector of text 1 is empty or not one-dimensional"),
+        (_embedding([]), "the vector of text 1 is empty or not one-dimensional"),
         (_embedding(None), "the vector of text 1 is neither numbers nor base64"),
-        (changing(_no_data), "it holds no list `data`"),
-        (changing(lambda payload: payload.update(model="test/\ud83d")), "it holds half of a character"),
-        (answering(200, [1, 2]), "it holds no list `data`"),
+        (changing(_no_data), "it has no `data` list"),
+        (changing(lambda payload: payload.update(model="test/\ud83d")), "it contains half of a surrogate pair"),
+        (answering(200, [1, 2]), "it has no `data` list"),
     ],
 )
-async def test_an_answer_that_cannot_be_right_is_refused_and_not_asked_for_again(fault: Fault, reason: str) -> None:
-    async with stand_in(faults=iter([fault])) as standing, embedding_at(standing) as embedder:
+async def test_an_invalid_response_is_refused_without_a_retry(fault: Fault, reason: str) -> None:
+    async with stand_in(faults=iter([fault])) as nim, embedding_at(nim) as embedder:
         with pytest.raises(UpstreamFailed) as caught:
             await embed(embedder)
         assert reason in caught.value.message
-        assert standing.url in caught.value.message
-        assert len(standing.seen) == 1
+        assert nim.url in caught.value.message
+        assert len(nim.seen) == 1
 
 
-async def test_an_answer_nested_without_end_is_refused() -> None:
+async def test_a_deeply_nested_response_is_refused() -> None:
     deep = answering(200, b'{"data":' + b"[" * 100_000 + b"]" * 100_000 + b"}")
-    async with stand_in(faults=itertools.repeat(deep)) as standing, embedding_at(standing) as embedder:
+    async with stand_in(faults=itertools.repeat(deep)) as nim, embedding_at(nim) as embedder:
         with pytest.raises(UpstreamFailed, match=r"its [\d,]+ bytes are not JSON"):
             await embed(embedder)
 
 
 @pytest.mark.parametrize("tokens", [-1, 2**31, 2**63, 10**30, 1.5, "7", None])
-async def test_tokens_that_nobody_can_have_counted_are_not_believed(tokens: object) -> None:
+async def test_implausible_token_counts_are_ignored(tokens: object) -> None:
     def counted(payload: dict[str, Any]) -> None:
         payload["usage"] = {"prompt_tokens": tokens}
 
-    async with stand_in(faults=iter([changing(counted)])) as standing, embedding_at(standing) as embedder:
+    async with stand_in(faults=iter([changing(counted)])) as nim, embedding_at(nim) as embedder:
         made = await embedder.embed(["a text"], input_type=None, truncate="NONE")
     assert sum(made.tokens) == 0
 
 
 async def test_two_models_in_one_call_are_refused() -> None:
-    def exchanged(payload: dict[str, Any]) -> None:
+    def renamed(payload: dict[str, Any]) -> None:
         payload["model"] = "test/other"
 
     async with (
-        stand_in(faults=iter([changing(exchanged)])) as standing,
-        embedding_at(standing, batch_size=4) as embedder,
+        stand_in(faults=iter([changing(renamed)])) as nim,
+        embedding_at(nim, batch_size=4) as embedder,
     ):
         with pytest.raises(UpstreamFailed, match=r"different models \(test/other .* and test/symmetric"):
             await embed(embedder)
 
 
-async def test_a_model_id_that_was_not_asked_for_is_passed_on_and_logged_once(
+async def test_an_unexpected_model_id_is_passed_on_and_logged_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    async with stand_in(served_as="test/renamed") as standing, embedding_at(standing) as embedder:
+    async with stand_in(served_as="test/renamed") as nim, embedding_at(nim) as embedder:
         for _ in range(2):
             made = await embedder.embed(["one"], input_type=None, truncate="NONE")
             assert made.served_model == "test/renamed"
     assert [record.message for record in caplog.records if record.levelno == logging.WARNING] == [
-        f"{standing.url}/v1 was asked for test/symmetric and says that it serves test/renamed"
+        f"{nim.url}/v1 was asked for test/symmetric and says that it serves test/renamed"
     ]
 
 
-async def test_a_coming_end_of_life_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_announced_end_of_life_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     def deprecated(reply: Any) -> Any:
         return replace(reply, headers={**reply.headers, "Deprecation": "2027-01-31T09:00:00Z"})
 
-    async with stand_in(faults=itertools.repeat(deprecated)) as standing, embedding_at(standing) as embedder:
+    async with stand_in(faults=itertools.repeat(deprecated)) as nim, embedding_at(nim) as embedder:
         await embed(embedder)
     assert "reaches its end of life" in caplog.text
     assert "2027-01-31" in caplog.text
 
 
-async def test_an_endpoint_that_says_something_new_each_time_is_not_listened_to_without_end(
+async def test_the_number_of_distinct_warnings_is_limited(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     numbers = itertools.count()
@@ -338,46 +338,46 @@ async def test_an_endpoint_that_says_something_new_each_time_is_not_listened_to_
     def deprecated(reply: Any) -> Any:
         return replace(reply, headers={**reply.headers, "Deprecation": f"@{next(numbers)}"})
 
-    async with stand_in(faults=itertools.repeat(deprecated)) as standing, embedding_at(standing) as embedder:
+    async with stand_in(faults=itertools.repeat(deprecated)) as nim, embedding_at(nim) as embedder:
         for _ in range(150):
             await embed(embedder, ["one"])
     assert len([record for record in caplog.records if record.levelno == logging.WARNING]) == 100
 
 
-async def test_an_answer_that_is_not_ready_is_fetched_when_it_is() -> None:
-    async with stand_in() as standing:
-        standing.faults = iter([standing.accepting(polls=2)])
+async def test_a_response_that_is_not_ready_is_polled_for() -> None:
+    async with stand_in() as nim:
+        nim.faults = iter([nim.accepting(polls=2)])
         key = SecretStr("nvapi-secret")
-        async with embedding_at(standing, status_url=f"{standing.url}/status", api_key=key) as embedder:
-            np.testing.assert_array_equal(await embed(embedder), expected(standing))
-        assert [seen.path for seen in standing.seen] == ["/v1/embeddings", "/status/ticket-1", "/status/ticket-2"]
-        assert {seen.headers["authorization"] for seen in standing.seen} == {"Bearer nvapi-secret"}
+        async with embedding_at(nim, status_url=f"{nim.url}/status", api_key=key) as embedder:
+            np.testing.assert_array_equal(await embed(embedder), expected(nim))
+        assert [seen.path for seen in nim.seen] == ["/v1/embeddings", "/status/ticket-1", "/status/ticket-2"]
+        assert {seen.headers["authorization"] for seen in nim.seen} == {"Bearer nvapi-secret"}
 
 
-@pytest.mark.parametrize("ticket", ["", "tab\tbed", "../models", "1" * 1000])
-async def test_an_answer_that_is_not_ready_and_cannot_be_asked_for_is_refused(ticket: str) -> None:
-    fault = answering(202, **{"NVCF-REQID": ticket})
+@pytest.mark.parametrize("request_id", ["", "tab\tbed", "../models", "1" * 1000])
+async def test_a_pending_response_without_a_valid_id_is_refused(request_id: str) -> None:
+    fault = answering(202, **{"NVCF-REQID": request_id})
     async with (
-        stand_in(faults=itertools.repeat(fault)) as standing,
-        embedding_at(standing, status_url=f"{standing.url}/status") as embedder,
+        stand_in(faults=itertools.repeat(fault)) as nim,
+        embedding_at(nim, status_url=f"{nim.url}/status") as embedder,
     ):
         with pytest.raises(UpstreamFailed, match="202"):
             await embed(embedder)
-        assert [seen.path for seen in standing.seen] == ["/v1/embeddings"]
+        assert [seen.path for seen in nim.seen] == ["/v1/embeddings"]
 
 
 # --- Failures --------------------------------------------------------------------------------------------------------
 
 
-async def test_a_text_that_is_too_long_is_named_by_its_place_in_the_call() -> None:
+async def test_a_text_that_is_too_long_is_reported_by_its_position_in_the_call() -> None:
     texts = [*TEXTS, "word " * 70]
-    async with stand_in() as standing:
-        async with embedding_at(standing, batch_size=1) as embedder:
+    async with stand_in() as nim:
+        async with embedding_at(nim, batch_size=1) as embedder:
             with pytest.raises(InputTooLong) as caught:
                 await embed(embedder, texts)
             assert (caught.value.index, caught.value.tokens, caught.value.allowed) == (7, 70, 64)
             assert caught.value.certain
-        async with embedding_at(standing, batch_size=5) as embedder:
+        async with embedding_at(nim, batch_size=5) as embedder:
             with pytest.raises(InputTooLong) as caught:
                 await embed(embedder, texts)
             assert caught.value.index == 7
@@ -386,51 +386,51 @@ async def test_a_text_that_is_too_long_is_named_by_its_place_in_the_call() -> No
 
 
 @pytest.mark.parametrize("key", ["x", "token", "64"])
-async def test_a_refusal_that_has_the_letters_of_a_short_key_in_it_means_the_same(key: str) -> None:
-    async with stand_in() as standing, embedding_at(standing, api_key=SecretStr(key)) as embedder:
+async def test_a_message_that_contains_a_short_key_by_rng_is_still_recognised(key: str) -> None:
+    async with stand_in() as nim, embedding_at(nim, api_key=SecretStr(key)) as embedder:
         with pytest.raises(InputTooLong) as caught:
             await embed(embedder, ["word " * 70])
         assert (caught.value.tokens, caught.value.allowed) == (70, 64)
 
 
-async def test_texts_that_are_too_much_for_one_request_go_out_in_smaller_ones() -> None:
+async def test_a_request_that_is_too_large_is_split() -> None:
     def at_most_two(reply: Any) -> Any:
         too_many = "batch size 50 > maximum allowed batch size 2"
-        return answering(413, {"error": too_many})(reply) if len(standing.seen[-1].json["input"]) > 2 else reply
+        return answering(413, {"error": too_many})(reply) if len(nim.seen[-1].json["input"]) > 2 else reply
 
-    async with stand_in(faults=itertools.repeat(at_most_two)) as standing, embedding_at(standing) as embedder:
-        np.testing.assert_array_equal(await embed(embedder), expected(standing))
-        assert [len(seen.json["input"]) for seen in standing.seen] == [7, 3, 1, 2, 4, 2, 2]
+    async with stand_in(faults=itertools.repeat(at_most_two)) as nim, embedding_at(nim) as embedder:
+        np.testing.assert_array_equal(await embed(embedder), expected(nim))
+        assert [len(seen.json["input"]) for seen in nim.seen] == [7, 3, 1, 2, 4, 2, 2]
         with pytest.raises(InputTooLong) as caught:
             await embed(embedder, [*TEXTS, "word " * 70])
         assert caught.value.index == 7
-    async with stand_in(faults=itertools.repeat(answering(413))) as standing, embedding_at(standing) as embedder:
+    async with stand_in(faults=itertools.repeat(answering(413))) as nim, embedding_at(nim) as embedder:
         with pytest.raises(PayloadTooLarge, match="the text is too much for one request"):
             await embed(embedder)
 
 
-async def test_one_failing_sub_batch_fails_the_call_with_its_error_and_cancels_the_others() -> None:
+async def test_a_failing_batch_fails_the_call_with_its_error_and_cancels_the_others() -> None:
     never = anyio.Event()
     async with (
-        stand_in(faults=iter([held(never), answering(400, {"error": "no such thing"})])) as standing,
-        embedding_at(standing, batch_size=4) as embedder,
+        stand_in(faults=iter([held(never), answering(400, {"error": "no such thing"})])) as nim,
+        embedding_at(nim, batch_size=4) as embedder,
     ):
         with pytest.raises(InvalidRequest, match="no such thing"):
             await embed(embedder)
-        await standing.hung_up.wait()
+        await nim.hung_up.wait()
 
 
-async def test_cancelling_a_call_hangs_up_on_the_endpoint() -> None:
+async def test_cancelling_a_call_closes_its_connection_to_the_endpoint() -> None:
     never = anyio.Event()
-    async with stand_in(faults=itertools.repeat(held(never))) as standing, embedding_at(standing) as embedder:
+    async with stand_in(faults=itertools.repeat(held(never))) as nim, embedding_at(nim) as embedder:
         async with anyio.create_task_group() as group:
             group.start_soon(embed, embedder)
-            await standing.received(1)
+            await nim.received(1)
             group.cancel_scope.cancel()
-        await standing.hung_up.wait()
+        await nim.hung_up.wait()
 
 
-async def test_closing_the_embedder_fails_what_is_in_flight_and_what_comes_later() -> None:
+async def test_closing_the_embedder_fails_calls_in_flight_and_later_ones() -> None:
     never = anyio.Event()
     errors: list[EmbeddingsError] = []
 
@@ -440,97 +440,97 @@ async def test_closing_the_embedder_fails_what_is_in_flight_and_what_comes_later
         except EmbeddingsError as error:
             errors.append(error)
 
-    async with stand_in(faults=itertools.repeat(held(never))) as standing, embedding_at(standing) as embedder:
+    async with stand_in(faults=itertools.repeat(held(never))) as nim, embedding_at(nim) as embedder:
         async with anyio.create_task_group() as group:
             group.start_soon(call, embedder)
-            await standing.received(1)
+            await nim.received(1)
             await embedder.aclose()
-        await standing.hung_up.wait()
+        await nim.hung_up.wait()
         await call(embedder)
     assert [type(error) for error in errors] == [ServerStopped, ServerStopped]
 
 
-async def test_an_endpoint_that_stays_silent_is_given_up() -> None:
+async def test_an_endpoint_that_sends_nothing_times_out() -> None:
     never = anyio.Event()
-    async with stand_in(faults=itertools.repeat(held(never))) as standing:
-        async with embedding_at(standing, timeout=0.02) as embedder:
-            with pytest.raises(UpstreamTimeout, match=r"was silent for 0\.02 s"):
+    async with stand_in(faults=itertools.repeat(held(never))) as nim:
+        async with embedding_at(nim, timeout=0.02) as embedder:
+            with pytest.raises(UpstreamTimeout, match=r"sent nothing for 0\.02 s"):
                 await embed(embedder)
-            assert len(standing.seen) == 6
-        async with embedding_at(standing, deadline=0.05) as embedder:
+            assert len(nim.seen) == 6
+        async with embedding_at(nim, deadline=0.05) as embedder:
             with pytest.raises(UpstreamTimeout, match=r"had embedded 0 of 7 texts after 0\.05 s"):
                 await embed(embedder)
 
 
-async def test_an_endpoint_that_is_not_there_is_named() -> None:
-    async with stand_in() as standing:
+async def test_an_unreachable_endpoint_is_named_in_the_error() -> None:
+    async with stand_in() as nim:
         pass
-    async with embedding_at(standing) as embedder:
+    async with embedding_at(nim) as embedder:
         for ask in (embedder.check, lambda: embed(embedder)):
-            with pytest.raises(UpstreamUnavailable, match=f"cannot connect to the endpoint {standing.url}"):
+            with pytest.raises(UpstreamUnavailable, match=f"cannot connect to the endpoint {nim.url}"):
                 await ask()
 
 
-async def test_a_short_pause_that_the_endpoint_asks_for_is_kept_by_all_its_requests() -> None:
-    pausing = answering(503, b"", Retry_After="0.2")
-    async with stand_in(faults=iter([pausing])) as standing, embedding_at(standing, concurrency=1) as embedder:
+async def test_a_short_retry_after_pauses_all_requests_to_the_endpoint() -> None:
+    unavailable = answering(503, b"", Retry_After="0.2")
+    async with stand_in(faults=iter([unavailable])) as nim, embedding_at(nim, concurrency=1) as embedder:
         await embed(embedder)
-        first, second = standing.seen
+        first, second = nim.seen
         assert second.at - first.at >= 0.19
 
 
-async def test_a_long_pause_that_the_endpoint_asks_for_is_passed_on_to_the_caller() -> None:
+async def test_a_long_retry_after_is_passed_on_to_the_caller() -> None:
     offline = answering(503, {"detail": "The model is offline."}, Retry_After="10800")
-    async with stand_in(faults=itertools.repeat(offline)) as standing, embedding_at(standing) as embedder:
+    async with stand_in(faults=itertools.repeat(offline)) as nim, embedding_at(nim) as embedder:
         with pytest.raises(UpstreamUnavailable, match="The model is offline") as caught:
             await embed(embedder)
         assert caught.value.retry_after == 10800
-        assert len(standing.seen) == 1
+        assert len(nim.seen) == 1
 
 
 # --- Limits ----------------------------------------------------------------------------------------------------------
 
 
-async def test_no_more_requests_are_under_way_than_the_endpoint_takes() -> None:
+async def test_requests_in_flight_stay_within_the_concurrency() -> None:
     gate = anyio.Event()
     async with (
-        stand_in(faults=itertools.repeat(held(gate))) as standing,
-        embedding_at(standing, batch_size=1, concurrency=3) as embedder,
+        stand_in(faults=itertools.repeat(held(gate))) as nim,
+        embedding_at(nim, batch_size=1, concurrency=3) as embedder,
     ):
         async with anyio.create_task_group() as group:
             for _ in range(4):
                 group.start_soon(embed, embedder)
-            await standing.received(3)
+            await nim.received(3)
             gate.set()
-        assert standing.most_at_once == 3
-        assert len(standing.seen) == 4 * len(TEXTS)
+        assert nim.most_at_once == 3
+        assert len(nim.seen) == 4 * len(TEXTS)
 
 
-async def test_a_call_that_could_never_end_in_time_is_refused_at_once() -> None:
+async def test_a_call_that_could_never_finish_in_time_is_refused_at_once() -> None:
     async with (
-        stand_in() as standing,
-        embedding_at(standing, batch_size=1, requests_per_minute=2, deadline=100) as embedder,
+        stand_in() as nim,
+        embedding_at(nim, batch_size=1, requests_per_minute=2, deadline=100) as embedder,
     ):
         with pytest.raises(InvalidRequest, match="send at most 4 texts at once"):
             await embed(embedder)
-        assert not standing.seen
+        assert not nim.seen
 
 
-async def test_a_call_whose_turn_would_come_too_late_is_refused_with_the_time_to_come_back() -> None:
+async def test_a_call_that_would_start_too_late_is_refused_with_retry_after() -> None:
     async with (
-        stand_in() as standing,
-        embedding_at(standing, batch_size=4, requests_per_minute=2, deadline=50) as embedder,
+        stand_in() as nim,
+        embedding_at(nim, batch_size=4, requests_per_minute=2, deadline=50) as embedder,
     ):
         await embed(embedder)
         with pytest.raises(Overloaded) as caught:
             await embed(embedder)
         assert 1 <= caught.value.retry_after <= 10
-        assert len(standing.seen) == 2
+        assert len(nim.seen) == 2
 
 
-async def test_a_thousand_texts_of_five_callers_arrive_in_order_past_a_failure_in_every_five() -> None:
+async def test_a_thousand_texts_of_five_callers_get_their_vectors_despite_a_failure_rate_of_one_in_five() -> None:
     rate, window = 40, 0.4
-    chance = random.Random(5)
+    rng = random.Random(5)
     failing = [
         answering(429, {"status": 429, "title": "Too Many Requests"}),
         answering(500, b"failed"),
@@ -538,10 +538,10 @@ async def test_a_thousand_texts_of_five_callers_arrive_in_order_past_a_failure_i
         cut,
         truncated,
     ]
-    one_in_five = iter(lambda: chance.choice([chance.choice(failing), None, None, None, None]), ...)
-    async with stand_in(faults=one_in_five) as standing:
+    one_in_five = iter(lambda: rng.choice([rng.choice(failing), None, None, None, None]), ...)
+    async with stand_in(faults=one_in_five) as nim:
         async with embedding_at(
-            standing, ASYMMETRIC, batch_size=10, requests_per_minute=rate, window=window, concurrency=8
+            nim, ASYMMETRIC, batch_size=10, requests_per_minute=rate, window=window, concurrency=8
         ) as embedder:
             vectors: dict[int, np.ndarray[Any, Any]] = {}
 
@@ -554,9 +554,9 @@ async def test_a_thousand_texts_of_five_callers_arrive_in_order_past_a_failure_i
                     group.start_soon(call, caller)
         for caller in range(5):
             texts = [f"caller {caller} text {number}" for number in range(200)]
-            np.testing.assert_array_equal(vectors[caller], expected(standing, ASYMMETRIC, "passage", texts))
-        arrivals = [seen.at for seen in standing.seen]
+            np.testing.assert_array_equal(vectors[caller], expected(nim, ASYMMETRIC, "passage", texts))
+        arrivals = [seen.at for seen in nim.seen]
         assert len(arrivals) > 110
-        # Departures keep the limit; an arrival may be late, so a window of arrivals may be shorter.
+        # The limit holds when requests are sent; delays in transit may shorten a window of arrivals.
         assert all(later - earlier > 0.5 * window for earlier, later in zip(arrivals, arrivals[rate:], strict=False))
-        assert standing.most_at_once <= 8
+        assert nim.most_at_once <= 8

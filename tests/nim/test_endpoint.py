@@ -1,4 +1,4 @@
-"""Which endpoints may be named, and what becomes of their keys."""
+"""Validation of endpoints, and protection of their keys."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ KEY = "nvapi-0123456789secret"
         ("http://nim.localhost", "http://nim.localhost/v1"),
     ],
 )
-def test_an_address_is_completed_to_that_of_the_api(given: str, url: str) -> None:
+def test_an_address_is_completed_to_the_apis_base_url(given: str, url: str) -> None:
     assert Endpoint(url=given).url == url
 
 
@@ -51,7 +51,7 @@ def test_an_address_is_completed_to_that_of_the_api(given: str, url: str) -> Non
         (f"https://nim.example/v1?api_key={KEY}", "must end with its path"),
     ],
 )
-def test_an_address_that_cannot_be_right_is_refused(given: str, reason: str) -> None:
+def test_an_invalid_address_is_refused(given: str, reason: str) -> None:
     with pytest.raises(InvalidSetting, match=reason) as caught:
         Endpoint(url=given)
     assert KEY not in str(caught.value)
@@ -62,46 +62,46 @@ def test_http_to_another_machine_must_be_allowed() -> None:
 
 
 @pytest.mark.parametrize("limit", ["batch_size", "concurrency", "requests_per_minute", "timeout", "deadline"])
-def test_a_limit_of_nothing_is_refused(limit: str) -> None:
+def test_a_limit_of_zero_is_refused(limit: str) -> None:
     with pytest.raises(InvalidSetting, match=r"of the endpoint .* must be more than 0"):
         Endpoint(url=HOSTED_URL, **{limit: 0})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("key", ["two words", "with\nnewline", "schlüssel"])
-def test_a_key_that_cannot_be_one_is_refused_without_being_repeated(key: str) -> None:
-    with pytest.raises(InvalidSetting, match="the key in NVIDIA_API_KEY holds characters that no key has") as caught:
+def test_an_invalid_key_is_refused_without_being_repeated(key: str) -> None:
+    with pytest.raises(InvalidSetting, match="the key in NVIDIA_API_KEY contains characters that no key has") as caught:
         Endpoint(url=HOSTED_URL, api_key=SecretStr(key))
     assert key not in str(caught.value)
 
 
-def test_an_empty_key_is_none_and_the_space_around_one_is_dropped() -> None:
+def test_an_empty_key_counts_as_none_and_surrounding_whitespace_is_stripped() -> None:
     assert Endpoint(url=HOSTED_URL, api_key=SecretStr(" ")).api_key is None
     assert Endpoint(url=HOSTED_URL, api_key=SecretStr(f"{KEY}\n")).headers == {"Authorization": f"Bearer {KEY}"}
 
 
-def test_only_the_hosted_api_is_limited_to_what_it_allows() -> None:
+def test_only_the_hosted_api_has_a_default_rate_limit() -> None:
     assert Endpoint(url=HOSTED_URL).rate == 40
     assert Endpoint(url=HOSTED_URL, requests_per_minute=math.inf).rate == math.inf
     assert Endpoint(url="http://localhost:8000").rate == math.inf
     assert Endpoint(url="http://localhost:8000", requests_per_minute=7).rate == 7
 
 
-def test_keys_are_taken_out_of_what_an_endpoint_says() -> None:
-    said = f"{KEY}, nvapi-Another_1-2.x and own"
-    assert Endpoint(url=HOSTED_URL, api_key=SecretStr(KEY)).redact(said) == "***, ***.x and own"
-    assert Endpoint(url=HOSTED_URL, api_key=SecretStr("own")).redact(said) == "***, ***.x and ***"
-    assert Endpoint(url=HOSTED_URL).redact(said) == "***, ***.x and own"
+def test_keys_are_masked_in_an_endpoints_messages() -> None:
+    message = f"{KEY}, nvapi-Another_1-2.x and own"
+    assert Endpoint(url=HOSTED_URL, api_key=SecretStr(KEY)).redact(message) == "***, ***.x and own"
+    assert Endpoint(url=HOSTED_URL, api_key=SecretStr("own")).redact(message) == "***, ***.x and ***"
+    assert Endpoint(url=HOSTED_URL).redact(message) == "***, ***.x and own"
 
 
 @pytest.mark.anyio
 async def test_the_key_goes_to_the_endpoint_and_nowhere_else(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
-    told: list[str] = []
-    async with stand_in() as elsewhere, stand_in() as standing:
-        redirect = answering(307, b"", Location=f"{elsewhere.url}/v1/embeddings")
-        repeated = answering(400, {"error": f"what is Bearer {KEY}?"})
-        standing.faults = itertools.cycle([redirect, repeated, cut, answering(401), None])
-        endpoint = Endpoint(url=standing.url, api_key=SecretStr(KEY))
+    printed: list[str] = []
+    async with stand_in() as other, stand_in() as nim:
+        redirect = answering(307, b"", Location=f"{other.url}/v1/embeddings")
+        echoing_key = answering(400, {"error": f"what is Bearer {KEY}?"})
+        nim.faults = itertools.cycle([redirect, echoing_key, cut, answering(401), None])
+        endpoint = Endpoint(url=nim.url, api_key=SecretStr(KEY))
         client = EndpointClient(endpoint)
         embedder = NimEmbedder(client, SYMMETRIC)
         with anyio.fail_after(10):
@@ -110,19 +110,19 @@ async def test_the_key_goes_to_the_endpoint_and_nowhere_else(caplog: pytest.LogC
                 try:
                     await embedder.embed(["a text"], input_type=None, truncate="NONE")
                 except EmbeddingsError as error:
-                    told += [
+                    printed += [
                         "".join(traceback.format_exception(error)),
                         repr(error.args),
                         repr(pickle.dumps(error.args)),
                     ]
-                    seen: BaseException | None = error
-                    while seen is not None:
-                        told.append(repr(vars(seen)))
-                        seen = seen.__cause__ or seen.__context__
+                    chained: BaseException | None = error
+                    while chained is not None:
+                        printed.append(repr(vars(chained)))
+                        chained = chained.__cause__ or chained.__context__
             await client.aclose()
-        assert {seen.headers["authorization"] for seen in standing.seen} == {f"Bearer {KEY}"}
-        assert not elsewhere.seen
-    told += [repr(endpoint), str(endpoint), repr(vars(client)), repr(vars(embedder))]
-    told += [f"{record.getMessage()} {vars(record)}" for record in caplog.records]
-    assert len(told) > 20
-    assert not [line for line in told if KEY in line]
+        assert {seen.headers["authorization"] for seen in nim.seen} == {f"Bearer {KEY}"}
+        assert not other.seen
+    printed += [repr(endpoint), str(endpoint), repr(vars(client)), repr(vars(embedder))]
+    printed += [f"{record.getMessage()} {vars(record)}" for record in caplog.records]
+    assert len(printed) > 20
+    assert not [line for line in printed if KEY in line]

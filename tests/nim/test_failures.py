@@ -1,4 +1,4 @@
-"""Every refusal that the facts about endpoints know of: what the caller is told, by REST and by MCP."""
+"""All known error responses of endpoints, and the errors that callers get for them over REST and MCP."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mcp.types import TextContent
 from pydantic import SecretStr
 
 from embeddings_mcp.embedders.nim import Endpoint, EndpointClient, NimEmbedder
-from embeddings_mcp.embedders.nim.failures import retry_after, words
+from embeddings_mcp.embedders.nim.failures import error_message, parse_retry_after
 from embeddings_mcp.faces.http.app import create_app
 from embeddings_mcp.faces.mcp.server import build_mcp_server
 from embeddings_mcp.models import ModelCard
@@ -35,14 +35,14 @@ CONTINUED = ModelCard(id="baai/bge-m3", dimensions=8, hub="BAAI/bge-m3", hosted_
 
 @dataclass(frozen=True)
 class Case:
-    """An answer of the endpoint, and what becomes of it.
+    """A response of the endpoint, and the error expected for it.
 
     Attributes:
         answer: status and body; a string is sent as plain text.
-        status: of our REST answer.
+        status: of our REST response.
         code: of our error.
-        says: pieces of the message.
-        attempts: how often the endpoint is asked.
+        says: substrings of the message.
+        attempts: expected number of requests to the endpoint.
     """
 
     name: str
@@ -63,16 +63,16 @@ def problem(status: int, title: str, detail: str | None = None) -> tuple[int, ob
     return status, body if detail is None else {**body, "detail": detail}
 
 
-NEXT_KEY = ("does not accept the API key in NVIDIA_API_KEY", "ask whoever runs it")
+KEY_REFUSED = ("does not accept the API key in NVIDIA_API_KEY", "ask whoever runs it")
 
 CASES = (
     # --- The hosted gateway ---
     Case("no key was sent", (401, "Header of type `authorization` was missing"), 502, "upstream_refused",
          ("asks for an API key", "set NVIDIA_API_KEY"), with_key=False),
-    Case("malformed key", (401, "Unauthorized access"), 502, "upstream_refused", NEXT_KEY),
+    Case("malformed key", (401, "Unauthorized access"), 502, "upstream_refused", KEY_REFUSED),
     Case("not a key of this kind", problem(401, "Unauthorized", "Authentication failed"), 502, "upstream_refused",
-         NEXT_KEY),
-    Case("revoked key", problem(403, "Forbidden", "Authorization failed"), 502, "upstream_refused", NEXT_KEY),
+         KEY_REFUSED),
+    Case("revoked key", problem(403, "Forbidden", "Authorization failed"), 502, "upstream_refused", KEY_REFUSED),
     Case("no credits left", problem(402, "Payment Required", f"Account '{ACCOUNT}': Cloud credits expired"),
          502, "upstream_refused", ("the account of the key in NVIDIA_API_KEY has no credits left",)),
     Case("unknown model", (404, "404 page not found"), 404, "model_not_found", ("serves no model nvidia/some-model",),
@@ -81,12 +81,12 @@ CASES = (
          404, "model_not_found", ("may not use nvidia/some-model", "choose another model"), param="model"),
     Case("end of life", problem(410, "Gone", "The model 'nvidia/gone' has reached its end of life on "
          "2026-08-25T09:00:00Z and is no longer available."), 410, "model_retired",
-         ("switched nvidia/gone off on 2026-08-25", "`--model nvidia/gone=FOLDER`", "embedded anew with another model"),
+         ("switched nvidia/gone off on 2026-08-25", "`--model nvidia/gone=FOLDER`", "recomputed with another model"),
          param="model", model=RETIRED),
     Case("end of life of a model whose weights are public", (410, b""), 410, "model_retired",
-         ("switched baai/bge-m3 off on 2026-08-25", "`--model baai/bge-m3` goes on making the same vectors"),
+         ("switched baai/bge-m3 off on 2026-08-25", "`--model baai/bge-m3` produces the same vectors"),
          param="model", model=CONTINUED),
-    Case("end of life without a word", (410, b""), 410, "model_retired", ("switched nvidia/gone off (410)",),
+    Case("end of life without a message", (410, b""), 410, "model_retired", ("switched nvidia/gone off (410)",),
          param="model", model=RETIRED),
     Case("model field missing", (400, {"error": {"message": "model field is required", "type": "invalid_request_error",
          "param": None, "code": "missing_required_field"}}), 400, "invalid_request", ("400: model field is required",)),
@@ -100,9 +100,9 @@ CASES = (
     Case("rate limit", problem(429, "Too Many Requests"), 429, "overloaded",
          ("takes no more requests for now", "429: Too Many Requests", "try again in 60 s"),
          attempts=8, retry_after="60"),
-    Case("rate limit with a time", problem(429, "Too Many Requests", "Limit of model X"), 429, "overloaded",
+    Case("rate limit with Retry-After", problem(429, "Too Many Requests", "Limit of model X"), 429, "overloaded",
          ("429: Limit of model X", "try again in 90 s"), headers=(("Retry-After", "90"),), retry_after="90"),
-    Case("rate limit for ever", (429, b""), 429, "overloaded", ("try again in 86,400 s",),
+    Case("rate limit with a huge Retry-After", (429, b""), 429, "overloaded", ("try again in 86,400 s",),
          headers=(("Retry-After", "1e300"),), retry_after="86400"),
     Case("client went away", problem(499, "Client Closed Request"), 502, "upstream_failed", ("499",)),
     Case("upstream failed", problem(502, "Bad Gateway", "Upstream request failed."), 502, "upstream_failed",
@@ -113,7 +113,7 @@ CASES = (
     Case("worker saturated", (503, {"error": {"message": "ResourceExhausted: Worker local total request limit reached "
          "(16/16)", "type": "Service Unavailable", "code": 503}}), 503, "upstream_unavailable",
          ("takes no work now (503: ResourceExhausted",), attempts=6),
-    Case("timeout", (504, b""), 504, "upstream_timeout", ("did not finish in its own time (504)",), attempts=6),
+    Case("timeout", (504, b""), 504, "upstream_timeout", ("timed out (504)",), attempts=6),
     Case("request timeout", (408, b""), 504, "upstream_timeout", ("(408)",), attempts=6),
     Case("other failure", problem(500, "Internal Server Error", "Something broke"), 502, "upstream_failed",
          ("500: Something broke",), attempts=6),
@@ -159,11 +159,11 @@ CASES = (
          ("length limit exceeded",), param="input"),
     Case("a proxy's page", (502, "<html><body><h1>502 Bad Gateway</h1></body></html>"), 502, "upstream_failed",
          ("failed (502)",), attempts=6),
-    Case("a status that means nothing here", (418, "I am a teapot"), 502, "upstream_failed", ("418: I am a teapot",)),
+    Case("an unexpected status", (418, "I am a teapot"), 502, "upstream_failed", ("418: I am a teapot",)),
     Case("redirect", (307, b""), 502, "upstream_failed",
          ("redirects to https://elsewhere.example/v1/embeddings (307)", "not followed"),
          headers=(("Location", "https://elsewhere.example/v1/embeddings"),)),
-    Case("redirect to what is not ASCII", (307, b""), 502, "upstream_failed", ("redirects to https://zürich.example/v1",),
+    Case("redirect to a non-ASCII URL", (307, b""), 502, "upstream_failed", ("redirects to https://zürich.example/v1",),
          headers=(("Location", "https://zürich.example/v1"),)),
     Case("a server that repeats the key", (400, f"unexpected header Bearer {KEY}"), 400, "invalid_request",
          ("unexpected header Bearer ***",)),
@@ -171,9 +171,9 @@ CASES = (
 
 
 @asynccontextmanager
-async def faces_of(standing: StandIn, case: Case) -> AsyncIterator[tuple[httpx.AsyncClient, Client]]:
-    """The REST and the MCP face of a service whose model is at the stand-in."""
-    endpoint = Endpoint(url=standing.url, api_key=SecretStr(KEY) if case.with_key else None)
+async def faces_of(nim: StandIn, case: Case) -> AsyncIterator[tuple[httpx.AsyncClient, Client]]:
+    """REST and MCP clients of a service whose model is at the stand-in."""
+    endpoint = Endpoint(url=nim.url, api_key=SecretStr(KEY) if case.with_key else None)
     embedder = NimEmbedder(EndpointClient(endpoint), case.model)
     service = service_of(embedder)
     server = build_mcp_server(service)
@@ -188,19 +188,19 @@ async def faces_of(standing: StandIn, case: Case) -> AsyncIterator[tuple[httpx.A
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-async def test_a_refusal_reaches_the_caller_with_its_meaning_and_never_with_a_key_or_an_account(
+async def test_an_error_response_is_translated_for_the_caller_without_key_or_account(
     case: Case, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("DEBUG")
     status, body = case.answer
     fault = answering(status, body.encode() if isinstance(body, str) else body, **dict(case.headers))
     request = {"model": case.model.id, "input": "a text", "input_type": "query"}
-    async with stand_in(faults=itertools.repeat(fault)) as standing, faces_of(standing, case) as (rest, mcp):
+    async with stand_in(faults=itertools.repeat(fault)) as nim, faces_of(nim, case) as (rest, mcp):
         answer = await rest.post("/v1/embeddings", json=request)
         error = answer.json()["error"]
         assert (answer.status_code, error["code"], error["param"]) == (case.status, case.code, case.param)
-        assert [piece for piece in case.says if piece not in error["message"]] == []
-        assert len(standing.seen) == case.attempts
+        assert [part for part in case.says if part not in error["message"]] == []
+        assert len(nim.seen) == case.attempts
         assert answer.headers.get("Retry-After") == case.retry_after
 
         result = await mcp.call_tool("create_embedding", request)
@@ -209,12 +209,12 @@ async def test_a_refusal_reaches_the_caller_with_its_meaning_and_never_with_a_ke
         assert isinstance(content, TextContent)
         assert content.text == error["message"]
 
-        told = answer.text + content.text + caplog.text
-        assert not [secret for secret in (KEY, ACCOUNT) if secret in told]
+        exposed = answer.text + content.text + caplog.text
+        assert not [secret for secret in (KEY, ACCOUNT) if secret in exposed]
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         (b"", ""),
         (b"plain  text\nin lines", "plain text in lines"),
@@ -236,8 +236,8 @@ async def test_a_refusal_reaches_the_caller_with_its_meaning_and_never_with_a_ke
         (b"[" * 100_000, "[" * 100_000),
     ],
 )
-def test_the_words_of_a_refusal_are_found_in_every_known_form(body: bytes, said: str) -> None:
-    assert words(body) == said
+def test_the_message_of_an_error_response_is_found_in_every_known_form(body: bytes, message: str) -> None:
+    assert error_message(body) == message
 
 
 @pytest.mark.parametrize(
@@ -258,12 +258,12 @@ def test_the_words_of_a_refusal_are_found_in_every_known_form(body: bytes, said:
     ],
 )
 def test_retry_after_is_a_number_or_a_date(header: str | None, seconds: float | None) -> None:
-    assert retry_after(header) == seconds
+    assert parse_retry_after(header) == seconds
 
 
-async def test_a_long_refusal_is_cut() -> None:
+async def test_a_long_error_message_is_cut() -> None:
     case = Case("long", (400, "x" * 5000), 400, "invalid_request", ())
     fault = answering(400, b"x" * 5000)
-    async with stand_in(faults=iter([fault])) as standing, faces_of(standing, case) as (rest, _):
+    async with stand_in(faults=iter([fault])) as nim, faces_of(nim, case) as (rest, _):
         answer = await rest.post("/v1/embeddings", json={"model": MODEL.id, "input": "a text"})
     assert len(json.loads(answer.text)["error"]["message"]) < 500

@@ -1,4 +1,4 @@
-"""The models of endpoints in a service: which name means which, and when an endpoint is asked for it."""
+"""The models of endpoints in a service: resolution of names, and when models are discovered."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ HERE = HashEmbedder(ModelCard(id="test/here", aliases=("here",), dimensions=8))
 FAILING = {"/v1/models": answering(500, b"broken")}
 
 
-def models_of(standing: StandIn, **chosen: Any) -> EndpointModels:
-    return EndpointModels(EndpointClient(Endpoint(url=standing.url)), **chosen)
+def models_of(nim: StandIn, **chosen: Any) -> EndpointModels:
+    return EndpointModels(EndpointClient(Endpoint(url=nim.url)), **chosen)
 
 
 @asynccontextmanager
@@ -50,59 +50,59 @@ def served(catalogue: Catalogue) -> list[tuple[str, str]]:
     return [(embedder.card.id, embedder.origin) for embedder in catalogue.known]
 
 
-def asked(standing: StandIn) -> int:
-    """How often it was asked for its models."""
-    return sum(seen.path == "/v1/models" for seen in standing.seen)
+def discoveries(nim: StandIn) -> int:
+    """Return how often the list of models was requested."""
+    return sum(seen.path == "/v1/models" for seen in nim.seen)
 
 
-# --- When an endpoint is asked ---------------------------------------------------------------------------------------
+# --- Discovery -------------------------------------------------------------------------------------------------------
 
 
-async def test_an_endpoint_is_asked_once_and_only_when_a_name_or_a_list_makes_it_necessary() -> None:
-    async with stand_in() as standing, catalogue_of(models_of(standing)) as catalogue:
+async def test_models_are_discovered_once_and_only_when_a_name_or_a_list_requires_it() -> None:
+    async with stand_in() as nim, catalogue_of(models_of(nim)) as catalogue:
         assert await origin_of(catalogue, "HERE") == "local"
         assert served(catalogue) == [("test/here", "local")]
-        assert not standing.seen
+        assert not nim.seen
         for name in (ASYMMETRIC.id, SYMMETRIC.id, f"{SYMMETRIC.id}-query"):
-            assert await origin_of(catalogue, name) == f"{standing.url}/v1"
+            assert await origin_of(catalogue, name) == f"{nim.url}/v1"
         with pytest.raises(UnknownModel, match="served are: test/here, test/asymmetric, test/symmetric"):
             await catalogue.find("gone")
         await catalogue.refresh()
-        assert asked(standing) == 1
+        assert discoveries(nim) == 1
 
 
-async def test_many_who_need_to_know_ask_once() -> None:
+async def test_discovery_is_single_flight() -> None:
     gate = anyio.Event()
     async with (
-        stand_in(elsewhere={"/v1/models": held(gate)}) as standing,
-        catalogue_of(models_of(standing)) as catalogue,
+        stand_in(elsewhere={"/v1/models": held(gate)}) as nim,
+        catalogue_of(models_of(nim)) as catalogue,
         anyio.create_task_group() as group,
     ):
         for _ in range(5):
             group.start_soon(origin_of, catalogue, SYMMETRIC.id)
-        await standing.received(1)
+        await nim.received(1)
         await anyio.wait_all_tasks_blocked()
         gate.set()
-    assert asked(standing) == 1
+    assert discoveries(nim) == 1
 
 
-async def test_a_model_that_is_new_at_an_endpoint_is_found_once_its_list_is_old(
+async def test_a_new_model_of_an_endpoint_is_found_once_its_list_is_stale(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async with stand_in(models={SYMMETRIC.id: SYMMETRIC}) as standing, catalogue_of(models_of(standing)) as catalogue:
+    async with stand_in(models={SYMMETRIC.id: SYMMETRIC}) as nim, catalogue_of(models_of(nim)) as catalogue:
         first, _ = await catalogue.find(SYMMETRIC.id)
-        standing.models = {ASYMMETRIC.id: ASYMMETRIC, SYMMETRIC.id: SYMMETRIC}
+        nim.models = {ASYMMETRIC.id: ASYMMETRIC, SYMMETRIC.id: SYMMETRIC}
         with pytest.raises(UnknownModel):
             await catalogue.find(ASYMMETRIC.id)
         monkeypatch.setattr("embeddings_mcp.catalogue.FRESH_SECONDS", 0)
-        assert await origin_of(catalogue, ASYMMETRIC.id) == f"{standing.url}/v1"
-        assert (await catalogue.find(SYMMETRIC.id))[0] is first  # with what it has learnt
-        standing.models = {ASYMMETRIC.id: ASYMMETRIC}
+        assert await origin_of(catalogue, ASYMMETRIC.id) == f"{nim.url}/v1"
+        assert (await catalogue.find(SYMMETRIC.id))[0] is first  # which keeps its state
+        nim.models = {ASYMMETRIC.id: ASYMMETRIC}
         await catalogue.refresh()
-        assert served(catalogue)[1:] == [(ASYMMETRIC.id, f"{standing.url}/v1")]
+        assert served(catalogue)[1:] == [(ASYMMETRIC.id, f"{nim.url}/v1")]
 
 
-async def test_an_endpoint_whose_list_is_old_is_not_asked_for_a_model_that_another_has(
+async def test_a_stale_list_is_not_refreshed_for_a_model_that_another_endpoint_has(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("embeddings_mcp.catalogue.FRESH_SECONDS", 0)
@@ -113,84 +113,84 @@ async def test_an_endpoint_whose_list_is_old_is_not_asked_for_a_model_that_anoth
     ):
         for _ in range(3):
             assert await origin_of(catalogue, SYMMETRIC.id) == f"{second.url}/v1"
-        assert (asked(first), asked(second)) == (1, 1)
+        assert (discoveries(first), discoveries(second)) == (1, 1)
 
 
-async def test_an_endpoint_whose_models_the_settings_name_is_not_asked() -> None:
+async def test_there_is_no_discovery_if_the_settings_name_the_models() -> None:
     async with (
-        stand_in() as standing,
-        catalogue_of(models_of(standing, known=[SYMMETRIC.id], complete=True)) as catalogue,
+        stand_in() as nim,
+        catalogue_of(models_of(nim, known=[SYMMETRIC.id], complete=True)) as catalogue,
     ):
-        assert await origin_of(catalogue, SYMMETRIC.id) == f"{standing.url}/v1"
+        assert await origin_of(catalogue, SYMMETRIC.id) == f"{nim.url}/v1"
         with pytest.raises(UnknownModel):
             await catalogue.find(ASYMMETRIC.id)
-        assert not standing.seen
+        assert not nim.seen
 
 
-async def test_an_endpoint_that_could_not_be_asked_is_left_alone_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with stand_in(elsewhere=FAILING) as standing, catalogue_of(models_of(standing)) as catalogue:
+async def test_a_failed_discovery_is_not_repeated_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with stand_in(elsewhere=FAILING) as nim, catalogue_of(models_of(nim)) as catalogue:
         for _ in range(3):
             with pytest.raises(
                 UpstreamUnavailable, match=r"whether `model` 'x' is served cannot be told: .*500: broken"
             ):
                 await catalogue.find("x")
             await catalogue.refresh()
-        assert asked(standing) == 1
+        assert discoveries(nim) == 1
         monkeypatch.setattr(source, "RETRY_SECONDS", 0)
-        standing.elsewhere = {}
-        assert await origin_of(catalogue, SYMMETRIC.id) == f"{standing.url}/v1"
-        assert asked(standing) == 2
+        nim.elsewhere = {}
+        assert await origin_of(catalogue, SYMMETRIC.id) == f"{nim.url}/v1"
+        assert discoveries(nim) == 2
 
 
-async def test_an_endpoint_that_does_not_answer_holds_nobody_up_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_discovery_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source, "DISCOVERY_SECONDS", 0.05)
     silent = {"/v1/models": held(anyio.Event())}
-    async with stand_in(elsewhere=silent) as standing, catalogue_of(models_of(standing)) as catalogue:
+    async with stand_in(elsewhere=silent) as nim, catalogue_of(models_of(nim)) as catalogue:
         await catalogue.refresh()
         assert served(catalogue) == [("test/here", "local")]
-        with pytest.raises(UpstreamUnavailable, match=r"did not say in 0\.05 s which models it has"):
+        with pytest.raises(UpstreamUnavailable, match=r"did not list its models within 0\.05 s"):
             await catalogue.find("x")
 
 
-async def test_who_gives_up_waiting_leaves_the_asking_to_the_next() -> None:
+async def test_cancelling_a_discovery_leaves_it_to_the_next_caller() -> None:
     gate = anyio.Event()
     async with (
-        stand_in(elsewhere={"/v1/models": held(gate)}) as standing,
-        catalogue_of(models_of(standing)) as catalogue,
+        stand_in(elsewhere={"/v1/models": held(gate)}) as nim,
+        catalogue_of(models_of(nim)) as catalogue,
     ):
         async with anyio.create_task_group() as group:
             group.start_soon(origin_of, catalogue, SYMMETRIC.id)
-            await standing.received(1)
+            await nim.received(1)
             group.cancel_scope.cancel()
         gate.set()
-        assert await origin_of(catalogue, SYMMETRIC.id) == f"{standing.url}/v1"
+        assert await origin_of(catalogue, SYMMETRIC.id) == f"{nim.url}/v1"
 
 
-# --- Which one answers -----------------------------------------------------------------------------------------------
+# --- Precedence ------------------------------------------------------------------------------------------------------
 
 
-async def test_a_model_that_runs_here_answers_in_place_of_an_endpoints() -> None:
+async def test_a_local_model_takes_precedence_over_an_endpoints() -> None:
     here = HashEmbedder(SYMMETRIC)
     async with (
-        stand_in() as standing,
-        catalogue_of(models_of(standing), here=[here], default=SYMMETRIC.id) as catalogue,
+        stand_in() as nim,
+        catalogue_of(models_of(nim), here=[here], default=SYMMETRIC.id) as catalogue,
     ):
         await catalogue.refresh()
         assert (await catalogue.find(SYMMETRIC.id))[0] is here
-        assert served(catalogue) == [(SYMMETRIC.id, "local"), (ASYMMETRIC.id, f"{standing.url}/v1")]
+        assert served(catalogue) == [(SYMMETRIC.id, "local"), (ASYMMETRIC.id, f"{nim.url}/v1")]
 
 
-async def test_of_two_endpoints_the_first_answers_even_if_it_had_to_be_asked() -> None:
+async def test_the_first_of_two_endpoints_takes_precedence_even_if_it_requires_discovery() -> None:
     async with stand_in(models={SYMMETRIC.id: SYMMETRIC}) as first, stand_in() as second:
         known = models_of(second, known=[SYMMETRIC.id, ASYMMETRIC.id])
         async with catalogue_of(models_of(first), known) as catalogue:
             assert await origin_of(catalogue, SYMMETRIC.id) == f"{first.url}/v1"
             assert await origin_of(catalogue, ASYMMETRIC.id) == f"{second.url}/v1"
-            assert asked(second) == 0
+            assert discoveries(second) == 0
             assert served(catalogue)[1:] == [(SYMMETRIC.id, f"{first.url}/v1"), (ASYMMETRIC.id, f"{second.url}/v1")]
 
 
-async def test_no_text_goes_to_the_second_endpoint_because_the_first_is_down() -> None:
+async def test_there_is_no_failover_to_the_second_endpoint_if_the_first_is_down() -> None:
     async with stand_in() as first:
         pass
     async with stand_in() as second, catalogue_of(models_of(first), models_of(second)) as catalogue:
@@ -200,7 +200,7 @@ async def test_no_text_goes_to_the_second_endpoint_because_the_first_is_down() -
         assert await origin_of(catalogue, "test/here") == "local"
 
 
-async def test_an_endpoint_that_was_asked_once_is_taken_at_its_word_when_it_is_down() -> None:
+async def test_the_last_known_list_is_used_while_an_endpoint_is_down() -> None:
     async with (
         stand_in(models={"test/other": ModelCard(id="test/other")}) as first,
         stand_in() as second,
@@ -211,54 +211,54 @@ async def test_an_endpoint_that_was_asked_once_is_taken_at_its_word_when_it_is_d
         assert await origin_of(catalogue, SYMMETRIC.id) == f"{second.url}/v1"
 
 
-async def test_a_model_listed_under_its_old_and_its_new_name_is_one() -> None:
+async def test_a_model_listed_under_its_old_and_new_names_is_one_model() -> None:
     old, new = "nvidia/llama-3.2-nv-embedqa-1b-v2", "nvidia/llama-nemotron-embed-1b-v2"
     models = {name: ModelCard(id=name, dimensions=2048) for name in (old, new)}
-    async with stand_in(models=models) as standing, catalogue_of(models_of(standing)) as catalogue:
+    async with stand_in(models=models) as nim, catalogue_of(models_of(nim)) as catalogue:
         await catalogue.refresh()
-        assert served(catalogue)[1:] == [(new, f"{standing.url}/v1")]
+        assert served(catalogue)[1:] == [(new, f"{nim.url}/v1")]
         embedder, _ = await catalogue.find(old)
         await embedder.embed(["a text"], input_type="query", truncate="NONE")
-        assert standing.seen[-1].json["model"] == new
+        assert nim.seen[-1].json["model"] == new
 
 
 # --- The default -----------------------------------------------------------------------------------------------------
 
 
-async def test_the_default_may_be_a_model_that_is_not_known_yet() -> None:
+async def test_the_default_may_be_a_model_that_is_not_discovered_yet() -> None:
     async with (
-        stand_in() as standing,
-        catalogue_of(models_of(standing), here=[], default=ASYMMETRIC.id) as catalogue,
+        stand_in() as nim,
+        catalogue_of(models_of(nim), here=[], default=ASYMMETRIC.id) as catalogue,
     ):
         assert (catalogue.default, catalogue.default_name) == (None, ASYMMETRIC.id)
-        assert not standing.seen
+        assert not nim.seen
         for name, implied in {"default": None, "DEFAULT-query": "query"}.items():
             embedder, input_type = await catalogue.find(name)
             assert (embedder.card.id, input_type) == (ASYMMETRIC.id, implied)
             assert catalogue.default is embedder
 
 
-async def test_readiness_is_that_of_the_default_at_its_endpoint() -> None:
-    async with stand_in(elsewhere=FAILING) as standing:
-        service = EmbeddingService([], default_model="e5", sources=[models_of(standing)])
+async def test_readiness_is_that_of_the_default_models_endpoint() -> None:
+    async with stand_in(elsewhere=FAILING) as nim:
+        service = EmbeddingService([], default_model="e5", sources=[models_of(nim)])
         with pytest.raises(UpstreamUnavailable, match="cannot be told"):
             await service.check()
         await service.aclose()
-        standing.elsewhere = {}
+        nim.elsewhere = {}
         e5 = "nvidia/nv-embedqa-e5-v5"
-        standing.models = {e5: ModelCard(id=e5)}
-        service = EmbeddingService([], default_model="e5", sources=[models_of(standing)])
+        nim.models = {e5: ModelCard(id=e5)}
+        service = EmbeddingService([], default_model="e5", sources=[models_of(nim)])
         await service.check()
         await service.aclose()
-        assert [seen.path for seen in standing.seen] == ["/v1/models", "/v1/models", "/v1/health/ready"]
+        assert [seen.path for seen in nim.seen] == ["/v1/models", "/v1/models", "/v1/health/ready"]
 
 
-async def test_without_endpoints_the_default_must_be_there() -> None:
+async def test_without_endpoints_the_default_must_be_a_local_model() -> None:
     with pytest.raises(InvalidSetting, match="`--endpoint` from an endpoint that has it"):
         Catalogue([HERE], [], default=ASYMMETRIC.id)
 
 
-async def test_a_model_that_could_be_served_here_is_named_with_what_became_of_it() -> None:
+async def test_an_unserved_model_that_could_run_locally_is_named_with_how_to_serve_it() -> None:
     async with catalogue_of() as catalogue:
         with pytest.raises(UnknownModel) as caught:
             await catalogue.find("nv-embed-v1")
@@ -272,11 +272,11 @@ async def test_a_model_that_could_be_served_here_is_named_with_what_became_of_it
             await catalogue.find("gone")
 
 
-# --- What is known of a model ----------------------------------------------------------------------------------------
+# --- Model cards -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("entry", "known"),
+    ("entry", "expected"),
     [
         ({}, {"max_tokens": None, "dimensions": None, "input_type": "optional", "matryoshka": ()}),
         ({"max_model_len": 8192}, {"max_tokens": 8192}),
@@ -291,48 +291,48 @@ async def test_a_model_that_could_be_served_here_is_named_with_what_became_of_it
     ],
     ids=["nothing", "vLLM", "a server of ours", "nonsense"],
 )
-async def test_what_an_endpoint_says_of_a_model_is_known(entry: dict[str, Any], known: dict[str, Any]) -> None:
+async def test_details_listed_by_an_endpoint_refine_the_card(entry: dict[str, Any], expected: dict[str, Any]) -> None:
     listing = answering(200, {"object": "list", "data": [{"id": "own/model", **entry}]})
-    async with stand_in(elsewhere={"/v1/models": listing}) as standing, catalogue_of(models_of(standing)) as catalogue:
+    async with stand_in(elsewhere={"/v1/models": listing}) as nim, catalogue_of(models_of(nim)) as catalogue:
         embedder, _ = await catalogue.find("own/model")
-    assert {name: getattr(embedder.card, name) for name in known} == known
+    assert {name: getattr(embedder.card, name) for name in expected} == expected
 
 
-async def test_a_nim_takes_shorter_texts_of_nemotron_3_than_other_servers() -> None:
+async def test_the_token_limit_of_nemotron_3_is_lower_at_a_nim() -> None:
     name = "nvidia/nemotron-3-embed-1b"
-    async with stand_in(models={name: ModelCard(id=name)}) as standing:
+    async with stand_in(models={name: ModelCard(id=name)}) as nim:
         for dialect, limit in (("nim", 4096), ("openai", 32768)):
-            endpoint = Endpoint(url=standing.url, dialect=dialect)  # type: ignore[arg-type]
+            endpoint = Endpoint(url=nim.url, dialect=dialect)  # type: ignore[arg-type]
             async with catalogue_of(EndpointModels(EndpointClient(endpoint))) as catalogue:
                 assert (await catalogue.find("nemotron-3-embed"))[0].card.max_tokens == limit
 
 
-async def test_models_of_endpoints_are_described_like_others() -> None:
-    async with stand_in() as standing:
+async def test_models_of_endpoints_are_described_like_local_ones() -> None:
+    async with stand_in() as nim:
         local = HashEmbedder(ModelCard(id=DEFAULT_MODEL, dimensions=8))
-        service = EmbeddingService([local], default_model=DEFAULT_MODEL, sources=[models_of(standing)])
+        service = EmbeddingService([local], default_model=DEFAULT_MODEL, sources=[models_of(nim)])
         assert [entry["id"] for entry in service.known_models()] == [DEFAULT_MODEL]
         listed = (await service.list_models())["models"]
         assert [(entry["id"], entry["served_from"], entry["default"]) for entry in listed] == [
             (DEFAULT_MODEL, "local", True),
-            (ASYMMETRIC.id, f"{standing.url}/v1", False),
-            (SYMMETRIC.id, f"{standing.url}/v1", False),
+            (ASYMMETRIC.id, f"{nim.url}/v1", False),
+            (SYMMETRIC.id, f"{nim.url}/v1", False),
         ]
         assert await service.describe(SYMMETRIC.id) == listed[2]
         await service.aclose()
 
 
-async def test_discovery_counts_as_one_of_the_requests_that_an_endpoint_allows() -> None:
-    async with stand_in() as standing:
-        endpoint = Endpoint(url=standing.url, requests_per_minute=1)
+async def test_discovery_counts_towards_the_rate_limit() -> None:
+    async with stand_in() as nim:
+        endpoint = Endpoint(url=nim.url, requests_per_minute=1)
         async with catalogue_of(EndpointModels(EndpointClient(endpoint))) as catalogue:
             embedder, _ = await catalogue.find(SYMMETRIC.id)
             with anyio.move_on_after(1), pytest.raises(Exception, match="is busy"):
                 await embedder.embed(["a"], input_type=None, truncate="NONE")
-    assert len(standing.seen) == 1
+    assert len(nim.seen) == 1
 
 
-def test_nothing_is_asked_to_make_a_catalogue_of_many_endpoints() -> None:
+def test_a_catalogue_is_created_without_requests() -> None:
     endpoints = (
         EndpointModels(EndpointClient(Endpoint(url=f"http://localhost:{port}"))) for port in itertools.count(1)
     )

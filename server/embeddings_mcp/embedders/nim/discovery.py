@@ -1,4 +1,4 @@
-"""Which models an endpoint has, and what is known of them."""
+"""Model discovery: which models an endpoint serves, and their cards."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import httpx
 from embeddings_mcp.embedders.nim.client import EndpointClient
 from embeddings_mcp.embedders.nim.endpoint import Dialect
 from embeddings_mcp.embedders.nim.failures import Failure
-from embeddings_mcp.embedders.nim.wire import AnswerInvalid, read_json
+from embeddings_mcp.embedders.nim.wire import InvalidResponse, parse_json
 from embeddings_mcp.models import CARDS, InputTypeUse, ModelCard, OwnCard, find_card, find_cards
 
 _CARDS = (
-    # Served by endpoints only: this server has no recipe for it.
+    # Served only by endpoints: this server has no recipe for it.
     ModelCard(
         id="nvidia/llama-nemotron-embed-vl-1b-v2",
         aliases=("llama-nemotron-embed-vl-1b-v2",),
@@ -31,7 +31,7 @@ _CARDS = (
 )
 
 _NIM_MAX_TOKENS = {"nvidia/nemotron-3-embed-1b": 4096}
-"""Where a NIM takes shorter texts than the model itself does (support matrix 2.4)."""
+"""Models whose NIM has a lower token limit than the model itself (support matrix 2.4)."""
 
 
 def card_for(
@@ -41,42 +41,42 @@ def card_for(
     cards: Sequence[OwnCard] = (),
     listed: Mapping[str, object] | None = None,
 ) -> ModelCard:
-    """What is known of a model by its name at an endpoint.
+    """Return the card of a model, given its name at an endpoint.
 
-    One that no card names may or may not want ``input_type``: it is sent on when the caller gives it. Nor is it known
-    whether its weights are on the hub.
+    Whether a model without a card needs ``input_type`` is unknown, so it is forwarded when the caller gives it. Whether
+    its weights are on the hub is unknown too.
 
     Args:
-        name: the model's, at the endpoint.
-        dialect: the endpoint's.
-        cards: the user's own; what they say goes before all else.
-        listed: what the endpoint's list says of it.
+        name: of the model at the endpoint.
+        dialect: of the endpoint.
+        cards: the user's own cards; they take precedence over everything else.
+        listed: the model's entry in the endpoint's list of models.
     """
     own, card = find_cards(name, cards, _CARDS)
     if card is None:
         card = ModelCard(id=name, input_type="optional", hub="")
     elif dialect == "nim" and (limit := _NIM_MAX_TOKENS.get(card.id)):
         card = replace(card, max_tokens=limit)
-    card = _as_listed(card, listed or {})
+    card = _with_listing(card, listed or {})
     return own.over(card) if own else card
 
 
 async def discover(client: EndpointClient, cards: Sequence[OwnCard] = ()) -> dict[str, ModelCard]:
-    """The embedding models that the endpoint lists: each under its name there, with its card.
+    """Return the cards of the embedding models that the endpoint lists, by their names there.
 
-    The hosted API lists its whole catalogue, chat models included, and models that the account may not call. Those are
-    kept that a card knows or that call themselves embedding models; whether the account may call one, only a call can
-    tell.
+    The hosted API lists its whole catalogue, including chat models and models that the account may not call. Of those,
+    only models with a card or with "embed" in their name are kept; whether the account may call one is known only once
+    it is called.
 
     Args:
-        client: the way to the endpoint, which is asked once: whoever needs to know asks again.
+        client: of the endpoint; the request is not retried.
         cards: the user's own.
 
     Raises:
-        EmbeddingsError: the endpoint cannot be asked.
+        EmbeddingsError: the list cannot be fetched.
     """
     try:
-        entries = await client.fetch("/models", _read_entries, once=True)
+        entries = await client.fetch("/models", _parse_entries, retry=False)
     except Failure as error:
         failure = error
     else:
@@ -84,37 +84,39 @@ async def discover(client: EndpointClient, cards: Sequence[OwnCard] = ()) -> dic
         return {
             name: card_for(name, dialect=dialect, cards=cards, listed=entry)
             for entry in entries
-            if _embeds(name := entry["id"]) or not hosted
+            if _is_embedding_model(name := entry["id"]) or not hosted
         }
     raise failure.error
 
 
-def _read_entries(response: httpx.Response) -> list[dict[str, Any]]:
-    payload = read_json(response.content)
+def _parse_entries(response: httpx.Response) -> list[dict[str, Any]]:
+    payload = parse_json(response.content)
     entries = payload.get("data") if isinstance(payload, dict) else None
     if not isinstance(entries, list):
-        raise AnswerInvalid("it holds no list `data`")
+        raise InvalidResponse("it has no `data` list")
     return [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
 
 
-def _embeds(name: str) -> bool:
+def _is_embedding_model(name: str) -> bool:
     return "embed" in name.lower() or find_card(name, _CARDS) is not None
 
 
-def _as_listed(card: ModelCard, entry: Mapping[str, object]) -> ModelCard:
-    """The card, more exact by what some servers say of a model: this one, in what it lists, and vLLM of its length."""
-    max_tokens = _length(entry.get("max_tokens")) or _length(entry.get("max_model_len"))
-    dimensions = _length(entry.get("dimensions"))
+def _with_listing(card: ModelCard, entry: Mapping[str, object]) -> ModelCard:
+    """Refine the card with the details that some servers list: this server several, vLLM ``max_model_len``."""
+    max_tokens = _positive_int(entry.get("max_tokens")) or _positive_int(entry.get("max_model_len"))
+    dimensions = _positive_int(entry.get("dimensions"))
     use: InputTypeUse | None = next((use for use in get_args(InputTypeUse) if use == entry.get("input_type")), None)
-    shorter = entry.get("allowed_dimensions")
+    allowed_dimensions = entry.get("allowed_dimensions")
     return replace(
         card,
         max_tokens=max_tokens or card.max_tokens,
         dimensions=card.dimensions or dimensions,
         input_type=use or card.input_type,
-        matryoshka=tuple(filter(_length, shorter)) if isinstance(shorter, list) else card.matryoshka,
+        matryoshka=tuple(filter(_positive_int, allowed_dimensions))
+        if isinstance(allowed_dimensions, list)
+        else card.matryoshka,
     )
 
 
-def _length(value: object) -> int | None:
+def _positive_int(value: object) -> int | None:
     return value if type(value) is int and value > 0 else None

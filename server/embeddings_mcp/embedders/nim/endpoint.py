@@ -1,4 +1,4 @@
-"""An endpoint: where embeddings come from over HTTP, with which key, and how much may be asked of it."""
+"""Configuration of an endpoint: its URL, key, dialect and limits."""
 
 from __future__ import annotations
 
@@ -18,47 +18,47 @@ HOSTED_URL = "https://integrate.api.nvidia.com/v1"
 """NVIDIA's hosted API, the one behind build.nvidia.com."""
 
 HOSTED_DEFAULT_MODEL = "nvidia/nemotron-3-embed-1b"
-"""The one hosted model that every account seen in public could call (August 2026)."""
+"""The only hosted model that every publicly reported account could call (August 2026)."""
 
 HOSTED_MODELS = (HOSTED_DEFAULT_MODEL, "nvidia/llama-nemotron-embed-vl-1b-v2")
-"""What the hosted API is known to serve without having been asked (August 2026)."""
+"""Models that the hosted API is known to serve, without discovery (August 2026)."""
 
 HOSTED_STATUS_URL = "https://api.nvcf.nvidia.com/v2/nvcf/pexec/status"
-"""Where the hosted API's answers are fetched that were not ready at once (status 202)."""
+"""URL to poll for a response of the hosted API that was not ready at once (status 202)."""
 
 HOSTED_REQUESTS_PER_MINUTE = 40
-"""What users of the hosted API report. NVIDIA publishes no figure, and shows an account's own only in its web pages."""
+"""As reported by users of the hosted API. NVIDIA publishes no figure, and shows an account's limit only on its site."""
 
 KEYS_URL = "https://build.nvidia.com"
-"""Where keys to the hosted API come from."""
+"""Where to get a key for the hosted API."""
 
 Dialect = Literal["nim", "openai"]
-"""What an endpoint understands: NIM's ``input_type`` and ``truncate``, or only the fields of OpenAI's own API."""
+"""Fields that an endpoint understands: those of OpenAI's API, and with ``nim`` also ``input_type`` and ``truncate``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """One server of embeddings.
+    """A server that serves embeddings over HTTP.
 
     Attributes:
-        url: its address up to and with the version, ``https://host/v1``; ``/v1`` is added where it is missing.
-        api_key: sent as a bearer token; None where the server asks for none.
-        key_name: what holds the key (a setting, an environment variable, a header), so that an error can name it.
-        caller_keys: callers may bring keys of their own, which then go out in place of `api_key`.
+        url: the base URL including the version, ``https://host/v1``; ``/v1`` is appended if missing.
+        api_key: sent as a bearer token; None if the server needs none.
+        key_name: what holds the key (a setting, an environment variable, a header), for error messages.
+        caller_keys: callers may send keys of their own, which are used instead of `api_key`.
         for_caller: `api_key` is the caller's own.
-        dialect: ``nim`` for NIM and for servers that mirror it (ours does); ``openai`` for others (vLLM, TEI, Ollama),
-            which are never sent what they would ignore in silence: prompts are put before the texts here.
-        allow_http: accept an address without TLS that is not on this machine: texts and key travel readable.
+        dialect: ``nim`` for NIM and compatible servers (such as this one); ``openai`` for others (vLLM, TEI, Ollama).
+            The latter are never sent fields that they would silently ignore: prompts are prepended to the texts here.
+        allow_http: accept a URL without TLS that is not on this machine: texts and key travel unencrypted.
         batch_size: most texts in one request.
-        concurrency: most requests at the same time.
-        requests_per_minute: most requests in any 60 seconds; ``inf`` for no limit. None is 40 for the hosted API and
-            no limit elsewhere.
-        timeout: seconds of silence after which an attempt has failed.
-        deadline: seconds that one call may take in all, with its waiting and its retries.
-        status_url: where an answer is fetched that was not ready at once; None where a server has no such place.
+        concurrency: most requests in flight.
+        requests_per_minute: most requests in any 60 seconds; ``inf`` for no limit. None means 40 for the hosted API
+            and no limit elsewhere.
+        timeout: seconds without a byte received after which an attempt fails.
+        deadline: seconds that one call may take in total, including queueing and retries.
+        status_url: where to poll for a response that was not ready at once; None if the server has no such route.
 
     Raises:
-        InvalidSetting: the address or the key cannot be right, or a limit is not above zero.
+        InvalidSetting: the URL or the key cannot be valid, or a limit is not greater than 0.
     """
 
     url: str
@@ -86,12 +86,12 @@ class Endpoint:
 
     @property
     def host(self) -> str:
-        """Name or address of the machine."""
+        """Host name or IP address."""
         return httpx.URL(self.url).host
 
     @property
     def hosted(self) -> bool:
-        """Whether this is NVIDIA's hosted API, which limits its callers and has no health route."""
+        """Whether this is NVIDIA's hosted API, which has rate limits and no health route."""
         return self.host == httpx.URL(HOSTED_URL).host
 
     @property
@@ -103,7 +103,7 @@ class Endpoint:
 
     @property
     def ready_path(self) -> str | None:
-        """A route that answers 200 when the endpoint is ready; None on the hosted API, which has none."""
+        """A route that responds with 200 when the endpoint is ready; None for the hosted API, which has none."""
         if self.hosted:
             return None
         return "/health/ready" if self.dialect == "nim" else "/models"
@@ -115,23 +115,23 @@ class Endpoint:
 
     @property
     def headers(self) -> dict[str, str]:
-        """What authorises a request to this endpoint."""
+        """Headers that authorise a request to this endpoint."""
         return {} if self.api_key is None else {"Authorization": f"Bearer {self.api_key.get_secret_value()}"}
 
-    def with_key_of_caller(self, key: SecretStr) -> Endpoint:
-        """The same endpoint as it is asked in a caller's name."""
+    def with_caller_key(self, key: SecretStr) -> Endpoint:
+        """Return a copy of the endpoint that uses a caller's key."""
         return replace(self, api_key=key, key_name=f"the header {CALLER_KEY_HEADER}", for_caller=True)
 
     def redact(self, text: str) -> str:
-        """The text without the key, should the endpoint have sent it back, and without any other of NVIDIA's kind."""
+        """Mask this endpoint's key, in case the endpoint echoed it, and anything that looks like an NVIDIA key."""
         if self.api_key is not None:
             text = text.replace(self.api_key.get_secret_value(), "***")
         return re.sub(r"nvapi-[\w-]+", "***", text)
 
 
-_NO_ADDRESS = (
-    "an endpoint's address must look like https://host or http://localhost:8000; what is given in its place is not "
-    "repeated, since it may be a key"
+_INVALID_URL = (
+    "an endpoint's address must look like https://host or http://localhost:8000; the value given is not repeated here, "
+    "since it may be a key"
 )
 
 
@@ -139,20 +139,20 @@ def _checked_url(text: str, *, allow_http: bool) -> str:
     try:
         url = httpx.URL(text.strip())
     except (httpx.InvalidURL, UnicodeError):
-        raise InvalidSetting(_NO_ADDRESS) from None
+        raise InvalidSetting(_INVALID_URL) from None
     if url.port is not None and not 0 < url.port < 65536:
         raise InvalidSetting(f"the endpoint at {url.host!r} must have a port from 1 to 65535, not {url.port}")
     if url.userinfo or url.query or url.fragment:
-        # Not repeated: what stands there may be a key.
+        # The URL is not repeated, since these parts may hold a key.
         raise InvalidSetting(
             f"the address of the endpoint at {url.host!r} must end with its path, and hold neither user name nor "
             "password: a key goes where the endpoint's `api_key_env` says"
         )
     if url.scheme not in {"http", "https"} or not url.host:
-        raise InvalidSetting(_NO_ADDRESS)
+        raise InvalidSetting(_INVALID_URL)
     if url.scheme == "http" and not (allow_http or is_loopback(url.host)):
         raise InvalidSetting(
-            f"the endpoint {text} must be reached over https, since texts and key would travel readable; if the "
+            f"the endpoint {text} must be reached over https, since texts and key would travel unencrypted; if the "
             "network in between is trusted, set the endpoint's `allow_http`"
         )
     base = str(url).rstrip("/")
@@ -166,5 +166,5 @@ def _checked_key(key: SecretStr | None, name: str) -> SecretStr | None:
     if not value:
         return None
     if not (value.isascii() and value.isprintable() and " " not in value):
-        raise InvalidSetting(f"the key in {name} holds characters that no key has: copy it anew")
+        raise InvalidSetting(f"the key in {name} contains characters that no key has: copy it again")
     return SecretStr(value)

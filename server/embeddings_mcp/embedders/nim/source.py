@@ -1,4 +1,4 @@
-"""The models of one endpoint as a source of embedders."""
+"""`EndpointModels`: the models of one endpoint, as a source of embedders for the catalogue."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ DISCOVERY_SECONDS = 10.0
 """Longest wait for an endpoint's list of models."""
 
 RETRY_SECONDS = 10.0
-"""An endpoint that could not be asked is not asked again so soon: who asks for models must not use up its limits."""
+"""Pause after a failed discovery, so that requests for models cannot use up the endpoint's rate limit."""
 
 
 class EndpointModels:
-    """Follows `catalogue.ModelSource`.
+    """The models of one endpoint; follows `catalogue.ModelSource`.
 
     Args:
-        client: the way to the endpoint.
-        known: names of models that it has, by which they can be used before it is asked.
-        complete: there are no others: it is never asked.
-        cards: the user's own; what they say goes before all else.
-        wrap: puts something around each embedder, such as a cache.
+        client: of the endpoint.
+        known: names of models that are available before discovery.
+        complete: `known` lists all models, so there is no discovery.
+        cards: the user's own cards; they take precedence over everything else.
+        wrap: wraps each embedder, for example in a cache.
     """
 
     def __init__(
@@ -46,15 +46,15 @@ class EndpointModels:
         self._cards = cards
         self._wrap = wrap
         self._embedders: dict[str, Embedder] = {}
-        self._turn = anyio.Lock()
-        self._asked = math.inf if complete else None
-        self._failed = 0.0
+        self._lock = anyio.Lock()
+        self._discovered_at = math.inf if complete else None
+        self._failed_at = 0.0
         self._failure: EmbeddingsError | None = None
-        self._take({name: card_for(name, dialect=client.endpoint.dialect, cards=cards) for name in known})
+        self._set_models({name: card_for(name, dialect=client.endpoint.dialect, cards=cards) for name in known})
 
     @property
     def origin(self) -> str:
-        """The endpoint's address."""
+        """The endpoint's URL."""
         return self._client.endpoint.url
 
     @property
@@ -70,43 +70,45 @@ class EndpointModels:
 
     async def discover(self, max_age: float) -> None:
         """See `ModelSource.discover`."""
-        async with self._turn:  # who has waited finds the answer there
+        async with self._lock:  # single-flight: callers that waited find a fresh result
             now = anyio.current_time()
-            if self._asked is not None and now - self._asked <= max_age:
+            if self._discovered_at is not None and now - self._discovered_at <= max_age:
                 return
-            if self._failure is not None and now - self._failed <= RETRY_SECONDS:
+            if self._failure is not None and now - self._failed_at <= RETRY_SECONDS:
                 raise self._failure.with_traceback(None)
             try:
-                found = await self._ask()
+                cards = await self._list_models()
             except EmbeddingsError as error:
-                self._failure, self._failed = error, anyio.current_time()
+                self._failure, self._failed_at = error, anyio.current_time()
                 raise
-            self._take(found)
-            self._asked, self._failure = anyio.current_time(), None
+            self._set_models(cards)
+            self._discovered_at, self._failure = anyio.current_time(), None
 
     async def check(self) -> None:
         """See `ModelSource.check`."""
         with anyio.move_on_after(DISCOVERY_SECONDS):
             await self._client.check()
             return
-        raise UpstreamTimeout(f"the endpoint {self.origin} did not say in {DISCOVERY_SECONDS:g} s whether it is ready")
+        raise UpstreamTimeout(
+            f"the endpoint {self.origin} did not report within {DISCOVERY_SECONDS:g} s whether it is ready"
+        )
 
     async def aclose(self) -> None:
-        """Close the embedders and the client that they share, also where one cannot be closed."""
+        """Close the embedders and the client that they share, even if closing one of them fails."""
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(self._client.aclose)
             for embedder in self._embedders.values():
                 stack.push_async_callback(embedder.aclose)
 
-    async def _ask(self) -> dict[str, ModelCard]:
+    async def _list_models(self) -> dict[str, ModelCard]:
         with anyio.move_on_after(DISCOVERY_SECONDS):
             return await discover(self._client, self._cards)
-        raise UpstreamTimeout(f"the endpoint {self.origin} did not say in {DISCOVERY_SECONDS:g} s which models it has")
+        raise UpstreamTimeout(f"the endpoint {self.origin} did not list its models within {DISCOVERY_SECONDS:g} s")
 
-    def _take(self, cards: Mapping[str, ModelCard]) -> None:
-        """Have an embedder for each of these models, the one that there is already where there is one.
+    def _set_models(self, cards: Mapping[str, ModelCard]) -> None:
+        """Set the models, keeping embedders that exist already.
 
-        Of two names with one card the card's own is taken, or else the first.
+        Of several names with the same card, the card's id is used, or else the first name.
         """
         chosen: dict[str, str] = {}
         for name, card in cards.items():
@@ -118,5 +120,5 @@ class EndpointModels:
         }
         self._models: dict[str, Embedder] = {}
         for name, embedder in self._embedders.items():
-            for answered in (name.lower(), *embedder.card.names):
-                self._models.setdefault(answered, embedder)
+            for alias in (name.lower(), *embedder.card.names):
+                self._models.setdefault(alias, embedder)
