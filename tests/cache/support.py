@@ -1,4 +1,4 @@
-"""An embedder that a test can hold up and let fail at any text."""
+"""An embedder that a test can block or make fail at any text."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ ASYMMETRIC = ModelCard(
 
 @dataclass
 class TextByText(HashEmbedder):
-    """Makes one text after the other.
+    """Embeds one text after the other.
 
     Attributes:
-        identity: what it says it is.
-        served_model: what it says that it serves.
-        held: texts that are not made before the event.
-        failures: what is raised in the place of a text.
-        made: how often each text was made.
+        identity: returned by `identify`.
+        served_model: model id in its results.
+        held: texts that wait for an event.
+        failures: exceptions to raise, by text.
+        counts: how often each text was embedded.
     """
 
     card: ModelCard = field(default_factory=lambda: ASYMMETRIC)
@@ -48,7 +48,7 @@ class TextByText(HashEmbedder):
     served_model: str | None = None
     held: dict[str, anyio.Event] = field(default_factory=dict)
     failures: dict[str, Exception] = field(default_factory=dict)
-    made: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)
 
     async def identify(self) -> str:
         return self.identity
@@ -70,7 +70,7 @@ class TextByText(HashEmbedder):
                 await self.held[text].wait()
             if text in self.failures:
                 raise self.failures[text]
-            self.made[text] += 1
+            self.counts[text] += 1
             vectors = self.vector(text, input_type)[None]
             parts.append(Embeddings(vectors, [len(text.split()) + 2], self.served_model))
             if on_rows is not None:
@@ -83,22 +83,22 @@ class TextByText(HashEmbedder):
 
 
 def in_memory(embedder: HashEmbedder, megabytes: int = 16) -> CachedEmbedder:
-    """The embedder behind a cache in memory."""
+    """Wrap the embedder in a cache in memory."""
     return cached(embedder, Cache(MemoryStore(megabytes * MB)))
 
 
 def on_disk(embedder: HashEmbedder, disk: DiskStore) -> CachedEmbedder:
-    """The embedder behind a file, and nothing in memory."""
+    """Wrap the embedder in a cache on disk only."""
     return cached(embedder, Cache(MemoryStore(0), disk))
 
 
 @contextmanager
-def only_reading(folder: Path) -> Iterator[None]:
-    """Nothing in the folder, nor the folder itself, can be changed for the time of the block."""
+def read_only(folder: Path) -> Iterator[None]:
+    """Make the folder and its files read-only for the duration of the block."""
     for path in (*folder.iterdir(), folder):
         path.chmod(0o555 if path.is_dir() else 0o444)
     user = os.geteuid()
-    if user == 0:  # for whom permissions mean nothing
+    if user == 0:  # root ignores permissions
         os.seteuid(65534)
     try:
         yield
@@ -116,11 +116,11 @@ async def ask(
     truncate: Truncate = "NONE",
     on_progress: OnProgress | None = None,
 ) -> Embeddings:
-    """What the embedder answers, in time."""
+    """Embed the texts, with a timeout."""
     with anyio.fail_after(SECONDS):
         return await embedder.embed(texts, input_type=input_type, truncate=truncate, on_progress=on_progress)
 
 
 def expected(embedder: HashEmbedder, texts: Sequence[str], input_type: InputType | None = None) -> FloatMatrix:
-    """The vectors of these texts."""
+    """Return the expected vectors of these texts."""
     return np.stack([embedder.vector(text, input_type) for text in texts])

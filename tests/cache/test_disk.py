@@ -1,4 +1,4 @@
-"""The file: several processes, sudden ends, damage, and bounds. What is wrong with it is never a request's problem."""
+"""The cache file: concurrent processes, crashes, damage and size bounds. Its failures never fail a request."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from embeddings_mcp.embedders.cache import Cache, DiskStore, MemoryStore, cached
 from embeddings_mcp.embedders.cache.database import FILE, Database
 from embeddings_mcp.embedders.cache.rows import Key, Row
 from embeddings_mcp.errors import ModelUnavailable
-from tests.cache.support import MB, TextByText, ask, expected, on_disk, only_reading
+from tests.cache.support import MB, TextByText, ask, expected, on_disk, read_only
 from tests.cache.writer import MAX_BYTES, batch
 from tests.support import over_stdio, until
 
@@ -45,7 +45,7 @@ def rows_of(count: int, *, dimensions: int = 384, seed: int = 0) -> dict[Key, Ro
 
 
 async def filled(folder: Path) -> TextByText:
-    """A source whose vectors for `TEXTS` are in the file."""
+    """Return an embedder whose vectors for `TEXTS` are in the file."""
     source = TextByText()
     embedder = on_disk(source, DiskStore(folder, MB))
     await ask(embedder, TEXTS)
@@ -54,26 +54,26 @@ async def filled(folder: Path) -> TextByText:
     return source
 
 
-async def answered(source: TextByText, folder: Path) -> None:
-    """A server of its own answers rightly, whatever is in the folder."""
+async def check_answers(source: TextByText, folder: Path) -> None:
+    """Check that a new cache gives the right vectors, whatever is in the folder."""
     embedder = on_disk(source, DiskStore(folder, MB))
     for _ in range(2):
-        made = await ask(embedder, TEXTS)
-        np.testing.assert_array_equal(made.vectors, expected(source, TEXTS))
-        assert list(made.tokens) == [3, 3, 3]
+        result = await ask(embedder, TEXTS)
+        np.testing.assert_array_equal(result.vectors, expected(source, TEXTS))
+        assert list(result.tokens) == [3, 3, 3]
     await embedder.aclose()
 
 
-# --- What outlives a process -----------------------------------------------------------------------------------------
+# --- Persistence -----------------------------------------------------------------------------------------------------
 
 
-async def test_the_next_process_finds_what_this_one_made(tmp_path: Path) -> None:
+async def test_rows_outlive_the_process(tmp_path: Path) -> None:
     source = await filled(tmp_path)
-    await answered(source, tmp_path)
+    await check_answers(source, tmp_path)
     assert source.batches == [TEXTS]
 
 
-async def test_what_is_read_from_the_file_is_read_once(tmp_path: Path) -> None:
+async def test_rows_read_from_the_file_are_kept_in_memory(tmp_path: Path) -> None:
     source = await filled(tmp_path)
     embedder = cached(source, Cache(MemoryStore(MB), DiskStore(tmp_path, MB)))
     await ask(embedder, TEXTS)
@@ -84,13 +84,13 @@ async def test_what_is_read_from_the_file_is_read_once(tmp_path: Path) -> None:
     await embedder.aclose()
 
 
-async def test_what_was_made_before_a_request_ended_badly_is_in_the_file(tmp_path: Path) -> None:
+async def test_rows_completed_before_a_failure_or_cancellation_are_in_the_file(tmp_path: Path) -> None:
     source = TextByText(held={"two": anyio.Event()})
     embedder = on_disk(source, DiskStore(tmp_path, MB))
-    async with anyio.create_task_group() as leaving:
-        leaving.start_soon(ask, embedder, TEXTS)
-        await until(lambda: source.made["one"])
-        leaving.cancel_scope.cancel()
+    async with anyio.create_task_group() as cancelled:
+        cancelled.start_soon(ask, embedder, TEXTS)
+        await until(lambda: source.counts["one"])
+        cancelled.cancel_scope.cancel()
     await embedder.aclose()
 
     source.held.clear()
@@ -101,12 +101,12 @@ async def test_what_was_made_before_a_request_ended_badly_is_in_the_file(tmp_pat
     await embedder.aclose()
 
     source.failures.clear()
-    await answered(source, tmp_path)
+    await check_answers(source, tmp_path)
     assert source.batches == [TEXTS, TEXTS[1:], TEXTS[2:]]
 
 
-def test_the_file_is_nobody_elses_to_read(tmp_path: Path) -> None:
-    folder = tmp_path / "made" / "for us"
+def test_the_file_is_readable_by_its_owner_only(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "folder"
     anyio.run(filled, folder)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o600}
@@ -124,43 +124,43 @@ async def test_a_request_is_one_transaction(tmp_path: Path) -> None:
     source = TextByText()
     embedder = on_disk(source, DiskStore(tmp_path, MB))
     await ask(embedder, ["a"])
-    with closing(sqlite3.connect(tmp_path / FILE)) as watching:
+    with closing(sqlite3.connect(tmp_path / FILE)) as observer:
         versions = []
         for texts in (["b", "c", "d", "a"], ["a", "b"]):
             await ask(embedder, texts)
-            versions.append(watching.execute("PRAGMA data_version").fetchone()[0])
-        assert versions[0] == versions[1]  # what is only read changes nothing
+            versions.append(observer.execute("PRAGMA data_version").fetchone()[0])
+        assert versions[0] == versions[1]  # reading alone changes nothing
     await embedder.aclose()
 
 
-def test_several_processes_open_and_fill_one_file_at_once(tmp_path: Path) -> None:
+def test_several_processes_open_and_fill_one_file_concurrently(tmp_path: Path) -> None:
     def write(name: str) -> int:
-        with writing(tmp_path, name) as process:
+        with writer(tmp_path, name) as process:
             return acknowledged(process, 10)
 
     names = [f"writer {number}" for number in range(4)]
     with ThreadPoolExecutor(4) as threads:
         lasts = list(threads.map(write, names))
-    check(tmp_path, dict(zip(names, lasts, strict=True)))
+    check_batches(tmp_path, dict(zip(names, lasts, strict=True)))
 
 
 def test_a_process_that_is_killed_loses_nothing_that_was_committed(tmp_path: Path) -> None:
     lasts: dict[str, int] = {}
     for number in range(6):
         name = f"writer {number}"
-        with writing(tmp_path, name) as process:
+        with writer(tmp_path, name) as process:
             lasts[name] = acknowledged(process, 3 * number + 1)
-            process.kill()  # in the middle of whatever it does now
+            process.kill()  # at an arbitrary point
             process.wait(10)
-        check(tmp_path, lasts)
+        check_batches(tmp_path, lasts)
 
 
-def writing(folder: Path, name: str) -> AbstractContextManager[subprocess.Popen[str]]:
+def writer(folder: Path, name: str) -> AbstractContextManager[subprocess.Popen[str]]:
     return over_stdio(sys.executable, "-m", "tests.cache.writer", str(folder), name)
 
 
 def acknowledged(process: subprocess.Popen[str], batches: int) -> int:
-    """The number of the last of so many batches, once it is committed."""
+    """Wait for this many batches to be committed; return the number of the last."""
     assert process.stdout is not None
     last = -1
     for _ in range(batches):
@@ -170,8 +170,8 @@ def acknowledged(process: subprocess.Popen[str], batches: int) -> int:
     return last
 
 
-def check(folder: Path, lasts: dict[str, int]) -> None:
-    """Every batch that was acknowledged is in the file, bit for bit, and the file is sound."""
+def check_batches(folder: Path, lasts: dict[str, int]) -> None:
+    """Check that every acknowledged batch is in the file, bit for bit, and that the file is intact."""
     with database_in(folder) as database:
         assert database._connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         for name, last in lasts.items():
@@ -195,7 +195,7 @@ def test_the_file_stays_within_its_bound(tmp_path: Path, dimensions: int) -> Non
     assert 2 * MB < size < 4.2 * MB
 
 
-def test_a_bound_that_was_lowered_is_kept_from_the_next_rows_on(tmp_path: Path) -> None:
+def test_a_lowered_bound_is_enforced_when_the_next_rows_are_stored(tmp_path: Path) -> None:
     with database_in(tmp_path) as database:
         database.put(rows_of(4000), model="m", origin="local")
     with database_in(tmp_path, MB) as database:
@@ -205,7 +205,7 @@ def test_a_bound_that_was_lowered_is_kept_from_the_next_rows_on(tmp_path: Path) 
     assert (tmp_path / FILE).stat().st_size < 1.1 * MB
 
 
-def test_what_was_not_used_for_longest_makes_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_least_recently_used_rows_are_evicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now)
     with database_in(tmp_path, 2 * MB) as database:
@@ -213,7 +213,7 @@ def test_what_was_not_used_for_longest_makes_room(tmp_path: Path, monkeypatch: p
         for rows in (old, older):
             database.put(rows, model="m", origin="local")
             now += 3600
-        assert database.get(old) == old  # so that the older ones are younger now
+        assert database.get(old) == old  # now the most recently used
         for seed in range(3, 11):
             now += 3600
             database.put(rows_of(100, seed=seed), model="m", origin="local")
@@ -221,7 +221,7 @@ def test_what_was_not_used_for_longest_makes_room(tmp_path: Path, monkeypatch: p
         assert len(database.get(older)) < 100
 
 
-# --- What is wrong with the file -------------------------------------------------------------------------------------
+# --- Unusable files --------------------------------------------------------------------------------------------------
 
 
 def garbage(path: Path) -> None:
@@ -232,25 +232,25 @@ def cut_in_half(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
-def torn_page(path: Path) -> None:
-    """All but the first page, which says what the file is."""
+def overwritten(path: Path) -> None:
+    """Overwrite all but the first page, which identifies the file."""
     with path.open("r+b") as file:
         file.seek(4096)
         file.write(os.urandom(path.stat().st_size - 4096))
 
 
-def another_version(path: Path) -> None:
+def other_version(path: Path) -> None:
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("PRAGMA user_version = 99")
 
 
-def of_something_else(path: Path) -> None:
+def other_application(path: Path) -> None:
     path.unlink()
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("CREATE TABLE vector (key)")
 
 
-def a_folder(path: Path) -> None:
+def folder_instead(path: Path) -> None:
     path.unlink()
     path.mkdir()
 
@@ -261,40 +261,40 @@ def without_tables(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "spoil", [garbage, cut_in_half, torn_page, another_version, of_something_else, a_folder, without_tables]
+    "damage", [garbage, cut_in_half, overwritten, other_version, other_application, folder_instead, without_tables]
 )
-async def test_a_file_that_cannot_be_used_is_done_without_and_said_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, spoil: Callable[[Path], None]
+async def test_requests_continue_without_an_unusable_file_after_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None]
 ) -> None:
     source = await filled(tmp_path)
-    spoil(tmp_path / FILE)
-    await answered(source, tmp_path)
+    damage(tmp_path / FILE)
+    await check_answers(source, tmp_path)
     assert len(source.batches) == 3
     (warning,) = caplog.records
     assert warning.levelno == logging.WARNING
     assert f"the cache {tmp_path / FILE} cannot be used: " in warning.message
-    assert "requests go on without it" in warning.message
+    assert "requests continue without it" in warning.message
 
 
-def empty(folder: Path) -> None:
+def remove_files(folder: Path) -> None:
     for path in folder.iterdir():
         path.unlink()
 
 
-async def test_what_is_removed_is_forgotten_by_who_has_it_open_and_a_new_file_takes_its_place(tmp_path: Path) -> None:
+async def test_a_file_removed_while_open_is_replaced_by_a_new_one(tmp_path: Path) -> None:
     source = TextByText()
     embedder = on_disk(source, DiskStore(tmp_path, MB))
     await ask(embedder, TEXTS)
-    empty(tmp_path)
+    remove_files(tmp_path)
     for _ in range(2):
         await ask(embedder, TEXTS)
     assert source.batches == [TEXTS] * 2
     await embedder.aclose()
-    await answered(source, tmp_path)
+    await check_answers(source, tmp_path)
     assert source.batches == [TEXTS] * 2
 
 
-async def test_a_row_is_not_believed_when_its_checksum_is_wrong(tmp_path: Path) -> None:
+async def test_a_row_with_a_wrong_checksum_is_ignored(tmp_path: Path) -> None:
     source = await filled(tmp_path)
     one, latest = "(SELECT min(rowid) FROM vector)", "(SELECT max(rowid) FROM source)"
     for table, row, change in (
@@ -312,21 +312,21 @@ async def test_a_row_is_not_believed_when_its_checksum_is_wrong(tmp_path: Path) 
         with closing(sqlite3.connect(tmp_path / FILE, isolation_level=None)) as connection:
             connection.execute(f"UPDATE {table} SET {change} WHERE rowid = {row}")  # noqa: S608
         del source.batches[:]
-        await answered(source, tmp_path)
+        await check_answers(source, tmp_path)
         assert source.batches, change
 
 
-async def test_a_row_under_another_rows_key_is_not_believed(tmp_path: Path) -> None:
+async def test_a_row_under_another_rows_key_is_ignored(tmp_path: Path) -> None:
     source = await filled(tmp_path)
     with closing(sqlite3.connect(tmp_path / FILE, isolation_level=None)) as connection:
         (one,), (other,), _ = connection.execute("SELECT key FROM vector").fetchall()
         for before, after in ((one, b""), (other, one), (b"", other)):
             connection.execute("UPDATE vector SET key = ? WHERE key = ?", (after, before))
-    await answered(source, tmp_path)
+    await check_answers(source, tmp_path)
     assert [len(batch) for batch in source.batches] == [3, 2]
 
 
-async def test_a_file_that_is_locked_is_done_without_and_tried_again_later(
+async def test_a_locked_file_is_skipped_and_tried_again_later(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("embeddings_mcp.embedders.cache.database._BUSY_SECONDS", 0.01)
@@ -334,51 +334,51 @@ async def test_a_file_that_is_locked_is_done_without_and_tried_again_later(
     disk = DiskStore(tmp_path, MB)
     embedder = on_disk(source, disk)
     await ask(embedder, ["zero"])
-    with closing(sqlite3.connect(tmp_path / FILE, isolation_level=None)) as locking:
-        locking.execute("BEGIN IMMEDIATE")
+    with closing(sqlite3.connect(tmp_path / FILE, isolation_level=None)) as locker:
+        locker.execute("BEGIN IMMEDIATE")
         for _ in range(3):
             await ask(embedder, TEXTS)
-            disk._unused_until = time.monotonic()
+            disk._disabled_until = time.monotonic()
         await ask(embedder, TEXTS)
-        locking.execute("ROLLBACK")
-    await ask(embedder, TEXTS)  # as long as the pause lasts, nobody looks
+        locker.execute("ROLLBACK")
+    await ask(embedder, TEXTS)  # the file is not tried during the pause
     assert source.batches == [["zero"], *[TEXTS] * 5]
     assert ["database is locked" in record.message for record in caplog.records] == [True]
 
-    disk._unused_until = time.monotonic()
+    disk._disabled_until = time.monotonic()
     for _ in range(2):
         await ask(embedder, [*TEXTS, "zero"])
     assert source.batches[6:] == [TEXTS]
     await embedder.aclose()
 
 
-async def test_a_disk_that_is_full_is_done_without(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_requests_continue_when_the_disk_is_full(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = await filled(tmp_path)
     disk = DiskStore(tmp_path, MB)
     embedder = on_disk(source, disk)
     await ask(embedder, TEXTS)
     assert disk._database is not None
-    disk._database._connection.execute("PRAGMA max_page_count = 1")  # to SQLite, a disk without room
+    disk._database._connection.execute("PRAGMA max_page_count = 1")  # to SQLite, a full disk
     many = [str(number) for number in range(1000)]
     for _ in range(2):
-        made = await ask(embedder, many)
-        np.testing.assert_array_equal(made.vectors, expected(source, many))
+        result = await ask(embedder, many)
+        np.testing.assert_array_equal(result.vectors, expected(source, many))
     assert ["full" in record.message for record in caplog.records] == [True]
     await embedder.aclose()
 
 
-async def test_a_file_that_may_only_be_read_is_done_without(caplog: pytest.LogCaptureFixture) -> None:
-    # Not in tmp_path, into which only its owner may look.
+async def test_requests_continue_when_the_file_is_read_only(caplog: pytest.LogCaptureFixture) -> None:
+    # Not in tmp_path, which only its owner can access.
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = await filled(folder)
-        with only_reading(folder):
-            await answered(source, folder)
+        with read_only(folder):
+            await check_answers(source, folder)
     assert len(source.batches) == 3
     assert ["cannot be used" in record.message for record in caplog.records] == [True]
 
 
-async def test_a_closed_cache_is_empty_and_keeps_nothing(tmp_path: Path) -> None:
+async def test_a_closed_cache_is_empty_and_stores_nothing(tmp_path: Path) -> None:
     disk = DiskStore(tmp_path, MB)
     source = TextByText()
     embedder = on_disk(source, disk)
@@ -389,7 +389,7 @@ async def test_a_closed_cache_is_empty_and_keeps_nothing(tmp_path: Path) -> None
     assert source.batches == [TEXTS] * 2
 
 
-async def test_what_was_found_out_once_is_noted(tmp_path: Path) -> None:
+async def test_a_note_is_computed_once(tmp_path: Path) -> None:
     for answer in ("blue", "green"):
         disk = DiskStore(tmp_path, MB)
         assert disk.noted("the sky", lambda answer=answer: answer) == "blue"  # type: ignore[misc]

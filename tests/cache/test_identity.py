@@ -1,4 +1,4 @@
-"""Vectors of one model are never taken for those of another: what a local model is told apart by."""
+"""Identity of local models: cached vectors of one model are never returned for another."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A small checkpoint of its own for each test."""
+    """A fresh copy of a small checkpoint."""
     return shutil.copytree(GOLDEN / "e5" / "model", tmp_path / "model")
 
 
@@ -46,7 +46,7 @@ def identity(folder: Path, **options: Any) -> str:
 
 
 def in_place(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
-    """A change of a file that keeps its size and its times, as far as they can be kept."""
+    """Change a file's content but not its size, and restore its access and modification times."""
 
     def apply(path: Path) -> None:
         state, content = path.stat(), path.read_bytes()
@@ -63,48 +63,47 @@ last_byte = in_place(lambda content: content[:-1] + bytes([content[-1] ^ 1]))
 # --- Identity --------------------------------------------------------------------------------------------------------
 
 
-def test_the_same_files_elsewhere_are_the_same_model(folder: Path, tmp_path: Path) -> None:
+def test_the_same_files_in_another_folder_are_the_same_model(folder: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(folder, tmp_path / "copy")
-    (copy / "README.md").write_text("what a model is said to be is not what it is")
-    (copy / "optimizer.pt").write_bytes(b"left by a trainer")
+    (copy / "README.md").write_text("documentation is not part of the model")
+    (copy / "optimizer.pt").write_bytes(b"training state")
     link = tmp_path / "link"
     link.symlink_to(folder, target_is_directory=True)
     assert identity(copy) == identity(folder) == identity(link)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
-def test_a_file_that_differs_in_one_byte_is_another_model(folder: Path, name: str) -> None:
+def test_a_file_that_differs_in_one_byte_is_a_different_model(folder: Path, name: str) -> None:
     before = identity(folder)
-    # JSON is changed in its last byte, which is a newline or the last bracket: no matter which, it is not read here.
-    (last_byte if name.endswith("safetensors") else in_place(lambda content: content.replace(b": ", b":\n", 1)))(
-        folder / name
-    )
+    one_newline = in_place(lambda content: content.replace(b": ", b":\n", 1))  # which keeps the JSON valid
+    change = last_byte if name.endswith("safetensors") else one_newline
+    change(folder / name)
     assert identity(folder) != before
 
 
-def test_another_way_of_pooling_is_another_model(folder: Path) -> None:
+def test_a_different_pooling_mode_is_a_different_model(folder: Path) -> None:
     (folder / "modules.json").write_text(
         '[{"type": "sentence_transformers.models.Transformer", "path": ""},'
         '{"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]'
     )
     (folder / "1_Pooling").mkdir()
-    found = set()
+    identities = set()
     for mode in ("mean", "cls"):
         (folder / "1_Pooling" / "config.json").write_text(
             f'{{"pooling_mode": "{mode}", "word_embedding_dimension": 8}}'
         )
-        found.add(identity(folder))
-    assert len(found) == 2
+        identities.add(identity(folder))
+    assert len(identities) == 2
 
 
-def test_another_number_format_is_another_model(folder: Path) -> None:
+def test_a_different_precision_is_a_different_model(folder: Path) -> None:
     formats: tuple[Precision, ...] = ("float32", "bfloat16", "int8")
     assert len({identity(folder, precision=precision) for precision in formats}) == len(formats)
     assert identity(folder, precision="auto") == identity(folder, precision="float32")
 
 
 @pytest.mark.parametrize(
-    ("precision", "device", "meant"),
+    ("precision", "device", "resolved"),
     [
         ("auto", "cpu", "float32"),
         ("auto", "mps", "float32"),
@@ -115,24 +114,24 @@ def test_another_number_format_is_another_model(folder: Path) -> None:
         ("int8", "auto", "int8"),
     ],
 )
-def test_auto_means_bfloat16_on_a_gpu_that_computes_in_it_and_float32_elsewhere(
-    monkeypatch: pytest.MonkeyPatch, precision: Precision, device: str, meant: str
+def test_auto_is_bfloat16_on_a_gpu_that_supports_it_and_float32_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, precision: Precision, device: str, resolved: str
 ) -> None:
     monkeypatch.setattr(fingerprint, "_cuda_has_bfloat16", lambda: True)
-    assert number_format(precision, device) == meant
+    assert number_format(precision, device) == resolved
     monkeypatch.setattr(fingerprint, "_cuda_has_bfloat16", lambda: False)
     assert number_format(precision, device) == ("float32" if precision == "auto" else precision)
 
 
-def test_where_there_is_no_driver_for_a_gpu_torch_is_not_imported_to_look_for_one(tmp_path: Path) -> None:
+def test_without_a_gpu_driver_torch_is_not_imported_to_look_for_a_gpu(tmp_path: Path) -> None:
     if fingerprint._has_cuda_driver():
         pytest.skip("NVIDIA's driver is installed here")
-    about = tmp_path / "torch-2.13.0.dist-info" / "METADATA"  # as where torch comes with CUDA
-    about.parent.mkdir()
-    about.write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.13.0\n", encoding="utf-8")
-    script = "import sys; from embeddings_mcp.embedders.local.fingerprint import number_format as meant"
+    metadata = tmp_path / "torch-2.13.0.dist-info" / "METADATA"  # as for a build of torch with CUDA
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.13.0\n", encoding="utf-8")
+    script = "import sys; from embeddings_mcp.embedders.local.fingerprint import number_format"
     done = subprocess.run(
-        [sys.executable, "-c", f"{script}; print(meant('auto', 'auto'), 'torch' in sys.modules)"],
+        [sys.executable, "-c", f"{script}; print(number_format('auto', 'auto'), 'torch' in sys.modules)"],
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]),
@@ -145,7 +144,7 @@ def test_where_there_is_no_driver_for_a_gpu_torch_is_not_imported_to_look_for_on
     assert done.stdout.split() == ["float32", "False"]
 
 
-def test_in_one_process_a_file_that_was_touched_is_another_without_being_read(folder: Path) -> None:
+def test_without_digests_a_touched_file_is_a_different_model(folder: Path) -> None:
     before = files_in(folder).identify()
     assert files_in(folder).identify() == before
     last_byte(folder / "model.safetensors")
@@ -161,13 +160,13 @@ def test_files_that_change_between_identifying_and_loading_are_refused(folder: P
             getattr(files, second)()
 
 
-def test_a_file_that_cannot_be_read_is_named(folder: Path) -> None:
+def test_an_unreadable_file_is_named_in_the_error(folder: Path) -> None:
     (folder / "merges.txt").symlink_to("nowhere")
     with pytest.raises(CheckpointInvalid, match=r"merges\.txt cannot be read: No such file"):
         identity(folder)
 
 
-def test_a_system_that_can_open_no_file_now_makes_a_model_unavailable_until_it_can(folder: Path) -> None:
+def test_running_out_of_file_descriptors_makes_a_model_temporarily_unavailable(folder: Path) -> None:
     files = files_in(folder)
     before = files.identify()
     for method in (files.identify, files.load):
@@ -180,7 +179,7 @@ def test_a_system_that_can_open_no_file_now_makes_a_model_unavailable_until_it_c
 
 
 async def embedded(folder: Path, cache: Path, text: str = "a cat") -> FloatMatrix:
-    """The text's vector, from a server of its own."""
+    """Embed the text with a new service."""
     service = build_service(Settings(models=(f"mine={folder}",), cache=str(cache)))
     answer = await service.create_embedding(EmbeddingRequest(model="mine", input=text))
     await service.aclose()
@@ -191,25 +190,25 @@ async def embedded(folder: Path, cache: Path, text: str = "a cat") -> FloatMatri
 
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is loaded, and which files are read all through."""
+    """Records model loads, and the names of files whose digest is computed."""
     seen: list[str] = []
     load = ModelFiles.load
 
-    def noted_load(files: ModelFiles) -> Any:
+    def recording_load(files: ModelFiles) -> Any:
         seen.append("loaded")
         return load(files)
 
-    def noted_digest(path: Path) -> str:
+    def recording_digest(path: Path) -> str:
         seen.append(path.name)
         return file_digest(path)
 
-    monkeypatch.setattr(ModelFiles, "load", noted_load)
-    monkeypatch.setattr(assemble, "file_digest", noted_digest)
+    monkeypatch.setattr(ModelFiles, "load", recording_load)
+    monkeypatch.setattr(assemble, "file_digest", recording_digest)
     monkeypatch.setattr(assemble, "_TICK_SECONDS", 0.0)
     return seen
 
 
-async def test_a_text_that_the_file_knows_needs_no_model_and_no_second_look_into_its_files(
+async def test_a_text_in_the_file_requires_neither_loading_the_model_nor_digesting_its_files(
     folder: Path, tmp_path: Path, loads: list[str]
 ) -> None:
     first = await embedded(folder, tmp_path / "cache")
@@ -219,7 +218,7 @@ async def test_a_text_that_the_file_knows_needs_no_model_and_no_second_look_into
     assert loads == []
 
 
-async def test_other_weights_in_the_same_place_are_never_given_for_those_before(folder: Path, tmp_path: Path) -> None:
+async def test_replaced_weights_never_get_the_vectors_of_the_previous_ones(folder: Path, tmp_path: Path) -> None:
     before = await embedded(folder, tmp_path / "cache")
     in_place(lambda content: content[:-20_000] + bytes(4000) + content[-16_000:])(folder / "model.safetensors")
     after = await embedded(folder, tmp_path / "cache")
@@ -227,7 +226,7 @@ async def test_other_weights_in_the_same_place_are_never_given_for_those_before(
     np.testing.assert_array_equal(after, await embedded(folder, tmp_path / "other cache"))
 
 
-async def test_a_file_that_was_changed_a_moment_ago_is_read_again(
+async def test_a_recently_changed_file_is_digested_again(
     folder: Path, tmp_path: Path, loads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(assemble, "_TICK_SECONDS", time.time())
@@ -237,7 +236,7 @@ async def test_a_file_that_was_changed_a_moment_ago_is_read_again(
         assert "model.safetensors" in loads
 
 
-def test_what_is_remembered_is_answered_without_torch(folder: Path, tmp_path: Path) -> None:
+def test_cached_texts_are_answered_without_torch(folder: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from embeddings_mcp.faces.cli.commands import app; app(sys.argv[1:], standalone_mode=False);"
         "print('torch' in sys.modules)"
@@ -250,18 +249,18 @@ def test_what_is_remembered_is_answered_without_torch(folder: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(("cache", "batches"), [("memory", 1), ("off", 2)])
-async def test_memory_is_asked_first_unless_the_cache_is_off(
+async def test_texts_are_cached_in_memory_unless_the_cache_is_off(
     folder: Path, monkeypatch: pytest.MonkeyPatch, cache: str, batches: int
 ) -> None:
     forward, seen = Encoder.forward, []
 
-    def noted(encoder: Encoder, *arguments: Any) -> Any:
+    def recording_forward(encoder: Encoder, *arguments: Any) -> Any:
         seen.append(arguments)
         return forward(encoder, *arguments)
 
-    monkeypatch.setattr(Encoder, "forward", noted)
+    monkeypatch.setattr(Encoder, "forward", recording_forward)
     service = build_service(Settings(models=(f"mine={folder}",), cache=cache))
-    await service.check()  # which has the model try itself
+    await service.check()  # which embeds a text
     del seen[:]
     for _ in range(2):
         await service.create_embedding(EmbeddingRequest(model="mine", input="a cat"))

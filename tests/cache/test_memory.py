@@ -1,4 +1,4 @@
-"""What is remembered in memory stays within its bound, however little each of it is."""
+"""The in-memory cache stays within its bound, however small its rows are."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tests.cache.support import MB
 
 
 @pytest.mark.parametrize("length", [32, 1536, 16_384])
-def test_the_bound_is_of_all_that_a_row_takes_and_not_of_its_vector_only(length: int) -> None:
+def test_the_bound_covers_all_memory_of_a_row_and_not_only_its_vector(length: int) -> None:
     store = MemoryStore(4 * MB)
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
         for number in range(8 * MB // (length + 300)):
             store.put({number.to_bytes(32, "big"): Row(bytes(length), 1000 + number)})
-        taken = tracemalloc.get_traced_memory()[0] - before
+        used = tracemalloc.get_traced_memory()[0] - before
     finally:
         tracemalloc.stop()
-    assert 0.7 * 4 * MB < taken < 1.1 * 4 * MB
+    assert 0.7 * 4 * MB < used < 1.1 * 4 * MB

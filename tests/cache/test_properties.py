@@ -1,4 +1,4 @@
-"""Whatever happens to a cache, an answer is what the embedder alone would give: against a plain dict as the model."""
+"""Property test: whatever happens to a cache, results equal those of the embedder alone. A set models the cache."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from embeddings_mcp.errors import ModelUnavailable
 from embeddings_mcp.models import InputType, Truncate
 from tests.cache.support import ASYMMETRIC, MB, TextByText, ask, expected
 
-Way = tuple[str, InputType | None, Truncate]
-"""Which model, and how it is asked."""
+Variant = tuple[str, InputType | None, Truncate]
+"""Name of the model, input type and truncation of a request."""
 
 texts = st.lists(st.sampled_from(["", "a", "b", "A", "a b", "b a", "ä", "a\n", "a ", " a"]), min_size=1, max_size=12)
-ways = st.tuples(
+variants = st.tuples(
     st.sampled_from(["one", "two"]), st.sampled_from([None, *get_args(InputType)]), st.sampled_from(get_args(Truncate))
 )
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Two models share a cache: they are asked, fail, and start again; the file is damaged, memory is lost."""
+    """Two models share a cache, with failures, restarts and a damaged file."""
 
     def __init__(self) -> None:
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
         self.runner = asyncio.Runner()
-        self.remembered: set[tuple[Way, str]] = set()
-        # The two differ in their vectors too, so that none can pass for the other's.
+        self.cached: set[tuple[Variant, str]] = set()
+        # Their vectors differ too, so that mixing them up is noticed.
         self.sources = {
             name: TextByText(replace(ASYMMETRIC, default_prompt=f"{name}: "), identity=name) for name in ("one", "two")
         }
@@ -60,31 +60,31 @@ class CacheMachine(RuleBasedStateMachine):
             name: cached(source, cache) for name, source in self.sources.items()
         }
 
-    def expect(self, way: Way, texts: list[str], wanted: list[list[str]]) -> None:
-        name, input_type, truncate = way
+    def expect(self, variant: Variant, texts: list[str], batches: list[list[str]]) -> None:
+        name, input_type, truncate = variant
         source = self.sources[name]
         source.batches.clear()
-        made = self.runner.run(ask(self.embedders[name], texts, input_type=input_type, truncate=truncate))
-        np.testing.assert_array_equal(made.vectors, expected(source, texts, input_type))
-        assert list(made.tokens) == [len(text.split()) + 2 for text in texts]
-        assert source.batches == wanted
-        self.remembered |= {(way, text) for text in texts}
+        result = self.runner.run(ask(self.embedders[name], texts, input_type=input_type, truncate=truncate))
+        np.testing.assert_array_equal(result.vectors, expected(source, texts, input_type))
+        assert list(result.tokens) == [len(text.split()) + 2 for text in texts]
+        assert source.batches == batches
+        self.cached |= {(variant, text) for text in texts}
 
-    def unknown(self, way: Way, texts: list[str]) -> list[str]:
-        return [text for text in dict.fromkeys(texts) if (way, text) not in self.remembered]
+    def missing(self, variant: Variant, texts: list[str]) -> list[str]:
+        return [text for text in dict.fromkeys(texts) if (variant, text) not in self.cached]
 
-    @rule(way=ways, texts=texts)
-    def embed(self, way: Way, texts: list[str]) -> None:
-        unknown = self.unknown(way, texts)
-        self.expect(way, texts, [unknown] if unknown else [])
+    @rule(variant=variants, texts=texts)
+    def embed(self, variant: Variant, texts: list[str]) -> None:
+        missing = self.missing(variant, texts)
+        self.expect(variant, texts, [missing] if missing else [])
 
-    @rule(way=ways, texts=texts, data=st.data())
-    def fail_and_try_again(self, way: Way, texts: list[str], data: st.DataObject) -> None:
-        unknown = self.unknown(way, texts)
-        if not unknown:
+    @rule(variant=variants, texts=texts, data=st.data())
+    def fail_and_retry(self, variant: Variant, texts: list[str], data: st.DataObject) -> None:
+        missing = self.missing(variant, texts)
+        if not missing:
             return
-        name, input_type, truncate = way
-        failing = data.draw(st.sampled_from(unknown), label="failing at")
+        name, input_type, truncate = variant
+        failing = data.draw(st.sampled_from(missing), label="failing at")
         source = self.sources[name]
         source.failures[failing] = ModelUnavailable("for now")
         try:
@@ -92,41 +92,45 @@ class CacheMachine(RuleBasedStateMachine):
         except ModelUnavailable:
             source.failures.clear()
         assert not source.failures
-        self.expect(way, texts, [unknown[unknown.index(failing) :]])
+        self.expect(variant, texts, [missing[missing.index(failing) :]])
 
-    @rule(pair=st.tuples(ways, ways), texts=st.tuples(texts, texts))
-    def embed_at_the_same_time(self, pair: tuple[Way, Way], texts: tuple[list[str], list[str]]) -> None:
+    @rule(pair=st.tuples(variants, variants), texts=st.tuples(texts, texts))
+    def embed_concurrently(self, pair: tuple[Variant, Variant], texts: tuple[list[str], list[str]]) -> None:
         for source in self.sources.values():
-            source.made.clear()
-        wanted = {(way, text) for way, some in zip(pair, texts, strict=True) for text in self.unknown(way, some)}
+            source.counts.clear()
+        expected_keys = {
+            (variant, text)
+            for variant, own_texts in zip(pair, texts, strict=True)
+            for text in self.missing(variant, own_texts)
+        }
 
         async def both() -> None:
-            async def one(way: Way, some: list[str]) -> None:
-                name, input_type, truncate = way
-                made = await ask(self.embedders[name], some, input_type=input_type, truncate=truncate)
-                np.testing.assert_array_equal(made.vectors, expected(self.sources[name], some, input_type))
+            async def one(variant: Variant, own_texts: list[str]) -> None:
+                name, input_type, truncate = variant
+                result = await ask(self.embedders[name], own_texts, input_type=input_type, truncate=truncate)
+                np.testing.assert_array_equal(result.vectors, expected(self.sources[name], own_texts, input_type))
 
-            await asyncio.gather(*(one(way, some) for way, some in zip(pair, texts, strict=True)))
+            await asyncio.gather(*(one(variant, own_texts) for variant, own_texts in zip(pair, texts, strict=True)))
 
         self.runner.run(both())
-        made = sum(source.made.total() for source in self.sources.values())
-        # Without memory, what one has made may be on its way to the file while the other looks there.
-        assert made == len(wanted) if self.memory == MB else made >= len(wanted)
-        self.remembered |= wanted
+        computed = sum(source.counts.total() for source in self.sources.values())
+        # Without memory, one request may read the file before the other has written its rows.
+        assert computed == len(expected_keys) if self.memory == MB else computed >= len(expected_keys)
+        self.cached |= expected_keys
 
     @rule()
-    def start_again(self) -> None:
+    def restart(self) -> None:
         self.runner.run(self.close())
         self.start(self.memory)
 
     @rule(column=st.sampled_from(["tokens", "numbers", "checksum"]))
-    def damage_a_row_of_the_file(self, column: str) -> None:
-        """All of it, once memory is lost."""
-        self.start_again()
+    def damage_the_rows_of_the_file(self, column: str) -> None:
+        """Damage all rows; a restart discards those in memory."""
+        self.restart()
         with closing(sqlite3.connect(Path(self.folder.name) / FILE, isolation_level=None)) as connection:
             if connection.execute("PRAGMA user_version").fetchone() == (1,):
                 connection.execute(f"UPDATE vector SET {column} = randomblob(8)")  # noqa: S608
-        self.remembered.clear()
+        self.cached.clear()
 
 
 TestCache = CacheMachine.TestCase

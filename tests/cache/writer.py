@@ -1,6 +1,6 @@
 """A process that fills a cache until it is killed: ``python -m tests.cache.writer FOLDER NAME``.
 
-It says the number of each batch once that is committed.
+It prints the number of each batch once it is committed.
 """
 
 from __future__ import annotations
@@ -15,17 +15,16 @@ import numpy as np
 from embeddings_mcp.embedders.cache.database import FILE, Database
 from embeddings_mcp.embedders.cache.rows import Key, Row
 
-ROWS = 20
-"""In a batch."""
+ROWS = 20  # in a batch
 
 MAX_BYTES = 1 << 30
 
 
 def batch(name: str, number: int) -> dict[Key, Row]:
-    """What the process of this name writes as its nth batch."""
+    """Return the nth batch of the process with this name."""
     rows = {}
-    for place in range(ROWS):
-        key = hashlib.sha256(f"{name} {number} {place}".encode()).digest()
+    for index in range(ROWS):
+        key = hashlib.sha256(f"{name} {number} {index}".encode()).digest()
         vector = np.random.default_rng(int.from_bytes(key[:8], "little")).standard_normal(384).astype("<f4")
         rows[key] = Row(vector.tobytes(), number, name)
     return rows

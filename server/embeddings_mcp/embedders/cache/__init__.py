@@ -1,4 +1,4 @@
-"""Vectors that were made before: kept in memory and on disk, and never mixed with others."""
+"""Embedding cache, in memory and on disk, that never mixes the vectors of different models."""
 
 from embeddings_mcp.embedders.cache.disk import DiskStore
 from embeddings_mcp.embedders.cache.embedder import CachedEmbedder, cached

@@ -1,8 +1,8 @@
-"""The rows in an SQLite file, which several processes may have open at once. Synchronous; raises what SQLite raises.
+"""The rows in an SQLite file that several processes may use concurrently. Synchronous; SQLite's errors propagate.
 
-Every change is one transaction in the write-ahead log: a process that is killed takes with it what it had not
-committed, and nothing else. Every row has a checksum over all that is read of it, so that a row that is damaged, or
-found under a key that is not its own, is a row that is not there.
+Every change is one transaction in the write-ahead log (WAL): a killed process loses only what it had not committed.
+Every row has a checksum over everything read from it, its key included, so that a row that is damaged or stored under
+the wrong key counts as missing.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from pathlib import Path
 from embeddings_mcp.embedders.cache.rows import Key, Row
 
 FILE = "embeddings.sqlite3"
-"""The file's name in the folder of the cache."""
+"""Name of the file in the cache folder."""
 
 _APPLICATION_ID = 0x456D4243
-"""Says of a file that it is ours: "EmBC"."""
+"""Identifies our files in SQLite's header: "EmBC"."""
 
 _VERSION = 1
-"""Of the tables below; files of other versions are left alone."""
+"""Schema version; files of other versions are not used."""
 
 _CLEARED = "cleared"
-"""Subject of a note that is another one once everything was cleared; with a model's id, once that model was."""
+"""Subject of the note that changes when everything is cleared; followed by a model's id, when that model is."""
 
 _TABLES = """
 CREATE TABLE source (
     id INTEGER PRIMARY KEY,
     model TEXT NOT NULL,
     origin TEXT NOT NULL,
-    served_model TEXT NOT NULL,  -- empty where the model's own id is all there is
+    served_model TEXT NOT NULL,  -- empty if the endpoint reports no model id
     UNIQUE (model, origin, served_model)
 );
 CREATE TABLE vector (
@@ -52,31 +52,30 @@ CREATE TABLE note (subject TEXT PRIMARY KEY, text TEXT NOT NULL);
 """
 
 _BUSY_SECONDS = 2.0
-"""Longest wait for other processes: as a rule they are done in milliseconds."""
+"""Timeout for locks held by other processes, which usually last milliseconds."""
 
-
-_EVICTED_AT_ONCE = 64
-_MOST_EVICTIONS = 256  # in one transaction, lest a bound that was lowered hold everybody up
+_EVICTION_BATCH = 64  # rows
+_MAX_EVICTION_BATCHES = 256  # in one transaction, so that evictions for a lowered bound do not block other processes
 
 
 class ForeignDatabase(Exception):
-    """The file is no cache, or one of another version; the text says so for the end of a sentence."""
+    """The file is not a cache of this version; the message says why and completes a sentence."""
 
 
 def is_damaged(error: Exception) -> bool:
-    """Whether the error says that the file is broken, which it will be the next time too."""
-    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK) & 0xFF  # the rest says where
-    return code in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+    """Return whether the error means that the file itself is damaged, so that a retry cannot help."""
+    extended_code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK)
+    return extended_code & 0xFF in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """What a file holds of one model.
+    """Statistics on the rows of one model and origin.
 
     Attributes:
-        model: its id.
-        origin: where its vectors were made.
-        vectors: how many there are.
+        model: id of the model.
+        origin: where its vectors were computed, as in `Embedder.origin`.
+        vectors: number of vectors.
         bytes: of the vectors alone.
         last_used: seconds since 1970, to the hour.
     """
@@ -89,24 +88,24 @@ class Holding:
 
 
 class Database:
-    """An open file; made, with its folder, where there is none.
+    """An open cache file, created with its folder if it does not exist.
 
-    May be used by several threads, one at a time.
+    May be used from several threads, but not concurrently.
 
     Args:
-        path: the file.
-        max_bytes: bound on what the file holds; the rows that were not used for longest make room for new ones.
+        path: of the file.
+        max_bytes: bound on the size of the file; the least recently used rows are evicted for new ones.
 
     Raises:
-        ForeignDatabase: the file belongs to something else.
+        ForeignDatabase: the file belongs to another application or version.
         sqlite3.Error: it cannot be used.
-        OSError: the folder cannot be made.
+        OSError: the folder or file cannot be created.
     """
 
     def __init__(self, path: Path, max_bytes: int = sys.maxsize) -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not path.exists():
-            path.touch(mode=0o600)  # as private as the texts: vectors tell much about them
+            path.touch(mode=0o600)  # as private as the texts: vectors reveal much about them
         self._path = path
         self._inode = path.stat().st_ino
         self._max_bytes = max_bytes
@@ -114,8 +113,8 @@ class Database:
             path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False, cached_statements=32
         )
         try:
-            self._prepare_in_time()
-        except UnicodeDecodeError as error:  # of what SQLite says, where it repeats a damaged name of a table
+            self._prepare_with_retry()
+        except UnicodeDecodeError as error:  # raised for SQLite's message, which quotes the damaged name of a table
             self._connection.close()
             damaged = sqlite3.DatabaseError("malformed database schema")
             damaged.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
@@ -125,8 +124,8 @@ class Database:
             raise
 
     def get(self, keys: Iterable[Key]) -> dict[Key, Row]:
-        """Those of the rows asked for that are here and undamaged."""
-        now = _hour()
+        """Return the undamaged rows among these keys."""
+        hour = _current_hour()
         found: dict[Key, Row] = {}
         stale: list[Key] = []
         with self._transaction("DEFERRED"):
@@ -142,34 +141,34 @@ class Database:
                 if checksum != _checksum(key, tokens, served_model, numbers):
                     continue
                 found[key] = Row(numbers, tokens, served_model or None)
-                if used != now:
+                if used != hour:
                     stale.append(key)
         if stale:
             with self._transaction("IMMEDIATE"):
-                self._connection.executemany("UPDATE vector SET used = ? WHERE key = ?", [(now, key) for key in stale])
+                self._connection.executemany("UPDATE vector SET used = ? WHERE key = ?", [(hour, key) for key in stale])
         return found
 
     def put(self, rows: Mapping[Key, Row], *, model: str, origin: str) -> None:
-        """Keep these rows, in the place of others under the same keys.
+        """Store these rows, replacing rows with the same keys.
 
         Args:
-            rows: what to keep; half of what the bound allows at most.
-            model: the id of the model that made them.
-            origin: where.
+            rows: to store, in order, up to half of the file's bound; the rest is ignored.
+            model: id of the model that produced them.
+            origin: where they were computed, as in `Embedder.origin`.
         """
-        now = _hour()
-        kept: list[tuple[Key, Row]] = []
+        hour = _current_hour()
+        stored: list[tuple[Key, Row]] = []
         size = 0
         for key, row in rows.items():
-            if size + _size_in_file(row) > self._max_bytes // 2:
+            if size + _stored_size(row) > self._max_bytes // 2:
                 break
-            size += _size_in_file(row)
-            kept.append((key, row))
+            size += _stored_size(row)
+            stored.append((key, row))
         with self._transaction("IMMEDIATE"):
-            self._make_room(size)
+            self._evict_for(size)
             sources = {
                 served_model: self._source(model, origin, served_model)
-                for served_model in {row.served_model or "" for _, row in kept}
+                for served_model in {row.served_model or "" for _, row in stored}
             }
             self._connection.executemany(
                 "INSERT OR REPLACE INTO vector (key, used, source, tokens, checksum, numbers)"
@@ -177,34 +176,34 @@ class Database:
                 [
                     (
                         key,
-                        now,
+                        hour,
                         sources[row.served_model or ""],
                         row.tokens,
                         _checksum(key, row.tokens, row.served_model or "", row.vector),
                         row.vector,
                     )
-                    for key, row in kept
+                    for key, row in stored
                 ],
             )
         if self._bytes_of("page_count") > self._max_bytes:
             self._shrink()
 
-    def note(self, subject: str) -> str | None:
-        """What was noted on this subject."""
+    def get_note(self, subject: str) -> str | None:
+        """Return the note on this subject, or None."""
         found = self._connection.execute("SELECT text FROM note WHERE subject = ?", (subject,)).fetchone()
         return None if found is None else str(found[0])
 
-    def take_note(self, subject: str, text: str) -> None:
-        """Note it, in the place of what was noted before."""
+    def set_note(self, subject: str, text: str) -> None:
+        """Store a note, replacing the one on the same subject."""
         with self._transaction("IMMEDIATE"):
             self._connection.execute("INSERT OR REPLACE INTO note VALUES (?, ?)", (subject, text))
 
     def generation(self, model: str) -> str:
-        """What a model's rows have in common until they are cleared; no other file has the same."""
-        return f"{self.note(_CLEARED)} {self.note(f'{_CLEARED} {model}')}"
+        """Return a string, unique to this file, that changes when this model's rows are cleared."""
+        return f"{self.get_note(_CLEARED)} {self.get_note(f'{_CLEARED} {model}')}"
 
     def holdings(self) -> list[Holding]:
-        """What is here, by model; reads the whole file."""
+        """Return statistics by model and origin; reads the whole file."""
         return [
             Holding(model, origin, vectors, size, used * 3600)
             for model, origin, vectors, size, used in self._connection.execute(
@@ -214,33 +213,33 @@ class Database:
         ]
 
     def clear(self, model: str | None = None) -> int:
-        """Forget everything, or one model's rows, and give the disk its space back.
+        """Delete all rows, or one model's, and release their disk space.
 
-        What was cleared has another `generation` from then on, and the file another time of change.
+        Changes the `generation` of what is cleared, and the file's modification time.
 
         Returns:
-            How many rows there were.
+            The number of rows deleted.
         """
         with self._transaction("IMMEDIATE"):
             if model is None:
-                forgotten = self._connection.execute("DELETE FROM vector").rowcount
+                deleted = self._connection.execute("DELETE FROM vector").rowcount
             else:
-                forgotten = self._connection.execute(
+                deleted = self._connection.execute(
                     "DELETE FROM vector WHERE source IN (SELECT id FROM source WHERE model = ?)", (model,)
                 ).rowcount
-            self._renew(_CLEARED if model is None else f"{_CLEARED} {model}")
-        now = time.time_ns()  # for that of files stands still for milliseconds
+            self._set_random_note(_CLEARED if model is None else f"{_CLEARED} {model}")
+        now = time.time_ns()  # the file system's own clock may stand still for milliseconds
         os.utime(self._path, ns=(now, now))
         self._shrink()
         self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-        return forgotten
+        return deleted
 
-    def _renew(self, subject: str) -> None:
-        """Note something that was never noted before."""
+    def _set_random_note(self, subject: str) -> None:
+        """Store a random note, different from any before."""
         self._connection.execute("INSERT OR REPLACE INTO note VALUES (?, hex(randomblob(8)))", (subject,))
 
     def is_in_place(self) -> bool:
-        """Whether this is still the file that the path leads to."""
+        """Return whether the path still leads to the open file, which may have been removed or replaced."""
         try:
             return self._path.stat().st_ino == self._inode
         except FileNotFoundError:
@@ -250,10 +249,8 @@ class Database:
         """Close the file."""
         self._connection.close()
 
-    # --- The steps ---------------------------------------------------------------------------------------------------
-
-    def _prepare_in_time(self) -> None:
-        """As SQLite does elsewhere, wait for a process that does the same: not so where the log is switched on."""
+    def _prepare_with_retry(self) -> None:
+        """Prepare the file, retrying while another process does so: SQLite's timeout does not cover enabling WAL."""
         deadline = time.monotonic() + _BUSY_SECONDS
         while True:
             try:
@@ -266,30 +263,30 @@ class Database:
                 return
 
     def _prepare(self) -> None:
-        if not self._is_ours():
-            # These two are possible before the first table only; another process may do the same at the same time.
+        if not self._has_schema():
+            # Both must precede the first table. Another process may be doing the same.
             self._connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
             self._connection.execute("PRAGMA journal_mode = WAL")
             with self._transaction("IMMEDIATE"):
-                if not self._is_ours():
+                if not self._has_schema():
                     for statement in _TABLES.split(";\n"):
                         self._connection.execute(statement)
-                    self._renew(_CLEARED)
+                    self._set_random_note(_CLEARED)
                     self._connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
                     self._connection.execute(f"PRAGMA user_version = {_VERSION}")
-        self._connection.execute("PRAGMA synchronous = NORMAL")  # a power cut may cost the last rows, and no others
+        self._connection.execute("PRAGMA synchronous = NORMAL")  # a power failure may lose the last rows only
         self._connection.execute(f"PRAGMA journal_size_limit = {16 << 20}")
 
-    def _is_ours(self) -> bool:
-        """Whether the tables are there.
+    def _has_schema(self) -> bool:
+        """Return whether the file has our tables; False if it is empty.
 
         Raises:
-            ForeignDatabase: others are.
+            ForeignDatabase: it has others.
         """
-        if not self._pragma("schema_version"):  # an empty file
+        if not self._pragma("schema_version"):
             return False
         if self._pragma("application_id") != _APPLICATION_ID:
-            raise ForeignDatabase("it is a database of something else")
+            raise ForeignDatabase("it is the database of another application")
         if (version := self._pragma("user_version")) != _VERSION:
             raise ForeignDatabase(
                 f"it was written by another version of embeddings-mcp (format {version}, not {_VERSION})"
@@ -304,54 +301,54 @@ class Database:
         ).fetchone()
         return int(found[0])
 
-    def _make_room(self, wanted: int) -> None:
-        """Let go of the rows that were not used for longest, until so many bytes more are within the bound."""
-        for _ in range(_MOST_EVICTIONS):
-            if self._bytes_of("page_count") - self._bytes_of("freelist_count") + wanted <= self._max_bytes:
+    def _evict_for(self, size: int) -> None:
+        """Evict the least recently used rows until this many more bytes are within the bound."""
+        for _ in range(_MAX_EVICTION_BATCHES):
+            if self._bytes_of("page_count") - self._bytes_of("freelist_count") + size <= self._max_bytes:
                 break
             self._connection.execute(
                 "DELETE FROM vector WHERE rowid IN (SELECT rowid FROM vector ORDER BY used, rowid LIMIT ?)",
-                (_EVICTED_AT_ONCE,),
+                (_EVICTION_BATCH,),
             )
 
     def _shrink(self) -> None:
-        """Give free pages back to the disk."""
-        self._connection.executescript("PRAGMA incremental_vacuum")  # execute() gives back one page only
+        """Return free pages to the file system."""
+        self._connection.executescript("PRAGMA incremental_vacuum")  # execute() would free one page only
 
-    def _bytes_of(self, pages: str) -> int:
-        return self._pragma(pages) * self._pragma("page_size")
+    def _bytes_of(self, page_count_pragma: str) -> int:
+        return self._pragma(page_count_pragma) * self._pragma("page_size")
 
     def _pragma(self, name: str) -> int:
         return int(self._connection.execute(f"PRAGMA {name}").fetchone()[0])
 
     @contextlib.contextmanager
     def _transaction(self, kind: str) -> Iterator[None]:
-        """All of the block or nothing. IMMEDIATE waits for other writers before it begins, not in the middle."""
+        """Run the block as a transaction. IMMEDIATE waits for other writers at the start instead of in the middle."""
         self._connection.execute(f"BEGIN {kind}")
         try:
             yield
         except BaseException:
-            if self._connection.in_transaction:  # some errors have ended it
+            if self._connection.in_transaction:  # some errors roll back by themselves
                 self._connection.execute("ROLLBACK")
             raise
         self._connection.execute("COMMIT")
 
 
 def _checksum(key: Key, tokens: object, served_model: object, numbers: object) -> bytes:
-    """Of what is read; in a damaged file that may be anything."""
+    """Return the checksum of a row's values, which may have any type in a damaged file."""
     digest = hashlib.blake2b(key, digest_size=8)
     digest.update(repr((tokens, served_model)).encode("utf-8", "backslashreplace"))
     digest.update(numbers if isinstance(numbers, bytes) else b"")
     return digest.digest()
 
 
-def _size_in_file(row: Row) -> int:
-    """Bytes that a row takes, its indices included: rather more than measured with 64 to 4,096 numbers.
+def _stored_size(row: Row) -> int:
+    """Return an upper estimate of a row's bytes in the file, indices included; measured with 64 to 4,096 dimensions.
 
-    A page holds whole rows, so that up to a third of it stays empty.
+    A page holds whole rows, so up to a third of it may stay empty.
     """
     return len(row.vector) * 4 // 3 + 150
 
 
-def _hour() -> int:
+def _current_hour() -> int:
     return int(time.time() // 3600)

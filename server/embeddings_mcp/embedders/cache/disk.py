@@ -1,7 +1,7 @@
-"""The rows on disk, for the event loop: on a worker thread, and never in the way.
+"""Asynchronous access to the rows on disk, on a worker thread.
 
-A cache is a help, not a need: where its file is damaged, locked, full, or not to be opened, requests go on without it,
-and the log says so once.
+The cache is optional for a request: if its file is damaged, locked or cannot be opened, or the disk is full, requests
+continue without it, and one warning is logged.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from embeddings_mcp.embedders.cache.rows import Key, Row
 
 _logger = logging.getLogger(__name__)
 
-_Found = TypeVar("_Found")
+_Result = TypeVar("_Result")
 
-_PAUSE = 60.0
-"""Seconds without the file after it could not be used: a full disk or a lock passes, and what is damaged is cleared."""
+_RETRY_SECONDS = 60.0
+"""Pause after a failure: a full disk or a lock may be temporary, and a damaged file may be cleared."""
 
-_State = tuple[int, int] | None
-"""Which file it is and when it was changed last; None where there is none."""
+_FileState = tuple[int, int] | None
+"""Inode and modification time in nanoseconds; None if there is no file."""
 
 
 class DiskStore:
-    """Rows in a folder, opened when it is first needed.
+    """The cache file in a folder, opened lazily.
 
     Args:
-        folder: where; made if need be.
+        folder: created if it does not exist.
         max_bytes: bound on the size of the file.
     """
 
@@ -43,64 +43,66 @@ class DiskStore:
         self.path = folder / FILE
         self._max_bytes = max_bytes
         self._database: Database | None = None
-        self._generations: dict[str, tuple[_State, str]] = {}  # with the state in which each was read
+        self._generations: dict[
+            str, tuple[_FileState, str]
+        ] = {}  # by model, with the file state at which each was read
         self._lock = threading.Lock()
-        self._turn = anyio.CapacityLimiter(1)
-        self._unused_until = 0.0
+        self._limiter = anyio.CapacityLimiter(1)
+        self._disabled_until = 0.0
         self._warned = False
 
     async def generation(self, model: str) -> str:
-        """What is another one once this model's rows were cleared; where the file has not changed, it costs a `stat`.
+        """Return a string that changes when this model's rows are cleared; costs one `stat` if the file is unchanged.
 
-        Where the file cannot be read, its state stands in, lest what was cleared meanwhile be found.
+        If the file cannot be read, its state is returned instead, so that rows cleared in the meantime are not found.
         """
-        state = self._state()
+        state = self._file_state()
         read_at, generation = self._generations.get(model, (None, ""))
         if state is not None and state == read_at:
             return generation
-        read = await self._beside_loop(lambda database: database.generation(model), None)
+        read = await self._run_in_thread(lambda database: database.generation(model), None)
         if read is None:
             return f"unread {state}"
         self._generations[model] = state, read
         return read
 
     async def get(self, keys: Iterable[Key]) -> dict[Key, Row]:
-        """Those of the rows asked for that can be had."""
-        return await self._beside_loop(lambda database: database.get(keys), {})
+        """Return the stored rows among these keys; none if the file cannot be used."""
+        return await self._run_in_thread(lambda database: database.get(keys), {})
 
     async def put(self, rows: Mapping[Key, Row], *, model: str, origin: str) -> None:
-        """Keep these rows, if that can be done."""
-        await self._beside_loop(lambda database: database.put(rows, model=model, origin=origin), None)
+        """Store these rows, if the file can be used."""
+        await self._run_in_thread(lambda database: database.put(rows, model=model, origin=origin), None)
 
-    def noted(self, subject: str, find_out: Callable[[], str]) -> str:
-        """What is known of a subject, found out only where it was not noted before; for worker threads."""
-        known = self._with_database(lambda database: database.note(subject), None)
-        if known is not None:
-            return known
-        text = find_out()
-        self._with_database(lambda database: database.take_note(subject, text), None)
+    def noted(self, subject: str, compute: Callable[[], str]) -> str:
+        """Return the note on a subject, computed and stored if there is none; blocking, for worker threads."""
+        stored = self._with_database(lambda database: database.get_note(subject), None)
+        if stored is not None:
+            return stored
+        text = compute()
+        self._with_database(lambda database: database.set_note(subject, text), None)
         return text
 
     async def aclose(self) -> None:
-        """Close the file for good."""
-        await anyio.to_thread.run_sync(self._close, limiter=self._turn)
+        """Close the file; later calls do not open it again."""
+        await anyio.to_thread.run_sync(self._close, limiter=self._limiter)
 
-    def _state(self) -> _State:
+    def _file_state(self) -> _FileState:
         try:
             status = self.path.stat()
         except OSError:
             return None
         return status.st_ino, status.st_mtime_ns
 
-    async def _beside_loop(self, work: Callable[[Database], _Found], otherwise: _Found) -> _Found:
-        if time.monotonic() < self._unused_until:
-            return otherwise
-        return await anyio.to_thread.run_sync(self._with_database, work, otherwise, limiter=self._turn)
+    async def _run_in_thread(self, work: Callable[[Database], _Result], default: _Result) -> _Result:
+        if time.monotonic() < self._disabled_until:
+            return default
+        return await anyio.to_thread.run_sync(self._with_database, work, default, limiter=self._limiter)
 
-    def _with_database(self, work: Callable[[Database], _Found], otherwise: _Found) -> _Found:
+    def _with_database(self, work: Callable[[Database], _Result], default: _Result) -> _Result:
         with self._lock:
-            if time.monotonic() < self._unused_until:
-                return otherwise
+            if time.monotonic() < self._disabled_until:
+                return default
             try:
                 if self._database is not None and not self._database.is_in_place():
                     self._close_file()
@@ -108,22 +110,22 @@ class DiskStore:
                     self._database = Database(self.path, self._max_bytes)
                 return work(self._database)
             except (sqlite3.Error, ForeignDatabase, OSError) as error:
-                self._do_without(error)
-                return otherwise
+                self._disable(error)
+                return default
 
-    def _do_without(self, error: Exception) -> None:
+    def _disable(self, error: Exception) -> None:
         if isinstance(error, ForeignDatabase):
-            remedy = ": give it another folder"
+            remedy = ": choose another folder"
         elif is_damaged(error):
             remedy = ": `embeddings-mcp cache clear` removes it"
         else:
             remedy = ""
-        self._unused_until = time.monotonic() + _PAUSE
+        self._disabled_until = time.monotonic() + _RETRY_SECONDS
         self._close_file()
         if not self._warned:
             self._warned = True
             _logger.warning(
-                "the cache %s cannot be used: %s%s; requests go on without it, and it is tried again every minute",
+                "the cache %s cannot be used: %s%s; requests continue without it, and it is tried again every minute",
                 self.path,
                 error,
                 remedy,
@@ -131,7 +133,7 @@ class DiskStore:
 
     def _close(self) -> None:
         with self._lock:
-            self._unused_until = float("inf")
+            self._disabled_until = float("inf")
             self._close_file()
 
     def _close_file(self) -> None:

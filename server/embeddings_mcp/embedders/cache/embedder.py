@@ -1,7 +1,7 @@
-"""An embedder that remembers what another has made, and asks it for the rest.
+"""A caching wrapper around an embedder.
 
-A text that somebody waits for already is not asked for again. What was made before a call failed or was cancelled is
-kept, so that the next try goes on from there.
+Concurrent requests for the same text are computed once (single-flight). Rows completed before a call fails or is
+cancelled stay cached, so that a retry resumes from there.
 """
 
 from __future__ import annotations
@@ -25,47 +25,47 @@ from embeddings_mcp.models import InputType, ModelCard, Truncate
 _Result = TypeVar("_Result")
 
 _Outcome = Row | ModelUnavailable | None
-"""What became of a row that somebody waits for: None where it was not made, and asking again may help."""
+"""Outcome of a row in flight: None if it was not computed, but the waiting request may compute it itself."""
 
 _Call = dict[Key, "asyncio.Future[_Outcome]"]
-"""One asking of the embedder: the rows that others may wait for, until they have come."""
+"""The rows of one call to the embedder that are still in flight."""
 
-_SIGN_OF_LIFE = 5.0
-"""Seconds between two reports of progress while a request waits for another one."""
+_PROGRESS_INTERVAL = 5.0
+"""Seconds between two progress reports while a request waits for another one."""
 
 _SHORT_CALL = 64
-"""Rows. A longer call is waited for by requests of that length only: it would hold up a single query."""
+"""Rows. Only requests of at least the same length wait for a longer call, which would delay a single query."""
 
-_MOST_EXCHANGES = 3
-"""How often the model behind an endpoint may be exchanged while one request is answered."""
+_MAX_MODEL_CHANGES = 3
+"""How often the model behind an endpoint may change during one request."""
 
-_BYTES_ON_LOOP = 1 << 18
-"""Texts or vectors of more bytes than these are worked on beside the event loop: a millisecond of work."""
+_MAX_BYTES_ON_LOOP = 1 << 18
+"""Larger texts or vectors are processed on a worker thread; this many bytes take about a millisecond."""
 
 
 def cached(embedder: Embedder, cache: Cache) -> CachedEmbedder:
-    """The embedder behind this cache; it can do no less than without."""
+    """Wrap an embedder in this cache; a `MultiEmbedder` stays one."""
     if isinstance(embedder, MultiEmbedder):
         return CachedMultiEmbedder(embedder, cache)
     return CachedEmbedder(embedder, cache)
 
 
 class CachedEmbedder:
-    """Answers from the cache what it can, and has the rest made; follows `embedders.base.Embedder`.
+    """Takes rows from the cache and computes the missing ones; follows `embedders.base.Embedder`.
 
-    An answer is what it would be without the cache: rows stand where their texts do, vectors are bit for bit those that
-    were stored, and the tokens those that were counted when they were made. Where an endpoint says which model it
-    served, the rows of an answer are all of one model, the latest.
+    Results are the same as without the cache: rows are in the order of the texts, vectors are bit-identical to those
+    computed, and tokens are as counted then. If an endpoint reports which model it served, all rows of a result are of
+    the same model, the latest.
 
     Args:
-        embedder: makes the vectors.
-        cache: may be that of other embedders too. It is closed with each of them, and then empty for all.
+        embedder: computes the vectors.
+        cache: may be shared with other embedders. Closing any of them closes its file for all.
     """
 
     def __init__(self, embedder: Embedder, cache: Cache) -> None:
         self._embedder = embedder
         self._cache = cache
-        self._coming: dict[Key, _Call] = {}
+        self._in_flight: dict[Key, _Call] = {}
         self._latest: Kind | None = None
 
     @property
@@ -102,15 +102,15 @@ class CachedEmbedder:
         on_progress: OnProgress | None = None,
         on_rows: OnRows | None = None,
     ) -> Embeddings:
-        """See `Embedder.embed`; `on_rows` is given all rows at once, since what a failure would lose is kept here.
+        """See `Embedder.embed`; `on_rows` gets all rows at once, since rows completed before a failure stay cached.
 
-        A text that another request has asked for is waited for. Where that request is cancelled or refused, this one
-        asks for itself; where the model was unavailable to it, this one is told so too.
+        Texts that another request is computing are waited for. If that request is cancelled or refused, this one
+        computes them itself; if the model was unavailable to it, this one fails with the same error.
         """
         identity = await self._embedder.identify()  # from here on the card is exact
         generation = await self._cache.generation(self.card.id)
 
-        def find_keys() -> list[Key]:
+        def compute_keys() -> list[Key]:
             return keys_of(
                 texts,
                 identity=identity,
@@ -120,104 +120,104 @@ class CachedEmbedder:
                 truncate=truncate,
             )
 
-        async def make(wanted: list[Key]) -> None:
-            await self._make(request, wanted, input_type=input_type, truncate=truncate)
+        async def compute(keys: list[Key]) -> None:
+            await self._compute(request, keys, input_type=input_type, truncate=truncate)
 
-        keys = await _compute(find_keys, 256 * len(texts) + sum(map(len, texts)))
+        keys = await _run(compute_keys, 256 * len(texts) + sum(map(len, texts)))
         request = Request(texts, keys, on_progress)
         request.add(await self._cache.get(request.missing))
         telemetry.CACHE_TEXTS.labels("miss").inc(len(request.missing))
         telemetry.CACHE_TEXTS.labels("hit").inc(len(set(keys)) - len(request.missing))
-        exchanges = 0
+        model_changes = 0
         while True:
-            if strays := request.drop_strays(self._latest):
-                self._cache.memory.drop(strays)
-                exchanges += 1
-            await request.tell_news()
+            if dropped := request.drop_mismatched(self._latest):
+                self._cache.memory.drop(dropped)
+                model_changes += 1
+            await request.report_new_progress()
             if not request.missing:
                 break
-            if exchanges > _MOST_EXCHANGES:
+            if model_changes > _MAX_MODEL_CHANGES:
                 raise UpstreamFailed(
-                    f"{self.origin} serves {self.card.id} with different models in turn, whose vectors cannot stand in "
-                    "one answer: try again"
+                    f"{self.origin} serves {self.card.id} with different models in turn, whose vectors cannot be "
+                    "mixed in one response: try again"
                 )
-            await self._fill(request, make)
-        answer = await _compute(request.answer, request.bytes)
+            await self._fill(request, compute)
+        embeddings = await _run(request.result, request.bytes)
         if on_rows is not None:
-            on_rows(range(len(texts)), answer)
-        return answer
+            on_rows(range(len(texts)), embeddings)
+        return embeddings
 
-    async def _fill(self, request: Request, make: Callable[[list[Key]], Awaitable[None]]) -> None:
-        """Have made what nobody makes yet, and wait for the rest.
+    async def _fill(self, request: Request, compute: Callable[[list[Key]], Awaitable[None]]) -> None:
+        """Compute the missing rows that are not in flight, and wait for those that are.
 
-        Rows may be missing still afterwards, where a request that was waited for was cancelled or refused.
+        Rows may still be missing afterwards, if another request that was computing them was cancelled or refused.
         """
-        request.add(self._cache.memory.get(request.missing))  # what has come while the file was read
-        patience = max(_SHORT_CALL, len(request.texts))
-        calls = {key: call for key in request.missing if (call := self._coming.get(key)) is not None}
-        others = {key: call[key] for key, call in calls.items() if len(call) <= patience}
-        if mine := [key for key in request.missing if key not in others]:
-            await make(mine)
-        while others:
-            await asyncio.wait(others.values(), timeout=_SIGN_OF_LIFE)
-            outcomes = {key: coming.result() for key, coming in others.items() if coming.done()}
-            others = {key: coming for key, coming in others.items() if key not in outcomes}
+        request.add(self._cache.memory.get(request.missing))  # rows completed while the file was read
+        max_rows = max(_SHORT_CALL, len(request.texts))
+        calls = {key: call for key in request.missing if (call := self._in_flight.get(key)) is not None}
+        awaited = {key: call[key] for key, call in calls.items() if len(call) <= max_rows}
+        if own := [key for key in request.missing if key not in awaited]:
+            await compute(own)
+        while awaited:
+            await asyncio.wait(awaited.values(), timeout=_PROGRESS_INTERVAL)
+            outcomes = {key: future.result() for key, future in awaited.items() if future.done()}
+            awaited = {key: future for key, future in awaited.items() if key not in outcomes}
             request.add({key: outcome for key, outcome in outcomes.items() if isinstance(outcome, Row)})
             for outcome in outcomes.values():
                 if isinstance(outcome, ModelUnavailable):
                     raise outcome
-            if others:
-                await request.tell()
+            if awaited:
+                await request.report_progress()
 
-    async def _make(
-        self, request: Request, wanted: list[Key], *, input_type: InputType | None, truncate: Truncate
+    async def _compute(
+        self, request: Request, keys: list[Key], *, input_type: InputType | None, truncate: Truncate
     ) -> None:
-        """Ask the embedder, and keep whatever it makes, also where it fails in the end."""
+        """Compute these rows with the embedder, and cache those that it completes, even if it fails in the end."""
         call: _Call = {}
-        for key in wanted:
-            if key not in self._coming:
-                self._coming[key] = call
+        for key in keys:
+            if key not in self._in_flight:
+                self._in_flight[key] = call
                 call[key] = asyncio.get_running_loop().create_future()
-        kept: dict[Key, Row] = {}
+        completed: dict[Key, Row] = {}
         failure: ModelUnavailable | None = None
 
-        def take(positions: Sequence[int], made: Embeddings) -> None:
-            rows = dict(zip([wanted[position] for position in positions], rows_of(made), strict=True))
+        def store(positions: Sequence[int], embeddings: Embeddings) -> None:
+            rows = dict(zip([keys[position] for position in positions], rows_of(embeddings), strict=True))
             request.add(rows)
             self._latest = next(iter(rows.values())).kind
-            if np.isfinite(made.vectors).all():  # of others nothing is kept: the service refuses them
+            if np.isfinite(embeddings.vectors).all():  # the service refuses other vectors, so they are not cached
                 self._cache.memory.put(rows)
-                kept.update(rows)
-                self._settle(rows)
+                completed.update(rows)
+                self._resolve(rows)
 
         try:
             await self._embedder.embed(
-                request.texts_of(wanted),
+                request.texts_of(keys),
                 input_type=input_type,
                 truncate=truncate,
-                on_progress=request.tell,
-                on_rows=take,
+                on_progress=request.report_progress,
+                on_rows=store,
             )
         except InputUnusable as error:
-            raise error.about(lambda index: request.place_of(wanted[index])) from None
+            raise error.about(lambda index: request.position_of(keys[index])) from None
         except ModelUnavailable as error:
             failure = error
             raise
         finally:
-            self._settle(dict.fromkeys(call, failure))
-            if kept:
+            self._resolve(dict.fromkeys(call, failure))
+            if completed:
                 with anyio.CancelScope(shield=True):
-                    await self._cache.put(kept, model=self.card.id, origin=self.origin)
+                    await self._cache.put(completed, model=self.card.id, origin=self.origin)
 
-    def _settle(self, outcomes: Mapping[Key, _Outcome]) -> None:
-        """Tell those who wait for these rows what has become of them."""
+    def _resolve(self, outcomes: Mapping[Key, _Outcome]) -> None:
+        """Complete the futures of these rows."""
         for key, outcome in outcomes.items():
-            if (call := self._coming.pop(key, None)) is not None:
+            if (call := self._in_flight.pop(key, None)) is not None:
                 call.pop(key).set_result(outcome)
 
 
 class CachedMultiEmbedder(CachedEmbedder):
-    """The same before an embedder that makes more than dense vectors: what is large is made anew each time."""
+    """`CachedEmbedder` for a `MultiEmbedder`; only dense vectors are cached, since the others are large."""
 
     def __init__(self, embedder: MultiEmbedder, cache: Cache) -> None:
         super().__init__(embedder, cache)
@@ -237,6 +237,6 @@ class CachedMultiEmbedder(CachedEmbedder):
         )
 
 
-async def _compute(work: Callable[[], _Result], size: int) -> _Result:
-    """What `work` makes of so many bytes: on a worker thread where it would hold up the event loop."""
-    return work() if size <= _BYTES_ON_LOOP else await anyio.to_thread.run_sync(work)
+async def _run(work: Callable[[], _Result], size: int) -> _Result:
+    """Run `work` on this many bytes, on a worker thread if it would block the event loop for too long."""
+    return work() if size <= _MAX_BYTES_ON_LOOP else await anyio.to_thread.run_sync(work)

@@ -1,4 +1,4 @@
-"""What the operator may do with the file of a cache, also while servers use it: look into it, and empty it."""
+"""Operator commands on the cache file: inspect and clear it, also while servers are using it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from embeddings_mcp.errors import InvalidSetting
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What is in a folder.
+    """Contents of a cache file.
 
     Attributes:
-        path: the file.
-        bytes: that it takes on the disk; 0 where there is none yet.
-        holdings: by model.
+        path: of the file.
+        bytes: on disk; 0 if there is no file yet.
+        holdings: one for each model and origin.
     """
 
     path: str
@@ -27,13 +27,13 @@ class Contents:
 
 
 def inspect_cache(folder: Path) -> Contents:
-    """What the folder's cache holds; reads all of it.
+    """Return the contents of the cache in this folder; reads the whole file.
 
     Raises:
         InvalidSetting: the file cannot be used.
     """
     path = folder / FILE
-    if not _is_there(path):
+    if not _exists(path):
         return Contents(str(path), 0, [])
     try:
         with closing(Database(path)) as database:
@@ -45,20 +45,20 @@ def inspect_cache(folder: Path) -> Contents:
 
 
 def clear(folder: Path, model: str | None = None) -> int:
-    """Forget what the folder's cache holds; a file that is damaged is removed.
+    """Clear the cache in this folder; a damaged file is removed.
 
     Args:
         folder: of the cache.
-        model: forget this one's vectors only.
+        model: clear only this model's vectors.
 
     Returns:
-        How many vectors are forgotten, as far as they could be counted.
+        The number of vectors cleared; 0 for a damaged file.
 
     Raises:
-        InvalidSetting: the file is not ours, or cannot be used now.
+        InvalidSetting: the file is not a cache of this version, or cannot be used now.
     """
     path = folder / FILE
-    if not _is_there(path):
+    if not _exists(path):
         return 0
     try:
         return _clear(path, model)
@@ -78,14 +78,14 @@ def _clear(path: Path, model: str | None) -> int:
     return 0
 
 
-def _is_there(path: Path) -> bool:
-    """Whether there is a file.
+def _exists(path: Path) -> bool:
+    """Return whether the file exists.
 
     Raises:
-        InvalidSetting: nobody may look there, or no file can have such a name.
+        InvalidSetting: the folder cannot be accessed, or the path is not valid.
     """
     try:
-        path.stat()  # Path.exists says no to all errors, from Python 3.14 on
+        path.stat()  # from Python 3.14 on, Path.exists returns False for any error
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
@@ -100,6 +100,9 @@ def _unusable(path: Path, verb: str, error: Exception) -> InvalidSetting:
 
 
 def _files(path: Path) -> list[Path]:
-    """SQLite's journal, log and index, where they are, and the file: last, since once it is gone servers make anew."""
-    beside = [path.with_name(f"{path.name}{ending}") for ending in ("-journal", "-wal", "-shm")]
-    return [file for file in (*beside, path) if file.exists()]
+    """Return SQLite's existing journal, WAL and shared-memory files, then the database.
+
+    The database comes last, since running servers create a new one once it is removed.
+    """
+    companions = [path.with_name(f"{path.name}{suffix}") for suffix in ("-journal", "-wal", "-shm")]
+    return [file for file in (*companions, path) if file.exists()]

@@ -1,4 +1,4 @@
-"""The rows used last, in memory."""
+"""The in-memory LRU cache of rows."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Iterable, Mapping
 from embeddings_mcp.embedders.cache.rows import Key, Row
 
 _OVERHEAD = 400
-"""Bytes that a row takes besides its vector: key, number, two objects and its place in the table, as measured."""
+"""Measured memory of a row in addition to its vector: key, token count, two objects and the dictionary entry."""
 
 
 class MemoryStore:
-    """Rows within a bound, out of which the one goes first that was not used for longest.
+    """An LRU cache of rows, bounded by their size in bytes.
 
     Args:
-        max_bytes: the bound; 0 keeps nothing.
+        max_bytes: bound on the total size; 0 stores nothing.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -27,7 +27,7 @@ class MemoryStore:
         return len(self._rows)
 
     def get(self, keys: Iterable[Key]) -> dict[Key, Row]:
-        """Those of the rows asked for that are here."""
+        """Return the stored rows among these keys."""
         found = {}
         for key in keys:
             row = self._rows.get(key)
@@ -37,7 +37,7 @@ class MemoryStore:
         return found
 
     def put(self, rows: Mapping[Key, Row]) -> None:
-        """Keep these rows, in the place of others under the same keys."""
+        """Store these rows, replacing rows with the same keys, and evict the least recently used rows."""
         self.drop(rows)
         for key, row in rows.items():
             self._rows[key] = row
@@ -47,7 +47,7 @@ class MemoryStore:
             self._bytes -= _cost(oldest)
 
     def drop(self, keys: Iterable[Key]) -> None:
-        """Forget these rows."""
+        """Remove these rows."""
         for key in keys:
             row = self._rows.pop(key, None)
             if row is not None:

@@ -1,4 +1,4 @@
-"""What is remembered of a text, and the key under which it is found again."""
+"""The rows of the cache, one per text, and their keys."""
 
 from __future__ import annotations
 
@@ -13,20 +13,19 @@ from embeddings_mcp.embedders.base import Embeddings
 from embeddings_mcp.models import InputType, ModelCard, Truncate
 
 Key = bytes
-"""A digest of 32 bytes of a text and of everything else that decides about its vector."""
-
+"""A 32-byte digest of a text and of everything else that its vector depends on."""
 
 Kind = tuple[str | None, int]
-"""The model that made a row, as far as an endpoint tells, and the bytes of its vector: alike for all of an answer."""
+"""The model id reported by the endpoint, if any, and the bytes of the vector; the same for all rows of a result."""
 
 
 class Row(NamedTuple):
-    """What was made of one text.
+    """The embedding of one text.
 
     Attributes:
         vector: float32, little-endian.
-        tokens: of the text, as `Embeddings.tokens` has them.
-        served_model: the model that made it, as `Embeddings.served_model` has it.
+        tokens: number of tokens, as in `Embeddings.tokens`.
+        served_model: model that produced the vector, as in `Embeddings.served_model`.
     """
 
     vector: bytes
@@ -35,7 +34,7 @@ class Row(NamedTuple):
 
     @property
     def kind(self) -> Kind:
-        """What must be alike for vectors to be compared."""
+        """Only vectors of the same kind can be compared."""
         return self.served_model, len(self.vector)
 
 
@@ -48,34 +47,34 @@ def keys_of(
     input_type: InputType | None,
     truncate: Truncate,
 ) -> list[Key]:
-    """The key of each text: the same only where the vectors are the same.
+    """Return the key of each text; equal keys imply equal vectors.
 
     Args:
-        texts: taken as they are, to the character.
+        texts: not normalized in any way.
         identity: of the embedder (`Embedder.identify`).
-        generation: of its rows (`Cache.generation`): what is still being made while they are cleared is found no more.
-        card: of the embedder, once it is exact.
-        input_type: counts by itself beside its prompt, for an endpoint may put a prompt of its own before the text.
-        truncate: counts for every text, since how long a text is for the model is not known here.
+        generation: of its rows (`Cache.generation`), so that rows computed while the cache is cleared are not found.
+        card: of the embedder, read after `Embedder.identify`.
+        input_type: part of the key in addition to its prompt, since an endpoint may prepend a prompt of its own.
+        truncate: part of the key of every text, since its number of tokens is not known here.
     """
-    asked_type = None if card.input_type == "ignored" else input_type
-    context = json.dumps([identity, generation, asked_type, card.prompt(input_type), truncate, card.max_tokens])
+    effective_type = None if card.input_type == "ignored" else input_type
+    context = json.dumps([identity, generation, effective_type, card.prompt(input_type), truncate, card.max_tokens])
     salt = hashlib.blake2b(context.encode()).digest()
     return [hashlib.blake2b(text.encode("utf-8", "surrogatepass"), key=salt, digest_size=32).digest() for text in texts]
 
 
-def rows_of(made: Embeddings) -> list[Row]:
-    """What an embedder made, text by text."""
-    data = np.ascontiguousarray(made.vectors, dtype="<f4").tobytes()
-    size = len(data) // len(made.tokens)
+def rows_of(embeddings: Embeddings) -> list[Row]:
+    """Split embeddings into one row per text."""
+    data = np.ascontiguousarray(embeddings.vectors, dtype="<f4").tobytes()
+    size = len(data) // len(embeddings.tokens)
     return [
-        Row(data[place * size : (place + 1) * size], int(tokens), made.served_model)
-        for place, tokens in enumerate(made.tokens)
+        Row(data[index * size : (index + 1) * size], int(tokens), embeddings.served_model)
+        for index, tokens in enumerate(embeddings.tokens)
     ]
 
 
-def gathered(rows: Sequence[Row]) -> Embeddings:
-    """Rows of one model, at least one, as an embedder would give them; the vectors cannot be written to."""
+def embeddings_of(rows: Sequence[Row]) -> Embeddings:
+    """Join one or more rows of the same kind; the array of vectors is read-only."""
     data = np.frombuffer(b"".join([row.vector for row in rows]), dtype="<f4")
     vectors = data.astype(np.float32, copy=False).reshape(len(rows), -1)
     return Embeddings(vectors, [row.tokens for row in rows], rows[0].served_model)

@@ -1,4 +1,4 @@
-"""The rows of all models of a server: in memory and, where the operator wants it, in a file behind it."""
+"""The cache of a server, shared by all of its models: in memory and optionally on disk."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from embeddings_mcp.embedders.cache.rows import Key, Row
 
 
 class Cache:
-    """Memory before a file.
+    """A two-level cache: memory first, then a file.
 
     Args:
-        memory: looked into first; what is read from the file goes there.
-        disk: the file, or None.
+        memory: the first level; rows read from the file are put here too.
+        disk: the second level, or None.
     """
 
     def __init__(self, memory: MemoryStore, disk: DiskStore | None = None) -> None:
@@ -22,11 +22,11 @@ class Cache:
         self.disk = disk
 
     async def generation(self, model: str) -> str:
-        """Belongs in the keys of a model's rows: another one once the operator has cleared them in the file."""
+        """Return a part of the keys of a model's rows that changes when the operator clears them in the file."""
         return "" if self.disk is None else await self.disk.generation(model)
 
     async def get(self, keys: Sequence[Key]) -> dict[Key, Row]:
-        """Those of the rows asked for that are here."""
+        """Return the cached rows among these keys."""
         found = self.memory.get(keys)
         if self.disk is None or len(found) == len(keys):
             return found
@@ -35,11 +35,11 @@ class Cache:
         return found | read
 
     async def put(self, rows: Mapping[Key, Row], *, model: str, origin: str) -> None:
-        """Keep in the file what `memory` was given one by one."""
+        """Store in the file rows that are in `memory` already."""
         if self.disk is not None:
             await self.disk.put(rows, model=model, origin=origin)
 
     async def aclose(self) -> None:
-        """Close the file; may be done more than once."""
+        """Close the file; idempotent."""
         if self.disk is not None:
             await self.disk.aclose()
