@@ -63,7 +63,7 @@ def problem(status: int, title: str, detail: str | None = None) -> tuple[int, ob
     return status, body if detail is None else {**body, "detail": detail}
 
 
-KEY_REFUSED = ("does not accept the API key in NVIDIA_API_KEY", "ask whoever runs it")
+KEY_REFUSED = ("does not accept the API key in NVIDIA_API_KEY", "ask its operator")
 
 CASES = (
     # --- The hosted gateway ---

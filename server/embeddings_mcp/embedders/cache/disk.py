@@ -43,9 +43,7 @@ class DiskStore:
         self.path = folder / FILE
         self._max_bytes = max_bytes
         self._database: Database | None = None
-        self._generations: dict[
-            str, tuple[_FileState, str]
-        ] = {}  # by model, with the file state at which each was read
+        self._generations: dict[str, tuple[_FileState, str]] = {}  # by model, with the file state when it was read
         self._lock = threading.Lock()
         self._limiter = anyio.CapacityLimiter(1)
         self._disabled_until = 0.0
@@ -57,8 +55,8 @@ class DiskStore:
         If the file cannot be read, its state is returned instead, so that rows cleared in the meantime are not found.
         """
         state = self._file_state()
-        read_at, generation = self._generations.get(model, (None, ""))
-        if state is not None and state == read_at:
+        known_state, generation = self._generations.get(model, (None, ""))
+        if state is not None and state == known_state:
             return generation
         read = await self._run_in_thread(lambda database: database.generation(model), None)
         if read is None:

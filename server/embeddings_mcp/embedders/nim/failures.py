@@ -263,7 +263,7 @@ _REQUEST_FAILURES: tuple[
 
 def _key_refused(response: ErrorResponse) -> Failure:
     endpoint = response.endpoint
-    source = f"keys come from {KEYS_URL}" if endpoint.hosted else "ask whoever runs it for one"
+    source = f"keys come from {KEYS_URL}" if endpoint.hosted else "ask its operator for one"
     if endpoint.caller_keys and (endpoint.for_caller or endpoint.api_key is None):
         # Only the caller can fix this.
         found = f"does not accept the key ({response.status})" if endpoint.for_caller else "asks for a key"

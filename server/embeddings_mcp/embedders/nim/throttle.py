@@ -77,9 +77,7 @@ class Throttle:
             finally:
                 # Exponential moving average: recent requests predict best how long the next one will take.
                 seconds = anyio.current_time() - now
-                self._average_seconds = (
-                    0.8 * self._average_seconds + 0.2 * seconds if self._average_seconds else seconds
-                )
+                self._average_seconds = 0.8 * (self._average_seconds or seconds) + 0.2 * seconds
 
     def pause_for(self, seconds: float) -> None:
         """Start no request for this long, as the endpoint has asked."""
@@ -103,6 +101,6 @@ class Throttle:
             count = "the request" if requests == 1 else f"the last of {requests:,} requests"
             raise Overloaded(
                 f"{self._name} is busy: {count} to it would have to wait {wait:,.0f} s, and only {left:,.0f} s are "
-                "left; try again later, or with fewer texts at once",
+                "left before its deadline; try again later, or with fewer texts at once",
                 retry_after=max(wait - left, 1.0),
             )
