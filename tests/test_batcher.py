@@ -1,4 +1,4 @@
-"""The queue before a model: who shares a batch, who goes first, and that everybody gets his own."""
+"""The queue of a model: which requests share a batch, which go first, and that each gets its own results."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ BUDGET = 8
 
 @dataclass
 class Steps:
-    """What a batcher runs: it makes ``(kind, row)`` of every row, once the test lets the batch end."""
+    """The `run` of a batcher: returns ``(kind, row)`` for each row, once the test lets the batch end."""
 
-    begun: queue.SimpleQueue[tuple[str, list[int]]] = field(default_factory=queue.SimpleQueue)
+    started: queue.SimpleQueue[tuple[str, list[int]]] = field(default_factory=queue.SimpleQueue)
     may_end: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
 
     def __call__(self, kind: str, rows: Sequence[Sequence[int]]) -> list[tuple[str, Sequence[int]]]:
-        self.begun.put((kind, [len(row) for row in rows]))
+        self.started.put((kind, [len(row) for row in rows]))
         assert self.may_end.acquire(timeout=SECONDS), "the test did not let the batch end"
         if any(13 in row for row in rows):
             raise ValueError("thirteen")
         return [(kind, row) for row in rows]
 
     async def next_batch(self) -> tuple[str, list[int]]:
-        """Kind and lengths of the next batch that begins."""
-        return await anyio.to_thread.run_sync(lambda: self.begun.get(timeout=SECONDS))
+        """Return kind and lengths of the next batch that starts."""
+        return await anyio.to_thread.run_sync(lambda: self.started.get(timeout=SECONDS))
 
 
 async def submit(
@@ -55,20 +55,20 @@ async def submit(
     at_once: int = 100,
     claim: Claim | None = None,
 ) -> list[object]:
-    """The results in the rows' order, which are brought so many at once."""
+    """Submit rows, `at_once` at a time; return the results in the order of the rows."""
     results: dict[int, object] = {}
     pieces = [rows[start : start + at_once] for start in range(0, len(rows), at_once)]
 
-    async def bring() -> Sequence[Sequence[int]]:
+    async def more() -> Sequence[Sequence[int]]:
         await anyio.lowlevel.checkpoint()
         return pieces.pop(0) if pieces else ()
 
-    def take(places: Sequence[int], made: Sequence[object]) -> None:
-        assert not results.keys() & set(places), "a result was given twice"
-        results.update(zip(places, made, strict=True))
+    def on_results(indices: Sequence[int], new: Sequence[object]) -> None:
+        assert not results.keys() & set(indices), "a result was delivered twice"
+        results.update(zip(indices, new, strict=True))
 
     with anyio.fail_after(SECONDS), with_caller_name(caller):
-        await batcher.submit(kind, pieces.pop(0), take, more=bring, claim=claim)
+        await batcher.submit(kind, pieces.pop(0), on_results, more=more, claim=claim)
     return [results[index] for index in range(len(rows))]
 
 
@@ -77,7 +77,7 @@ async def until_queued(batcher: Batcher[str, object], tokens: int) -> None:
 
 
 async def checkpoints(count: int) -> None:
-    """Let the event loop go on so often."""
+    """Let the event loop run this many times."""
     for _ in range(count):
         await anyio.lowlevel.checkpoint()
 
@@ -96,7 +96,7 @@ def row(length: int) -> list[int]:
     padded=st.booleans(),
     at_once=st.integers(1, 12),
 )
-def test_every_caller_gets_the_results_of_his_own_rows_in_their_order(
+def test_every_caller_gets_the_results_of_their_own_rows_in_order(
     requests: list[tuple[str, list[list[int]]]], workers: int, padded: bool, at_once: int
 ) -> None:
     sizes: list[int] = []
@@ -130,8 +130,8 @@ def test_every_caller_gets_the_results_of_his_own_rows_in_their_order(
     requests=st.lists(
         st.tuples(
             st.lists(st.lists(st.integers(1, 13), min_size=1, max_size=9), min_size=1, max_size=9),
-            st.integers(1, 4),  # rows that are brought at once
-            st.integers(0, 12),  # steps of the event loop until it comes
+            st.integers(1, 4),  # rows submitted at a time
+            st.integers(0, 12),  # steps of the event loop until it arrives
             st.integers(0, 12) | st.none(),  # steps until it is cancelled
         ),
         min_size=1,
@@ -140,7 +140,7 @@ def test_every_caller_gets_the_results_of_his_own_rows_in_their_order(
     workers=st.integers(1, 3),
     closed_after=st.integers(0, 30) | st.none(),
 )
-def test_nothing_of_a_request_is_left_in_the_queue_however_it_ends(
+def test_no_row_of_a_request_stays_in_the_queue_however_it_ends(
     requests: list[tuple[list[list[int]], int, int, int | None]], workers: int, closed_after: int | None
 ) -> None:
     claims: list[Claim] = []
@@ -151,30 +151,30 @@ def test_nothing_of_a_request_is_left_in_the_queue_however_it_ends(
         return list(rows)
 
     async def ask(batcher: Batcher[str, object], rows: list[list[int]], at_once: int) -> None:
-        left = list(rows)
+        remaining = list(rows)
 
-        async def bring() -> list[list[int]]:
+        async def more() -> list[list[int]]:
             await checkpoints(1)
-            piece, left[:] = left[:at_once], left[at_once:]
+            piece, remaining[:] = remaining[:at_once], remaining[at_once:]
             claim.expected -= sum(map(len, piece))
             return piece
 
         with (
             contextlib.suppress(ValueError, Overloaded, ServerStopped),
-            batcher.expecting(id(rows), sum(map(len, rows))) as claim,
+            batcher.admit(id(rows), sum(map(len, rows))) as claim,
         ):
             claims.append(claim)
-            await batcher.submit("a", await bring(), lambda _places, _made: None, more=bring, claim=claim)
+            await batcher.submit("a", await more(), lambda _indices, _results: None, more=more, claim=claim)
 
     async def ask_all() -> None:
         batcher = Batcher[str, object](run, workers=workers, budget=BUDGET, max_queued_tokens=40)
 
-        async def come_and_go(rows: list[list[int]], at_once: int, comes: int, goes: int | None) -> None:
-            await checkpoints(comes)
+        async def come_and_go(rows: list[list[int]], at_once: int, arrives: int, leaves: int | None) -> None:
+            await checkpoints(arrives)
             async with anyio.create_task_group() as caller:
                 caller.start_soon(ask, batcher, rows, at_once)
-                if goes is not None:
-                    await checkpoints(goes)
+                if leaves is not None:
+                    await checkpoints(leaves)
                     caller.cancel_scope.cancel()
 
         with anyio.fail_after(SECONDS):
@@ -192,7 +192,7 @@ def test_nothing_of_a_request_is_left_in_the_queue_however_it_ends(
 
 
 @pytest.mark.anyio
-async def test_requests_that_wait_share_a_batch_up_to_the_budget() -> None:
+async def test_waiting_requests_share_a_batch_up_to_the_token_budget() -> None:
     steps = Steps()
     batcher = Batcher[str, object](steps, workers=1, budget=BUDGET)
     async with anyio.create_task_group() as callers:
@@ -207,7 +207,7 @@ async def test_requests_that_wait_share_a_batch_up_to_the_budget() -> None:
 
 
 @pytest.mark.anyio
-async def test_texts_of_another_kind_wait_for_a_batch_of_their_own() -> None:
+async def test_rows_of_another_kind_get_a_batch_of_their_own() -> None:
     steps = Steps()
     batcher = Batcher[str, object](steps, workers=1, budget=BUDGET)
     async with anyio.create_task_group() as callers:
@@ -221,7 +221,7 @@ async def test_texts_of_another_kind_wait_for_a_batch_of_their_own() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_query_overtakes_bulk_and_bulk_gets_on_under_queries() -> None:
+async def test_a_query_overtakes_bulk_and_bulk_makes_progress_among_queries() -> None:
     steps = Steps()
     batcher = Batcher[str, object](steps, workers=1, budget=4)
     async with anyio.create_task_group() as callers:
@@ -233,7 +233,7 @@ async def test_a_query_overtakes_bulk_and_bulk_gets_on_under_queries() -> None:
         steps.may_end.release(100)
         order = [(await steps.next_batch())[1] for _ in range(11)]
     assert order[0] == [3], "the first query waited for one batch only"
-    assert order.index([4]) < 4, "bulk went on before the queries ended"
+    assert order.index([4]) < 4, "bulk made progress before the queries ended"
 
 
 @pytest.mark.anyio
@@ -248,14 +248,14 @@ async def test_as_many_batches_run_at_once_as_there_are_workers() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_worker_goes_on_with_what_waits_while_the_event_loop_is_busy() -> None:
+async def test_a_worker_takes_its_next_batch_while_the_event_loop_is_busy() -> None:
     steps = Steps()
     batcher = Batcher[str, object](steps, workers=1, budget=BUDGET)
     async with anyio.create_task_group() as callers:
         callers.start_soon(submit, batcher, [row(8), row(7)])
         assert await steps.next_batch() == ("a", [8])
         steps.may_end.release()
-        assert steps.begun.get(timeout=SECONDS) == ("a", [7]), "waited for here, so that the loop can do nothing else"
+        assert steps.started.get(timeout=SECONDS) == ("a", [7]), "waited for here, so that the event loop is blocked"
         steps.may_end.release()
 
 
@@ -263,15 +263,15 @@ async def test_a_worker_goes_on_with_what_waits_while_the_event_loop_is_busy() -
 @pytest.mark.parametrize(
     ("texts", "batches"),
     [([row(100)] * 12, [6, 3, 2, 1]), ([row(50)] * 4, [4])],
-    ids=["a part of what is left each time", "all, where it is too little for two"],
+    ids=["a fraction of what is left each time", "all, if it is too little for two"],
 )
-async def test_workers_share_what_waits(texts: list[list[int]], batches: list[int]) -> None:
+async def test_workers_share_the_queue(texts: list[list[int]], batches: list[int]) -> None:
     steps = Steps()
-    batcher = Batcher[str, object](steps, workers=2, budget=2048, least_share=256)
+    batcher = Batcher[str, object](steps, workers=2, budget=2048, min_share=256)
     async with anyio.create_task_group() as callers:
         callers.start_soon(submit, batcher, texts)
         first = [len((await steps.next_batch())[1]) for _ in batches[:2]]
-        assert sorted(first, reverse=True) == batches[:2], "side by side, and begun in any order"
+        assert sorted(first, reverse=True) == batches[:2], "at the same time, and started in any order"
         for size in batches[2:]:
             steps.may_end.release()
             assert len((await steps.next_batch())[1]) == size
@@ -279,7 +279,7 @@ async def test_workers_share_what_waits(texts: list[list[int]], batches: list[in
 
 
 @pytest.mark.anyio
-async def test_requests_that_come_in_together_share_a_batch_also_when_a_worker_is_idle() -> None:
+async def test_requests_that_arrive_together_share_a_batch_even_if_a_worker_is_idle() -> None:
     steps = Steps()
     batcher = Batcher[str, object](steps, workers=1, budget=BUDGET)
     async with anyio.create_task_group() as callers:
@@ -290,7 +290,7 @@ async def test_requests_that_come_in_together_share_a_batch_also_when_a_worker_i
 
 
 @pytest.mark.anyio
-async def test_a_caller_who_leaves_takes_his_texts_out_of_the_queue() -> None:
+async def test_cancelling_a_request_removes_its_rows_from_the_queue() -> None:
     steps = Steps()
     batcher = Batcher[str, object](steps, workers=1, budget=BUDGET)
     async with anyio.create_task_group() as leaving:
@@ -300,11 +300,11 @@ async def test_a_caller_who_leaves_takes_his_texts_out_of_the_queue() -> None:
     assert batcher.queued_tokens == 0
     steps.may_end.release(2)
     assert await submit(batcher, [row(2)]) == [("a", row(2))]
-    assert steps.begun.get_nowait() == ("a", [2])
+    assert steps.started.get_nowait() == ("a", [2])
 
 
 @pytest.mark.anyio
-async def test_a_batch_that_fails_fails_those_whose_texts_it_held() -> None:
+async def test_a_failed_batch_fails_the_requests_whose_rows_it_had() -> None:
     steps = Steps()
     batcher = Batcher[str, object](steps, workers=1, budget=BUDGET)
     steps.may_end.release(100)
@@ -315,66 +315,66 @@ async def test_a_batch_that_fails_fails_those_whose_texts_it_held() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
+async def test_a_full_queue_refuses_with_retry_after() -> None:
     steps = Steps()
     batcher = Batcher[str, object](steps, workers=1, budget=BUDGET, max_queued_tokens=20)
     async with anyio.create_task_group() as callers:
         callers.start_soon(submit, batcher, [row(8)] * 3)
         await steps.next_batch()
-        with pytest.raises(Overloaded, match="16 tokens wait already") as refused, batcher.expecting("newcomer", 8):
+        with pytest.raises(Overloaded, match="16 tokens wait already") as refused, batcher.admit("newcomer", 8):
             pass
         assert refused.value.retry_after == 1
         steps.may_end.release(100)
 
 
-def test_what_is_expected_takes_room_too_until_it_is_there() -> None:
+def test_expected_tokens_take_capacity_until_they_are_queued() -> None:
     batcher = Batcher[str, object](Steps(), workers=1, budget=BUDGET, max_queued_tokens=20)
     with (
-        batcher.expecting("first", 16),
+        batcher.admit("first", 16),
         pytest.raises(Overloaded, match="16 tokens wait already"),
-        batcher.expecting("second", 8),
+        batcher.admit("second", 8),
     ):
         pass
-    with batcher.expecting("first", 16) as claim:
+    with batcher.admit("first", 16) as claim:
         claim.expected -= 10
-        with batcher.expecting("second", 8):
+        with batcher.admit("second", 8):
             pass
-    with batcher.expecting("second", 20):
+    with batcher.admit("second", 20):
         pass
 
 
 @pytest.mark.anyio
-async def test_a_request_larger_than_the_queue_is_taken_when_nothing_waits() -> None:
+async def test_a_request_larger_than_the_queue_is_admitted_when_the_queue_is_empty() -> None:
     steps = Steps()
     steps.may_end.release(100)
     batcher = Batcher[str, object](steps, workers=1, budget=BUDGET, max_queued_tokens=20)
-    with batcher.expecting("large", 48):
+    with batcher.admit("large", 48):
         pass
     assert len(await submit(batcher, [row(8)] * 6)) == 6
 
 
 @pytest.mark.anyio
-async def test_a_request_larger_than_the_queue_leaves_room_to_others() -> None:
+async def test_a_request_larger_than_the_queue_leaves_capacity_to_others() -> None:
     steps = Steps()
     batcher = Batcher[str, object](steps, workers=1, budget=BUDGET, max_queued_tokens=20)
     async with anyio.create_task_group() as callers:
-        with batcher.expecting("large", 48) as claim:
+        with batcher.admit("large", 48) as claim:
             callers.start_soon(functools.partial(submit, batcher, [row(8)] * 4, claim=claim))
             await until_queued(batcher, 24)
             claim.expected -= 32
             with (
-                batcher.expecting("small", 5),
+                batcher.admit("small", 5),
                 pytest.raises(Overloaded, match="45 tokens wait"),
-                batcher.expecting("another", 1),
+                batcher.admit("another", 1),
             ):
                 pass
             steps.may_end.release(100)
-    with batcher.expecting("later", 20):
+    with batcher.admit("later", 20):
         pass
 
 
 @pytest.mark.anyio
-async def test_closing_fails_what_waits_and_takes_no_more() -> None:
+async def test_closing_fails_waiting_rows_and_refuses_new_ones() -> None:
     steps = Steps()
     batcher = Batcher[str, object](steps, workers=1, budget=BUDGET)
 
@@ -387,7 +387,7 @@ async def test_closing_fails_what_waits_and_takes_no_more() -> None:
         await steps.next_batch()
         batcher.close(STOPPED)
         steps.may_end.release(100)
-    assert steps.begun.empty()
+    assert steps.started.empty()
     with pytest.raises(ServerStopped):
         await submit(batcher, [row(1)])
 
@@ -414,14 +414,14 @@ async def test_a_query_waits_for_one_batch_however_many_texts_another_caller_sen
 
 
 @pytest.mark.anyio
-async def test_what_a_caller_was_served_is_forgotten_once_nothing_of_his_is_left() -> None:
+async def test_the_tokens_served_to_a_caller_are_forgotten_after_their_last_request() -> None:
     steps = Steps()
     batcher = Batcher[str, object](steps, workers=1, budget=BUDGET)
     steps.may_end.release(1)
     await submit(batcher, [row(8)], caller="again")
     await steps.next_batch()
     async with anyio.create_task_group() as callers:
-        callers.start_soon(submit, batcher, [row(8)], "a", "who holds up the others")
+        callers.start_soon(submit, batcher, [row(8)], "a", "blocking")
         await steps.next_batch()
         callers.start_soon(submit, batcher, [row(5)], "a", "again")
         await until_queued(batcher, 5)
@@ -432,7 +432,7 @@ async def test_what_a_caller_was_served_is_forgotten_once_nothing_of_his_is_left
 
 
 @pytest.mark.anyio
-async def test_a_request_comes_and_goes_without_a_step_for_each_other_that_is_there() -> None:
+async def test_the_cost_of_a_request_does_not_grow_with_the_number_of_others() -> None:
     others = 1_000
     calls = 0
 
@@ -449,8 +449,8 @@ async def test_a_request_comes_and_goes_without_a_step_for_each_other_that_is_th
         before = sys.getprofile()
         sys.setprofile(count)
         try:
-            with batcher.expecting("newcomer", 1) as claim:
-                await batcher.submit("a", [], lambda _places, _made: None, claim=claim)
+            with batcher.admit("newcomer", 1) as claim:
+                await batcher.submit("a", [], lambda _indices, _results: None, claim=claim)
         finally:
             sys.setprofile(before)
         steps.may_end.release()
@@ -459,16 +459,16 @@ async def test_a_request_comes_and_goes_without_a_step_for_each_other_that_is_th
 
 @pytest.mark.anyio
 @pytest.mark.parametrize(("workers", "waits"), [(1, [2, 4, 7]), (2, [1, 2, 4])])
-async def test_those_who_are_refused_are_asked_back_as_fast_as_the_workers_are_seen_to_be(
+async def test_retry_after_follows_the_measured_throughput_of_the_workers(
     monkeypatch: pytest.MonkeyPatch, workers: int, waits: list[float]
 ) -> None:
-    """After the 2 s of work that the one before him brings, and a third more; in half of the time where two work."""
+    """The 2 s of work of the request before, and a third more; half of that with two workers."""
     clock = Clock()
     monkeypatch.setattr("embeddings_mcp.embedders.batcher.time", clock)
     monkeypatch.setattr("embeddings_mcp.reservations.time", clock)
     steps = Steps()
     batcher = Batcher[str, object](steps, workers=workers, budget=BUDGET, max_queued_tokens=20)
-    told = []
+    retry_after = []
     async with anyio.create_task_group() as callers:
         callers.start_soon(submit, batcher, [row(8)])
         await steps.next_batch()
@@ -480,20 +480,20 @@ async def test_those_who_are_refused_are_asked_back_as_fast_as_the_workers_are_s
         for _ in range(workers):
             await steps.next_batch()
         for caller in ("first", "second", "third"):
-            with pytest.raises(Overloaded) as refused, batcher.expecting(caller, 8):
+            with pytest.raises(Overloaded) as refused, batcher.admit(caller, 8):
                 pass
-            told.append(refused.value.retry_after)
+            retry_after.append(refused.value.retry_after)
         steps.may_end.release(100)
-    assert told == waits
-    clock.now += told[0]
-    with batcher.expecting("first", 8), batcher.expecting("newcomer, besides whom a place is kept for the second", 4):
+    assert retry_after == waits
+    clock.now += retry_after[0]
+    with batcher.admit("first", 8), batcher.admit("new, next to the reservation of the second", 4):
         pass
 
 
 @pytest.mark.anyio
 async def test_a_worker_that_dies_is_replaced_and_its_requests_are_answered() -> None:
     class Gone(BaseException):
-        """What no code is expected to catch."""
+        """An exception that no code is expected to catch."""
 
     deaths = [Gone(), None]
 
@@ -509,7 +509,7 @@ async def test_a_worker_that_dies_is_replaced_and_its_requests_are_answered() ->
 
 
 @pytest.mark.anyio
-async def test_a_thread_that_cannot_be_prepared_is_replaced_too(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_worker_whose_preparation_fails_is_replaced_too(caplog: pytest.LogCaptureFixture) -> None:
     failures = [OSError("no such core"), None, None]
 
     def prepare() -> None:
@@ -520,14 +520,14 @@ async def test_a_thread_that_cannot_be_prepared_is_replaced_too(caplog: pytest.L
     steps.may_end.release(10)
     batcher = Batcher[str, object](steps, workers=1, budget=BUDGET, prepare_worker=prepare)
     async with anyio.create_task_group() as others:
-        others.start_soon(submit, batcher, [row(3)], "who waits meanwhile")
+        others.start_soon(submit, batcher, [row(3)], "waiting")
         with pytest.raises(ModelUnavailable):
             await submit(batcher, [row(2)])
     assert await submit(batcher, [row(2)]) == [("a", row(2))]
 
 
 @pytest.mark.anyio
-async def test_where_no_thread_can_be_started_requests_are_answered_so(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_requests_fail_if_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = Steps()
     steps.may_end.release(10)
     batcher = Batcher[str, object](steps, workers=1, budget=BUDGET)
@@ -538,6 +538,6 @@ async def test_where_no_thread_can_be_started_requests_are_answered_so(monkeypat
 
         patch.setattr("concurrent.futures.thread.threading.Thread.start", start)
         with pytest.raises(ModelUnavailable, match="can't start new thread"):
-            await batcher.submit("a", [row(2)], lambda places, made: None)
+            await batcher.submit("a", [row(2)], lambda _indices, _results: None)
     assert batcher.queued_tokens == 0
     assert await submit(batcher, [row(2)]) == [("a", row(2))]

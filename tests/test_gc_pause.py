@@ -1,4 +1,4 @@
-"""A start that collects no garbage, and a server that does."""
+"""Garbage collection is paused during start-up, and on afterwards."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from embeddings_mcp.gc_pause import gc_paused
 
 
-def test_garbage_is_collected_again_after_the_block_also_where_it_failed() -> None:
+def test_garbage_is_collected_again_after_the_block_even_if_it_failed() -> None:
     with gc_paused():
         assert not gc.isenabled()
     assert gc.isenabled()
@@ -19,7 +19,7 @@ def test_garbage_is_collected_again_after_the_block_also_where_it_failed() -> No
     assert gc.isenabled()
 
 
-def test_what_a_start_has_made_is_not_looked_through_again() -> None:
+def test_objects_made_in_the_block_are_not_scanned_again() -> None:
     with gc_paused():
         made: list[list[int]] = [[] for _ in range(1000)]
     assert gc.get_freeze_count() >= 1000

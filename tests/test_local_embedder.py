@@ -1,6 +1,6 @@
-"""The local encoder behind the protocol: loaded once, never on the event loop, in turns, cancelled between batches.
+"""The embedder of a local model: loaded once, never on the event loop, fair to requests, cancelled between batches.
 
-A stand-in takes the encoder's place, so that a test decides when loading ends and when a batch does.
+A fake encoder lets the tests decide when loading and each batch end.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ SIX = Facts(card=EXACT, dimensions=1, vocabulary=1, packed=True, tokens_per_batc
 
 @dataclass
 class SteppedEncoder:
-    """Six tokens a batch; each batch waits until the test lets it end. The vector of a text is its length: a token for
-    each character, and special ones if wanted.
+    """Six tokens a batch; each batch waits until the test lets it end. The vector of a text is its length: one token
+    for each character, plus `special` tokens.
 
-    Texts are tokenized a hundred at a time; the first of a request at once, the others when the test says so.
+    Texts are tokenized a hundred at a time: the first hundred of a request at once, the others when the test allows it.
     """
 
     facts: Facts = SIX
     special: int = 0
     alive: bool = True
     closed: int = 0
-    begun: queue.SimpleQueue[list[int]] = field(default_factory=queue.SimpleQueue)
+    started: queue.SimpleQueue[list[int]] = field(default_factory=queue.SimpleQueue)
     steps: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     may_tokenize: threading.Event = field(default_factory=threading.Event)
 
@@ -63,25 +63,25 @@ class SteppedEncoder:
         return 1
 
     def compute_on(self, cores: int) -> None:
-        """On one core, of which this needs none."""
+        """Nothing to do: it needs no cores."""
 
     def close(self) -> None:
         self.closed += 1
 
     def forward(self, rows: Sequence[Sequence[int]], skip: int) -> Any:
         lengths = [len(row) for row in rows]
-        self.begun.put(lengths)
+        self.started.put(lengths)
         assert self.steps.acquire(timeout=SECONDS), "the test did not let the batch end"
         return np.array(lengths, np.float32)[:, None]
 
     async def next_batch(self) -> list[int]:
-        """The lengths of the texts in the next batch that begins."""
-        return await anyio.to_thread.run_sync(lambda: self.begun.get(timeout=SECONDS))
+        """Return the lengths of the texts in the next batch that starts."""
+        return await anyio.to_thread.run_sync(lambda: self.started.get(timeout=SECONDS))
 
 
 @dataclass
 class Loader:
-    """Loads `encoder` once the test says so, and counts how often it was asked to."""
+    """Loads `encoder` once the test allows it, and counts the calls."""
 
     encoder: SteppedEncoder = field(default_factory=SteppedEncoder)
     calls: int = 0
@@ -106,13 +106,13 @@ def embedder_of(loader: Loader, *, loaded: bool = True, workers: int | None = No
 
 async def embed(embedder: LocalEmbedder, texts: list[str], **options: Any) -> list[float]:
     with anyio.fail_after(SECONDS):
-        made = await embedder.embed(texts, input_type=None, truncate="NONE", **options)
-    assert made.prompt_tokens == sum(map(len, texts))
-    return [float(number) for number in made.vectors[:, 0]]
+        embeddings = await embedder.embed(texts, input_type=None, truncate="NONE", **options)
+    assert embeddings.prompt_tokens == sum(map(len, texts))
+    return [float(number) for number in embeddings.vectors[:, 0]]
 
 
-def waiting(embedder: LocalEmbedder) -> int:
-    """Tokens that wait for a worker."""
+def queued_tokens(embedder: LocalEmbedder) -> int:
+    """Return the number of queued tokens."""
     assert embedder._batcher is not None
     return embedder._batcher.queued_tokens
 
@@ -120,7 +120,7 @@ def waiting(embedder: LocalEmbedder) -> int:
 # --- Loading ---------------------------------------------------------------------------------------------------------
 
 
-async def test_the_model_is_loaded_once_for_all_who_ask_first() -> None:
+async def test_the_model_is_loaded_once_for_concurrent_first_requests() -> None:
     loader = Loader()
     loader.encoder.steps.release(100)
     embedder = embedder_of(loader, loaded=False)
@@ -139,25 +139,25 @@ async def test_the_model_is_loaded_once_for_all_who_ask_first() -> None:
     assert loader.calls == 1
 
 
-async def test_a_model_that_nobody_asks_is_not_loaded() -> None:
+async def test_a_model_that_is_not_used_is_not_loaded() -> None:
     loader = Loader()
     await embedder_of(loader).aclose()
     assert loader.calls == 0
 
 
-async def test_the_loaded_model_knows_its_card_better() -> None:
+async def test_the_card_becomes_exact_once_the_model_is_loaded() -> None:
     embedder = embedder_of(Loader())
     assert embedder.card == ROUGH
     await embedder.check()
     assert embedder.card == EXACT
 
 
-async def test_the_event_loop_goes_on_while_the_model_is_loaded_and_while_it_computes() -> None:
+async def test_the_event_loop_is_not_blocked_while_the_model_is_loaded_or_computes() -> None:
     loader = Loader()
     embedder = embedder_of(loader, loaded=False)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(embed, embedder, ["a"])
-        # Neither can have ended, since only this task, which runs on the loop, lets them.
+        # Neither can have ended, since only this task, which runs on the event loop, allows it.
         await until(lambda: loader.calls)
         loader.may_end.set()
         assert await loader.encoder.next_batch() == [1]
@@ -165,7 +165,7 @@ async def test_the_event_loop_goes_on_while_the_model_is_loaded_and_while_it_com
     assert [thread.name for thread in loader.threads] == ["load test/rough"]
 
 
-async def test_a_caller_who_leaves_while_the_model_is_loaded_disturbs_nobody() -> None:
+async def test_cancelling_one_request_while_the_model_is_loaded_does_not_affect_the_others() -> None:
     loader = Loader()
     loader.encoder.steps.release(100)
     embedder = embedder_of(loader, loaded=False)
@@ -186,7 +186,7 @@ async def test_a_caller_who_leaves_while_the_model_is_loaded_disturbs_nobody() -
     assert loader.calls == 1
 
 
-async def test_loading_goes_on_when_all_who_waited_have_left() -> None:
+async def test_loading_continues_when_all_waiting_requests_are_cancelled() -> None:
     loader = Loader()
     loader.encoder.steps.release(100)
     embedder = embedder_of(loader, loaded=False)
@@ -199,23 +199,23 @@ async def test_loading_goes_on_when_all_who_waited_have_left() -> None:
     assert loader.calls == 1
 
 
-async def test_a_load_that_failed_is_told_to_all_who_waited_and_tried_again_for_the_next() -> None:
+async def test_a_failed_load_fails_all_waiting_requests_and_is_tried_again_for_the_next() -> None:
     loader = Loader(failure=CheckpointInvalid("config.json is missing"))
     loader.encoder.steps.release(100)
     embedder = embedder_of(loader, loaded=False)
-    told: list[str] = []
+    messages: list[str] = []
 
     async def ask() -> None:
         with pytest.raises(CheckpointInvalid) as caught:
             await embed(embedder, ["a"])
-        told.append(caught.value.message)
+        messages.append(caught.value.message)
 
     async with anyio.create_task_group() as callers:
         for _ in range(3):
             callers.start_soon(ask)
         await until(lambda: loader.calls)
         loader.may_end.set()
-    assert told == ["config.json is missing"] * 3
+    assert messages == ["config.json is missing"] * 3
     assert loader.calls == 1
 
     loader.failure = None
@@ -223,7 +223,7 @@ async def test_a_load_that_failed_is_told_to_all_who_waited_and_tried_again_for_
     assert loader.calls == 2
 
 
-async def test_a_failure_that_nobody_waited_for_is_not_told_to_the_next() -> None:
+async def test_a_failed_load_that_no_request_waited_for_does_not_fail_the_next() -> None:
     loader = Loader(failure=CheckpointInvalid("config.json is missing"))
     loader.encoder.steps.release(100)
     embedder = embedder_of(loader, loaded=False)
@@ -237,7 +237,7 @@ async def test_a_failure_that_nobody_waited_for_is_not_told_to_the_next() -> Non
     assert await embed(embedder, ["abc"]) == [3]
 
 
-async def test_a_model_that_has_ended_is_loaded_anew_for_the_next_who_asks() -> None:
+async def test_a_model_that_has_died_is_loaded_again_for_the_next_request() -> None:
     loader = Loader()
     first = loader.encoder
     first.steps.release(100)
@@ -275,16 +275,16 @@ async def test_vectors_come_back_in_the_order_of_the_texts_with_progress_after_e
     assert done == [1, 2, 5]
 
 
-async def test_a_text_that_is_too_long_is_told_before_anything_is_computed() -> None:
+async def test_a_text_that_is_too_long_is_refused_before_anything_is_computed() -> None:
     loader = Loader()
     with pytest.raises(InputTooLong) as caught:
         await embed(embedder_of(loader), ["a", "x" * 9])
     assert (caught.value.index, caught.value.tokens, caught.value.allowed) == (1, 9, 8)
-    assert loader.encoder.begun.empty()
+    assert loader.encoder.started.empty()
 
 
 MANY = ["x" * (1 + index % 8) for index in range(600)]
-"""Enough to be tokenized beside the event loop."""
+"""Enough to be tokenized off the event loop."""
 
 
 async def test_the_first_texts_are_computed_while_the_others_are_tokenized() -> None:
@@ -303,14 +303,14 @@ async def test_the_first_texts_are_computed_while_the_others_are_tokenized() -> 
     assert answers == [len(text) for text in MANY]
 
 
-async def test_a_text_among_the_others_that_is_too_long_takes_those_that_wait_out_of_the_queue() -> None:
+async def test_a_text_found_too_long_later_removes_the_rest_of_its_request_from_the_queue() -> None:
     loader = Loader()
     loader.encoder.may_tokenize.set()
     embedder = embedder_of(loader)
     with pytest.raises(InputTooLong) as caught:
         await embed(embedder, [*MANY, "x" * 9])
     assert caught.value.index == len(MANY)
-    assert waiting(embedder) == 0
+    assert queued_tokens(embedder) == 0
     loader.encoder.steps.release(2)
     assert await embed(embedder, ["ab"]) == [2]
 
@@ -322,14 +322,14 @@ async def test_a_short_request_waits_for_one_batch_of_a_long_one_not_for_all() -
         callers.start_soon(embed, embedder, ["aaa"] * 6)
         assert await encoder.next_batch() == [3, 3]
         callers.start_soon(embed, embedder, ["b"])
-        await until(lambda: waiting(embedder) == 13)
+        await until(lambda: queued_tokens(embedder) == 13)
         encoder.steps.release()
         assert await encoder.next_batch() == [3, 1]
         encoder.steps.release(100)
-    assert [encoder.begun.get_nowait() for _ in range(2)] == [[3, 3], [3]]
+    assert [encoder.started.get_nowait() for _ in range(2)] == [[3, 3], [3]]
 
 
-async def test_those_who_wait_for_a_worker_share_the_next_batch() -> None:
+async def test_requests_that_wait_for_a_worker_share_the_next_batch() -> None:
     loader = Loader()
     encoder, embedder = loader.encoder, embedder_of(loader)
     async with anyio.create_task_group() as callers:
@@ -337,22 +337,22 @@ async def test_those_who_wait_for_a_worker_share_the_next_batch() -> None:
         assert await encoder.next_batch() == [1]
         for text in ("bb", "ccc"):
             callers.start_soon(embed, embedder, [text])
-        await until(lambda: waiting(embedder) == 5)
-        assert encoder.begun.empty()
+        await until(lambda: queued_tokens(embedder) == 5)
+        assert encoder.started.empty()
         encoder.steps.release(2)
         assert await encoder.next_batch() == [3, 2]
 
 
 @pytest.mark.parametrize(
-    ("earlier", "special", "taken_for"),
+    ("earlier", "special", "estimate"),
     [
         pytest.param([], 0, "2,000", id="nothing seen yet"),
         pytest.param([["x" * 6] * 6000], 0, "6,000", id="many texts"),
-        pytest.param([["x"]] * 100, 2, "2,000", id="queries, which are special tokens for the most part"),
+        pytest.param([["x"]] * 100, 2, "2,000", id="queries, which are mostly special tokens"),
     ],
 )
-async def test_how_many_tokens_a_request_will_have_is_learnt_from_those_before_it(
-    earlier: list[list[str]], special: int, taken_for: str
+async def test_the_tokens_of_a_request_are_estimated_from_earlier_requests(
+    earlier: list[list[str]], special: int, estimate: str
 ) -> None:
     encoder = SteppedEncoder(replace(SIX, tokens_per_batch=100_000), special=special)
     encoder.may_tokenize.set()
@@ -365,29 +365,29 @@ async def test_how_many_tokens_a_request_will_have_is_learnt_from_those_before_i
         encoder.steps.release(1000)
         for texts in earlier:
             await ask(texts)
-        encoder.steps, encoder.begun = threading.Semaphore(0), queue.SimpleQueue()
+        encoder.steps, encoder.started = threading.Semaphore(0), queue.SimpleQueue()
         async with anyio.create_task_group() as callers:
             callers.start_soon(ask, ["a"])
             await encoder.next_batch()
             callers.start_soon(ask, ["b"] * 30)
-            await until(lambda: waiting(embedder))
-            with pytest.raises(Overloaded, match=f"of these {taken_for} there is no room"):
+            await until(lambda: queued_tokens(embedder))
+            with pytest.raises(Overloaded, match=f"there is no room for {estimate} more"):
                 await ask(["x" * 6] * 1000)
             encoder.steps.release(2)
 
 
-async def test_as_many_batches_are_computed_at_once_as_was_asked_for() -> None:
+async def test_as_many_batches_run_at_once_as_workers_are_configured() -> None:
     loader = Loader()
     embedder = embedder_of(loader, workers=3)
     async with anyio.create_task_group() as callers:
         callers.start_soon(embed, embedder, ["abcde"] * 4)
         with anyio.fail_after(SECONDS):
             assert [await loader.encoder.next_batch() for _ in range(3)] == [[5], [5], [5]]
-        assert waiting(embedder) == 5
+        assert queued_tokens(embedder) == 5
         loader.encoder.steps.release(4)
 
 
-async def test_cancelling_between_batches_leaves_the_rest_undone() -> None:
+async def test_cancelling_between_batches_drops_the_rest() -> None:
     loader = Loader()
     encoder, embedder = loader.encoder, embedder_of(loader)
     async with anyio.create_task_group() as leaving:
@@ -396,11 +396,11 @@ async def test_cancelling_between_batches_leaves_the_rest_undone() -> None:
         leaving.cancel_scope.cancel()
     encoder.steps.release(2)
     assert await embed(embedder, ["b"]) == [1]
-    assert encoder.begun.get_nowait() == [1]
-    assert encoder.begun.empty()
+    assert encoder.started.get_nowait() == [1]
+    assert encoder.started.empty()
 
 
-async def test_cancelling_one_who_waits_for_a_turn_gives_it_to_the_next() -> None:
+async def test_cancelling_a_waiting_request_lets_the_next_one_run() -> None:
     loader = Loader()
     encoder, embedder = loader.encoder, embedder_of(loader)
     async with anyio.create_task_group() as staying:
@@ -408,9 +408,9 @@ async def test_cancelling_one_who_waits_for_a_turn_gives_it_to_the_next() -> Non
         assert await encoder.next_batch() == [1]
         async with anyio.create_task_group() as leaving:
             leaving.start_soon(embed, embedder, ["bb"])
-            await until(lambda: waiting(embedder) == 2)
+            await until(lambda: queued_tokens(embedder) == 2)
             staying.start_soon(embed, embedder, ["ccc"])
-            await until(lambda: waiting(embedder) == 5)
+            await until(lambda: queued_tokens(embedder) == 5)
             leaving.cancel_scope.cancel()
         encoder.steps.release(2)
         assert await encoder.next_batch() == [3]
@@ -419,7 +419,7 @@ async def test_cancelling_one_who_waits_for_a_turn_gives_it_to_the_next() -> Non
 # --- The end ---------------------------------------------------------------------------------------------------------
 
 
-async def test_closing_ends_those_who_wait_for_the_model() -> None:
+async def test_closing_fails_requests_that_wait_for_the_model() -> None:
     loader = Loader()
     embedder = embedder_of(loader, loaded=False)
 
@@ -432,18 +432,18 @@ async def test_closing_ends_those_who_wait_for_the_model() -> None:
         await until(lambda: loader.calls)
         await embedder.aclose()
 
-    # What is loaded all the same is dropped without a word.
+    # The model that finishes loading afterwards is disposed of without an error.
     loop = asyncio.get_running_loop()
-    complaints: list[Any] = []
-    loop.set_exception_handler(lambda _, context: complaints.append(context))
+    errors: list[Any] = []
+    loop.set_exception_handler(lambda _, context: errors.append(context))
     loader.may_end.set()
     await anyio.to_thread.run_sync(loader.threads[0].join, SECONDS)
     await anyio.lowlevel.checkpoint()
-    assert not complaints
+    assert not errors
     assert loader.encoder.closed == 1
 
 
-async def test_closing_ends_a_request_after_the_batch_that_is_computed() -> None:
+async def test_closing_fails_a_request_after_its_running_batch() -> None:
     loader = Loader()
     encoder, embedder = loader.encoder, embedder_of(loader)
 
@@ -457,10 +457,10 @@ async def test_closing_ends_a_request_after_the_batch_that_is_computed() -> None
         assert await encoder.next_batch() == [1] * 6
         await embedder.aclose()
         encoder.steps.release(100)
-    assert encoder.begun.empty()
+    assert encoder.started.empty()
 
 
-async def test_a_closed_embedder_takes_no_more_work() -> None:
+async def test_a_closed_embedder_refuses_work() -> None:
     loader = Loader()
     loader.encoder.steps.release(100)
     embedder = embedder_of(loader)
@@ -472,7 +472,7 @@ async def test_a_closed_embedder_takes_no_more_work() -> None:
             await ask
 
 
-def test_a_load_that_outlives_the_event_loop_ends_in_silence() -> None:
+def test_a_load_that_outlives_the_event_loop_ends_without_an_error() -> None:
     loader = Loader()
 
     async def leave_while_loading() -> None:

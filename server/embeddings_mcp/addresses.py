@@ -1,4 +1,4 @@
-"""What a host's name or address says of where it is."""
+"""Classify host names and IP addresses."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ipaddress
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a name or an address means this machine."""
+    """Whether a host name or an IP address refers to this machine."""
     name = host.lower()
     if name == "localhost" or name.endswith(".localhost"):
         return True
@@ -15,7 +15,7 @@ def is_loopback(host: str) -> bool:
 
 
 def numeric_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """The numeric address that `host` is; None where it is a name."""
+    """Parse `host` as an IP address; None if it is a name."""
     try:
         return ipaddress.ip_address(host)
     except ValueError:

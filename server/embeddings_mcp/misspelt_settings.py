@@ -1,4 +1,4 @@
-"""Environment variables that look like settings and are none: most often a setting whose name is misspelt."""
+"""Find environment variables that look like settings but are none, most often because they are misspelt."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from collections.abc import Iterable, Iterator
 
 from embeddings_mcp.settings import PREFIX, Settings
 
-_OF_KUBERNETES = re.compile(r"SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?")
-"""What Kubernetes sets, behind the prefix, in every container beside a service called ``embeddings-mcp``."""
+_KUBERNETES_VARIABLE = re.compile(r"SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?")
+"""What Kubernetes sets, after the prefix, in the containers of a namespace with a service called ``embeddings-mcp``."""
 
 
 def misspelt(environment: Iterable[str], settings: Settings) -> Iterator[str]:
-    """A sentence on each variable of these names that has the prefix of our settings, and means nothing here.
+    """Yield a warning for each environment variable that has the prefix of our settings but is not one.
 
     Args:
-        environment: the names of all variables.
-        settings: which may name some that hold keys.
+        environment: names of all environment variables.
+        settings: may name variables that hold the keys of endpoints.
     """
     known = [name.upper() for name in Settings.model_fields]
-    keys = {endpoint.api_key_env for endpoint in settings.endpoints}
+    key_variables = {endpoint.api_key_env for endpoint in settings.endpoints}
     for name in sorted(environment):
-        prefix, rest = name[: len(PREFIX)].upper(), name[len(PREFIX) :].upper()  # settings are found in either case
-        if prefix != PREFIX or rest in known or name in keys or _OF_KUBERNETES.fullmatch(rest):
+        prefix, rest = name[: len(PREFIX)].upper(), name[len(PREFIX) :].upper()  # settings are case-insensitive
+        if prefix != PREFIX or rest in known or name in key_variables or _KUBERNETES_VARIABLE.fullmatch(rest):
             continue
-        near = difflib.get_close_matches(rest, known, n=1)
-        yield f"{name} is set, and is no setting" + (f": is {PREFIX}{near[0]} meant?" if near else "")
+        matches = difflib.get_close_matches(rest, known, n=1)
+        yield f"{name} is set, and is no setting" + (f": is {PREFIX}{matches[0]} meant?" if matches else "")

@@ -1,4 +1,4 @@
-"""The paths of the HTTP server that several modules have to know; those of the operations stand in their table."""
+"""Paths of the HTTP server that several modules need; those of the operations are in the table of operations."""
 
 MCP = "/mcp"
 LIVE = "/v1/health/live"

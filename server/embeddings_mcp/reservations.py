@@ -1,8 +1,9 @@
-"""Who is let in where room is short, and when those who are not are asked back to find some.
+"""Admission control for a limited capacity, with reservations for the clients that were refused.
 
-Whoever is refused is told a time: behind those who were refused before him, as fast as room is made. For that time a
-place is kept for him, and newcomers are let in only as far as there is room besides. A place is kept for moments, and
-for all together there is never more than a part of the room, so that those who do not come back cost others little.
+A client that is refused gets a Retry-After: it queues behind the clients refused before it, and the wait follows from
+how fast capacity is released. Capacity is reserved for that time, and new clients are admitted only to what is not
+reserved. Reservations last for moments, and all of them together never take more than a part of the capacity, so
+clients that do not come back cost the others little.
 """
 
 from __future__ import annotations
@@ -14,43 +15,45 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from operator import attrgetter
 
-LONGEST_SECONDS = 300.0
-"""Beyond the time in which all room is made anew, after which at most a refused caller is asked back; for whoever would
-have to wait longer no place is kept."""
+MAX_WAIT_SECONDS = 300.0
+"""Longest Retry-After, on top of the time in which the whole capacity is released. A client that would have to wait
+longer is told this maximum, and gets no reservation."""
 
-PROMISED = 0.75
-"""Part of the room made that is promised: how fast it is made is only known of the past, and newcomers take some."""
+PROMISED_FRACTION = 0.75
+"""Fraction of the release rate that reservations may count on: the rate is known from the past only, and new clients
+take some of what is released."""
 
-KEPT = 0.75
-"""Part of all room that is kept at most for those who are due, and that the largest of callers is taken to need."""
+MAX_RESERVED_FRACTION = 0.75
+"""Fraction of the capacity that is reserved at most, and the largest that a single client counts for."""
 
-SPARE = 0.25
-"""Part of all room that there is besides for those who are due: many may come at one moment."""
+OVERCOMMIT_FRACTION = 0.25
+"""Fraction of the capacity by which clients whose reservation is due may exceed it: many may come at one moment."""
 
-LATE_SECONDS = 5.0
-"""For so long a place is kept for who does not come when he is due: a request takes its time to get here."""
+GRACE_SECONDS = 5.0
+"""How long a reservation is kept after it is due: a request takes time to get here."""
 
-_EARLY_SECONDS = 0.1
-"""Who comes so much before he is due is on time: clocks differ."""
+_CLOCK_SKEW_SECONDS = 0.1
+"""A client that comes back this much too early is on time: clocks differ."""
 
-_AHEAD_SECONDS = 1.0
-"""So long before they are due places are kept free: since whole seconds are told, as many more may be due at once."""
+_LOOKAHEAD_SECONDS = 1.0
+"""How long before it is due a reservation starts to hold capacity. Retry-After is rounded to whole seconds, so all
+reservations of one second may fall due at once."""
 
-_MOST_PLACES = 50_000
-"""Places kept at the same time, of some 300 bytes each."""
+_MAX_RESERVATIONS = 50_000
+"""Reservations held at the same time, of about 300 bytes each."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Place:
-    """What is kept for a caller who was refused.
+class _Reservation:
+    """Capacity that is reserved for a client that was refused.
 
     Attributes:
-        who: he.
-        size: how much room he wants.
-        due: when he was asked back, by the monotonic clock.
+        client: identity of the client.
+        size: how much capacity it wants.
+        due: when it was asked to retry, by the monotonic clock.
     """
 
-    who: Hashable
+    client: Hashable
     size: float
     due: float
 
@@ -59,105 +62,108 @@ _due = attrgetter("due")
 
 
 class Reservations:
-    """Says of each caller whether there is room for him, and asks those back for whom there is none.
+    """Admits a client if there is capacity for it, and otherwise tells it when to retry.
 
     Args:
-        room: how much there is.
-        alike: how many may be asked back who cannot be told apart; one more is taken for the last of them, who comes
-            before he is due.
+        room: the capacity.
+        alike: how many reservations clients of the same identity may hold. One more such client is taken for the last
+            of them, retrying too early.
     """
 
     def __init__(self, room: float, *, alike: int = 1) -> None:
-        self._room = room
-        self._alike = alike
-        self._places: list[_Place] = []  # in the order in which they are due
-        self._places_of: dict[Hashable, list[_Place]] = {}  # the same, in the same order
-        self._promised_size = 0.0  # of all of them
+        self._capacity = room
+        self._max_per_client = alike
+        self._reservations: list[_Reservation] = []  # in the order in which they are due
+        self._by_client: dict[Hashable, list[_Reservation]] = {}  # the same, in the same order
+        self._reserved_size = 0.0  # of all reservations
 
-    def wait(self, who: Hashable, size: float, *, used: float, per_second: float) -> float:
-        """After how many whole seconds a caller finds room; 0 if there is room for him.
+    def wait(self, client: Hashable, size: float, *, used: float, per_second: float) -> float:
+        """Return after how many whole seconds there is capacity for a client; 0 if there is now.
 
         Args:
-            who: what he is known by when he comes again.
-            size: how much room he wants. If it is more than there is in all, he finds some once little is used.
-            used: how much is taken already, of each as much as is `counted`.
-            per_second: how much is made; 0 where nobody knows yet.
+            client: identifies the client when it retries.
+            size: how much capacity it wants. If that is more than there is in all, it is admitted once little is used.
+            used: how much is in use already, the sum of every user's `effective_size`.
+            per_second: how much capacity is released per second; 0 if that is not known yet.
         """
         now = time.monotonic()
-        self._forget_missed(now)
-        size = self.counted(size)
-        promised_per_second = PROMISED * per_second
-        places = self._places_of.get(who, [])
-        if places and places[0].due - _EARLY_SECONDS <= now:
-            excess = used + size - (1 + SPARE) * self._room
+        self._drop_expired(now)
+        size = self.effective_size(size)
+        promised_per_second = PROMISED_FRACTION * per_second
+        reservations = self._by_client.get(client, [])
+        if reservations and reservations[0].due - _CLOCK_SKEW_SECONDS <= now:
+            excess = used + size - (1 + OVERCOMMIT_FRACTION) * self._capacity
             if not used or excess <= 0 or not per_second:
                 return 0.0
-            self._forget(places[0])  # he kept his time, and found no room all the same: he is the next
-            return self._ask_back(who, size, now, excess / promised_per_second, promised_per_second)
-        if not used or used + size + self._kept(now, promised_per_second) <= self._room:
+            self._remove(reservations[0])  # on time, but there is no capacity after all: it goes next
+            return self._reserve(client, size, now, excess / promised_per_second, promised_per_second)
+        if not used or used + size + self._held(now, promised_per_second) <= self._capacity:
             return 0.0
         if not per_second:
             return 1.0
-        if len(places) >= self._alike:
-            return _whole(places[-1].due - now)
-        excess = used + self._promised_size + size - self._room
-        return self._ask_back(who, size, now, excess / promised_per_second, promised_per_second)
+        if len(reservations) >= self._max_per_client:
+            return _whole_seconds(reservations[-1].due - now)
+        excess = used + self._reserved_size + size - self._capacity
+        return self._reserve(client, size, now, excess / promised_per_second, promised_per_second)
 
-    def counted(self, size: float) -> float:
-        """As how much a size counts, wanted or taken: whoever has more than `KEPT` leaves room to the others."""
-        return min(size, KEPT * self._room)
+    def effective_size(self, size: float) -> float:
+        """Return how much a size counts for, requested or in use: `MAX_RESERVED_FRACTION` of the capacity at most.
+
+        So a request larger than that leaves capacity to others.
+        """
+        return min(size, MAX_RESERVED_FRACTION * self._capacity)
 
     def is_contended(self, size: float, *, used: float) -> bool:
-        """Whether it makes a difference who comes: there is too little room, or some is kept."""
-        return bool(self._places) or used + size > self._room
+        """Whether admission depends on who asks: there is too little capacity, or some is reserved."""
+        return bool(self._reservations) or used + size > self._capacity
 
-    def admitted(self, who: Hashable) -> None:
-        """Note that a caller took room; no place is kept for him any longer."""
-        if places := self._places_of.get(who):
-            self._forget(places[0])
+    def admitted(self, client: Hashable) -> None:
+        """Note that a client was admitted, which ends its reservation."""
+        if reservations := self._by_client.get(client):
+            self._remove(reservations[0])
 
-    def _ask_back(self, who: Hashable, size: float, now: float, after: float, promised_per_second: float) -> float:
-        """Keep a place for a caller, `after` so many seconds or somewhat later; how many whole ones."""
-        longest = LONGEST_SECONDS + self._room / promised_per_second
-        wait = _whole(min(after, longest))
-        if after <= longest and len(self._places) < _MOST_PLACES:
-            place = _Place(who, size, now + wait)
-            insort(self._places, place, key=_due)
-            insort(self._places_of.setdefault(who, []), place, key=_due)
-            self._promised_size += size
+    def _reserve(self, client: Hashable, size: float, now: float, seconds: float, promised_per_second: float) -> float:
+        """Reserve capacity for a client in that many seconds; return them as whole ones."""
+        max_wait = MAX_WAIT_SECONDS + self._capacity / promised_per_second
+        wait = _whole_seconds(min(seconds, max_wait))
+        if seconds <= max_wait and len(self._reservations) < _MAX_RESERVATIONS:
+            reservation = _Reservation(client, size, now + wait)
+            insort(self._reservations, reservation, key=_due)
+            insort(self._by_client.setdefault(client, []), reservation, key=_due)
+            self._reserved_size += size
         return wait
 
-    def _kept(self, now: float, promised_per_second: float) -> float:
-        """How much of the room is not for newcomers."""
-        if not self._places:
+    def _held(self, now: float, promised_per_second: float) -> float:
+        """Return how much capacity is withheld from new clients."""
+        if not self._reservations:
             return 0.0
-        most = KEPT * self._room
-        soon = 0.0
-        for place in self._places:
-            if soon >= most or place.due > now + _AHEAD_SECONDS:
+        max_held = MAX_RESERVED_FRACTION * self._capacity
+        due_soon = 0.0
+        for reservation in self._reservations:
+            if due_soon >= max_held or reservation.due > now + _LOOKAHEAD_SECONDS:
                 break
-            soon += place.size
-        # For those who are due later room will have been made, but not for all of them if they are many.
-        until_last = self._places[-1].due - now
-        later = self._promised_size - promised_per_second * until_last if promised_per_second else 0.0
-        return min(max(soon, later), most)
+            due_soon += reservation.size
+        # For later reservations capacity will have been released by then, but not for all of them if they are many.
+        until_last = self._reservations[-1].due - now
+        later = self._reserved_size - promised_per_second * until_last if promised_per_second else 0.0
+        return min(max(due_soon, later), max_held)
 
-    def _forget_missed(self, now: float) -> None:
-        while self._places and self._places[0].due + LATE_SECONDS < now:
-            self._forget(self._places[0])
+    def _drop_expired(self, now: float) -> None:
+        while self._reservations and self._reservations[0].due + GRACE_SECONDS < now:
+            self._remove(self._reservations[0])
 
-    def _forget(self, place: _Place) -> None:
-        at = bisect_left(self._places, place.due, key=_due)
-        while self._places[at] is not place:
-            at += 1
-        del self._places[at]
-        self._promised_size -= place.size
-        places = self._places_of[place.who]
-        places.remove(place)
-        if not places:
-            del self._places_of[place.who]
+    def _remove(self, reservation: _Reservation) -> None:
+        index = bisect_left(self._reservations, reservation.due, key=_due)
+        while self._reservations[index] is not reservation:
+            index += 1
+        del self._reservations[index]
+        self._reserved_size -= reservation.size
+        of_client = self._by_client[reservation.client]
+        of_client.remove(reservation)
+        if not of_client:
+            del self._by_client[reservation.client]
 
 
-def _whole(seconds: float) -> float:
-    """As `Retry-After` has it."""
+def _whole_seconds(seconds: float) -> float:
+    """Round up to whole seconds, at least one, as `Retry-After` has them."""
     return float(max(1, math.ceil(seconds)))

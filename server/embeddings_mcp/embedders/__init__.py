@@ -1,1 +1,1 @@
-"""Sources of vectors, one protocol for all."""
+"""Sources of embeddings, all behind one protocol."""

@@ -1,7 +1,7 @@
-"""The one thing an embedder is: texts in, vectors and a token count out.
+"""The embedder protocol: texts in, vectors and token counts out.
 
-Everything that gives vectors (the local encoder, a NIM endpoint, a cache before either) follows `Embedder`, so the
-service above needs to know none of them.
+Everything that produces vectors (the local encoder, a NIM endpoint, a cache in front of either) implements `Embedder`,
+so that the service depends on none of them.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from embeddings_mcp.models import InputType, ModelCard, Truncate
 from embeddings_mcp.vectors import FloatMatrix, SparseVector
 
 OnProgress = Callable[[int], Awaitable[None]]
-"""Told, on the event loop, how many of the request's texts are done so far; the same again while it has to wait."""
+"""Called on the event loop with the number of the request's texts that are done so far; again with the same number
+while the request has to wait."""
 
 
 @dataclass(frozen=True, slots=True)
 class Embeddings:
-    """What an embedder made of a list of texts.
+    """The embeddings of a list of texts.
 
     Attributes:
-        vectors: float32 ``[n, d]``, row i for text i, at the model's full length.
-        tokens: of each text, as the model saw it: prompt and special tokens included, after truncation. An endpoint
-            counts by the request; its count is shared out over the request's texts by their length.
-        served_model: the id under which an endpoint says that it served the model; None where the card's id is all
-            there is.
+        vectors: float32 ``[n, d]``, row i for text i, at the model's full dimension.
+        tokens: number of tokens of each text as the model saw it: with prompt and special tokens, after truncation. An
+            endpoint counts per request; its count is distributed over the request's texts by their length.
+        served_model: the model id in an endpoint's response; None if there is only the card's id.
     """
 
     vectors: FloatMatrix
@@ -35,26 +35,26 @@ class Embeddings:
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of all the texts."""
+        """Total number of tokens."""
         return sum(self.tokens)
 
 
 OnRows = Callable[[Sequence[int], Embeddings], None]
-"""Given, on the event loop, what was made of some of a call's texts as soon as it is: their positions, and their rows.
+"""Called on the event loop with the positions of some of a call's texts and their embeddings, as soon as they are done.
 
-Every text comes once before the call returns, and before the progress that it makes. What has come stays good when the
-call fails later."""
+Each text is passed exactly once, before the call returns and before the progress that includes it is reported. What was
+passed stays valid if the call fails later."""
 
 
 @dataclass(frozen=True, slots=True)
 class Representations:
-    """What a model that compares texts in more than one way made of a list of them.
+    """The dense, sparse and multi-vector representations of a list of texts.
 
     Attributes:
-        vectors: the dense vectors, float32 ``[n, d]``.
+        vectors: dense vectors, float32 ``[n, d]``.
         sparse: lexical weights of each text.
-        colbert: vectors of each text's tokens, float32 ``[tokens, d]``.
-        prompt_tokens: of all the texts, as in `Embeddings`.
+        colbert: token vectors of each text, float32 ``[tokens, d]``.
+        prompt_tokens: total number of tokens, counted as in `Embeddings`.
         served_model: as in `Embeddings`.
     """
 
@@ -70,22 +70,22 @@ class Embedder(Protocol):
 
     @property
     def card(self) -> ModelCard:
-        """What the model takes and gives; may become more exact once the model has been loaded."""
+        """The model's capabilities and limits; may become more exact once the model has been loaded."""
         ...
 
     @property
     def origin(self) -> str:
-        """Where the vectors are made: ``local``, or the address of an endpoint. Holds no secret."""
+        """Where the vectors are computed: ``local``, or the URL of an endpoint. Contains no secret."""
         ...
 
     async def identify(self) -> str:
-        """What tells this source of vectors from every other: the same only where the vectors are the same.
+        """Return a string that identifies this source of vectors: equal only where the vectors are equal.
 
-        It stands for all that is not in a request and not in `card`: weights, number format, address. From now on
-        `card` is exact in what decides about vectors; the weights themselves are not loaded.
+        It covers everything that is neither in a request nor in `card`: weights, number format, address. After this
+        call, `card` is exact in all that affects vectors; the weights themselves are not loaded.
 
         Raises:
-            ModelUnavailable: the model's files are not to be had.
+            ModelUnavailable: the model's files cannot be obtained.
         """
         ...
 
@@ -98,29 +98,29 @@ class Embedder(Protocol):
         on_progress: OnProgress | None = None,
         on_rows: OnRows | None = None,
     ) -> Embeddings:
-        """Embed `texts`, each independent of its neighbours.
+        """Embed `texts`, each independently of the others.
 
-        Cancelling the call stops the work that has not begun.
+        Cancelling the call drops the work that has not started.
 
         Raises:
-            InputUnusable: a text cannot be embedded, as one that is too long where `truncate` is NONE; ``index`` says
-                which.
+            InputUnusable: a text cannot be embedded, for instance one that is too long where `truncate` is NONE;
+                ``index`` is its position.
             ModelUnavailable: the model cannot be loaded or reached.
-            Overloaded: no room in the queue.
-            EmbeddingsError: what an endpoint refuses besides.
+            Overloaded: the queue is full.
+            EmbeddingsError: an endpoint refuses the request for another reason.
         """
         ...
 
     async def check(self) -> None:
-        """Return once the model can answer.
+        """Return once the model is ready to embed.
 
         Raises:
-            EmbeddingsError: it cannot, and why.
+            EmbeddingsError: it cannot be made ready; the error says why.
         """
         ...
 
     async def aclose(self) -> None:
-        """Stop the work in progress and free what the embedder holds."""
+        """Stop the work in progress and release all resources."""
         ...
 
 
@@ -136,11 +136,11 @@ class MultiEmbedder(Embedder, Protocol):
         truncate: Truncate,
         on_progress: OnProgress | None = None,
     ) -> Representations:
-        """All that the model makes of `texts`; in the rest as `Embedder.embed`.
+        """Return all representations that the model has of `texts`; otherwise like `Embedder.embed`.
 
         Raises:
-            InputUnusable: a text cannot be embedded; ``index`` says which.
-            ModelUnavailable: the model cannot be loaded, or has only dense vectors.
-            Overloaded: no room in the queue.
+            InputUnusable: a text cannot be embedded; ``index`` is its position.
+            ModelUnavailable: the model cannot be loaded, or has dense vectors only.
+            Overloaded: the queue is full.
         """
         ...

@@ -1,4 +1,4 @@
-"""How many processor cores there are to compute on."""
+"""The number of CPU cores to compute on."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import os
 
 
 def usable_cores() -> int:
-    """Those that this process may use, which in a container are often fewer than there are."""
+    """Return how many cores this process may use, which in a container are often fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

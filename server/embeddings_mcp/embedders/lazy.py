@@ -1,4 +1,4 @@
-"""What is made when it is first needed, on a thread of its own, for all who wait for it."""
+"""A single-flight lazy value: computed on first use, once for all waiters, on a daemon thread."""
 
 from __future__ import annotations
 
@@ -11,90 +11,92 @@ from typing import Any, Generic, TypeVar
 from embeddings_mcp.errors import ServerStopped
 from embeddings_mcp.gc_pause import gc_paused
 
-_Made = TypeVar("_Made")
+_Value = TypeVar("_Value")
 
 
-class _Maker(threading.Thread):
-    """A thread on which something is made, told apart from all others."""
+class _FactoryThread(threading.Thread):
+    """A thread that runs a factory; a class of its own so that `is_factory_running` recognises it."""
 
 
-def is_making() -> bool:
-    """Whether something is being made in this process."""
-    return any(isinstance(thread, _Maker) for thread in threading.enumerate())
+def is_factory_running() -> bool:
+    """Whether the factory of any `AsyncLazy` is running in this process."""
+    return any(isinstance(thread, _FactoryThread) for thread in threading.enumerate())
 
 
-class AsyncLazy(Generic[_Made]):
-    """Something that is made when it is first needed, and once for all who wait for it.
+class AsyncLazy(Generic[_Value]):
+    """A value that is computed on first use, once for all waiters.
 
-    It is made on a daemon thread, since neither a download nor a disk that hangs may hold up the server's end. Who is
-    cancelled while waiting does not disturb the others.
+    The factory runs on a daemon thread, so that neither a download nor a disk that hangs can hold up shutdown.
+    Cancelling one waiter does not affect the others.
 
     Args:
-        name: of the thread.
-        make: makes it.
-        drop: called with what was made once it is no longer wanted.
+        name: name of the thread.
+        factory: computes the value.
+        dispose: called with the value once it is no longer needed.
     """
 
     def __init__(
-        self, name: str, make: Callable[[], _Made], *, drop: Callable[[_Made], object] = lambda _made: None
+        self, name: str, factory: Callable[[], _Value], *, dispose: Callable[[_Value], object] = lambda _value: None
     ) -> None:
         self._name = name
-        self._make = make
-        self._drop = drop
-        self._made: asyncio.Future[_Made] | None = None
+        self._factory = factory
+        self._dispose = dispose
+        self._made: asyncio.Future[_Value] | None = None
 
-    async def get(self) -> _Made:
-        """What was made; raises what making it raised."""
+    async def get(self) -> _Value:
+        """Return the value, computing it if necessary; raises what the factory raised.
+
+        A failure is not kept, since a network or a disk may have caused it: the next call tries again.
+        """
         if self._made is None:
             self._made = self._start()
         return await asyncio.shield(self._made)
 
     def close(self) -> None:
-        """Let it go; those who still wait for it are refused."""
-        made, self._made = self._made, None
-        if made is None:
+        """Dispose of the value; callers that still wait for it get `ServerStopped`."""
+        future, self._made = self._made, None
+        if future is None:
             return
-        if not made.done():
-            made.set_exception(ServerStopped())
-        elif made.exception() is None:
-            self._drop(made.result())
+        if not future.done():
+            future.set_exception(ServerStopped())
+        elif future.exception() is None:
+            self._dispose(future.result())
 
-    def forget(self, made: _Made) -> bool:
-        """Have it made anew for the next who asks, if this is what there is; says whether it was."""
-        held = self._made
-        if held is None or not held.done() or held.exception() is not None or held.result() is not made:
+    def invalidate(self, value: _Value) -> bool:
+        """Dispose of `value` if it is current, so that the next `get` computes another; return whether it was."""
+        future = self._made
+        if future is None or not future.done() or future.exception() is not None or future.result() is not value:
             return False
         self.close()
         return True
 
-    def _start(self) -> asyncio.Future[_Made]:
+    def _start(self) -> asyncio.Future[_Value]:
         loop = asyncio.get_running_loop()
-        made: asyncio.Future[_Made] = loop.create_future()
-        made.add_done_callback(self._forget_failure)
+        future: asyncio.Future[_Value] = loop.create_future()
+        future.add_done_callback(self._discard_failure)
 
-        def report(outcome: Callable[[Any], None], value: Any) -> None:  # noqa: ANN401 - what was made, or an error
-            def settle() -> None:
-                if not made.done():
-                    outcome(value)
-                elif not isinstance(value, Exception):  # this was closed meanwhile
-                    self._drop(value)
+        def report(settle: Callable[[Any], None], outcome: Any) -> None:  # noqa: ANN401 - the value, or an exception
+            def settle_or_dispose() -> None:
+                if not future.done():
+                    settle(outcome)
+                elif not isinstance(outcome, Exception):  # closed in the meantime
+                    self._dispose(outcome)
 
-            with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-                loop.call_soon_threadsafe(settle)
+            with contextlib.suppress(RuntimeError):  # the event loop has closed in the meantime
+                loop.call_soon_threadsafe(settle_or_dispose)
 
-        def work() -> None:
+        def run_factory() -> None:
             try:
                 with gc_paused():
-                    value = self._make()
+                    value = self._factory()
             except Exception as error:  # noqa: BLE001 - raised again where it is awaited
-                report(made.set_exception, error)
+                report(future.set_exception, error)
             else:
-                report(made.set_result, value)
+                report(future.set_result, value)
 
-        _Maker(target=work, name=self._name, daemon=True).start()
-        return made
+        _FactoryThread(target=run_factory, name=self._name, daemon=True).start()
+        return future
 
-    def _forget_failure(self, made: asyncio.Future[_Made]) -> None:
-        """What failed may be a network or a disk: whoever asks next tries again."""
-        if made.exception() is not None and self._made is made:
+    def _discard_failure(self, future: asyncio.Future[_Value]) -> None:
+        if future.exception() is not None and self._made is future:
             self._made = None

@@ -1,4 +1,4 @@
-"""A local model behind the embedder protocol: loaded on first use, and never run on the event loop."""
+"""An embedder for a local model: loaded lazily, and never run on the event loop."""
 
 from __future__ import annotations
 
@@ -27,40 +27,40 @@ if TYPE_CHECKING:
     from embeddings_mcp.embedders.local.inputs import Row, Tokens
     from embeddings_mcp.embedders.local.running.loaded import LoadedModel
 
-_CHARACTERS_ON_LOOP = 2048
-"""Texts of more characters than these, all together, are tokenized beside the event loop: half a millisecond of work,
-and as long as it takes to hand it to a thread and back."""
+_MAX_CHARACTERS_ON_LOOP = 2048
+"""Requests of more characters than this in total are tokenized on a worker thread instead of the event loop: this many
+take half a millisecond, as long as the round trip to a thread."""
 
-_TOKENS_OF_CHARACTER = 0.25
-"""Tokens for each character, until texts were seen: in English one has four or five characters."""
+_INITIAL_TOKENS_PER_CHARACTER = 0.25
+"""The estimate before any texts were seen: in English a token has four or five characters."""
 
-_CHARACTERS_REMEMBERED = 10_000
-"""Of how many characters, seen last, what was learnt counts as much as what is seen now: so that many short queries, of
-which every one has its special tokens too, do not make a large request seem larger than it is."""
+_SMOOTHING_CHARACTERS = 10_000
+"""Number of characters at which a request weighs as much in the moving average as all earlier ones together; large
+enough that many short queries, each with its special tokens, do not inflate the estimate for a large request."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """What is to be made of some texts; only those of one kind go through the model together.
+    """What to compute; only texts of the same kind share a forward pass.
 
     Attributes:
-        skip: how many tokens at each start are not pooled.
-        every: whether all the model's outputs are wanted, or the dense vectors only.
+        skip: number of tokens at the start of each text that are not pooled.
+        all_outputs: whether to compute all of the model's outputs, or the dense vectors only.
     """
 
     skip: int
-    every: bool
+    all_outputs: bool
 
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """What one call asks for.
+    """One call to embed texts.
 
     Attributes:
-        texts: that are to be embedded.
-        input_type: what they are.
-        truncate: what is done with those that are too long.
-        counts: tokens of each text, as far as they have been tokenized.
+        texts: the texts to embed.
+        input_type: whether they are queries or passages.
+        truncate: how texts that are too long are truncated.
+        counts: number of tokens of each text that has been tokenized so far.
     """
 
     texts: Sequence[str]
@@ -70,18 +70,18 @@ class _Request:
 
 
 class LocalEmbedder:
-    """Embeds with a model that runs on this machine, in this process or in one of its own.
+    """Embeds with a model that runs on this machine, in this process or in a subprocess.
 
-    The model is loaded when it is first needed, once for all who wait for it, while the event loop goes on. Texts of
-    all callers then go through one queue (see `batcher`).
+    The model is loaded on first use, once for all waiting calls, without blocking the event loop. The texts of all
+    callers then go through one queue (see `batcher`).
 
     Args:
-        card: what is known of the model before it is loaded.
-        load: loads it; called on a thread of its own.
-        identify: finds its files without loading them, and says what identifies its vectors and what its card is;
+        card: the model's card as far as it is known before loading.
+        load: loads the model; called on a thread of its own.
+        identify: finds the model's files without loading them, and returns the identity of its vectors and its card;
             called on a thread of its own.
-        max_queued_tokens: tokens that may wait for it.
-        workers: how many of its batches run at the same time; None for as many as it finds good.
+        max_queued_tokens: limit of queued tokens.
+        workers: how many batches run at the same time; None for the model's default.
     """
 
     origin = "local"
@@ -98,10 +98,10 @@ class LocalEmbedder:
         self.card = card
         self._workers = workers
         self._max_queued_tokens = max_queued_tokens
-        self._loaded = AsyncLazy(f"load {card.id}", load, drop=lambda model: model.close())
+        self._loaded = AsyncLazy(f"load {card.id}", load, dispose=lambda model: model.close())
         self._identified = AsyncLazy(f"identify {card.id}", identify)
         self._batcher: Batcher[_Kind, Any] | None = None
-        self._tokens_of_character = _TOKENS_OF_CHARACTER
+        self._tokens_per_character = _INITIAL_TOKENS_PER_CHARACTER
         self._closed = False
 
     async def identify(self) -> str:
@@ -120,17 +120,17 @@ class LocalEmbedder:
         on_rows: OnRows | None = None,
     ) -> Embeddings:
         """See `Embedder.embed`."""
-        model, batcher = await self._ready()
+        model, batcher = await self._ensure_loaded()
         vectors = np.empty((len(texts), model.facts.dimensions), dtype=np.float32)
 
-        def take(places: Sequence[int], made: Sequence[FloatVector]) -> None:
-            rows = np.stack(made)
-            vectors[places] = rows
+        def on_results(indices: Sequence[int], results: Sequence[FloatVector]) -> None:
+            rows = np.stack(results)
+            vectors[indices] = rows
             if on_rows is not None:
-                on_rows(places, Embeddings(rows, [request.counts[place] for place in places]))
+                on_rows(indices, Embeddings(rows, [request.counts[index] for index in indices]))
 
         request = _Request(texts, input_type, truncate)
-        await self._compute(request, model, batcher, take, on_progress, every=False)
+        await self._compute(request, model, batcher, on_results, on_progress, all_outputs=False)
         return Embeddings(vectors, request.counts)
 
     async def represent(
@@ -142,23 +142,25 @@ class LocalEmbedder:
         on_progress: OnProgress | None = None,
     ) -> Representations:
         """See `MultiEmbedder.represent`."""
-        model, batcher = await self._ready()
-        found: dict[int, tuple[FloatVector, SparseVector, FloatMatrix]] = {}
+        model, batcher = await self._ensure_loaded()
+        outputs: dict[int, tuple[FloatVector, SparseVector, FloatMatrix]] = {}
 
-        def take(places: Sequence[int], made: Sequence[tuple[FloatVector, SparseVector, FloatMatrix]]) -> None:
-            found.update(zip(places, made, strict=True))
+        def on_results(
+            indices: Sequence[int], results: Sequence[tuple[FloatVector, SparseVector, FloatMatrix]]
+        ) -> None:
+            outputs.update(zip(indices, results, strict=True))
 
         request = _Request(texts, input_type, truncate)
-        await self._compute(request, model, batcher, take, on_progress, every=True)
-        vectors, sparse, colbert = zip(*(found[index] for index in range(len(texts))), strict=True)
+        await self._compute(request, model, batcher, on_results, on_progress, all_outputs=True)
+        vectors, sparse, colbert = zip(*(outputs[index] for index in range(len(texts))), strict=True)
         return Representations(np.stack(vectors), sparse=sparse, colbert=colbert, prompt_tokens=sum(request.counts))
 
     async def check(self) -> None:
         """See `Embedder.check`: loads the model if it is not loaded yet."""
-        await self._ready()
+        await self._ensure_loaded()
 
     async def aclose(self) -> None:
-        """Take no more work, and let the model go; a batch that is running ends by itself."""
+        """Refuse new work and release the model; a batch that is running finishes."""
         self._closed = True
         if self._batcher is not None:
             self._batcher.close(ServerStopped())
@@ -174,65 +176,67 @@ class LocalEmbedder:
         request: _Request,
         model: LoadedModel,
         batcher: Batcher[_Kind, Any],
-        take: OnResults[Any],
+        on_results: OnResults[Any],
         on_progress: OnProgress | None,
         *,
-        every: bool,
+        all_outputs: bool,
     ) -> None:
-        """Have something made of a request's texts, the first of them while the others are still tokenized."""
+        """Tokenize a request's texts and run them through the model; the first run while others are being tokenized."""
         texts, counts = request.texts, request.counts
-        most = model.facts.card.max_tokens or sys.maxsize
-        expected = [min(most, math.ceil(len(text) * self._tokens_of_character)) for text in texts]
-        # What finds no room is refused before it is tokenized; by its texts it is known when it comes again.
-        with batcher.expecting((caller_name(), hash(tuple(texts))), sum(expected)) as claim:
+        max_tokens = model.facts.card.max_tokens or sys.maxsize
+        expected = [min(max_tokens, math.ceil(len(text) * self._tokens_per_character)) for text in texts]
+        # Refused before it is tokenized if the queue is full; a retry is recognised by its texts.
+        with batcher.admit((caller_name(), hash(tuple(texts))), sum(expected)) as claim:
             pieces = model.tokenize(texts, input_type=request.input_type, truncate=request.truncate)
-            beside = sum(map(len, texts)) > _CHARACTERS_ON_LOOP
+            on_thread = sum(map(len, texts)) > _MAX_CHARACTERS_ON_LOOP
 
-            async def read() -> Tokens:
+            async def tokenize_next() -> Tokens:
                 with telemetry.stage("tokenise"):
-                    tokens = await anyio.to_thread.run_sync(next, pieces) if beside else next(pieces)
+                    tokens = await anyio.to_thread.run_sync(next, pieces) if on_thread else next(pieces)
                 piece = slice(len(counts), len(counts) + len(tokens.rows))
-                self._note_tokens(texts[piece], tokens.counts, most)
+                self._update_estimate(texts[piece], tokens.counts, max_tokens)
                 counts.extend(tokens.counts)
                 claim.expected -= sum(expected[piece])
                 return tokens
 
             async def more() -> Sequence[Row]:
-                return (await read()).rows if len(counts) < len(texts) else ()
+                return (await tokenize_next()).rows if len(counts) < len(texts) else ()
 
-            first = await read()
-            kind = _Kind(first.skip, every)
-            await batcher.submit(kind, first.rows, take, on_progress, more=more, claim=claim)
+            first = await tokenize_next()
+            kind = _Kind(first.skip, all_outputs)
+            await batcher.submit(kind, first.rows, on_results, on_progress, more=more, claim=claim)
 
-    def _note_tokens(self, texts: Sequence[str], counts: Sequence[int], most: int) -> None:
-        """Learn how many tokens the characters of such texts make, of those texts that were not cut off."""
-        whole = [(len(text), count) for text, count in zip(texts, counts, strict=True) if count < most]
-        if characters := sum(length for length, _ in whole):
-            seen = sum(count for _, count in whole) / characters
-            weight = characters / (characters + _CHARACTERS_REMEMBERED)
-            self._tokens_of_character += weight * (seen - self._tokens_of_character)
+    def _update_estimate(self, texts: Sequence[str], counts: Sequence[int], max_tokens: int) -> None:
+        """Update the moving average of tokens per character from the texts that were not truncated."""
+        untruncated = [(len(text), count) for text, count in zip(texts, counts, strict=True) if count < max_tokens]
+        if characters := sum(length for length, _ in untruncated):
+            observed = sum(count for _, count in untruncated) / characters
+            weight = characters / (characters + _SMOOTHING_CHARACTERS)
+            self._tokens_per_character += weight * (observed - self._tokens_per_character)
 
-    async def _ready(self) -> tuple[LoadedModel, Batcher[_Kind, Any]]:
-        """The loaded model, and the queue before it."""
+    async def _ensure_loaded(self) -> tuple[LoadedModel, Batcher[_Kind, Any]]:
+        """Load the model if necessary; return it and its queue."""
         self._check_open()
         model = await self._loaded.get()
         if not model.alive:
-            if self._loaded.forget(model) and self._batcher is not None:
-                self._batcher.close(ModelUnavailable(f"{self.card.id} has ended; the next request starts it again"))
+            if self._loaded.invalidate(model) and self._batcher is not None:
+                self._batcher.close(
+                    ModelUnavailable(f"the process of {self.card.id} has ended; the next request starts it again")
+                )
                 self._batcher = None
             model = await self._loaded.get()
         self.card = model.facts.card
         if self._batcher is None:
-            self._batcher = _batcher(model, self._max_queued_tokens, self._workers)
+            self._batcher = _make_batcher(model, self._max_queued_tokens, self._workers)
         return model, self._batcher
 
 
-def _batcher(model: LoadedModel, max_queued_tokens: int, workers: int | None) -> Batcher[_Kind, Any]:
+def _make_batcher(model: LoadedModel, max_queued_tokens: int, workers: int | None) -> Batcher[_Kind, Any]:
     cores = usable_cores()
     workers = workers or model.workers(cores)
 
     def run(kind: _Kind, rows: Sequence[Row]) -> Sequence[Any]:
-        if not kind.every:
+        if not kind.all_outputs:
             return list(model.forward(rows, kind.skip))
         return list(zip(*model.forward_all(rows, kind.skip), strict=True))
 
@@ -240,7 +244,7 @@ def _batcher(model: LoadedModel, max_queued_tokens: int, workers: int | None) ->
         run,
         workers=workers,
         budget=model.facts.tokens_per_batch,
-        least_share=model.facts.least_tokens_per_batch,
+        min_share=model.facts.least_tokens_per_batch,
         max_queued_tokens=max_queued_tokens,
         padded=not model.facts.packed,
         prepare_worker=functools.partial(model.compute_on, max(1, cores // workers)),
