@@ -1,4 +1,4 @@
-"""Capabilities as configuration: ours and others', what is taken from them, and what is refused with its line."""
+"""Capabilities as configuration, ours and others': what is read from them, and what is rejected with its line."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def read(text: str, tmp_path: Path) -> Manifest:
     return read_manifest(file)
 
 
-# --- What is taken ---------------------------------------------------------------------------------------------------
+# --- What is read ----------------------------------------------------------------------------------------------------
 
 
-def test_of_openais_capability_the_address_the_key_and_the_model_are_taken() -> None:
+def test_address_key_and_model_are_read_from_openais_capability() -> None:
     manifest = read_manifest(CAPABILITIES / "openai.yaml")
 
     assert manifest.endpoints == (
@@ -61,7 +61,7 @@ def test_of_openais_capability_the_address_the_key_and_the_model_are_taken() -> 
     assert manifest.api_key_env is None
 
 
-def test_a_nim_is_known_by_the_fields_that_it_alone_has() -> None:
+def test_a_nim_is_recognised_by_the_fields_that_only_nim_has() -> None:
     manifest = read_manifest(CAPABILITIES / "self-hosted-nim.yaml")
 
     assert manifest.endpoints == (EndpointSettings(url="http://localhost:8000/v1", dialect="nim"),)
@@ -69,63 +69,63 @@ def test_a_nim_is_known_by_the_fields_that_it_alone_has() -> None:
     assert manifest.api_key_env == "CALLERS_KEY"
 
 
-def test_a_capability_in_the_manner_of_apis_io_is_read() -> None:
+def test_a_capability_in_the_style_of_apis_io_is_read() -> None:
     assert read_manifest(CAPABILITIES / "passed-on.yaml").endpoints == (
         EndpointSettings(url=HOSTED_URL, api_key_env="NVIDIA_API_KEY", dialect="nim"),
     )
 
 
 @pytest.mark.parametrize("file", ["capability.yaml", "capability.naftiko.yaml"])
-def test_our_own_are_read_alike(file: str) -> None:
+def test_our_own_capabilities_are_read_too(file: str) -> None:
     assert read_manifest(ROOT / "skills" / "embeddings" / file).endpoints == (
         EndpointSettings(url="http://localhost:8000/v1", api_key_env="EMBEDDINGS_API_KEY", dialect="nim"),
     )
 
 
 @pytest.mark.parametrize("file", ["openai.yaml", "self-hosted-nim.yaml"])
-def test_the_capabilities_of_others_are_valid_by_the_official_schema(file: str) -> None:
+def test_the_capabilities_of_others_are_valid_against_the_official_schema(file: str) -> None:
     document = yaml.safe_load((CAPABILITIES / file).read_text("utf-8"))
     engine = next(engine for engine in VERSIONS if engine in document)
     jsonschema.Draft202012Validator(schema_of(f"{engine}-{VERSIONS[engine]}")).validate(document)
 
 
-def test_what_is_not_used_is_said_with_its_line() -> None:
+def test_what_is_not_used_is_noted_with_its_line() -> None:
     notes = read_manifest(CAPABILITIES / "openai.yaml").notes
     place = f"{CAPABILITIES / 'openai.yaml'}, line"
     lines = OPENAI.splitlines()
     assert [note.partition(": ")[2] for note in notes] == [
         "`models.list` (GET /models) is not used: it makes no embeddings",
-        "`exposes` is not used: this server exposes REST, MCP and skills in a form of its own, at --host and --port",
+        "`exposes` is not used: this server exposes its own REST, MCP and skills, at --host and --port",
     ]
     numbers = [int(note.removeprefix(place).partition(":")[0]) for note in notes]
     assert lines[numbers[0] - 1].strip() == "method: GET"
     assert lines[numbers[1] - 2].strip() == "exposes:"
 
 
-def test_an_endpoint_of_which_nothing_is_said_is_not_sent_what_only_nim_knows(tmp_path: Path) -> None:
+def test_an_endpoint_without_known_fields_is_not_sent_the_fields_that_only_nim_has(tmp_path: Path) -> None:
     text = (
         (CAPABILITIES / "passed-on.yaml").read_text("utf-8").replace("https://integrate.api.nvidia.com", "https://e.io")
     )
     manifest = read(text, tmp_path)
     assert manifest.endpoints[0].dialect == "openai"
-    assert "nothing says that https://e.io/v1 knows `input_type`" in manifest.notes[0]
+    assert "nothing says that https://e.io/v1 supports `input_type`" in manifest.notes[0]
 
 
 @pytest.mark.parametrize(
     ("engine", "version"), [(engine, version) for engine, versions in KNOWN_VERSIONS.items() for version in versions]
 )
-def test_every_version_that_is_known_is_read(tmp_path: Path, engine: str, version: str) -> None:
+def test_every_supported_version_is_read(tmp_path: Path, engine: str, version: str) -> None:
     text = re.sub(r"^ikanos: .*$", f"{engine}: {version}", OPENAI, flags=re.MULTILINE)
     assert read(text, tmp_path).endpoints == read_manifest(CAPABILITIES / "openai.yaml").endpoints
 
 
-def test_apis_may_stand_at_the_root(tmp_path: Path) -> None:
+def test_apis_may_be_at_the_root(tmp_path: Path) -> None:
     document = yaml.safe_load(OPENAI)
     document["consumes"] = document.pop("capability")["consumes"]
     assert read(yaml.safe_dump(document), tmp_path).endpoints == read_manifest(CAPABILITIES / "openai.yaml").endpoints
 
 
-def test_a_key_may_be_written_as_the_header_that_it_is_sent_in(tmp_path: Path) -> None:
+def test_a_key_may_be_written_as_an_authorization_header(tmp_path: Path) -> None:
     text = OPENAI.replace(
         'type: bearer\n        token: "{{OPENAI_KEY}}"',
         'type: apikey\n        key: Authorization\n        value: "Bearer {{OPENAI_KEY}}"\n        placement: header',
@@ -140,51 +140,61 @@ def test_a_key_may_be_written_as_the_header_that_it_is_sent_in(tmp_path: Path) -
         '{type: json, data: \'{"model": "text-embedding-3-small", "input": {{texts}}}\'}',
     ],
 )
-def test_a_body_may_be_written_as_a_map(tmp_path: Path, body: str) -> None:
+def test_a_body_may_be_written_as_a_mapping(tmp_path: Path, body: str) -> None:
     text = re.sub(r"body: \|\n.*?\n                \}\n", f"body: {body}\n", OPENAI, flags=re.DOTALL)
     assert read(text, tmp_path).endpoints[0].models == ("text-embedding-3-small",)
 
 
-# --- What is refused -------------------------------------------------------------------------------------------------
+# --- What is rejected ------------------------------------------------------------------------------------------------
 
-LONG_AGO = 'token: "{{OPENAI_KEY}}"'
+TOKEN = 'token: "{{OPENAI_KEY}}"'
 
 BROKEN: list[tuple[str, str, str, str]] = [
-    ("no YAML", "  consumes:", "  consumes: [", "this is not YAML"),
-    ("no capability", "ikanos: 1.0.0-beta5", "openapi: 3.1.0", "`openapi` in `the document` is not possible here"),
-    ("no version", "ikanos: 1.0.0-beta5\n", "", "this is no capability: it must say `ikanos: 1.0.0-beta5`"),
-    ("unknown version", "1.0.0-beta5", "2.0.0", "version '2.0.0' of ikanos is not known here; known are 1.0.0-alpha3"),
-    ("a secret in the open", LONG_AGO, "token: sk-proj-0123456789", "a secret must not stand in the document"),
-    ("half a secret", LONG_AGO, 'token: "sk-{{OPENAI_KEY}}"', "a secret must not stand in the document"),
-    ("unbound", "OPENAI_KEY: OPENAI_API_KEY", "OTHER: OPENAI_API_KEY", "no bind says what OPENAI_KEY is"),
+    ("not YAML", "  consumes:", "  consumes: [", "this is not YAML"),
+    ("not a capability", "ikanos: 1.0.0-beta5", "openapi: 3.1.0", "`openapi` in `the document` is not supported here"),
+    ("no version", "ikanos: 1.0.0-beta5\n", "", "this is not a capability: it must have a version such as"),
+    (
+        "unknown version",
+        "1.0.0-beta5",
+        "2.0.0",
+        "version '2.0.0' of ikanos is not supported; supported are 1.0.0-alpha3",
+    ),
+    ("a plain-text secret", TOKEN, "token: sk-proj-0123456789", "a secret must not be written into the document"),
+    (
+        "a partly plain-text secret",
+        TOKEN,
+        'token: "sk-{{OPENAI_KEY}}"',
+        "a secret must not be written into the document",
+    ),
+    ("unbound", "OPENAI_KEY: OPENAI_API_KEY", "OTHER: OPENAI_API_KEY", "OPENAI_KEY is not bound: add it"),
     ("a vault", "    keys:", "    location: vault://keys\n    keys:", "OPENAI_KEY must come from the environment"),
-    ("no token", f"        {LONG_AGO}\n", "", "`authentication` has no `token`"),
-    ("another login", "type: bearer", "type: oauth2", "authentication of type 'oauth2' is not possible here"),
+    ("no token", f"        {TOKEN}\n", "", "`authentication` has no `token`"),
+    ("another authentication", "type: bearer", "type: oauth2", "authentication of type 'oauth2' is not supported here"),
     ("a key in the query", "type: bearer", "type: apikey\n        key: api-key", "authentication of type 'apikey'"),
     ("no address", "      baseUri: https://api.openai.com/v1\n", "", "`consumes` has no `baseUri`"),
     ("a variable address", "https://api.openai.com/v1", "https://{{HOST}}/v1", "depends on a variable: write it out"),
     ("a key in the address", "https://api.openai.com/v1", "https://k:s@api.openai.com/v1", "must be a plain address"),
-    ("no URL", "https://api.openai.com/v1", "http://[::1/v1", "is not a URL: "),
+    ("not a URL", "https://api.openai.com/v1", "http://[::1/v1", "is not a URL: "),
     ("no v1", "https://api.openai.com/v1", "https://api.openai.com/v2", "must be at an address that ends in /v1/emb"),
     ("no embeddings", "path: /embeddings", "path: /chat/completions", "no embeddings API is consumed here"),
     ("wrong method", "method: POST", "method: PUT", "no embeddings API is consumed here"),
     ("a tunnel", "      resources:", "      tunnel: {type: ziti}\n      resources:", "`tunnel` in `consumes` is not"),
-    ("an import", "    - namespace: openai\n", "    - import: x\n      namespace: openai\n", "is not followed: write"),
+    ("an import", "    - namespace: openai\n", "    - import: x\n      namespace: openai\n", "are not followed: write"),
     (
         "a header",
         "        Accept:",
         "        OpenAI-Organization:",
         "`OpenAI-Organization` in the header",
     ),
-    ("a query", "          in: header", "          in: query", "`Accept` in the query is not possible here"),
+    ("a query", "          in: header", "          in: query", "`Accept` in the query is not supported here"),
     ("another format", "method: POST", "method: POST\n              outputRawFormat: xml", "must be json"),
     (
         "a fixed field",
         '"encoding_format": "float"',
         '"dimensions": 512',
-        "`dimensions` cannot be fixed here",
+        "`dimensions` cannot be fixed to '512' here",
     ),
-    ("no JSON", '"encoding_format": "float",', '"encoding_format": "float"', "`body` is not JSON once its variables"),
+    ("not JSON", '"encoding_format": "float",', '"encoding_format": "float"', "`body` is not JSON once its variables"),
     ("no input", '"input": {{texts}}', '"texts": {{texts}}', "`body` has no field `input`"),
     (
         "a form",
@@ -192,15 +202,15 @@ BROKEN: list[tuple[str, str, str, str]] = [
         "body: {type: formUrlEncoded, data: x}\n              display: |",
         "`body` must be of type json",
     ),
-    ("a list of maps", "  consumes:\n    - namespace", "  consumes:\n      namespace", "`consumes` must be a list"),
-    ("a text for a map", "keys:\n      OPENAI_KEY: OPENAI_API_KEY", "keys: OPENAI_KEY", "`keys` must be a map"),
-    ("twice", "      type: http\n", "      type: http\n      type: http\n", "`type` stands twice in `consumes`"),
-    ("a misspelling", "      baseUri:", "      baseUrl:", "`baseUrl` in `consumes` is not possible here"),
+    ("no list", "  consumes:\n    - namespace", "  consumes:\n      namespace", "`consumes` must be a list"),
+    ("a string for a map", "keys:\n      OPENAI_KEY: OPENAI_API_KEY", "keys: OPENAI_KEY", "`keys` must be a map"),
+    ("a key twice", "      type: http\n", "      type: http\n      type: http\n", "`type` appears twice in `consumes`"),
+    ("a misspelling", "      baseUri:", "      baseUrl:", "`baseUrl` in `consumes` is not supported here"),
 ]
 
 
 @pytest.mark.parametrize(("right", "wrong", "message"), [case[1:] for case in BROKEN], ids=[case[0] for case in BROKEN])
-def test_what_cannot_be_honoured_is_refused_by_name_and_line(
+def test_what_is_not_supported_is_rejected_by_name_and_line(
     tmp_path: Path, right: str, wrong: str, message: str
 ) -> None:
     assert right in OPENAI
@@ -216,12 +226,12 @@ def test_what_cannot_be_honoured_is_refused_by_name_and_line(
     assert "sk-" not in caught.value.message
 
 
-def test_the_line_is_that_of_the_fault(tmp_path: Path) -> None:
-    with pytest.raises(InvalidSetting, match="line 18: a secret must not stand in the document"):
+def test_the_line_is_that_of_the_mistake(tmp_path: Path) -> None:
+    with pytest.raises(InvalidSetting, match="line 18: a secret must not be written into the document"):
         read(OPENAI.replace('"{{OPENAI_KEY}}"', "sk-proj-0123456789"), tmp_path)
 
 
-def test_two_keys_for_callers_are_too_many(tmp_path: Path) -> None:
+def test_two_keys_for_callers_are_rejected(tmp_path: Path) -> None:
     document = yaml.safe_load(NIM)
     (adapter,) = document["capability"]["exposes"]
     other = {**adapter, "namespace": "other", "authentication": {"type": "bearer", "token": "$env.OTHER"}}
@@ -238,17 +248,17 @@ def test_two_keys_for_callers_are_too_many(tmp_path: Path) -> None:
         (b"\xff\xfe\x00", "this is not YAML"),
         (b"[" * 100_000, "this is not YAML"),
         (b"#" * (1 << 20) + b"\n", "is too large"),
-        (b"ikanos: &a [*a]", "`ikanos` must be a text"),
+        (b"ikanos: &a [*a]", "`ikanos` must be a string"),
     ],
 )
-def test_what_is_no_document_at_all_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+def test_a_file_that_is_not_a_yaml_mapping_is_rejected(tmp_path: Path, content: bytes, message: str) -> None:
     file = tmp_path / "capability.yaml"
     file.write_bytes(content)
     with pytest.raises(InvalidSetting, match=re.escape(message)):
         read_manifest(file)
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidSetting, match=r"gone\.yaml cannot be read: No such file or directory"):
         read_manifest(tmp_path / "gone.yaml")
 
@@ -257,22 +267,22 @@ LINES = [*OPENAI.splitlines(), *NIM.splitlines()]
 
 
 @given(seed=st.integers(0, 1 << 32), cuts=st.integers(1, 4))
-def test_no_document_is_more_than_refused(tmp_path_factory: pytest.TempPathFactory, seed: int, cuts: int) -> None:
-    chance = random.Random(seed)
-    lines = chance.choice([OPENAI, NIM]).splitlines()
+def test_a_broken_document_never_raises_another_error(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, cuts: int
+) -> None:
+    rng = random.Random(seed)
+    lines = rng.choice([OPENAI, NIM]).splitlines()
     for _ in range(cuts):
-        at = chance.randrange(len(lines))
-        chosen = chance.randrange(4)
+        at = rng.randrange(len(lines))
+        chosen = rng.randrange(4)
         if chosen == 0:
             del lines[at]
         elif chosen == 1:
-            lines.insert(at, chance.choice(LINES))
+            lines.insert(at, rng.choice(LINES))
         elif chosen == 2:
-            lines[at] = " " * chance.randrange(8) + lines[at].strip()
+            lines[at] = " " * rng.randrange(8) + lines[at].strip()
         else:
-            lines[at] = lines[at].replace(
-                chance.choice(':-{}"/ '), chance.choice(["", "[", "{", "&a ", "*a", "!!x "]), 1
-            )
+            lines[at] = lines[at].replace(rng.choice(':-{}"/ '), rng.choice(["", "[", "{", "&a ", "*a", "!!x "]), 1)
     try:
         manifest = read("\n".join(lines), tmp_path_factory.getbasetemp())
     except InvalidSetting:
@@ -283,7 +293,7 @@ def test_no_document_is_more_than_refused(tmp_path_factory: pytest.TempPathFacto
 # --- Serving ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_settings_take_the_endpoints_and_keep_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_endpoints_are_added_to_the_settings_which_take_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CALLERS_KEY", "of-callers")
     manifest = read_manifest(CAPABILITIES / "self-hosted-nim.yaml")
     own = EndpointSettings(url="http://localhost:1/v1")
@@ -297,14 +307,14 @@ def test_the_settings_take_the_endpoints_and_keep_what_they_say(monkeypatch: pyt
     assert read_manifest(CAPABILITIES / "openai.yaml").added_to(Settings()).default_model == "text-embedding-3-small"
 
 
-def test_a_key_for_callers_that_is_not_set_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_key_for_callers_prevents_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CALLERS_KEY", raising=False)
     with pytest.raises(InvalidSetting, match="takes the key that callers send from CALLERS_KEY: set it"):
         read_manifest(CAPABILITIES / "self-hosted-nim.yaml").added_to(Settings())
 
 
 def served(file: str, address: str, model: str, folder: Path) -> AbstractContextManager[tuple[Any, str]]:
-    """A server process that was told where its endpoint is by one of the capabilities, with another address in it."""
+    """Run a server process with one of the capabilities, in which the endpoint's address is replaced."""
     text = (CAPABILITIES / file).read_text("utf-8").replace("text-embedding-3-small", model)
     for known in ("https://api.openai.com", "http://localhost:8000"):
         text = text.replace(known, address)
@@ -313,47 +323,47 @@ def served(file: str, address: str, model: str, folder: Path) -> AbstractContext
     return running(COMMAND, "serve", "--transport", "http", "--port", "0", "--manifest", str(capability))
 
 
-def embedded(url: str, model: str, **fields: str) -> Any:
-    """The vector of a text, as OpenAI's client gets it."""
+def embed(url: str, model: str, **fields: str) -> Any:
+    """Return the vector of a text, from OpenAI's client."""
     with openai.OpenAI(base_url=f"{url}/v1", api_key="of-callers", max_retries=0) as client:
-        made = client.embeddings.create(model=model, input="a cat", encoding_format="float", extra_body=fields)
-    return np.array(made.data[0].embedding, dtype=np.float32)
+        response = client.embeddings.create(model=model, input="a cat", encoding_format="float", extra_body=fields)
+    return np.array(response.data[0].embedding, dtype=np.float32)
 
 
 @pytest.mark.anyio
-async def test_openais_capability_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_openais_capability_can_be_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-of-the-test")
 
     def ask() -> Any:
-        with served("openai.yaml", there.url, SYMMETRIC.id, tmp_path) as (_, url):
-            return embedded(url, "default")
+        with served("openai.yaml", endpoint.url, SYMMETRIC.id, tmp_path) as (_, url):
+            return embed(url, "default")
 
-    async with stand_in(prompts=False) as there:
+    async with stand_in(prompts=False) as endpoint:
         vector = await anyio.to_thread.run_sync(ask)
 
     assert np.array_equal(vector, HashEmbedder(SYMMETRIC).vector("a cat"))
-    (asked,) = [seen for seen in there.seen if seen.path == "/v1/embeddings"]
-    assert asked.headers["authorization"] == "Bearer sk-of-the-test"
-    assert asked.json["model"] == SYMMETRIC.id
-    assert not asked.json.keys() & {"input_type", "truncate"}
+    (request,) = [seen for seen in endpoint.seen if seen.path == "/v1/embeddings"]
+    assert request.headers["authorization"] == "Bearer sk-of-the-test"
+    assert request.json["model"] == SYMMETRIC.id
+    assert not request.json.keys() & {"input_type", "truncate"}
 
 
 @pytest.mark.anyio
-async def test_a_nims_capability_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_nims_capability_can_be_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CALLERS_KEY", "of-callers")
 
     def ask() -> Any:
-        with served("self-hosted-nim.yaml", there.url, "", tmp_path) as (_, url):
+        with served("self-hosted-nim.yaml", endpoint.url, "", tmp_path) as (_, url):
             assert httpx.get(f"{url}/v1/models").status_code == 401
-            return embedded(url, ASYMMETRIC.id, input_type="passage")
+            return embed(url, ASYMMETRIC.id, input_type="passage")
 
-    async with stand_in() as there:
+    async with stand_in() as endpoint:
         vector = await anyio.to_thread.run_sync(ask)
 
     assert np.array_equal(vector, HashEmbedder(ASYMMETRIC).vector("a cat", "passage"))
-    (asked,) = [seen for seen in there.seen if seen.path == "/v1/embeddings"]
-    assert asked.json["input_type"] == "passage"
-    assert "authorization" not in asked.headers
+    (request,) = [seen for seen in endpoint.seen if seen.path == "/v1/embeddings"]
+    assert request.json["input_type"] == "passage"
+    assert "authorization" not in request.headers
 
 
 def test_a_server_is_not_its_own_endpoint() -> None:

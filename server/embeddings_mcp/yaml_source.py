@@ -1,4 +1,4 @@
-"""YAML whose parts know where they stand, so that what is wrong with a document can be said with its line."""
+"""YAML nodes with their source positions, so that errors can name the file and the line."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import yaml
 from embeddings_mcp.errors import InvalidSetting
 
 _LARGEST_BYTES = 1 << 20
-"""No document that a person writes is larger; what is, could only be meant to do harm."""
+"""No document written by hand is larger; one that is can only be an attack."""
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """A part of a document, down to a single text.
+class YamlNode:
+    """A YAML node with its file and name.
 
-    Every method that takes it for something that it is not raises `InvalidSetting`.
+    Every accessor raises `InvalidSetting` if the node is of another type.
 
     Attributes:
-        document: the file, as errors call it.
-        name: what errors call the part.
-        node: the YAML node.
+        document: the file, for error messages.
+        name: name of the node, for error messages.
+        node: the node as PyYAML composed it.
     """
 
     document: str
@@ -32,106 +32,106 @@ class Part:
     node: yaml.Node
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """The file and the line."""
         return f"{self.document}, line {self.node.start_mark.line + 1}"
 
-    def refuse(self, message: str) -> NoReturn:
-        """Say what is wrong here.
+    def fail(self, message: str) -> NoReturn:
+        """Raise an error about this node.
 
         Raises:
-            InvalidSetting: always.
+            InvalidSetting: always; the message starts with the location.
         """
-        raise InvalidSetting(f"{self.place}: {message}")
+        raise InvalidSetting(f"{self.location}: {message}")
 
     @property
     def text(self) -> str:
-        """The part as a text; numbers and the like as they are written."""
+        """The scalar as a string; numbers and other types as they are written in the document."""
         if not isinstance(self.node, yaml.ScalarNode):
-            self.refuse(f"`{self.name}` must be a text")
-        written: str = self.node.value
-        return written
+            self.fail(f"`{self.name}` must be a string")
+        value: str = self.node.value
+        return value
 
-    def items(self) -> list[Part]:
-        """The entries of a list."""
+    def items(self) -> list[YamlNode]:
+        """Return the items of a list."""
         if not isinstance(self.node, yaml.SequenceNode):
-            self.refuse(f"`{self.name}` must be a list")
-        return [Part(self.document, self.name, node) for node in self.node.value]
+            self.fail(f"`{self.name}` must be a list")
+        return [YamlNode(self.document, self.name, node) for node in self.node.value]
 
-    def members(self, known: Collection[str] | None = None) -> Members:
-        """The members of a map.
+    def mapping(self, known: Collection[str] | None = None) -> YamlMapping:
+        """Return the mapping.
 
         Args:
-            known: the names that are accepted; None for any.
+            known: the keys that are accepted; None for any.
         """
         if not isinstance(self.node, yaml.MappingNode):
-            self.refuse(f"`{self.name}` must be a map")
-        parts: dict[str, Part] = {}
-        for key, value in self.node.value:
-            name = Part(self.document, f"a key of {self.name}", key)
-            part = Part(self.document, name.text, value)
-            if part.name in parts:
-                name.refuse(f"`{part.name}` stands twice in `{self.name}`")
-            if known is not None and part.name not in known:
-                name.refuse(f"`{part.name}` in `{self.name}` is not possible here")
-            parts[part.name] = part
-        return Members(self, parts)
+            self.fail(f"`{self.name}` must be a map")
+        values: dict[str, YamlNode] = {}
+        for key_node, value_node in self.node.value:
+            key = YamlNode(self.document, f"a key of {self.name}", key_node)
+            name = key.text
+            if name in values:
+                key.fail(f"`{name}` appears twice in `{self.name}`")
+            if known is not None and name not in known:
+                key.fail(f"`{name}` in `{self.name}` is not supported here")
+            values[name] = YamlNode(self.document, name, value_node)
+        return YamlMapping(self, values)
 
-    def named(self, known: Collection[str] | None = None) -> Iterator[tuple[str, Members]]:
-        """Things by their names: the members of a map of maps, or the entries of a list, each with its ``name``."""
+    def named(self, known: Collection[str] | None = None) -> Iterator[tuple[str, YamlMapping]]:
+        """Yield named mappings: the values of a mapping, or the items of a list, each with its name under ``name``."""
         if isinstance(self.node, yaml.SequenceNode):
             for item in self.items():
-                thing = item.members(None if known is None else {*known, "name"})
-                yield thing.need("name").text, thing
+                mapping = item.mapping(None if known is None else {*known, "name"})
+                yield mapping.require("name").text, mapping
         else:
-            for name, part in self.members().parts.items():
-                yield name, part.members(known)
+            for name, node in self.mapping().values.items():
+                yield name, node.mapping(known)
 
 
 @dataclass(frozen=True, slots=True)
-class Members:
-    """The members of a map.
+class YamlMapping:
+    """The values of a YAML mapping by key.
 
     Attributes:
-        whole: the map itself.
-        parts: its members by their names.
+        node: the mapping itself.
+        values: its values by key.
     """
 
-    whole: Part
-    parts: dict[str, Part]
+    node: YamlNode
+    values: dict[str, YamlNode]
 
-    def get(self, name: str) -> Part | None:
-        """A member; None where it is missing."""
-        return self.parts.get(name)
+    def get(self, name: str) -> YamlNode | None:
+        """Return the value of a key; None if it is missing."""
+        return self.values.get(name)
 
-    def need(self, name: str) -> Part:
-        """A member that must be there.
+    def require(self, name: str) -> YamlNode:
+        """Return the value of a required key.
 
         Raises:
-            InvalidSetting: it is missing.
+            InvalidSetting: the key is missing.
         """
-        if name not in self.parts:
-            self.whole.refuse(f"`{self.whole.name}` has no `{name}`")
-        return self.parts[name]
+        if name not in self.values:
+            self.node.fail(f"`{self.node.name}` has no `{name}`")
+        return self.values[name]
 
     def text(self, name: str, default: str = "") -> str:
-        """The text of a member; `default` where it is missing."""
-        return self.parts[name].text if name in self.parts else default
+        """Return the value of a key as a string; `default` if it is missing."""
+        return self.values[name].text if name in self.values else default
 
-    def items(self, name: str) -> list[Part]:
-        """The entries of a list; none where it is missing."""
-        return self.parts[name].items() if name in self.parts else []
+    def items(self, name: str) -> list[YamlNode]:
+        """Return the items of a list; none if the key is missing."""
+        return self.values[name].items() if name in self.values else []
 
-    def named(self, name: str, known: Collection[str] | None = None) -> Iterator[tuple[str, Members]]:
-        """Things by their names, as `Part.named`; none where the member is missing."""
-        return self.parts[name].named(known) if name in self.parts else iter(())
+    def named(self, name: str, known: Collection[str] | None = None) -> Iterator[tuple[str, YamlMapping]]:
+        """Yield the named mappings below a key, as `YamlNode.named`; none if the key is missing."""
+        return self.values[name].named(known) if name in self.values else iter(())
 
 
-def read_yaml(path: Path) -> Part:
-    """The document of a file.
+def read_yaml(path: Path) -> YamlNode:
+    """Read a YAML file; return its root node.
 
     Raises:
-        InvalidSetting: it cannot be read, or is no YAML.
+        InvalidSetting: the file cannot be read, is too large, or is not YAML.
     """
     try:
         content = path.read_bytes()
@@ -148,4 +148,4 @@ def read_yaml(path: Path) -> Part:
         raise InvalidSetting(f"{path}: this is not YAML: {str(error) or 'it is nested too deep'}") from None
     if root is None:
         raise InvalidSetting(f"{path} is empty")
-    return Part(str(path), "the document", root)
+    return YamlNode(str(path), "the document", root)
