@@ -1,4 +1,4 @@
-"""From settings to a service: which models it has, which is the default, and what cannot be."""
+"""Building a service from settings: which models it has, which is the default, and what is rejected."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from embeddings_mcp.assemble import build_service, only
+from embeddings_mcp.assemble import build_service, settings_for_model
 from embeddings_mcp.embedders.local.locate import find_bundled
 from embeddings_mcp.errors import CheckpointInvalid, EmbeddingsError, InvalidSetting
 from embeddings_mcp.models import DEFAULT_MODEL, OwnCard
@@ -32,7 +32,7 @@ def test_the_bundled_model_is_described_before_it_is_loaded() -> None:
     assert (entry["input_type"], entry["served_from"], entry["licence"]) == ("ignored", "local", "Apache-2.0")
 
 
-def test_a_folder_describes_itself_under_the_name_that_it_is_given(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_folder_is_described_by_its_files_under_the_given_name(checkpoint: Path, tmp_path: Path) -> None:
     link = tmp_path / "a folder=with signs"
     link.symlink_to(checkpoint, target_is_directory=True)
     (entry,) = build_service(Settings(models=(f"mine={link}",))).known_models()
@@ -47,18 +47,18 @@ def test_a_folder_in_the_home_directory_is_found(
     assert served(build_service(Settings(models=("mine=~/model",)))) == [("mine", True)]
 
 
-def test_a_known_model_has_its_own_id_by_whichever_name_it_is_asked_for(checkpoint: Path) -> None:
+def test_a_known_model_has_its_own_id_under_any_of_its_names(checkpoint: Path) -> None:
     for spec in ("all-minilm-l6-v2", f"ALL-MiniLM-L6-v2={checkpoint}"):
         assert served(build_service(Settings(models=(spec,)))) == [(DEFAULT_MODEL, True)]
 
 
-def test_a_model_of_the_hub_is_listed_before_anything_is_known_of_it() -> None:
+def test_a_model_of_the_hub_is_listed_before_anything_is_known_about_it() -> None:
     (entry,) = build_service(Settings(models=("somebody/something",))).known_models()
     assert entry["id"] == "somebody/something"
     assert not entry.keys() & {"dimensions", "max_tokens"}
 
 
-def test_a_card_in_the_settings_describes_a_model_before_the_built_in_ones_do() -> None:
+def test_a_card_in_the_settings_takes_precedence_over_built_in_ones() -> None:
     card = OwnCard(id="somebody/something", aliases=("something",), dimensions=64, matryoshka=(32,))
     (entry,) = build_service(Settings(models=("SOMETHING",), cards=(card,))).known_models()
     assert (entry["id"], entry["dimensions"], entry["allowed_dimensions"]) == ("somebody/something", 64, [32])
@@ -73,13 +73,13 @@ def test_the_first_model_is_the_default_unless_another_is_named(checkpoint: Path
 
 
 @pytest.mark.parametrize(
-    ("models", "default", "error", "lesson"),
+    ("models", "default", "error", "message"),
     [
         (("mine=/no/such/folder",), None, CheckpointInvalid, "/no/such/folder is not a folder"),
         (("mine=",), None, InvalidSetting, "'mine=' must be given as ID or as ID=PATH"),
         (("=/some/where",), None, InvalidSetting, "'=/some/where' must be given as ID or as ID=PATH"),
         (("m\udcfcller",), None, InvalidSetting, r"'m\udcfcller' must have a name in UTF-8"),
-        (("./model",), None, InvalidSetting, "is a path: give it a name to be asked for, as in my-model=./model"),
+        (("./model",), None, InvalidSetting, "is a path: give it a name, as in my-model=./model"),
         (("~/model",), None, InvalidSetting, "is a path"),
         (("C:\\model",), None, InvalidSetting, "is a path"),
         ((DEFAULT_MODEL, "all-MiniLM-L6-v2"), None, InvalidSetting, "two of the models answer to the name"),
@@ -88,21 +88,21 @@ def test_the_first_model_is_the_default_unless_another_is_named(checkpoint: Path
         (("default",), None, InvalidSetting, "no model can be named 'default'"),
     ],
 )
-def test_models_that_cannot_be_are_refused(
-    models: tuple[str, ...], default: str | None, error: type[EmbeddingsError], lesson: str
+def test_invalid_models_are_rejected(
+    models: tuple[str, ...], default: str | None, error: type[EmbeddingsError], message: str
 ) -> None:
     with pytest.raises(error) as caught:
         build_service(Settings(models=models, default_model=default))
-    assert lesson in caught.value.message
+    assert message in caught.value.message
 
 
-def test_one_model_of_the_settings_is_taken_from_where_they_have_it() -> None:
+def test_the_settings_for_one_model_keep_its_path() -> None:
     settings = Settings(models=("a/b=/some/where", DEFAULT_MODEL), default_model="a/b", device="cpu")
-    for asked, taken in {
+    for model, spec in {
         "A/b": "a/b=/some/where",
         "all-minilm-l6-v2": DEFAULT_MODEL,
         "a/b=/else/where": "a/b=/else/where",
         "c/d": "c/d",
     }.items():
-        one = only(settings, asked)
-        assert (one.models, one.default_model, one.device) == ((taken,), None, "cpu")
+        one = settings_for_model(settings, model)
+        assert (one.models, one.default_model, one.device) == ((spec,), None, "cpu")

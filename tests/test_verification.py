@@ -1,4 +1,4 @@
-"""Does `verify` tell the same vectors from others? Asked of the tiny E5 checkpoint, whose prompts matter."""
+"""Whether `verify` detects different vectors; mostly with the tiny E5 checkpoint, whose prompts matter."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ async def test_a_model_and_a_server_of_it_make_the_same_vectors(opened: AsyncExi
 
 
 @pytest.mark.anyio
-async def test_an_endpoint_that_cannot_truncate_is_compared_on_what_is_short_enough(opened: AsyncExitStack) -> None:
+async def test_an_endpoint_that_cannot_truncate_is_compared_on_samples_that_are_short_enough(
+    opened: AsyncExitStack,
+) -> None:
     model = f"tiny/m3={GOLDEN / 'bge-m3' / 'model'}"
     with served(build_service(Settings(models=(model,)))) as url:
         settings = Settings(endpoints=(EndpointSettings(url=url, dialect="openai"),))
@@ -62,16 +64,17 @@ async def test_an_endpoint_that_cannot_truncate_is_compared_on_what_is_short_eno
 
 
 @dataclass
-class Blurred(HashEmbedder):
-    """Vectors at this cosine from those of a `HashEmbedder`."""
+class Perturbed(HashEmbedder):
+    """Vectors at a given cosine to those of a `HashEmbedder`."""
 
     cosine: float = 1.0
 
     def vector(self, text: str, input_type: InputType | None = None) -> FloatMatrix:
         exact = super().vector(text, input_type)
-        across = np.roll(exact, 1) - np.roll(exact, 1) @ exact * exact
-        blurred: FloatMatrix = self.cosine * exact + math.sqrt(1 - self.cosine**2) * across / np.linalg.norm(across)
-        return blurred
+        orthogonal = np.roll(exact, 1) - np.roll(exact, 1) @ exact * exact
+        orthogonal /= np.linalg.norm(orthogonal)
+        perturbed: FloatMatrix = self.cosine * exact + math.sqrt(1 - self.cosine**2) * orthogonal
+        return perturbed
 
 
 @pytest.mark.anyio
@@ -79,21 +82,21 @@ class Blurred(HashEmbedder):
     ("cosine", "same", "words"),
     [
         (1.0, True, "vectors are equal (lowest cosine 1.0"),
-        (0.9995, True, "equal but for rounding"),
+        (0.9995, True, "equal up to rounding"),
         (0.998, False, "the weights may be quantised, or the prompts differ"),
         (0.95, False, "not the same vector space: 19 of 19 vectors differ (lowest 0.9500)"),
     ],
 )
-async def test_vectors_are_the_same_up_to_rounding_and_no_farther(cosine: float, same: bool, words: str) -> None:
+async def test_vectors_are_the_same_only_up_to_rounding(cosine: float, same: bool, words: str) -> None:
     card = ModelCard(id="test/hash", dimensions=8)
-    verdict = await verify(HashEmbedder(card=card), Blurred(card=card, cosine=cosine))
+    verdict = await verify(HashEmbedder(card=card), Perturbed(card=card, cosine=cosine))
 
     assert verdict.same is same
     assert words in verdict.words
 
 
 @pytest.mark.anyio
-async def test_forgotten_prompts_make_another_space(opened: AsyncExitStack) -> None:
+async def test_missing_prompts_make_another_vector_space(opened: AsyncExitStack) -> None:
     bare = Settings(cards=(OwnCard(id="nvidia/nv-embedqa-e5-v5", query_prompt="", passage_prompt=""),))
     verdict = await verify(await open_one(opened, E5), await open_one(opened, E5, settings=bare))
 
@@ -102,7 +105,7 @@ async def test_forgotten_prompts_make_another_space(opened: AsyncExitStack) -> N
 
 
 @pytest.mark.anyio
-async def test_one_wrong_prompt_is_told_from_two(opened: AsyncExitStack) -> None:
+async def test_one_wrong_prompt_is_named(opened: AsyncExitStack) -> None:
     half = Settings(cards=(OwnCard(id="e5", query_prompt="question: "),))
     verdict = await verify(await open_one(opened, E5), await open_one(opened, E5, settings=half))
 
@@ -111,7 +114,7 @@ async def test_one_wrong_prompt_is_told_from_two(opened: AsyncExitStack) -> None
 
 
 @pytest.mark.anyio
-async def test_an_endpoint_without_the_model_says_which_it_has(opened: AsyncExitStack) -> None:
+async def test_an_endpoint_without_the_model_names_those_it_has(opened: AsyncExitStack) -> None:
     with (
         served(build_service(Settings(models=(E5,)))) as url,
         pytest.raises(UnknownModel, match=r"has no model 'bge-m3'; it has: nvidia/nv-embedqa-e5-v5"),
@@ -119,12 +122,12 @@ async def test_an_endpoint_without_the_model_says_which_it_has(opened: AsyncExit
         await open_one(opened, url, "bge-m3")
 
 
-def test_the_command_answers_with_a_table_a_verdict_and_an_exit_code() -> None:
-    same = CliRunner().invoke(app, ["verify", "--model", E5, "--against", E5])
+def test_the_command_prints_a_table_and_a_verdict_and_sets_the_exit_code() -> None:
+    equal = CliRunner().invoke(app, ["verify", "--model", E5, "--against", E5])
     other = CliRunner().invoke(app, ["verify", "--model", E5, "--against", f"bge-m3={GOLDEN / 'bge-m3' / 'model'}"])
 
-    assert same.exit_code == 0
-    assert all(sample in same.stdout for sample in SAMPLES)
-    assert "the same vector space" in same.stdout
+    assert equal.exit_code == 0
+    assert all(sample in equal.stdout for sample in SAMPLES)
+    assert "the same vector space" in equal.stdout
     assert other.exit_code == 1
     assert "not the same vector space" in other.stdout

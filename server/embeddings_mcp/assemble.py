@@ -1,4 +1,4 @@
-"""From settings to a service: the one place that knows every kind of embedder."""
+"""Build services and embedders from settings; the one module that knows every kind of embedder."""
 
 from __future__ import annotations
 
@@ -30,149 +30,149 @@ from embeddings_mcp.models import DEFAULT_MODEL, ModelCard, find_card, find_card
 from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import EndpointSettings, Settings
 
-# Endpoints' modules are imported where there is one: a server without any starts without an HTTP client.
+# Modules for endpoints are imported only if there is one: a server without endpoints starts without an HTTP client.
 if TYPE_CHECKING:
     from embeddings_mcp.embedders.nim import Endpoint
 
 _TICK_SECONDS = 2.0
-"""Two changes of a file that lie closer together may leave it with the same times on some file systems."""
+"""Resolution of file timestamps on some file systems: two changes closer together than this may have the same time."""
 
 
 def build_service(settings: Settings) -> EmbeddingService:
-    """A service for the models of these settings; no weights are read yet, and no endpoint is asked.
+    """Build a service for the models of the settings, without reading weights or calling endpoints.
 
     Raises:
         CheckpointInvalid: a folder given as a model's path is not a checkpoint.
-        InvalidSetting: a model is not given as ``ID`` or ``ID=PATH``, two of them answer to one name, none can be the
-            default model, or an endpoint is not described as it should be.
+        InvalidSetting: a model is not given as ``ID`` or ``ID=PATH``, two models have the same name or alias, the
+            default model is not among them, or an endpoint's settings are invalid.
     """
     cache = _open_cache(settings)
-    embedders = [_behind(cache)(_local(spec, settings, cache)) for spec in _models_here(settings)]
+    embedders = [_with_cache(cache)(_local_embedder(spec, settings, cache)) for spec in _local_models(settings)]
     default = settings.default_model or (embedders[0].card.id if embedders else DEFAULT_MODEL)
     return EmbeddingService(embedders, default_model=default, sources=endpoint_models(settings, cache))
 
 
 async def service_for(settings: Settings, model: str | None, *, at_endpoint: bool = False) -> EmbeddingService:
-    """A service to ask one model, which is its default.
+    """Build a service for one model, which is its default.
 
-    That is the model of the settings that has the name, else one of an endpoint, else one that runs here. Endpoints of
-    the settings are asked for it; the hosted API is not, and counts with the models that it is known to have.
+    A name is looked up among the models of the settings, then at endpoints; otherwise it is a model that runs locally.
+    The endpoints of the settings are asked for their models; the hosted API is not: its built-in list is used.
 
     Args:
-        settings: where models are.
-        model: ``ID`` or ``ID=PATH``; ``default`` and None for the default model or, `at_endpoint`, for the only one.
-        at_endpoint: an endpoint has to have it.
+        settings: the models and endpoints.
+        model: ``ID`` or ``ID=PATH``; ``default`` or None for the default model or, with `at_endpoint`, the only one.
+        at_endpoint: whether the model must be served by an endpoint.
 
     Raises:
         InvalidRequest: no model was named, and the endpoints have several.
-        EmbeddingsError: an endpoint cannot be asked, or none has the model; as `build_service`.
+        EmbeddingsError: an endpoint cannot be reached, or none has the model; and as `build_service`.
     """
     if model is not None and model.lower() == DEFAULT:
         model = None
     if not at_endpoint:
         if model is None:
             return build_service(settings)
-        if "=" in model or _of_settings(model, settings):
-            return build_service(only(settings, model))
+        if "=" in model or _find_spec(model, settings):
+            return build_service(settings_for_model(settings, model))
     sources = endpoint_models(settings, _open_cache(settings), ask_hosted=False)
     async with contextlib.AsyncExitStack() as stack:
         for source in sources:
             stack.push_async_callback(source.aclose)
             await source.discover(0)
-        places = [source.models for source in sources]
-        ids = ids_of(*places)
+        models = [source.models for source in sources]
+        ids = ids_of(*models)
         if model is None and len(ids) != 1:
             raise InvalidRequest(f"say which model with --model: the endpoint has {', '.join(ids) or 'none'}")
         name = ids[0] if model is None else model
-        if at_endpoint or any(meaning(name, models) for models in places):
+        if at_endpoint or any(meaning(name, of_source) for of_source in models):
             stack.pop_all()
             return EmbeddingService((), default_model=name, sources=sources)
-    return build_service(only(settings, name))
+    return build_service(settings_for_model(settings, name))
 
 
-def only(settings: Settings, model: str) -> Settings:
-    """The same settings for one model that runs here, which is the default then.
+def settings_for_model(settings: Settings, model: str) -> Settings:
+    """Return the settings reduced to one local model, which is the default.
 
     Args:
-        settings: if they have a model of that name, they also say where it is.
+        settings: give the path of the model, if they have a model of that name.
         model: ``ID`` or ``ID=PATH``.
     """
-    spec = model if "=" in model else _of_settings(model, settings) or model
-    alone = {"models": (spec,), "default_model": None, "endpoints": (), "nvidia_api_key": None}
-    return settings.model_copy(update=alone)
+    spec = model if "=" in model else _find_spec(model, settings) or model
+    changes = {"models": (spec,), "default_model": None, "endpoints": (), "nvidia_api_key": None}
+    return settings.model_copy(update=changes)
 
 
 async def open_embedder(where: str, model: str, settings: Settings) -> Embedder:
-    """One embedder that is not part of a service: of an endpoint, or of a model that runs here.
+    """Open one embedder outside of a service, for a local model or for a model of an endpoint.
 
     Args:
-        where: the endpoint's address, or a model as ``ID`` or ``ID=PATH``.
-        model: which of the endpoint's models, by any of its names.
-        settings: for what runs here; if they have an endpoint of that address, they also say what its key is.
+        where: the endpoint's URL, or a local model as ``ID`` or ``ID=PATH``.
+        model: name or alias of the endpoint's model.
+        settings: for local models; if they have an endpoint of that URL, its key and options are used.
 
     Raises:
         UnknownModel: the endpoint has no such model.
-        EmbeddingsError: the endpoint cannot be asked.
+        EmbeddingsError: the endpoint cannot be reached.
     """
     if "://" not in where:
-        return _local(where, settings)
-    address = _address(where)
-    described = (endpoint for endpoint in settings.endpoints if _address(endpoint.url) == address)
-    endpoint = next(described, EndpointSettings(url=where))
+        return _local_embedder(where, settings)
+    url = _normalized(where)
+    configured = (endpoint for endpoint in settings.endpoints if _normalized(endpoint.url) == url)
+    endpoint = next(configured, EndpointSettings(url=where))
     source, *_ = endpoint_models(settings.model_copy(update={"endpoints": (endpoint,)}))
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(source.aclose)
         await source.discover(0)
-        names = {model.lower()} | (known.names if (known := find_card(model)) else set())
-        found = next((embedder for name, embedder in source.models.items() if name in names), None)
-        if found is not None:
+        names = {model.lower()} | (card.names if (card := find_card(model)) else set())
+        embedder = next((embedder for name, embedder in source.models.items() if name in names), None)
+        if embedder is not None:
             stack.pop_all()
-            return found
+            return embedder
     raise UnknownModel(f"{where} has no model {model!r}; it has: {', '.join(ids_of(source.models)) or 'none'}")
 
 
 def endpoint_models(settings: Settings, cache: Cache | None = None, *, ask_hosted: bool = True) -> list[ModelSource]:
-    """The models of every endpoint, in the order of the settings; last, with a key to it, those of the hosted API.
+    """Return the models of each endpoint in the order of the settings, then those of the hosted API if there is a key.
 
     Args:
-        settings: which endpoints there are.
-        cache: what to put before them.
-        ask_hosted: whether the hosted API, where the settings do not name it, may be asked for its models.
+        settings: the endpoints and their keys.
+        cache: the cache to wrap their embedders with.
+        ask_hosted: whether to ask the hosted API for its models if it is not among the endpoints of the settings.
     """
     if not settings.endpoints and settings.nvidia_api_key is None:
         return []
     from embeddings_mcp.embedders.nim import HOSTED_MODELS, HOSTED_URL, EndpointClient, EndpointModels
 
-    described = [(endpoint, _endpoint(endpoint, settings)) for endpoint in settings.endpoints]
-    if settings.nvidia_api_key is not None and not any(endpoint.hosted for _, endpoint in described):
+    endpoints = [(configured, _endpoint(configured, settings)) for configured in settings.endpoints]
+    if settings.nvidia_api_key is not None and not any(endpoint.hosted for _, endpoint in endpoints):
         hosted = EndpointSettings(url=HOSTED_URL, models=None if ask_hosted else HOSTED_MODELS)
-        described.append((hosted, _endpoint(hosted, settings)))
+        endpoints.append((hosted, _endpoint(hosted, settings)))
     return [
         EndpointModels(
             EndpointClient(endpoint),
-            known=of_settings.models or (HOSTED_MODELS if endpoint.hosted else ()),
-            complete=of_settings.models is not None,
+            known=configured.models or (HOSTED_MODELS if endpoint.hosted else ()),
+            complete=configured.models is not None,
             cards=settings.cards,
-            wrap=_behind(cache),
+            wrap=_with_cache(cache),
         )
-        for of_settings, endpoint in described
+        for configured, endpoint in endpoints
     ]
 
 
-def _endpoint(described: EndpointSettings, settings: Settings) -> Endpoint:
-    """The endpoint with its key, from where the settings say that it is."""
+def _endpoint(configured: EndpointSettings, settings: Settings) -> Endpoint:
+    """Return the endpoint of these settings, with its key."""
     from embeddings_mcp.embedders.nim import Endpoint
 
-    chosen = described.model_dump(exclude_none=True, exclude={"models", "api_key", "api_key_env"})
-    endpoint = Endpoint(**chosen)
-    if described.api_key is not None:
-        return replace(endpoint, api_key=described.api_key, key_name="the endpoint's `api_key`")
-    if (variable := described.api_key_env) is not None:
+    options = configured.model_dump(exclude_none=True, exclude={"models", "api_key", "api_key_env"})
+    endpoint = Endpoint(**options)
+    if configured.api_key is not None:
+        return replace(endpoint, api_key=configured.api_key, key_name="the endpoint's `api_key`")
+    if (variable := configured.api_key_env) is not None:
         key = os.environ.get(variable)
         if not key and not re.fullmatch("[A-Z_][A-Z0-9_]*", variable):
             raise InvalidSetting(
                 f"`api_key_env` of the endpoint {endpoint.url} takes the name of an environment variable, not the key; "
-                "what is given is no variable that is set, and not repeated, since it may be the key"
+                "no variable of the given name is set, and the name is not repeated here, since it may be the key"
             )
         if not key:
             raise InvalidSetting(
@@ -184,34 +184,37 @@ def _endpoint(described: EndpointSettings, settings: Settings) -> Endpoint:
     return replace(endpoint, key_name="the endpoint's `api_key_env`")
 
 
-def _models_here(settings: Settings) -> tuple[str, ...]:
-    """The models that run here: beside endpoints not the one that nobody named, if there is nothing to run it with."""
-    named = "models" in settings.model_fields_set
-    beside_endpoints = bool(settings.endpoints) or settings.nvidia_api_key is not None
-    return settings.models if named or not beside_endpoints or _has_torch() else ()
+def _local_models(settings: Settings) -> tuple[str, ...]:
+    """Return the specs of the local models: none if they are not set explicitly, there are endpoints and no torch."""
+    explicit = "models" in settings.model_fields_set
+    has_endpoints = bool(settings.endpoints) or settings.nvidia_api_key is not None
+    return settings.models if explicit or not has_endpoints or _has_torch() else ()
 
 
 def _has_torch() -> bool:
     try:
         return importlib.util.find_spec("torch") is not None
-    except ModuleNotFoundError:  # as whoever keeps packages from being imported may answer
+    except ModuleNotFoundError:  # an import hook that blocks packages may raise it
         return False
 
 
-def _address(url: str) -> str:
+def _normalized(url: str) -> str:
     return url.strip().rstrip("/").removesuffix("/v1").lower()
 
 
-def _local(spec: str, settings: Settings, cache: Cache | None = None) -> LocalEmbedder:
-    """The embedder of a model given as ``ID`` or ``ID=PATH``; what it is told apart by suits the cache."""
-    given, folder = _read(spec)
-    name = find_id(given, settings.cards)
-    own, known = find_cards(given, settings.cards)
-    if described := folder or find_bundled(name):
+def _local_embedder(spec: str, settings: Settings, cache: Cache | None = None) -> LocalEmbedder:
+    """Return the embedder of a model given as ``ID`` or ``ID=PATH``.
+
+    With a cache on disk, its identity must stay the same across restarts, so its files are hashed.
+    """
+    given_name, folder = _parse_spec(spec)
+    name = find_id(given_name, settings.cards)
+    own, known = find_cards(given_name, settings.cards)
+    if checkpoint := folder or find_bundled(name):
         try:
-            card = read_checkpoint(described, known).card(name, known, own)
+            card = read_checkpoint(checkpoint, known).card(name, known, own)
         except OSError as error:
-            raise CheckpointInvalid(f"{described} cannot be read: {error}") from error
+            raise CheckpointInvalid(f"{checkpoint} cannot be read: {error}") from error
     else:
         card = known or ModelCard(id=name)
         card = own.over(card) if own else card
@@ -224,8 +227,8 @@ def _local(spec: str, settings: Settings, cache: Cache | None = None) -> LocalEm
         device=settings.device,
         precision=settings.precision,
         cuda_graphs=settings.cuda_graphs,
-        process=functools.partial(_apart, workers=settings.workers) if settings.model_process else None,
-        digest=file_state if cache is None or cache.disk is None else _noted_digest(cache.disk),
+        process=functools.partial(_start_process, workers=settings.workers) if settings.model_process else None,
+        digest=file_state if cache is None or cache.disk is None else _memoized_digest(cache.disk),
     )
     return LocalEmbedder(
         card,
@@ -236,17 +239,16 @@ def _local(spec: str, settings: Settings, cache: Cache | None = None) -> LocalEm
     )
 
 
-def _apart(loading: Loading, checkpoint: Checkpoint, *, workers: int | None) -> LoadedModel:
-    """The model in a process of its own."""
-    from embeddings_mcp.embedders.local.running.model_process import (
-        ModelProcess,  # with a tokenizer, which is slow to import
-    )
+def _start_process(loading: Loading, checkpoint: Checkpoint, *, workers: int | None) -> LoadedModel:
+    """Load the model in a subprocess."""
+    # Imported here, since it imports the tokenizer, which is slow.
+    from embeddings_mcp.embedders.local.running.model_process import ModelProcess
 
     return ModelProcess(loading, checkpoint, workers=workers)
 
 
 def _open_cache(settings: Settings) -> Cache | None:
-    """The cache that the settings want; its file is opened when it is needed."""
+    """Return the cache of the settings; its file is opened on first use."""
     if settings.cache == "off":
         return None
     memory = MemoryStore(settings.cache_memory_mb << 20)
@@ -255,13 +257,13 @@ def _open_cache(settings: Settings) -> Cache | None:
     return Cache(memory, DiskStore(Path(settings.cache), settings.cache_disk_mb << 20))
 
 
-def _behind(cache: Cache | None) -> Callable[[Embedder], Embedder]:
-    """Puts the cache before an embedder, where there is one."""
+def _with_cache(cache: Cache | None) -> Callable[[Embedder], Embedder]:
+    """Return a function that wraps an embedder with the cache, if there is one."""
     return lambda embedder: embedder if cache is None else cached(embedder, cache)
 
 
-def _noted_digest(disk: DiskStore) -> Callable[[Path], str]:
-    """`file_digest`, which reads all of a file, made once for every state in which the file is found."""
+def _memoized_digest(disk: DiskStore) -> Callable[[Path], str]:
+    """Return `file_digest`, which reads the whole file, memoized on disk by the file's state."""
 
     def digest(path: Path) -> str:
         if time.time() - path.stat().st_ctime < _TICK_SECONDS:
@@ -271,19 +273,19 @@ def _noted_digest(disk: DiskStore) -> Callable[[Path], str]:
     return digest
 
 
-def _of_settings(model: str, settings: Settings) -> str | None:
-    """How the settings give the model of this name."""
+def _find_spec(model: str, settings: Settings) -> str | None:
+    """Return the spec of the model of this name in the settings; None if they do not have it."""
 
-    def meant(spec: str) -> str:
-        name, _ = _read(spec)
+    def resolved(spec: str) -> str:
+        name, _ = _parse_spec(spec)
         return find_id(name, settings.cards).lower()
 
-    wanted = meant(model)
-    return next((spec for spec in settings.models if meant(spec) == wanted), None)
+    model_id = resolved(model)
+    return next((spec for spec in settings.models if resolved(spec) == model_id), None)
 
 
-def _read(spec: str) -> tuple[str, Path | None]:
-    """The name and the folder, where there is one, of ``ID`` or ``ID=PATH``.
+def _parse_spec(spec: str) -> tuple[str, Path | None]:
+    """Split ``ID`` or ``ID=PATH`` into the name and the folder, if there is one.
 
     Raises:
         InvalidSetting: it is neither.
@@ -292,9 +294,9 @@ def _read(spec: str) -> tuple[str, Path | None]:
     if not name or (equals and not path):
         raise InvalidSetting(f"the model {spec!r} must be given as ID or as ID=PATH")
     if not name.isprintable():
-        raise InvalidSetting(f"the model {spec!r} must have a name in UTF-8, and without control characters")
+        raise InvalidSetting(f"the model {spec!r} must have a name in UTF-8 without control characters")
     if name.startswith(("/", ".", "~")) or "\\" in name:
-        raise InvalidSetting(f"the model {spec!r} is a path: give it a name to be asked for, as in my-model={spec}")
+        raise InvalidSetting(f"the model {spec!r} is a path: give it a name, as in my-model={spec}")
     try:
         return name, Path(path).expanduser() if path else None
     except RuntimeError as error:

@@ -1,7 +1,7 @@
-"""Whether two embedders make the same vectors: the question of whoever moves off an endpoint that is switched off.
+"""Check whether two embedders produce the same vectors, for instance before moving off an endpoint that is shut down.
 
-Vectors are of one space when they are the same but for rounding. Each sample text is embedded by both, as a query and
-as a passage, and the cosines say the rest.
+Two embedders share a vector space if their vectors are equal up to rounding. Each sample text is embedded by both, as a
+query and as a passage, and the cosine similarities of the pairs decide.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from embeddings_mcp.models import InputType, Truncate
 from embeddings_mcp.vectors import FloatMatrix, normalize
 
 SAME = 0.999
-"""Cosine from which on two vectors of a text are the same but for rounding: bfloat16 gives about 0.9999."""
+"""Cosine at and above which two vectors of a text are equal up to rounding: bfloat16 gives about 0.9999."""
 
 NEAR = 0.98
-"""Cosine from which on they may be by one model with coarser weights (int8, fp8), or with a prompt that differs."""
+"""Cosine at and above which they may be from one model with quantised weights (int8, fp8) or different prompts."""
 
 _PARAGRAPH = (
     "The committee met on the first Tuesday of the month to go through the budget for the coming year. Repairs to the "
@@ -55,9 +55,9 @@ class Comparison:
     """One sample, embedded by both.
 
     Attributes:
-        sample: its name.
-        input_type: what it was embedded as; None where neither model tells queries from passages.
-        cosine: of the two vectors, -1 to 1.
+        sample: name of the sample.
+        input_type: what it was embedded as; None if neither model distinguishes queries from passages.
+        cosine: cosine similarity of the two vectors, -1 to 1.
     """
 
     sample: str
@@ -67,12 +67,13 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the comparisons say.
+    """The result of all comparisons.
 
     Attributes:
-        same: whether it is one vector space.
-        words: the same for people, with what may be behind it.
-        comparisons: all of them, in the samples' order; without those that are too long for one that cannot truncate.
+        same: whether both have the same vector space.
+        words: the same in words, with the likely cause of a difference.
+        comparisons: the comparisons in the order of the samples, without samples that are too long for an embedder that
+            cannot truncate.
     """
 
     same: bool
@@ -81,24 +82,24 @@ class Verdict:
 
 
 async def verify(one: Embedder, other: Embedder) -> Verdict:
-    """Embed the samples with both, and compare.
+    """Embed the samples with both embedders, and compare the vectors.
 
     Raises:
-        EmbeddingsError: one of them cannot answer.
+        EmbeddingsError: one of them cannot embed.
     """
     await one.check()
     await other.check()
-    told_apart = {one.card.input_type, other.card.input_type} != {"ignored"}
-    truncate: Truncate = "END" if await _truncates(one) and await _truncates(other) else "NONE"
+    uses_input_type = {one.card.input_type, other.card.input_type} != {"ignored"}
+    truncate: Truncate = "END" if await _can_truncate(one) and await _can_truncate(other) else "NONE"
     comparisons: list[Comparison] = []
-    for input_type in get_args(InputType) if told_apart else (None,):
+    for input_type in get_args(InputType) if uses_input_type else (None,):
         samples = dict(SAMPLES)
         while True:
             try:
                 left = await _vectors(one, samples, input_type, truncate)
                 right = await _vectors(other, samples, input_type, truncate)
                 break
-            except InputTooLong as error:  # of one that cannot truncate: then the sample says nothing
+            except InputTooLong as error:  # an embedder that cannot truncate: skip the sample
                 if len(samples) == 1:
                     raise
                 del samples[[*samples][error.index]]
@@ -118,8 +119,8 @@ async def _vectors(
     return (await embedder.embed([*samples.values()], input_type=input_type, truncate=truncate)).vectors
 
 
-async def _truncates(embedder: Embedder) -> bool:
-    """Whether it can be asked to truncate a text: many endpoints cannot."""
+async def _can_truncate(embedder: Embedder) -> bool:
+    """Whether an embedder supports truncation; many endpoints do not."""
     try:
         await embedder.embed([SAMPLES["word"]], input_type="passage", truncate="END")
     except InvalidRequest as error:
@@ -131,17 +132,19 @@ async def _truncates(embedder: Embedder) -> bool:
 
 def _judge(comparisons: Sequence[Comparison]) -> Verdict:
     lowest = min(comparison.cosine for comparison in comparisons)
-    wrong = [comparison for comparison in comparisons if not comparison.cosine >= SAME]
-    if not wrong:
-        exactness = "equal" if lowest > 0.99999 else "equal but for rounding, as of bfloat16"
+    different = [comparison for comparison in comparisons if not comparison.cosine >= SAME]
+    if not different:
+        exactness = "equal" if lowest > 0.99999 else "equal up to rounding, as of bfloat16"
         words = f"the same vector space: vectors are {exactness} (lowest cosine {lowest:.6f})"
     else:
-        words = f"not the same vector space: {len(wrong)} of {len(comparisons)} vectors differ (lowest {lowest:.4f})"
-        as_what = {comparison.input_type for comparison in wrong}
-        if as_what != {comparison.input_type for comparison in comparisons}:
-            words += f", all of them embedded as {as_what.pop()}: the prompts may differ"
+        words = (
+            f"not the same vector space: {len(different)} of {len(comparisons)} vectors differ (lowest {lowest:.4f})"
+        )
+        input_types = {comparison.input_type for comparison in different}
+        if input_types != {comparison.input_type for comparison in comparisons}:
+            words += f", all of them embedded as {input_types.pop()}: the prompts may differ"
         elif lowest >= NEAR:
             words += ": the weights may be quantised, or the prompts differ"
-        elif len(wrong) < len(comparisons):
-            words += f": {', '.join(dict.fromkeys(comparison.sample for comparison in wrong))}"
-    return Verdict(same=not wrong, words=words, comparisons=tuple(comparisons))
+        elif len(different) < len(comparisons):
+            words += f": {', '.join(dict.fromkeys(comparison.sample for comparison in different))}"
+    return Verdict(same=not different, words=words, comparisons=tuple(comparisons))
