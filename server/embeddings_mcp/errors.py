@@ -1,34 +1,34 @@
-"""The exception tree, and the one table that says how each error looks on the wire.
+"""The exception tree, and the table that maps each error to its form on the wire.
 
     EmbeddingsError
-    |-- InvalidSetting            the server was told something that cannot be: says which setting to change
+    |-- InvalidSetting            a setting is invalid: says which to change
     |-- InvalidRequest            the request breaks a rule: names the field and says what is accepted
     |   |-- InputUnusable         one of the texts cannot be embedded: says which
     |   |   `-- InputTooLong      more tokens than the model takes, and truncate is NONE
     |   |-- TooManyInputs         more texts than one request may have
     |   `-- InputTooLarge         more characters than one text may have
-    |-- AuthenticationFailed      no API key and no access token, or a wrong one
-    |   `-- InsufficientScope     the access token does not allow this
-    |-- IssuerUnavailable         whether an access token is good cannot be told now
-    |-- UnknownModel              no such model here: lists those that are
+    |-- AuthenticationFailed      no API key or access token, or an invalid one
+    |   `-- InsufficientScope     the access token lacks a scope
+    |-- IssuerUnavailable         the access token cannot be validated now
+    |-- UnknownModel              no such model here: lists those that are served
     |-- PayloadTooLarge           the body is over the limit
-    |-- Overloaded                no room in the queue now: says when to come back
-    |-- RateLimited               the caller has asked too often: says when to come back
-    |-- TooBusy                   too many requests are in flight: says when to come back
-    |-- RequestTimeout            the request took longer than one may
+    |-- Overloaded                the queue is full: says when to retry
+    |-- RateLimited               the caller is over its rate limit: says when to retry
+    |-- TooBusy                   too many requests are in flight: says when to retry
+    |-- RequestTimeout            the request took longer than allowed
     |-- ServerStopped             the server is shutting down
-    `-- ModelUnavailable          the model is known, but cannot answer here and now
-        |-- MissingDependency     a package is not installed: says which extra brings it
-        |-- CheckpointInvalid     the model's files are wrong: names file and reason
-        |-- ModelRetired          its endpoint has switched it off: says when, and what goes on making its vectors
-        |-- UpstreamRefused       its endpoint turns this server's key or account down: says which key
-        |-- UpstreamFailed        its endpoint failed, or answered what cannot be used
-        |-- UpstreamUnavailable   its endpoint cannot be reached, or takes no work now
-        `-- UpstreamTimeout       its endpoint did not answer in time
+    `-- ModelUnavailable          the model is known, but not available now
+        |-- MissingDependency     a package is not installed: says which extra installs it
+        |-- CheckpointInvalid     the model's files are invalid: names file and reason
+        |-- ModelRetired          its endpoint has retired it: says when, and which model continues its vector space
+        |-- UpstreamRefused       its endpoint rejects this server's key or account: says which key
+        |-- UpstreamFailed        its endpoint failed, or its response is unusable
+        |-- UpstreamUnavailable   its endpoint cannot be reached, or does not accept requests now
+        `-- UpstreamTimeout       its endpoint did not respond in time
 
-Messages are written for whoever has to act on them, a model included: what was wrong, what is accepted, what to do
-next. They never hold a key or a caller's whole text. This module imports nothing of ours, so that every layer can use
-it.
+Messages are written for the reader that has to act on them, which may be a language model: what was wrong, what is
+accepted, what to do next. They never contain a key or the whole text of a caller. This module imports nothing else of
+the package, so that every layer can use it.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 
-_MOST_NAMED = 20
-"""Texts besides the first that a message names: enough to put right at once what a caller can hold in mind."""
+_MAX_NAMED = 20
+"""How many texts besides the first a message names: enough to fix at once, without an overlong message."""
 
 
-def _same(index: int) -> int:
+def _identity(index: int) -> int:
     return index
 
 
 class EmbeddingsError(Exception):
-    """Base of every error this package raises on purpose.
+    """Base class of all errors that this package raises deliberately.
 
     Attributes:
-        message: the whole text for the caller.
-        param: the request field it is about, as in ``input[3]``; None where no single field is to blame.
-        retry_after: seconds after which it is worth trying again; None where nobody knows, or waiting does not help.
+        message: the full message for the caller.
+        param: the request field at fault, such as ``input[3]``; None if it is not a single field.
+        retry_after: seconds after which to retry; None if that is unknown, or waiting does not help.
     """
 
     def __init__(self, message: str, *, param: str | None = None, retry_after: float | None = None) -> None:
@@ -62,7 +62,7 @@ class EmbeddingsError(Exception):
 
 
 class InvalidSetting(EmbeddingsError):
-    """The server was told something that cannot be, so it does not start."""
+    """A setting is invalid, so the server does not start."""
 
 
 class InvalidRequest(EmbeddingsError):
@@ -72,13 +72,13 @@ class InvalidRequest(EmbeddingsError):
 class InputUnusable(InvalidRequest):
     """A text cannot be embedded as it is.
 
-    An embedder knows the text by its position in a list only; `about` puts the error where the text stands for others.
+    An embedder knows a text only by its position in a list; `about` translates the error for the layers above.
 
     Attributes:
         reason: what is wrong with the text, as a sentence without its subject.
-        index: position of the text in the list that was to be embedded.
-        certain: False where an endpoint refused several texts at once without a word about which, and `index` is that
-            of the longest.
+        index: position of the text in the list to embed.
+        certain: False if an endpoint refused several texts together without saying which one; `index` is then that of
+            the longest.
     """
 
     def __init__(
@@ -89,24 +89,25 @@ class InputUnusable(InvalidRequest):
         super().__init__(f"{subject} {reason}", param=None if name is None else name(index))
         self.reason, self.index, self.certain = reason, index, certain
 
-    def about(self, place: Callable[[int], int] = _same, name: Callable[[int], str] | None = None) -> InputUnusable:
-        """The same error for whoever has the texts in another list.
+    def about(
+        self, position: Callable[[int], int] = _identity, name: Callable[[int], str] | None = None
+    ) -> InputUnusable:
+        """Return the same error for another list of the texts.
 
         Args:
-            place: the position there of the text at a position here.
-            name: the request's field, and the position in it, of the text at a position there; if that is known.
+            position: maps a text's position in this list to its position in the other.
+            name: maps a text's position in the other list to its request field and index, if they are known.
         """
-        return InputUnusable(self.reason, index=place(self.index), name=name, certain=self.certain)
+        return InputUnusable(self.reason, index=position(self.index), name=name, certain=self.certain)
 
 
 class InputTooLong(InputUnusable):
     """A text has more tokens than the model takes, and the request does not allow truncation.
 
     Attributes:
-        tokens: its length as the model counts it, special tokens and prompt included; None where an endpoint did not
-            say.
-        allowed: the model's limit; None where it is not known.
-        others: positions of further texts that are too long, as far as they were looked at.
+        tokens: its length as the model counts it, with special tokens and prompt; None if an endpoint did not say.
+        allowed: the model's limit; None if it is not known.
+        others: positions of further texts that are too long, among those that were checked.
     """
 
     def __init__(
@@ -126,26 +127,28 @@ class InputTooLong(InputUnusable):
         else:
             length = "more tokens than the model takes"
         if others:
-            named = [_named(other, name) for other in others[:_MOST_NAMED]]
-            if len(others) > _MOST_NAMED:
-                named.append(f"and {len(others) - _MOST_NAMED} more")
+            named = [_named(other, name) for other in others[:_MAX_NAMED]]
+            if len(others) > _MAX_NAMED:
+                named.append(f"and {len(others) - _MAX_NAMED} more")
             length += f" (too long as well: {', '.join(named)})"
         super().__init__(
-            f"has {length}: shorten {'them' if others else 'it'}, or set `truncate` to 'END' or 'START' to drop what "
-            "is too much",
+            f"has {length}: shorten {'them' if others else 'it'}, or set `truncate` to 'END' or 'START' to drop the "
+            "excess",
             index=index,
             name=name,
             certain=certain,
         )
         self.tokens, self.allowed, self.others = tokens, allowed, others
 
-    def about(self, place: Callable[[int], int] = _same, name: Callable[[int], str] | None = None) -> InputTooLong:
+    def about(
+        self, position: Callable[[int], int] = _identity, name: Callable[[int], str] | None = None
+    ) -> InputTooLong:
         """See `InputUnusable.about`."""
         return InputTooLong(
-            index=place(self.index),
+            index=position(self.index),
             tokens=self.tokens,
             allowed=self.allowed,
-            others=[*map(place, self.others)],
+            others=[*map(position, self.others)],
             name=name,
             certain=self.certain,
         )
@@ -156,18 +159,18 @@ def _named(index: int, name: Callable[[int], str] | None) -> str:
 
 
 class TooManyInputs(InvalidRequest):
-    """The request has more texts than one request may have here."""
+    """The request has more texts than the server allows."""
 
 
 class InputTooLarge(InvalidRequest):
-    """A text has more characters than one text may have here, whatever is truncated."""
+    """A text has more characters than the server allows, even with truncation."""
 
 
 class AuthenticationFailed(EmbeddingsError):
-    """The caller gave no API key and no access token, or one that this server does not accept.
+    """The request has no API key or access token, or one that this server does not accept.
 
     Attributes:
-        challenge: what the header WWW-Authenticate is to say.
+        challenge: value of the WWW-Authenticate header.
     """
 
     def __init__(self, message: str, *, challenge: str = "Bearer") -> None:
@@ -176,11 +179,11 @@ class AuthenticationFailed(EmbeddingsError):
 
 
 class InsufficientScope(AuthenticationFailed):
-    """The caller's access token does not have the scopes that this server asks for."""
+    """The access token lacks a scope that this server requires."""
 
 
 class IssuerUnavailable(EmbeddingsError):
-    """Whether the caller's access token is good cannot be told: its issuer does not answer."""
+    """The access token cannot be validated: its issuer does not respond."""
 
 
 class UnknownModel(EmbeddingsError):
@@ -201,15 +204,15 @@ class Overloaded(EmbeddingsError):
 
 
 class RateLimited(EmbeddingsError):
-    """The caller has sent more requests than the server takes from one in a minute; `Retry-After` is always sent."""
+    """The caller has exceeded the limit of requests per minute; `Retry-After` is always sent."""
 
 
 class TooBusy(EmbeddingsError):
-    """The server has as many requests in flight as it takes; `Retry-After` is always sent."""
+    """The server has too many requests in flight; `Retry-After` is always sent."""
 
 
 class RequestTimeout(EmbeddingsError):
-    """The request took longer than the server lets one take."""
+    """The request took longer than the server allows."""
 
 
 class ServerStopped(EmbeddingsError):
@@ -220,7 +223,7 @@ class ServerStopped(EmbeddingsError):
 
 
 class ModelUnavailable(EmbeddingsError):
-    """The model is known here but cannot answer now."""
+    """The model is known here but not available now."""
 
 
 class MissingDependency(ModelUnavailable):
@@ -232,31 +235,31 @@ class CheckpointInvalid(ModelUnavailable):
 
 
 class ModelRetired(ModelUnavailable):
-    """The model's endpoint has switched it off for good."""
+    """The model's endpoint has retired it."""
 
 
 class UpstreamRefused(ModelUnavailable):
-    """The model's endpoint does not accept this server's key, or its account may not do this.
+    """The model's endpoint rejects this server's key, or its account lacks permission.
 
-    The caller's own key was fine, so this is no `AuthenticationFailed`.
+    The caller's own key was accepted, so this is not an `AuthenticationFailed`.
     """
 
 
 class UpstreamFailed(ModelUnavailable):
-    """The model's endpoint failed, or its answer cannot be used."""
+    """The model's endpoint failed, or its response is unusable."""
 
 
 class UpstreamUnavailable(ModelUnavailable):
-    """The model's endpoint cannot be reached, or says that it takes no work now."""
+    """The model's endpoint cannot be reached, or does not accept requests now."""
 
 
 class UpstreamTimeout(ModelUnavailable):
-    """The model's endpoint did not answer in time."""
+    """The model's endpoint did not respond in time."""
 
 
 @dataclass(frozen=True, slots=True)
 class WireForm:
-    """How a class of errors appears to a REST caller: HTTP status, and ``type`` and ``code`` of the OpenAI envelope."""
+    """How an error appears to a REST caller: HTTP status, and ``type`` and ``code`` of the OpenAI error object."""
 
     status: int
     type: str
@@ -289,27 +292,27 @@ WIRE_FORMS: dict[type[EmbeddingsError], WireForm] = {
     UpstreamTimeout: WireForm(504, "server_error", "upstream_timeout"),
     EmbeddingsError: WireForm(500, "server_error", "internal_server_error"),
 }
-"""The one table; an error that is not in it looks like its nearest ancestor that is."""
+"""The wire form of each error class; a class that is not listed has the form of its nearest listed ancestor."""
 
 HTTP_ERRORS = {
     400: "The request has both a Content-Length and a Transfer-Encoding.",
-    403: "A browser sent it from a page that may not use this server.",
-    404: "Nothing is served at this address.",
-    405: "The address does not take this method; the header `Allow` says which it does.",
-    408: "The request's body did not arrive in time.",
-    415: "The body is not JSON, or not said to be, or it is compressed.",
+    403: "A web page sent it from an origin that is not allowed.",
+    404: "Nothing is served at this path.",
+    405: "The path does not support this method; the `Allow` header lists those it does.",
+    408: "The request body did not arrive in time.",
+    415: "The body is not JSON, not declared as JSON, or compressed.",
     421: "The request is addressed to another server.",
-    500: "An error inside the server; its log says more.",
+    500: "An internal error; the server's log has details.",
 }
-"""The errors of HTTP itself, by status, with their meanings; their codes are the status's own names."""
+"""Errors of the HTTP layer and their meanings, by status; the code is the name of the status."""
 
 
 def http_form(status: int) -> WireForm:
-    """The wire form of an error of HTTP itself, as with the code ``not_found``."""
+    """Return the wire form of an error of the HTTP layer, such as the one with code ``not_found``."""
     kind = "invalid_request_error" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
     return WireForm(status, kind, HTTPStatus(status).name.lower())
 
 
 def wire_form(error: EmbeddingsError) -> WireForm:
-    """The wire form of `error`: that of the nearest class in its ancestry which the table names."""
+    """Return the wire form of `error`: that of its class, or of its nearest ancestor in the table."""
     return next(WIRE_FORMS[cls] for cls in type(error).__mro__ if cls in WIRE_FORMS)

@@ -1,6 +1,6 @@
-"""Every setting, in one object: from environment variables (``EMBEDDINGS_MCP_...``) and from command-line flags.
+"""All settings, from environment variables (``EMBEDDINGS_MCP_...``) and command-line flags.
 
-A flag wins over the environment. Secrets are `SecretStr`, so that no log and no error can print them.
+Flags take precedence over the environment. Secrets are `SecretStr`, so that no log and no error can print them.
 """
 
 from __future__ import annotations
@@ -19,50 +19,50 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from embeddings_mcp.models import DEFAULT_MODEL, OwnCard, Precision
 
 PREFIX = "EMBEDDINGS_MCP_"
-"""Begins the name of every environment variable that is a setting."""
+"""Prefix of the environment variables that are settings."""
 
 Load = Literal["background", "eager", "lazy"]
 
 
 class EndpointSettings(BaseModel):
-    """An endpoint whose models are served. What is not said is as `embedders.nim.endpoint.Endpoint` has it."""
+    """An endpoint whose models are served. Fields not set have the defaults of `embedders.nim.endpoint.Endpoint`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    url: Annotated[str, Field(description="Its address, as in `https://host` or `http://localhost:8000`.")]
+    url: Annotated[str, Field(description="Its URL, such as `https://host` or `http://localhost:8000`.")]
     api_key_env: Annotated[
-        str | None, Field(description="The environment variable that holds its key; the recommended form.")
+        str | None, Field(description="The environment variable that holds its key; recommended.")
     ] = None
-    api_key: Annotated[SecretStr | None, Field(description="Its key itself.")] = None
+    api_key: Annotated[SecretStr | None, Field(description="Its key.")] = None
     models: Annotated[
-        tuple[str, ...] | None, Field(min_length=1, description="Its models, where it is not to be asked for them.")
+        tuple[str, ...] | None, Field(min_length=1, description="Its models, if it is not to be asked for them.")
     ] = None
     dialect: Annotated[
         Literal["nim", "openai"] | None,
         Field(description="`nim`, or `openai` for vLLM, TEI, Ollama and others; `nim` when not set."),
     ] = None
-    caller_keys: Annotated[
-        bool | None, Field(description="Whether HTTP callers may bring keys of their own to it.")
-    ] = None
+    caller_keys: Annotated[bool | None, Field(description="Whether HTTP callers may send their own keys for it.")] = (
+        None
+    )
     allow_http: Annotated[
-        bool | None, Field(description="Accept http to another machine: texts and key travel readable.")
+        bool | None, Field(description="Accept http to another machine: texts and key are sent unencrypted.")
     ] = None
-    batch_size: Annotated[int | None, Field(gt=0, description="Most texts in one request; 50.")] = None
-    concurrency: Annotated[int | None, Field(gt=0, description="Most requests at the same time; 8.")] = None
+    batch_size: Annotated[int | None, Field(gt=0, description="Maximum texts per request; 50.")] = None
+    concurrency: Annotated[int | None, Field(gt=0, description="Maximum requests in flight; 8.")] = None
     requests_per_minute: Annotated[
-        float | None, Field(gt=0, description="Most requests in any minute; 40 at the hosted API, else no limit.")
+        float | None, Field(gt=0, description="Maximum requests per minute; 40 at the hosted API, else no limit.")
     ] = None
     timeout: Annotated[
-        float | None, Field(gt=0, description="Seconds of silence after which an attempt has failed; 120.")
+        float | None, Field(gt=0, description="Seconds of inactivity after which an attempt fails; 120.")
     ] = None
     deadline: Annotated[
-        float | None, Field(gt=0, description="Seconds that a call may take, waiting and retries included; 300.")
+        float | None, Field(gt=0, description="Seconds that a call may take, with waiting and retries; 300.")
     ] = None
 
     @model_validator(mode="before")
     @classmethod
     def _read(cls, value: object) -> object:
-        """An address alone is an endpoint, and so is a JSON object as text."""
+        """Accept a URL alone, or a JSON object as a string."""
         if not isinstance(value, str):
             return value
         return _from_json(value) if value.startswith("{") else {"url": value}
@@ -75,15 +75,15 @@ class EndpointSettings(BaseModel):
 
 
 class Settings(BaseSettings):
-    """What the server can be told; every field is an environment variable in capitals after ``EMBEDDINGS_MCP_``."""
+    """The server's settings. The environment variable of a field is ``EMBEDDINGS_MCP_`` and its name in capitals."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
-        env_ignore_empty=True,  # VARIABLE= in a container's configuration means that nobody has set it
+        env_ignore_empty=True,  # VARIABLE= in a container's configuration means that it is not set
         frozen=True,
         extra="forbid",
         validate_by_name=True,
-        hide_input_in_errors=True,  # it may be a key that stands in the wrong place
+        hide_input_in_errors=True,  # it may be a key in the wrong place
     )
 
     models: Annotated[
@@ -95,44 +95,44 @@ class Settings(BaseSettings):
         ),
     ] = (DEFAULT_MODEL,)
     default_model: Annotated[
-        str | None, Field(description="The model that `default` means; the first of the models when not set.")
+        str | None, Field(description="The model that `default` refers to; the first model if not set.")
     ] = None
     cards: Annotated[
         tuple[OwnCard, ...],
         NoDecode,
         Field(
-            description="Cards of your own, as a JSON array. What a card says of a model overrides what is known of it "
-            "otherwise, except for lengths that its files do not allow."
+            description="Model cards of your own, as a JSON array. A card overrides what is otherwise known about its "
+            "model, except for lengths that the model's files do not allow."
         ),
     ] = ()
     endpoints: Annotated[
         tuple[EndpointSettings, ...],
         NoDecode,
         Field(
-            description="Endpoints whose models are served too, as a JSON array of objects, or as addresses separated "
-            "by spaces."
+            description="Endpoints whose models are served too, as a JSON array of objects, or as URLs separated by "
+            "spaces."
         ),
     ] = ()
     nvidia_api_key: Annotated[
         SecretStr | None,
         Field(
             validation_alias="NVIDIA_API_KEY",
-            description="Key to NVIDIA's hosted API, whose models are served when it is set.",
+            description="Key for NVIDIA's hosted API, whose models are served when it is set.",
         ),
     ] = None
 
     device: Annotated[
         str,
         Field(
-            description="Where the local encoder runs: `auto` (cuda, then mps, then cpu) or a torch device. Several "
-            "share the work, as `cuda:0,cuda:1`, and each holds the whole model."
+            description="Where the local encoder runs: `auto` (cuda, then mps, then cpu) or a torch device. Several, "
+            "such as `cuda:0,cuda:1`, share the work, each with the whole model."
         ),
     ] = "auto"
     precision: Annotated[
         Precision,
         Field(
             description="Number format of the local encoder: `auto` (bfloat16 on cuda, else float32), `float32`, "
-            "`bfloat16` (on CPUs: fast with AMX only), `float16`, or `int8` (CPU only: faster, and near but not equal)."
+            "`bfloat16` (on CPUs: fast with AMX only), `float16`, or `int8` (CPU only: faster, approximate)."
         ),
     ] = "auto"
 
@@ -141,134 +141,134 @@ class Settings(BaseSettings):
         Field(
             gt=0,
             description="Batches of a local model that run at the same time, each on its share of the cores; if not "
-            "set, one for each core where the model is small and runs on the CPU, else one, and two for each GPU.",
+            "set, one per core for a small model on the CPU, else one, and two per GPU.",
         ),
     ] = None
     model_process: Annotated[
         bool | None,
         Field(
-            description="Run each local model in a process of its own, so that the server answers others while it "
-            "computes, and outlives it. If not set, it does where it serves HTTP (and never on Windows)."
+            description="Run each local model in a subprocess, so that the server stays responsive while it "
+            "computes, and survives if it crashes. If not set, only when serving HTTP (never on Windows)."
         ),
     ] = None
     cuda_graphs: Annotated[
         bool,
         Field(
-            description="Record the passes of small batches through a local model on CUDA and replay them: queries are "
-            "answered several times as fast, for some hundred MiB of the GPU's memory."
+            description="Capture forward passes of small batches on CUDA as graphs and replay them: queries are "
+            "several times as fast, for some hundred MiB of GPU memory."
         ),
     ] = True
     load: Annotated[
         Load,
         Field(
-            description="When the default model is loaded, where it runs here: `background` (beside the first "
-            "answers), `eager` (before the server answers), or `lazy` (when it is first needed)."
+            description="When the default model is loaded, if it is local: `background` (while already serving), "
+            "`eager` (before serving), or `lazy` (on first use)."
         ),
     ] = "background"
 
     cache: Annotated[
         str,
-        Field(description="Where vectors are remembered: `memory`, `off`, or a folder, where they outlive the server."),
+        Field(description="Where vectors are cached: `memory`, `off`, or a folder, where they survive a restart."),
     ] = "memory"
-    cache_memory_mb: Annotated[int, Field(gt=0, description="MiB of vectors that are remembered in memory.")] = 64
-    cache_disk_mb: Annotated[int, Field(gt=0, description="MiB of vectors that are remembered in the folder.")] = 1024
+    cache_memory_mb: Annotated[int, Field(gt=0, description="MiB of vectors cached in memory.")] = 64
+    cache_disk_mb: Annotated[int, Field(gt=0, description="MiB of vectors cached in the folder.")] = 1024
 
     log_format: Annotated[
         Literal["text", "json"], Field(description="How the server logs to stderr: `text`, or `json` lines.")
     ] = "text"
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
-        Field(description="What it logs; at `info` a line for every HTTP request. Never a text."),
+        Field(description="Log level; `info` logs every HTTP request. Texts are never logged."),
     ] = "warning"
 
     host: Annotated[str, Field(description="Address that the HTTP server listens on.")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="Port of the HTTP server; 0 takes a free one.")] = 8000
     api_key: Annotated[
-        SecretStr | None, Field(description="Key that HTTP callers must send; required off the loopback address.")
+        SecretStr | None, Field(description="Key that HTTP callers must send; required unless the host is loopback.")
     ] = None
     api_keys: Annotated[
         SecretStr | None,
-        Field(description="Keys of several callers, each `NAME=KEY`, separated by spaces; one name may have several."),
+        Field(description="Keys of several callers, each `NAME=KEY`, separated by spaces; a name may have several."),
     ] = None
     api_keys_file: Annotated[
         Path | None,
-        Field(description="File of such keys as `embeddings-mcp key` writes them, hashed; read anew when it changes."),
+        Field(description="File of hashed keys, written by `embeddings-mcp key`; reloaded when it changes."),
     ] = None
     oauth_issuer: Annotated[
         str | None,
-        Field(description="OAuth authorization server whose access tokens (JWTs) open the server too, as an address."),
+        Field(description="URL of the OAuth authorization server whose access tokens (JWTs) are accepted too."),
     ] = None
     oauth_resource: Annotated[
         str | None,
-        Field(description="This server as such tokens name it in `aud`: the address of its MCP, `https://host/mcp`."),
+        Field(description="This server in the `aud` claim of such tokens: the URL of its MCP, `https://host/mcp`."),
     ] = None
     oauth_scopes: Annotated[
         tuple[str, ...], NoDecode, Field(description="Scopes that such a token must have, separated by spaces.")
     ] = ()
     allow_keyless: Annotated[
-        bool, Field(description="Serve without a key off the loopback address too: where a proxy asks for one.")
+        bool, Field(description="Serve without a key even if the host is not loopback: for a proxy that asks for one.")
     ] = False
     without_key: Annotated[
         tuple[Literal["health", "metrics"], ...],
         NoDecode,
-        Field(description="What is answered without a key all the same: `health`, `metrics`, both, or `none`."),
+        Field(description="What is served without a key: `health`, `metrics`, both, or `none`."),
     ] = ("health",)
     tls_certificate: Annotated[
-        Path | None, Field(description="Certificate chain, PEM: with it the server speaks https only.")
+        Path | None, Field(description="Certificate chain, PEM: with it the server speaks HTTPS only.")
     ] = None
     tls_key: Annotated[
-        Path | None, Field(description="Private key of the certificate, PEM, where that file does not hold it.")
+        Path | None, Field(description="Private key of the certificate, PEM, if it is in a separate file.")
     ] = None
     cors_origins: Annotated[
         tuple[str, ...],
         NoDecode,
-        Field(description="Origins, as `https://app.example`, whose pages may call the server from a browser."),
+        Field(description="Origins, such as `https://app.example`, whose pages may call the server from a browser."),
     ] = ()
     allowed_hosts: Annotated[
         tuple[str, ...],
         NoDecode,
-        Field(description="Names, besides those of this machine, by which HTTP callers may address the server."),
+        Field(description="Host names besides those of this machine by which HTTP callers may address the server."),
     ] = ()
     max_body_bytes: Annotated[
-        int, Field(gt=0, description="Largest HTTP request body. The hosted NIM gateway takes 25 MiB.")
+        int, Field(gt=0, description="Maximum size of an HTTP request body. The hosted NIM gateway takes 25 MiB.")
     ] = 25 * 1024 * 1024
     max_bytes_in_flight: Annotated[
-        int, Field(gt=0, description="Bytes that the bodies of all HTTP requests in flight may have together.")
+        int, Field(gt=0, description="Maximum total size of the bodies of all HTTP requests in flight.")
     ] = 256 * 1024 * 1024
     max_requests_in_flight: Annotated[
-        int, Field(gt=0, description="HTTP requests that may be in flight at the same time, those that wait included.")
+        int, Field(gt=0, description="Maximum HTTP requests in flight, including waiting ones.")
     ] = 256
     requests_per_minute: Annotated[
         int | None,
         Field(
             gt=0,
-            description="HTTP requests that each caller may make in a minute, told by key or token or, on a server "
+            description="HTTP requests per minute and caller, identified by key or token or, on a server "
             "without keys, by address; no limit if not set. Paths in EMBEDDINGS_MCP_WITHOUT_KEY are not counted.",
         ),
     ] = None
-    max_inputs: Annotated[int, Field(gt=0, description="Texts in the arrays of one request, over HTTP or MCP.")] = (
-        16_384
-    )
+    max_inputs: Annotated[
+        int, Field(gt=0, description="Maximum texts in the arrays of one request, over HTTP or MCP.")
+    ] = 16_384
     max_input_characters: Annotated[
-        int, Field(gt=0, description="Characters in one text, whether or not it may be truncated.")
+        int, Field(gt=0, description="Maximum characters in one text, even if it may be truncated.")
     ] = 20_000_000
     max_mcp_answer_bytes: Annotated[
         int,
         Field(
             gt=0,
-            description="Largest answer of MCP over HTTP, in bytes; clients made with Python's SDK read 1 MiB unless "
-            "they are told otherwise. REST has no such limit.",
+            description="Maximum response of MCP over HTTP, in bytes; clients using the Python SDK read 1 MiB by "
+            "default. REST has no such limit.",
         ),
     ] = 1_000_000
     max_queued_tokens: Annotated[
         int,
         Field(
             gt=0,
-            description="Tokens that may wait for one local model; requests beyond that are told when to come back.",
+            description="Maximum tokens queued for one local model; requests beyond that are told when to retry.",
         ),
     ] = 1_000_000
     request_seconds: Annotated[
-        float, Field(gt=0, description="Seconds that one request may take, waiting included.")
+        float, Field(gt=0, description="Maximum seconds for one request, including waiting.")
     ] = 600
 
     @field_validator("models", "allowed_hosts", "cors_origins", "oauth_scopes", mode="before")
@@ -279,7 +279,7 @@ class Settings(BaseSettings):
     @field_validator("api_key", "nvidia_api_key", mode="before")
     @classmethod
     def _strip(cls, value: object) -> object:
-        """A key in a file, as secrets are mounted, ends with a line."""
+        """Strip a key: one read from a mounted secret file ends with a newline."""
         return value.strip() if isinstance(value, str) else value
 
     @field_validator("without_key", mode="before")
@@ -287,23 +287,23 @@ class Settings(BaseSettings):
     def _read_keyless(cls, value: object) -> object:
         if not isinstance(value, str):
             return value
-        named = () if value == "none" else tuple(value.split())
-        if not {*named} <= {"health", "metrics"}:
+        groups = () if value == "none" else tuple(value.split())
+        if not {*groups} <= {"health", "metrics"}:
             raise PydanticCustomError("without_key", "must be `health`, `metrics`, both, or `none`")
-        return named
+        return groups
 
     @field_validator("port", mode="before")
     @classmethod
     def _read_port(cls, value: object) -> object:
-        """Beside a service called ``embeddings-mcp``, Kubernetes says in this variable where that is."""
+        """Ignore the URL that Kubernetes puts into this variable for a service called ``embeddings-mcp``."""
         return cls.model_fields["port"].default if str(value).startswith(("tcp://", "udp://", "sctp://")) else value
 
     @field_validator("model_process")
     @classmethod
-    def _check_process(cls, wanted: bool | None) -> bool | None:  # noqa: FBT001 - as pydantic calls it
-        if wanted and os.name != "posix":
+    def _check_process(cls, enabled: bool | None) -> bool | None:  # noqa: FBT001 - as pydantic calls it
+        if enabled and os.name != "posix":
             raise PydanticCustomError("model_process", "is not possible on Windows: leave it out")
-        return wanted
+        return enabled
 
     @field_validator("cache")
     @classmethod
@@ -331,7 +331,7 @@ class Settings(BaseSettings):
     @classmethod
     def _check_hosts(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
         for host in hosts:
-            if not re.fullmatch(r"[\w.:\[\]-]+", host, re.ASCII):  # and so never in the header `Host`
+            if not re.fullmatch(r"[\w.:\[\]-]+", host, re.ASCII):  # could never match a Host header
                 raise PydanticCustomError(
                     "host",
                     "must be names such as app.example, separated by spaces, without scheme or `*`: {host}",
@@ -344,10 +344,10 @@ class Settings(BaseSettings):
     def _read_endpoints(cls, value: object) -> object:
         if not isinstance(value, str):
             return value
-        given = value.strip()
-        if given.startswith("{"):  # one alone
-            return [_from_json(given)]
-        return _from_json(given) if given.startswith("[") else given.split()
+        text = value.strip()
+        if text.startswith("{"):  # a single endpoint
+            return [_from_json(text)]
+        return _from_json(text) if text.startswith("[") else text.split()
 
     @field_validator("endpoints")
     @classmethod
@@ -375,7 +375,7 @@ class Settings(BaseSettings):
             raise PydanticCustomError("cards", "must be a JSON array of objects, one for each card")
         known = [field.name for field in fields(OwnCard)]
         for name in (name for card in cards for name in card if name not in known):
-            # Of a dataclass pydantic drops what it does not know: a limit misspelt would be no limit.
+            # Pydantic ignores unknown keys of a dataclass, so a misspelt limit would silently have no effect.
             raise PydanticCustomError(
                 "unknown", "a card has no {name}; it has {known}", {"name": name, "known": ", ".join(known)}
             )
@@ -399,5 +399,5 @@ def _from_json(text: str) -> object:
     try:
         return orjson.loads(text)
     except ValueError as error:
-        # Only what is wrong and where, for the text may hold a key.
+        # Only the parser's message, since the text may contain a key.
         raise PydanticCustomError("json", "must be JSON: {error}", {"error": str(error)}) from None
