@@ -1,4 +1,4 @@
-"""What hostile callers and endpoints try, and that it fails; SECURITY.md says what is tried elsewhere."""
+"""Attacks by hostile callers and endpoints, and that they fail; SECURITY.md lists the attacks tested elsewhere."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ def url() -> Iterator[str]:
 
 
 def exchange(url: str, requests: bytes) -> bytes:
-    """All that the server sends back to these bytes until it hangs up, which it does when nothing more comes."""
+    """Send raw bytes; return all that the server sends until it closes the connection, after the last request."""
     address = httpx.URL(url)
     with socket.create_connection((address.host, address.port or 0), timeout=SECONDS) as caller:
         caller.sendall(requests)
-        answer = b""
-        while piece := caller.recv(65536):
-            answer += piece
-    return answer
+        response = b""
+        while chunk := caller.recv(65536):
+            response += chunk
+    return response
 
 
-def test_the_threat_model_names_tests_that_there_are() -> None:
+def test_the_threat_model_names_tests_that_exist() -> None:
     text = (ROOT / "SECURITY.md").read_text("utf-8")
     named = set(re.findall(r"tests/[\w/]+\.py", text))
     assert len(named) > 8
@@ -69,20 +69,20 @@ TRAVERSALS = [
 @pytest.mark.parametrize("path", TRAVERSALS)
 @pytest.mark.parametrize("place", ["/skills/embeddings/", "/skills/", "/v1/models/", "/.well-known/agent-skills/"])
 def test_no_path_leads_out_of_what_is_published(url: str, place: str, path: str) -> None:
-    # Written by hand, since a client would put the path in order before it is sent.
+    # Written by hand, since an HTTP client would normalise the path.
     request = (
         f"GET {place}{path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\nConnection: close\r\n\r\n"
     )
-    answer = exchange(url, request.encode())
-    assert answer.startswith((b"HTTP/1.1 404 ", b"HTTP/1.1 400 ")), answer[:200]
-    assert b"root:" not in answer
-    assert b"build-system" not in answer
+    response = exchange(url, request.encode())
+    assert response.startswith((b"HTTP/1.1 404 ", b"HTTP/1.1 400 ")), response[:200]
+    assert b"root:" not in response
+    assert b"build-system" not in response
 
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("path", TRAVERSALS)
 @pytest.mark.parametrize("place", ["skill://embeddings/", "embeddings://models/", "file://", ""])
-async def test_no_resource_lies_outside_of_what_is_published(place: str, path: str) -> None:
+async def test_no_resource_is_outside_of_what_is_published(place: str, path: str) -> None:
     with anyio.fail_after(SECONDS):
         async with Client(build_mcp_server(service_of())) as session:
             with pytest.raises(MCPError):
@@ -112,34 +112,34 @@ HEAD = b"POST /v1/embeddings HTTP/1.1\r\nContent-Type: application/json\r\n" + A
     ids=["both", "two encodings", "unknown", "space", "two lengths", "plus", "minus", "hex", "bare newline"],
 )
 def test_no_request_is_hidden_in_another(url: str, request_of: bytes) -> None:
-    """What is ambiguous is refused, and nothing that follows it on the connection is read as a request."""
-    answer = exchange(url, request_of)
-    assert answer.count(b"HTTP/1.1 ") == 1, answer
-    assert answer.startswith(b"HTTP/1.1 400 "), answer[:200]
-    assert b"test/hash" not in answer
+    """An ambiguous request is refused, and nothing after it on the connection is read as a request."""
+    response = exchange(url, request_of)
+    assert response.count(b"HTTP/1.1 ") == 1, response
+    assert response.startswith(b"HTTP/1.1 400 "), response[:200]
+    assert b"test/hash" not in response
 
 
-def test_what_follows_a_plain_request_on_its_connection_is_answered_too(url: str) -> None:
+def test_a_second_request_on_a_connection_is_answered_too(url: str) -> None:
     last = HIDDEN.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
-    answer = exchange(url, HEAD + b"Content-Length: 2\r\n\r\n{}" + last)
-    assert answer.count(b"HTTP/1.1 ") == 2, answer
-    assert b"test/hash" in answer
+    response = exchange(url, HEAD + b"Content-Length: 2\r\n\r\n{}" + last)
+    assert response.count(b"HTTP/1.1 ") == 2, response
+    assert b"test/hash" in response
 
 
-def test_a_header_cannot_be_put_into_an_answer(url: str) -> None:
-    answer = exchange(
+def test_a_header_cannot_be_injected_into_a_response(url: str) -> None:
+    response = exchange(
         url,
         b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: a\r\n b: c\r\nConnection: close\r\n\r\n",
     )
-    assert b"\r\nb: c" not in answer
-    assert b"\r\n b: c" not in answer
+    assert b"\r\nb: c" not in response
+    assert b"\r\n b: c" not in response
 
 
 # --- Bombs -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", ["/v1/embeddings", "/mcp"])
-def test_a_compressed_body_is_never_unpacked(url: str, path: str) -> None:
+def test_a_compressed_body_is_never_decompressed(url: str, path: str) -> None:
     bomb = gzip.compress(b" " * 50_000_000)
     headers = {
         "authorization": f"Bearer {KEY}",
@@ -149,12 +149,12 @@ def test_a_compressed_body_is_never_unpacked(url: str, path: str) -> None:
     }
     tracemalloc.start()
     try:
-        answer = httpx.post(f"{url}{path}", content=bomb, headers=headers)
-        most = tracemalloc.get_traced_memory()[1]
+        response = httpx.post(f"{url}{path}", content=bomb, headers=headers)
+        peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert answer.status_code == (400 if path == "/mcp" else 415), answer.text
-    assert most < 20_000_000
+    assert response.status_code == (400 if path == "/mcp" else 415), response.text
+    assert peak < 20_000_000
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_a_compressed_body_is_never_unpacked(url: str, path: str) -> None:
     ],
     ids=["arrays", "objects", "digits", "exponent", "fields"],
 )
-def test_no_json_takes_the_server_down(url: str, body: bytes) -> None:
+def test_no_json_brings_the_server_down(url: str, body: bytes) -> None:
     headers = {"authorization": f"Bearer {KEY}", "content-type": "application/json"}
     with httpx.Client(base_url=url, headers=headers, timeout=SECONDS) as caller:
         assert caller.post("/v1/embeddings", content=body).status_code == 400
@@ -180,39 +180,39 @@ def test_no_json_takes_the_server_down(url: str, body: bytes) -> None:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("encoding", ["gzip", "identity"])
-async def test_an_endpoint_cannot_fill_the_memory(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
+async def test_an_endpoint_cannot_exhaust_the_memory(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
     monkeypatch.setattr(client, "MAX_ANSWER_BYTES", 100_000)
     bomb = json.dumps({"data": "x" * 30_000_000}).encode()
     headers: dict[str, Any] = {"Content_Type": "application/json", "Content_Encoding": encoding}
-    sent = gzip.compress(bomb) if encoding == "gzip" else bomb
+    body = gzip.compress(bomb) if encoding == "gzip" else bomb
     async with (
-        stand_in(faults=iter([answering(200, sent, **headers)])) as standing,
-        embedding_at(standing) as embedder,
+        stand_in(faults=iter([answering(200, body, **headers)])) as endpoint,
+        embedding_at(endpoint) as embedder,
     ):
         with anyio.fail_after(SECONDS), pytest.raises(UpstreamFailed, match="longer than 100,000 bytes"):
             await embed(embedder)
-        assert len(standing.seen) == 1, "it is not asked again"
+        assert len(endpoint.seen) == 1, "the request is not retried"
         if encoding == "identity":
             with anyio.fail_after(SECONDS):
-                await standing.hung_up.wait()
+                await endpoint.hung_up.wait()
 
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("encoding", ["zstd", "br", "gzip, gzip"])
-async def test_an_answer_is_not_unpacked_in_a_way_that_has_no_bound(encoding: str) -> None:
+async def test_a_response_is_not_decompressed_without_a_limit(encoding: str) -> None:
     bomb = gzip.compress(gzip.compress(b" " * 50_000_000))
-    packed: dict[str, Any] = {"Content_Type": "application/json", "Content_Encoding": encoding}
+    headers: dict[str, Any] = {"Content_Type": "application/json", "Content_Encoding": encoding}
     async with (
-        stand_in(faults=iter([answering(200, bomb, **packed)])) as standing,
-        embedding_at(standing) as embedder,
+        stand_in(faults=iter([answering(200, bomb, **headers)])) as endpoint,
+        embedding_at(endpoint) as embedder,
     ):
         tracemalloc.start()
         try:
             with anyio.fail_after(SECONDS), pytest.raises(UpstreamFailed, match="none of those that were asked for"):
                 await embed(embedder)
-            most = tracemalloc.get_traced_memory()[1]
+            peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
-    [seen] = standing.seen
-    assert seen.headers["accept-encoding"] == "gzip, deflate"
-    assert most < 20_000_000
+    [request] = endpoint.seen
+    assert request.headers["accept-encoding"] == "gzip, deflate"
+    assert peak < 20_000_000

@@ -30,7 +30,7 @@ def test_the_drawn_tree_is_the_real_one() -> None:
     assert drawn == {cls.__name__: cls.__mro__[1].__name__ for cls in descendants(EmbeddingsError)}
 
 
-def test_every_error_that_a_caller_can_meet_has_a_form_of_its_own() -> None:
+def test_every_error_that_a_caller_can_get_has_its_own_wire_form() -> None:
     assert set(WIRE_FORMS) == set(descendants(EmbeddingsError)) - {errors.InvalidSetting}
     codes = [form.code for form in WIRE_FORMS.values()]
     assert len(set(codes)) == len(codes)
@@ -38,7 +38,7 @@ def test_every_error_that_a_caller_can_meet_has_a_form_of_its_own() -> None:
         assert (HTTPStatus(form.status) < HTTPStatus.INTERNAL_SERVER_ERROR) == (form.type != "server_error"), cls
 
 
-def test_an_error_without_a_form_looks_like_its_nearest_ancestor() -> None:
+def test_an_error_without_a_wire_form_has_that_of_its_nearest_ancestor() -> None:
     class TooSoon(Overloaded):
         """Not in the table."""
 
@@ -65,13 +65,13 @@ NEXT_TWENTY = ", ".join(f"`text {index}`" for index in range(2, 22))
         (InputTooLong(index=0, tokens=9, allowed=8, certain=False), "a text (probably `text 0`, the longest of those"),
     ],
 )
-def test_a_text_that_is_too_long_is_described_by_what_is_known(error: InputTooLong, message: str) -> None:
+def test_the_message_about_a_text_that_is_too_long_says_what_is_known(error: InputTooLong, message: str) -> None:
     assert error.message.startswith(message)
     assert str(error) == error.message
     assert "`truncate` to 'END' or 'START'" in error.message
 
 
-def test_a_text_that_is_too_long_can_be_named_by_its_field() -> None:
+def test_the_error_about_a_text_can_be_translated_to_its_request_field() -> None:
     error = InputTooLong(index=5, tokens=9, allowed=8, certain=False, others=[6])
     named = error.about(lambda index: index - 3, "other[{}]".format)
     assert named.param == "other[2]"

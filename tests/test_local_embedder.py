@@ -46,7 +46,7 @@ class SteppedEncoder:
     special: int = 0
     alive: bool = True
     closed: int = 0
-    started: queue.SimpleQueue[list[int]] = field(default_factory=queue.SimpleQueue)
+    begun: queue.SimpleQueue[list[int]] = field(default_factory=queue.SimpleQueue)
     steps: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     may_tokenize: threading.Event = field(default_factory=threading.Event)
 
@@ -70,13 +70,13 @@ class SteppedEncoder:
 
     def forward(self, rows: Sequence[Sequence[int]], skip: int) -> Any:
         lengths = [len(row) for row in rows]
-        self.started.put(lengths)
+        self.begun.put(lengths)
         assert self.steps.acquire(timeout=SECONDS), "the test did not let the batch end"
         return np.array(lengths, np.float32)[:, None]
 
     async def next_batch(self) -> list[int]:
         """Return the lengths of the texts in the next batch that starts."""
-        return await anyio.to_thread.run_sync(lambda: self.started.get(timeout=SECONDS))
+        return await anyio.to_thread.run_sync(lambda: self.begun.get(timeout=SECONDS))
 
 
 @dataclass
@@ -280,7 +280,7 @@ async def test_a_text_that_is_too_long_is_refused_before_anything_is_computed() 
     with pytest.raises(InputTooLong) as caught:
         await embed(embedder_of(loader), ["a", "x" * 9])
     assert (caught.value.index, caught.value.tokens, caught.value.allowed) == (1, 9, 8)
-    assert loader.encoder.started.empty()
+    assert loader.encoder.begun.empty()
 
 
 MANY = ["x" * (1 + index % 8) for index in range(600)]
@@ -326,7 +326,7 @@ async def test_a_short_request_waits_for_one_batch_of_a_long_one_not_for_all() -
         encoder.steps.release()
         assert await encoder.next_batch() == [3, 1]
         encoder.steps.release(100)
-    assert [encoder.started.get_nowait() for _ in range(2)] == [[3, 3], [3]]
+    assert [encoder.begun.get_nowait() for _ in range(2)] == [[3, 3], [3]]
 
 
 async def test_requests_that_wait_for_a_worker_share_the_next_batch() -> None:
@@ -338,7 +338,7 @@ async def test_requests_that_wait_for_a_worker_share_the_next_batch() -> None:
         for text in ("bb", "ccc"):
             callers.start_soon(embed, embedder, [text])
         await until(lambda: queued_tokens(embedder) == 5)
-        assert encoder.started.empty()
+        assert encoder.begun.empty()
         encoder.steps.release(2)
         assert await encoder.next_batch() == [3, 2]
 
@@ -365,7 +365,7 @@ async def test_the_tokens_of_a_request_are_estimated_from_earlier_requests(
         encoder.steps.release(1000)
         for texts in earlier:
             await ask(texts)
-        encoder.steps, encoder.started = threading.Semaphore(0), queue.SimpleQueue()
+        encoder.steps, encoder.begun = threading.Semaphore(0), queue.SimpleQueue()
         async with anyio.create_task_group() as callers:
             callers.start_soon(ask, ["a"])
             await encoder.next_batch()
@@ -396,8 +396,8 @@ async def test_cancelling_between_batches_drops_the_rest() -> None:
         leaving.cancel_scope.cancel()
     encoder.steps.release(2)
     assert await embed(embedder, ["b"]) == [1]
-    assert encoder.started.get_nowait() == [1]
-    assert encoder.started.empty()
+    assert encoder.begun.get_nowait() == [1]
+    assert encoder.begun.empty()
 
 
 async def test_cancelling_a_waiting_request_lets_the_next_one_run() -> None:
@@ -457,7 +457,7 @@ async def test_closing_fails_a_request_after_its_running_batch() -> None:
         assert await encoder.next_batch() == [1] * 6
         await embedder.aclose()
         encoder.steps.release(100)
-    assert encoder.started.empty()
+    assert encoder.begun.empty()
 
 
 async def test_a_closed_embedder_refuses_work() -> None:

@@ -1,4 +1,4 @@
-"""Settings: from the environment and from flags, without a secret in anything printed."""
+"""Settings from the environment and from flags; secrets are never printed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from embeddings_mcp.settings import Settings
 SECRET = "sk-not-to-be-seen"
 
 
-def test_without_any_setting_the_bundled_model_is_served_on_loopback() -> None:
+def test_the_default_is_the_bundled_model_on_loopback() -> None:
     settings = Settings()
     assert (settings.models, settings.default_model) == ((DEFAULT_MODEL,), None)
     assert (settings.host, settings.port, settings.api_key) == ("127.0.0.1", 8000, None)
@@ -22,7 +22,7 @@ def test_without_any_setting_the_bundled_model_is_served_on_loopback() -> None:
     assert settings.max_body_bytes == 25 * 1024 * 1024
 
 
-def test_every_setting_comes_from_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_setting_is_read_from_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {
         "MODELS": "a/b  mine=/some/where\n",
         "DEFAULT_MODEL": "mine",
@@ -48,7 +48,7 @@ def test_every_setting_comes_from_its_variable(monkeypatch: pytest.MonkeyPatch) 
     assert settings.max_body_bytes == 1024
 
 
-def test_a_flag_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flag_takes_precedence_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMBEDDINGS_MCP_MODELS", "a b")
     monkeypatch.setenv("EMBEDDINGS_MCP_PORT", "9000")
     settings = Settings(models=("c",))
@@ -59,13 +59,13 @@ def test_a_path_with_spaces_can_be_given_by_flag() -> None:
     assert Settings(models=("mine=/some where/else",)).models == ("mine=/some where/else",)
 
 
-def test_an_empty_variable_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MODELS", "DEFAULT_MODEL", "CARDS", "API_KEY", "PORT"):
         monkeypatch.setenv(f"EMBEDDINGS_MCP_{name}", "")
     assert Settings() == Settings.model_construct()
 
 
-def test_a_key_may_end_with_a_line_as_in_a_mounted_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whitespace_around_a_key_is_stripped_as_from_a_mounted_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMBEDDINGS_MCP_API_KEY", "secret\n")
     monkeypatch.setenv("NVIDIA_API_KEY", " nvapi-1\r\n")
     settings = Settings()
@@ -75,27 +75,27 @@ def test_a_key_may_end_with_a_line_as_in_a_mounted_file(monkeypatch: pytest.Monk
     assert settings.nvidia_api_key.get_secret_value() == "nvapi-1"
 
 
-def test_one_endpoint_may_be_given_as_an_object_with_spaces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_endpoint_may_be_a_json_object_with_spaces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMBEDDINGS_MCP_ENDPOINTS", ' {"url": "http://localhost:9", "dialect": "openai"} ')
     (endpoint,) = Settings().endpoints
     assert (endpoint.url, endpoint.dialect) == ("http://localhost:9", "openai")
 
 
-def test_where_kubernetes_says_that_a_service_is_is_no_port(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_service_url_that_kubernetes_sets_is_not_taken_for_a_port(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMBEDDINGS_MCP_PORT", "tcp://10.96.0.17:80")
     assert Settings().port == 8000
 
 
-def test_a_misspelt_variable_is_told_from_settings_keys_and_those_of_kubernetes() -> None:
+def test_a_misspelt_variable_is_reported_but_not_settings_keys_or_those_of_kubernetes() -> None:
     settings = Settings(endpoints='[{"url": "http://localhost:9", "api_key_env": "EMBEDDINGS_MCP_MY_KEY"}]')  # type: ignore[arg-type]
     known = [f"EMBEDDINGS_MCP_{name.upper()}" for name in Settings.model_fields]
-    of_kubernetes = ["SERVICE_HOST", "SERVICE_PORT_HTTP", "PORT", "PORT_80_TCP", "PORT_80_TCP_ADDR"]
+    set_by_kubernetes = ["SERVICE_HOST", "SERVICE_PORT_HTTP", "PORT", "PORT_80_TCP", "PORT_80_TCP_ADDR"]
     environment = [
         *known,
         "embeddings_mcp_device",
         "EMBEDDINGS_MCP_MY_KEY",
         "PATH",
-        *(f"EMBEDDINGS_MCP_{name}" for name in of_kubernetes),
+        *(f"EMBEDDINGS_MCP_{name}" for name in set_by_kubernetes),
     ]
     assert list(misspelt(environment, settings)) == []
     assert list(misspelt([*environment, "EMBEDDINGS_MCP_XYZ", "EMBEDDINGS_MCP_APIKEY"], settings)) == [
@@ -131,9 +131,7 @@ def test_a_misspelt_variable_is_told_from_settings_keys_and_those_of_kubernetes(
         ("CACHE", "~nobody-of-this-name/cache", "cannot be found: "),
     ],
 )
-def test_a_value_that_cannot_be_is_refused(
-    monkeypatch: pytest.MonkeyPatch, name: str, value: str, problem: str
-) -> None:
+def test_an_invalid_value_is_rejected(monkeypatch: pytest.MonkeyPatch, name: str, value: str, problem: str) -> None:
     monkeypatch.setenv(f"EMBEDDINGS_MCP_{name}", value)
     with pytest.raises(ValidationError) as caught:
         Settings()
@@ -142,14 +140,12 @@ def test_a_value_that_cannot_be_is_refused(
     assert problem in error["msg"]
 
 
-def test_settings_do_not_change() -> None:
+def test_settings_are_immutable() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         Settings().port = 1
 
 
-def test_the_key_is_in_nothing_that_is_printed(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_key_is_never_printed(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("EMBEDDINGS_MCP_API_KEY", SECRET)
     settings = Settings()
     logging.getLogger("test").warning("%s %r", settings, settings)

@@ -72,8 +72,8 @@ class Perturbed(HashEmbedder):
     def vector(self, text: str, input_type: InputType | None = None) -> FloatMatrix:
         exact = super().vector(text, input_type)
         orthogonal = np.roll(exact, 1) - np.roll(exact, 1) @ exact * exact
-        orthogonal /= np.linalg.norm(orthogonal)
-        perturbed: FloatMatrix = self.cosine * exact + math.sqrt(1 - self.cosine**2) * orthogonal
+        sine = math.sqrt(1 - self.cosine**2)
+        perturbed: FloatMatrix = self.cosine * exact + sine * orthogonal / np.linalg.norm(orthogonal)
         return perturbed
 
 
