@@ -23,8 +23,8 @@ from embeddings_mcp.embedders.local.attention import _attend_by_runs, attend
 from embeddings_mcp.embedders.local.cuda_graphs import Graphed
 from embeddings_mcp.embedders.local.encoder import Encoder, load_encoder
 from embeddings_mcp.embedders.local.linear import Linear
-from embeddings_mcp.embedders.local.memory import halving
 from embeddings_mcp.embedders.local.norm import Norm, _kernel
+from embeddings_mcp.embedders.local.out_of_memory import split_on_oom
 from embeddings_mcp.embedders.local.packing import Packing
 from embeddings_mcp.models import Precision, find_card
 from embeddings_mcp.settings import Settings
@@ -195,7 +195,7 @@ def test_a_batch_too_large_for_the_gpu_is_made_by_halves() -> None:
     rows = tokens.rows * 20_000
     with pytest.raises(torch.OutOfMemoryError):
         model.forward(rows, tokens.skip)
-    vectors = np.stack(halving(lambda some: list(model.forward(some, tokens.skip)), rows))
+    vectors = np.stack(split_on_oom(lambda some: list(model.forward(some, tokens.skip)), rows))
     assert np.abs(vectors - vectors[0]).max() < 2e-6
 
 

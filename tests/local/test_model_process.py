@@ -221,8 +221,8 @@ async def test_one_that_is_killed_while_it_loads_leaves_no_file_open(monkeypatch
     [
         ("loading.Loading.load = fail", "ended with exit code 1 while this was computed"),
         ("process_main._compute_all = fail", "ended with exit code 1 while this was computed"),
-        ("in_process.InThisProcess.forward = fail", "ended with exit code 1 while this was computed"),
-        ("in_process.InThisProcess.forward = lambda *_: threading.Lock()", "cannot pickle '_thread.lock' object"),
+        ("in_process.InProcessModel.forward = fail", "ended with exit code 1 while this was computed"),
+        ("in_process.InProcessModel.forward = lambda *_: threading.Lock()", "cannot pickle '_thread.lock' object"),
     ],
     ids=["loading", "starting", "computing", "answering"],
 )

@@ -23,7 +23,7 @@ from embeddings_mcp.embedders.local.cuda_graphs import record
 from embeddings_mcp.embedders.local.inputs import InputTokenizer, Row, Tokens
 from embeddings_mcp.embedders.local.latent_attention import LATENT_ATTENTION, LatentAttention
 from embeddings_mcp.embedders.local.linear import prepack
-from embeddings_mcp.embedders.local.memory import keep_freed
+from embeddings_mcp.embedders.local.malloc import raise_malloc_thresholds
 from embeddings_mcp.embedders.local.packing import Packing
 from embeddings_mcp.embedders.local.pipeline import Cut, Dense, LayerNorm, Stage
 from embeddings_mcp.embedders.local.placement import Placement, choose_placement
@@ -178,7 +178,7 @@ def load_encoder(
     if placement.slower_than_float32:
         _logger.warning("%s computes in %s, which takes this CPU longer than float32", card.id, placement.precision)
     if placement.quantized or placement.in_amx:
-        keep_freed()
+        raise_malloc_thresholds()
     with _checkpoint_errors(checkpoint, placement.device):
         encoder = _load(checkpoint, card, placement, cuda_graphs=cuda_graphs)
         _try(encoder)

@@ -11,22 +11,23 @@ import numpy as np
 
 from embeddings_mcp.embedders.local.encoder import Encoder
 from embeddings_mcp.embedders.local.inputs import Row
-from embeddings_mcp.embedders.local.memory import Returning, halving
+from embeddings_mcp.embedders.local.malloc import HeapTrimmer
+from embeddings_mcp.embedders.local.out_of_memory import split_on_oom
 from embeddings_mcp.vectors import FloatMatrix, SparseVector
 
 
-class InThisProcess:
-    """A model that computes in this process, by halves of a batch where memory is too little for all of it.
+class InProcessModel:
+    """A model that computes in this process, and splits batches that do not fit into memory.
 
-    Where it is on several devices, each has all of its weights, and every thread that computes has one of them for
-    itself.
+    On several devices, each holds a complete copy of the weights. Worker threads are assigned to the devices
+    round-robin, and each computes on its own device only.
 
     Args:
-        encoders: the model on each device; at least one, which differ in their device only.
+        encoders: one encoder per device, at least one; they differ in their device only.
 
     Attributes:
-        alive: True: it lives as long as the process.
-        facts: what is known of all of them; tokens of a batch are the least of theirs.
+        alive: always True: the model lives as long as the process.
+        facts: what the encoders have in common; the token limits of a batch are the minimum over all devices.
     """
 
     alive = True
@@ -40,43 +41,44 @@ class InThisProcess:
         )
         self.tokenize = first.tokenize
         self._encoders = encoders
-        self._turns = itertools.cycle(encoders)
-        self._of_thread = threading.local()
-        self._give_back = Returning() if first.device.type == "cpu" else None
+        self._round_robin = itertools.cycle(encoders)
+        self._thread_local = threading.local()
+        self._heap_trimmer = HeapTrimmer() if first.device.type == "cpu" else None
 
     def workers(self, cores: int) -> int:
-        """As many as all the devices want together; see `Encoder.workers`."""
+        """Return the total number of worker threads for all devices; see `Encoder.workers`."""
         share = max(1, cores // len(self._encoders))
         return sum(encoder.workers(share) for encoder in self._encoders)
 
     def compute_on(self, cores: int) -> None:
-        """See `LoadedModel.compute_on`; and let the calling thread compute on the next device in turn."""
-        self._of_thread.encoder = encoder = next(self._turns)
+        """See `LoadedModel.compute_on`; also assigns the calling thread to the next device."""
+        self._thread_local.encoder = encoder = next(self._round_robin)
         encoder.compute_on(cores)
 
     def forward(self, rows: Sequence[Row], skip: int) -> FloatMatrix:
         """See `LoadedModel.forward`."""
-        encoder = self._mine
-        parts = halving(lambda some: encoder.forward(some, skip), rows)
-        self._computed(rows)
+        encoder = self._encoder
+        parts = split_on_oom(lambda part: encoder.forward(part, skip), rows)
+        self._trim_heap(rows)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def forward_all(self, rows: Sequence[Row], skip: int) -> tuple[FloatMatrix, list[SparseVector], list[FloatMatrix]]:
         """See `LoadedModel.forward_all`."""
-        encoder = self._mine
-        dense, sparse, colbert = zip(*halving(lambda some: encoder.forward_all(some, skip), rows), strict=True)
-        self._computed(rows)
+        encoder = self._encoder
+        dense, sparse, colbert = zip(*split_on_oom(lambda part: encoder.forward_all(part, skip), rows), strict=True)
+        self._trim_heap(rows)
         return np.concatenate(dense), [*itertools.chain(*sparse)], [*itertools.chain(*colbert)]
 
     def close(self) -> None:
-        """See `LoadedModel.close`: nothing is to be done here."""
+        """See `LoadedModel.close`; there is nothing to close."""
 
     @property
-    def _mine(self) -> Encoder:
-        """That of the calling thread."""
-        encoder: Encoder = self._of_thread.encoder
+    def _encoder(self) -> Encoder:
+        """The encoder of the calling thread."""
+        encoder: Encoder = self._thread_local.encoder
         return encoder
 
-    def _computed(self, rows: Sequence[Row]) -> None:
-        if self._give_back is not None:
-            self._give_back(sum(map(len, rows)))
+    def _trim_heap(self, rows: Sequence[Row]) -> None:
+        """Count the tokens of a finished batch towards the next trim of the heap."""
+        if self._heap_trimmer is not None:
+            self._heap_trimmer.add(sum(map(len, rows)))

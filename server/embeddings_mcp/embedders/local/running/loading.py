@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from embeddings_mcp.models import ModelCard, OwnCard, Precision
 
 if TYPE_CHECKING:
-    from embeddings_mcp.embedders.local.running.in_process import InThisProcess
+    from embeddings_mcp.embedders.local.running.in_process import InProcessModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Loading:
     precision: Precision
     cuda_graphs: bool
 
-    def load(self) -> InThisProcess:
+    def load(self) -> InProcessModel:
         """Load it into this process.
 
         Raises:
@@ -45,7 +45,7 @@ class Loading:
         """
         _leave_a_folder_that_is_gone()
         from embeddings_mcp.embedders.local.encoder import load_encoder
-        from embeddings_mcp.embedders.local.running.in_process import InThisProcess
+        from embeddings_mcp.embedders.local.running.in_process import InProcessModel
 
         encoders = [
             load_encoder(
@@ -59,7 +59,7 @@ class Loading:
             )
             for device in self.devices
         ]
-        return InThisProcess(encoders)
+        return InProcessModel(encoders)
 
 
 def _leave_a_folder_that_is_gone() -> None:

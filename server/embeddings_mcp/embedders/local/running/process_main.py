@@ -17,7 +17,7 @@ from embeddings_mcp.embedders.local.running.model_process import Failed, Order, 
 from embeddings_mcp.gc_pause import gc_paused
 
 if TYPE_CHECKING:
-    from embeddings_mcp.embedders.local.running.in_process import InThisProcess
+    from embeddings_mcp.embedders.local.running.in_process import InProcessModel
 
 _logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def main() -> None:
     server.join()
 
 
-def _compute_all(model: InThisProcess, connections: Sequence[Connection], order: Order) -> None:
+def _compute_all(model: InProcessModel, connections: Sequence[Connection], order: Order) -> None:
     """Compute what comes by the connections, on a thread for each batch that is to run at the same time."""
     workers = order.workers or min(model.workers(order.cores), len(connections))
     for connection in connections[:workers]:
@@ -52,7 +52,7 @@ def _compute_all(model: InThisProcess, connections: Sequence[Connection], order:
     connections[0].send(Ready(model.facts, workers))
 
 
-def _compute(model: InThisProcess, connection: Connection, cores: int) -> None:
+def _compute(model: InProcessModel, connection: Connection, cores: int) -> None:
     """Make of every batch that comes what is to be made of it."""
     with _whole():
         model.compute_on(cores)
