@@ -1,4 +1,4 @@
-"""A model in a process of its own: the same vectors, and a server that outlives it."""
+"""A model in a subprocess makes the same vectors, and the server survives its crash."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.support import running
 
 pytestmark = [
     pytest.mark.anyio,
-    pytest.mark.skipif(os.name != "posix", reason="models have processes of their own on POSIX systems only"),
+    pytest.mark.skipif(os.name != "posix", reason="models run in subprocesses on POSIX systems only"),
 ]
 
 COMMAND = str(Path(sys.executable).with_name("embeddings-mcp"))
@@ -44,7 +44,7 @@ TEXTS = ["water under the bridge", "a committee", "the opinion of a committee on
 
 @asynccontextmanager
 async def served(name: FamilyName, **settings: Any) -> AsyncIterator[LocalEmbedder]:
-    """A family's model as the server would have it."""
+    """A family's model, built as the server builds it."""
     spec = f"{MODELS[name]}={family(name).folder}"
     embedder: Any = build_service(
         Settings(models=(spec,), cache="off", precision="float32", **settings)
@@ -68,76 +68,78 @@ def process_of(embedder: LocalEmbedder) -> subprocess.Popen[bytes]:
 
 
 def open_files() -> int:
-    """How many files this process has open."""
+    """Number of open file descriptors of this process."""
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 def environment_of(process: int) -> set[str]:
-    """The names of the environment variables that a process began with."""
-    given = Path(f"/proc/{process}/environ").read_bytes()
-    return {variable.partition(b"=")[0].decode() for variable in given.split(b"\0")}
+    """Names of the environment variables that a process was started with."""
+    environment = Path(f"/proc/{process}/environ").read_bytes()
+    return {variable.partition(b"=")[0].decode() for variable in environment.split(b"\0")}
 
 
 def wait_until_gone(process: int) -> None:
-    """Wait for the end of a process that is not a child of this one."""
-    ends = time.monotonic() + SECONDS
+    """Wait until a process that is not a child of this one has exited."""
+    deadline = time.monotonic() + SECONDS
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         while " Z " not in Path(f"/proc/{process}/stat").read_text():
-            assert time.monotonic() < ends, f"process {process} goes on"
-            time.sleep(0.01)  # there is no event: its end is its parent's to know, and that one is dead
+            assert time.monotonic() < deadline, f"process {process} is still running"
+            time.sleep(0.01)  # there is no event to wait on: only its parent is notified, and that is dead
 
 
 @pytest.mark.parametrize("name", ["e5", "llama-nemotron-embed"])
 async def test_the_vectors_are_those_that_this_process_makes(name: FamilyName) -> None:
-    async with served(name, model_process=True) as there, served(name) as here:
-        made, expected = [await embedder.embed(TEXTS, input_type="query", truncate="END") for embedder in (there, here)]
-    assert np.array_equal(made.vectors, expected.vectors)
-    assert made.tokens == expected.tokens
-    assert there.card == here.card
-
-
-async def test_all_that_a_model_makes_comes_from_there() -> None:
-    async with served("bge-m3", model_process=True) as there, served("bge-m3") as here:
-        made, expected = [
-            await embedder.represent(TEXTS, input_type=None, truncate="END") for embedder in (there, here)
+    async with served(name, model_process=True) as remote, served(name) as local:
+        embedded, expected = [
+            await embedder.embed(TEXTS, input_type="query", truncate="END") for embedder in (remote, local)
         ]
-    assert np.array_equal(made.vectors, expected.vectors)
-    for ours, theirs in zip(made.sparse, expected.sparse, strict=True):
-        assert np.array_equal(ours.ids, theirs.ids)
-        assert np.array_equal(ours.weights, theirs.weights)
-    assert all(np.array_equal(*pair) for pair in zip(made.colbert, expected.colbert, strict=True))
+    assert np.array_equal(embedded.vectors, expected.vectors)
+    assert embedded.tokens == expected.tokens
+    assert remote.card == local.card
 
 
-async def test_many_callers_get_what_is_theirs() -> None:
-    async with served("e5", model_process=True, workers=3) as there, served("e5") as here:
-        expected = (await here.embed(TEXTS, input_type="query", truncate="END")).vectors
-        found: list[float] = []
+async def test_dense_sparse_and_token_vectors_are_those_that_this_process_makes() -> None:
+    async with served("bge-m3", model_process=True) as remote, served("bge-m3") as local:
+        represented, expected = [
+            await embedder.represent(TEXTS, input_type=None, truncate="END") for embedder in (remote, local)
+        ]
+    assert np.array_equal(represented.vectors, expected.vectors)
+    for sparse, expected_sparse in zip(represented.sparse, expected.sparse, strict=True):
+        assert np.array_equal(sparse.ids, expected_sparse.ids)
+        assert np.array_equal(sparse.weights, expected_sparse.weights)
+    assert all(np.array_equal(*pair) for pair in zip(represented.colbert, expected.colbert, strict=True))
+
+
+async def test_concurrent_callers_get_the_vectors_of_their_own_texts() -> None:
+    async with served("e5", model_process=True, workers=3) as remote, served("e5") as local:
+        expected = (await local.embed(TEXTS, input_type="query", truncate="END")).vectors
+        errors: list[float] = []
 
         async def ask(first: int) -> None:
             order = [(first + place) % len(TEXTS) for place in range(len(TEXTS))]
-            made = await there.embed([TEXTS[index] for index in order], input_type="query", truncate="END")
-            found.append(float(np.abs(made.vectors - expected[order]).max()))
+            embedded = await remote.embed([TEXTS[index] for index in order], input_type="query", truncate="END")
+            errors.append(float(np.abs(embedded.vectors - expected[order]).max()))
 
         async with anyio.create_task_group() as callers:
             for first in range(30):
                 callers.start_soon(ask, first)
-    assert len(found) == 30
-    assert max(found) < 1e-6
+    assert len(errors) == 30
+    assert max(errors) < 1e-6
 
 
-async def test_when_it_is_killed_those_who_wait_are_told_and_the_next_have_it_again(
+async def test_when_it_is_killed_requests_in_flight_fail_and_the_next_one_restarts_it(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async with served("e5", model_process=True, workers=1) as embedder:
         before = await embedder.embed(TEXTS, input_type="query", truncate="END")
         process = process_of(embedder)
-        os.kill(process.pid, signal.SIGSTOP)  # what is asked for now is surely not made before the end
-        told: list[str] = []
+        os.kill(process.pid, signal.SIGSTOP)  # so that no request is answered before it is killed
+        messages: list[str] = []
 
         async def ask() -> None:
             with pytest.raises(ModelUnavailable) as refused:
                 await embedder.embed(TEXTS, input_type="query", truncate="END")
-            told.append(refused.value.message)
+            messages.append(refused.value.message)
 
         async with anyio.create_task_group() as callers:
             for _ in range(3):
@@ -146,9 +148,11 @@ async def test_when_it_is_killed_those_who_wait_are_told_and_the_next_have_it_ag
             os.kill(process.pid, signal.SIGKILL)
         after = await embedder.embed(TEXTS, input_type="query", truncate="END")
 
-        runs = f"the process that runs {MODELS['e5']}"
-        assert len(told) == 3
-        assert set(told) == {f"{runs} was ended by SIGKILL while this was computed; the next request starts it again"}
+        process_name = f"the process that runs {MODELS['e5']}"
+        assert len(messages) == 3
+        assert set(messages) == {
+            f"{process_name} was ended by SIGKILL during this request; the next request starts it again"
+        }
         assert process_of(embedder).pid != process.pid
         assert np.array_equal(before.vectors, after.vectors)
     assert [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR] == [
@@ -157,22 +161,22 @@ async def test_when_it_is_killed_those_who_wait_are_told_and_the_next_have_it_ag
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="open files are read from /proc")
-async def test_however_often_it_is_killed_nothing_of_it_stays() -> None:
+async def test_however_often_it_is_killed_no_thread_file_or_object_leaks() -> None:
     async with served("e5", model_process=True, workers=2) as embedder:
         seen: list[tuple[int, int]] = []
         models: list[weakref.ref[ModelProcess]] = []
         for _ in range(4):
             await embedder.embed(TEXTS, input_type="query", truncate="END")
-            gc.disable()  # until the next is loaded: what is garbage to it alone may be missed by it then, for good
+            gc.disable()  # until the next model is loaded: objects frozen while they are garbage are never collected
             seen.append((threading.active_count(), open_files()))
             process = process_of(embedder)
             models.append(weakref.ref(model_of(embedder)))
-            os.kill(process.pid, signal.SIGSTOP)  # what is asked for now is surely not made before the end
+            os.kill(process.pid, signal.SIGSTOP)  # so that no request is answered before it is killed
 
             refused: list[str] = []
 
             async def ask(refused: list[str] = refused) -> None:
-                try:  # pytest.raises would keep the error, and with it all that the error's traceback holds
+                try:  # pytest.raises would keep the error, and all that its traceback refers to
                     await embedder.embed(TEXTS, input_type="query", truncate="END")
                 except ModelUnavailable as error:
                     refused.append(str(error))
@@ -191,16 +195,16 @@ async def test_however_often_it_is_killed_nothing_of_it_stays() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="open files are read from /proc")
-async def test_one_that_is_killed_while_it_loads_leaves_no_file_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the system does where memory is too little for the model, at every request again."""
-    start = model_process._start
+async def test_a_process_that_is_killed_while_it_loads_leaves_no_file_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the OOM killer does at every request when the model does not fit into memory."""
+    start = model_process._start_process
 
-    def start_and_kill(order: model_process.Order) -> subprocess.Popen[bytes]:
-        process = start(order)
+    def start_and_kill(parameters: model_process.StartParameters) -> subprocess.Popen[bytes]:
+        process = start(parameters)
         process.kill()
         return process
 
-    monkeypatch.setattr(model_process, "_start", start_and_kill)
+    monkeypatch.setattr(model_process, "_start_process", start_and_kill)
     async with served("e5", model_process=True, workers=8) as embedder:
 
         async def ask() -> None:
@@ -217,17 +221,17 @@ async def test_one_that_is_killed_while_it_loads_leaves_no_file_open(monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("fault", "told"),
+    ("fault", "message"),
     [
-        ("loading.Loading.load = fail", "ended with exit code 1 while this was computed"),
-        ("process_main._compute_all = fail", "ended with exit code 1 while this was computed"),
-        ("in_process.InProcessModel.forward = fail", "ended with exit code 1 while this was computed"),
+        ("loading.Loading.load = fail", "ended with exit code 1 during this request"),
+        ("process_main._start_workers = fail", "ended with exit code 1 during this request"),
+        ("in_process.InProcessModel.forward = fail", "ended with exit code 1 during this request"),
         ("in_process.InProcessModel.forward = lambda *_: threading.Lock()", "cannot pickle '_thread.lock' object"),
     ],
     ids=["loading", "starting", "computing", "answering"],
 )
-async def test_whatever_fails_there_nobody_waits_for_an_answer_for_ever(
-    fault: str, told: str, monkeypatch: pytest.MonkeyPatch
+async def test_whatever_fails_in_the_process_no_request_waits_forever(
+    fault: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     faulty = (
         "import threading\n"
@@ -239,11 +243,11 @@ async def test_whatever_fails_there_nobody_waits_for_an_answer_for_ever(
     monkeypatch.setattr(model_process, "_PROGRAM", faulty)
     async with served("e5", model_process=True) as embedder:
         for _ in range(2):
-            with pytest.raises((ModelUnavailable, RuntimeError), match=told):
+            with pytest.raises((ModelUnavailable, RuntimeError), match=message):
                 await embedder.embed(TEXTS, input_type="query", truncate="END")
 
 
-async def test_a_faulty_call_of_a_package_s_log_does_no_harm_there(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_third_party_s_faulty_logging_call_does_not_end_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     faulty = (
         "import logging\n"
         "from embeddings_mcp.embedders.local.running import loading, process_main\n"
@@ -259,7 +263,7 @@ async def test_a_faulty_call_of_a_package_s_log_does_no_harm_there(monkeypatch: 
         await embedder.embed(TEXTS, input_type="query", truncate="END")
 
 
-async def test_what_stops_the_server_does_not_stop_it_before_its_answers() -> None:
+async def test_signals_that_stop_the_server_do_not_stop_the_process_before_it_has_answered() -> None:
     async with served("e5", model_process=True) as embedder:
         await embedder.check()
         process = process_of(embedder)
@@ -270,44 +274,44 @@ async def test_what_stops_the_server_does_not_stop_it_before_its_answers() -> No
     assert process.poll() == -signal.SIGKILL
 
 
-async def test_what_is_wrong_with_a_checkpoint_is_told_in_the_same_words(tmp_path: Path) -> None:
+async def test_a_checkpoint_error_has_the_same_message_as_in_this_process(tmp_path: Path) -> None:
     folder = family("e5").folder
     for path in folder.rglob("*"):
         if path.is_file() and path.suffix != ".safetensors":
             (tmp_path / path.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / path.relative_to(folder)).write_bytes(path.read_bytes())
     (tmp_path / "model.safetensors").write_bytes(b"no weights")
-    told: list[EmbeddingsError] = []
-    for apart in (True, False):
-        settings = Settings(models=(f"mine={tmp_path}",), model_process=apart, cache="off")
+    raised: list[EmbeddingsError] = []
+    for in_subprocess in (True, False):
+        settings = Settings(models=(f"mine={tmp_path}",), model_process=in_subprocess, cache="off")
         embedder: Any = build_service(settings).catalogue.default
         with pytest.raises(CheckpointInvalid) as refused, anyio.fail_after(SECONDS):
             await embedder.check()
-        told.append(refused.value)
-    assert told[0].message == told[1].message
+        raised.append(refused.value)
+    assert raised[0].message == raised[1].message
 
 
-async def test_its_log_is_the_server_s(caplog: pytest.LogCaptureFixture) -> None:
+async def test_its_log_records_are_logged_by_the_server(caplog: pytest.LogCaptureFixture) -> None:
     async with served("nv-embed-v2", model_process=True) as embedder:
         await embedder.check()
         await embedder.embed(TEXTS, input_type="passage", truncate="END")
     assert "nvidia/nv-embed-v2 may not be used commercially: its licence is CC-BY-NC-4.0" in caplog.messages
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="what a process was given is read from /proc")
-async def test_it_is_given_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="a process's environment is read from /proc")
+async def test_its_environment_holds_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["EMBEDDINGS_MCP_OAUTH_ISSUER", "NVIDIA_API_KEY", "HF_TOKEN", "MY_SECRET", "DB_PASSWORD", "secret_keys"]
     for name in [*names, "TOKENIZERS_PARALLELISM", "KEYBOARD"]:
         monkeypatch.setenv(name, "true")
     async with served("e5", model_process=True) as embedder:
         await embedder.check()
-        given = environment_of(process_of(embedder).pid)
-    assert not given & set(names)
-    assert given >= {"TOKENIZERS_PARALLELISM", "KEYBOARD", "PATH"}
+        inherited = environment_of(process_of(embedder).pid)
+    assert not inherited & set(names)
+    assert inherited >= {"TOKENIZERS_PARALLELISM", "KEYBOARD", "PATH"}
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="what a process has loaded is read from /proc")
-def test_a_server_has_no_torch_in_its_own_process_and_takes_the_model_s_with_it() -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="the libraries of a process are read from /proc")
+def test_the_server_s_process_loads_no_torch_and_the_model_s_process_ends_with_it() -> None:
     model = f"mine={family('e5').folder}"
     body = {"input": "water", "model": "mine", "input_type": "query"}
     with running(COMMAND, "serve", "--transport", "http", "--port", "0", "--model", model) as (server, url):
@@ -319,7 +323,7 @@ def test_a_server_has_no_torch_in_its_own_process_and_takes_the_model_s_with_it(
         wait_until_gone(child)
 
 
-def test_on_windows_it_cannot_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_windows_it_cannot_be_enabled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "name", "nt")
     with pytest.raises(ValueError, match="is not possible on Windows: leave it out"):
         Settings(model_process=True)

@@ -1,5 +1,5 @@
-"""The local encoder: the only part that uses torch and transformers.
+"""The local encoder: the only package that uses torch and transformers.
 
-It imports nothing of the project but the errors, the model cards, vectors and what imports nothing itself, and neither
-pydantic nor a web stack, so that it runs on a GPU machine without them.
+From the rest of the project it imports only the errors, the model cards, the vectors, and modules without dependencies.
+It imports neither pydantic nor a web framework, so it runs on a GPU machine where these are not installed.
 """

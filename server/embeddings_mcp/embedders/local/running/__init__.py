@@ -1,1 +1,1 @@
-"""Where a loaded model computes: in the server's process, or in one of its own."""
+"""Running a loaded model in the server's process or in a subprocess."""

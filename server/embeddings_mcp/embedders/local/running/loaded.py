@@ -1,4 +1,4 @@
-"""A loaded model as the server uses it, whether it computes in this process or in another. Without torch."""
+"""The interface of a loaded model, whether it computes in this process or in a subprocess. Does not import torch."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What is known of a model once it is loaded.
+    """Properties of a loaded model.
 
     Attributes:
-        card: what it takes and gives.
+        card: its model card.
         dimensions: length of its vectors.
-        vocabulary: tokens that it has vectors for.
-        packed: whether a batch costs its tokens; else each of its texts costs as many as the longest.
-        tokens_per_batch: tokens that go through it at once.
-        least_tokens_per_batch: tokens that are not worth sharing out among several who could compute.
+        vocabulary: vocabulary size: the number of token ids that it has embeddings for.
+        packed: whether batches are packed, so that a batch costs the sum of its tokens. If not, batches are padded, and
+            every text costs as many tokens as the longest one.
+        tokens_per_batch: token budget of a batch.
+        least_tokens_per_batch: tokens below which a batch is not worth splitting among several workers.
     """
 
     card: ModelCard
@@ -35,24 +36,24 @@ class Facts:
 
 
 class LoadedModel(Protocol):
-    """A model that is loaded."""
+    """A loaded model."""
 
     @property
     def facts(self) -> Facts:
-        """What is known of it."""
+        """Its properties."""
         ...
 
     @property
     def alive(self) -> bool:
-        """Whether it can still be asked."""
+        """Whether it can still compute."""
         ...
 
     def workers(self, cores: int) -> int:
-        """On how many threads batches are best run, of which each computes on its share of the cores."""
+        """Return the best number of worker threads; each runs a batch at a time, on its share of the cores."""
         ...
 
     def compute_on(self, cores: int) -> None:
-        """Let what the calling thread computes use so many cores; to be called on each thread before it computes."""
+        """Set how many cores the calling thread computes on. Each worker thread must call this before it computes."""
         ...
 
     def tokenize(self, texts: Sequence[str], *, input_type: InputType | None, truncate: Truncate) -> Iterator[Tokens]:
@@ -60,17 +61,17 @@ class LoadedModel(Protocol):
         ...
 
     def forward(self, rows: Sequence[Row], skip: int) -> FloatMatrix:
-        """The vectors, float32 ``[n, d]``, of one batch of tokenized texts; see `Tokens`.
+        """Return the vectors of one batch of tokenized texts, float32 ``[n, d]``; see `Tokens`.
 
         Raises:
-            ModelUnavailable: a text alone needs more memory than there is, or the model has ended.
+            ModelUnavailable: a single text does not fit into memory, or the model's process has ended.
         """
         ...
 
     def forward_all(self, rows: Sequence[Row], skip: int) -> tuple[FloatMatrix, list[SparseVector], list[FloatMatrix]]:
-        """As `forward`, and the lexical weights and token vectors of the same texts."""
+        """Return the vectors as `forward` does, and the lexical weights and token vectors of the same texts."""
         ...
 
     def close(self) -> None:
-        """Let it go."""
+        """Release its resources."""
         ...

@@ -1,4 +1,4 @@
-"""How a model is to be loaded, as one piece that another process can be given."""
+"""The parameters for loading a model, as one picklable object that can be sent to a subprocess."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """How a model is to be loaded; see `load_encoder`.
+    """Parameters for loading a model; see `load_encoder`.
 
     Attributes:
-        name: what it is called.
+        name: name of the model.
         folder: its checkpoint.
-        known: the built-in card of that name, where there is one.
-        own: the user's, where there is one.
-        devices: where it computes; several share the work.
-        precision: in which numbers.
-        cuda_graphs: whether passes over few tokens are recorded on CUDA.
+        known: the built-in card of that name, if any.
+        own: the user's card, if any.
+        devices: devices to load it on; several devices share the work.
+        precision: number format.
+        cuda_graphs: whether to capture CUDA graphs of passes over few tokens.
     """
 
     name: str
@@ -36,14 +36,14 @@ class Loading:
     cuda_graphs: bool
 
     def load(self) -> InProcessModel:
-        """Load it into this process.
+        """Load the model into this process.
 
         Raises:
-            ImportError: a package that it needs is not installed.
+            ImportError: a required package is not installed.
             CheckpointInvalid: something in the folder is missing, damaged or not supported.
-            ModelUnavailable: this machine has no such device.
+            ModelUnavailable: a device cannot be used on this machine, or does not support the precision.
         """
-        _leave_a_folder_that_is_gone()
+        _leave_deleted_working_directory()
         from embeddings_mcp.embedders.local.encoder import load_encoder
         from embeddings_mcp.embedders.local.running.in_process import InProcessModel
 
@@ -62,8 +62,11 @@ class Loading:
         return InProcessModel(encoders)
 
 
-def _leave_a_folder_that_is_gone() -> None:
-    """Where the working folder was deleted, MKL does not find its own parts, and ends the process."""
+def _leave_deleted_working_directory() -> None:
+    """Change to the root if the working directory was deleted.
+
+    MKL would not find its own libraries there, and abort the process.
+    """
     try:
         os.getcwd()  # noqa: PTH109
     except FileNotFoundError:

@@ -1,12 +1,12 @@
-"""A model in a process of its own: the server goes on while it computes, and when it ends.
+"""A model in a subprocess: the server keeps serving while the model computes, and if its process crashes.
 
-A thread that computes needs Python's interpreter lock between any two steps, and waits for it while another thread of
-its process serves callers. On two cores that costs a fifth of what both could do. And whatever ends the model (a system
-that is out of memory, a fault in a driver) ends one process, which is started again for the next request.
+A thread that computes needs the GIL between any two kernels, and waits for it while other threads of its process serve
+requests. On two cores that costs a fifth of the throughput. And whatever kills the model (the OOM killer, a driver
+fault) kills only the subprocess, which is restarted for the next request.
 
-The server has as many connections to the process as batches run there at the same time. On each, a batch goes there
-and its vectors come back. The other end is `process_main`; both are one program, and what they send each other is
-pickled. Texts are tokenized here.
+The server has one connection to the subprocess for every batch that may be in flight. On each, it sends a batch and
+receives its vectors. `process_main` is the other end. Messages are pickled, which is safe because both ends are the
+same program. Texts are tokenized in the server.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ _logger = logging.getLogger(__name__)
 
 _PROGRAM = "from embeddings_mcp.embedders.local.running.process_main import main; main()"
 
-_SECRET = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL)S?($|_)", re.IGNORECASE)
-"""What names of environment variables hold that are nobody else's business."""
+_SECRET_NAME = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL)S?($|_)", re.IGNORECASE)
+"""Environment variables whose names match hold credentials, and are not passed on."""
 
-_SECONDS = 5
-"""Longest that the system may take to end a process that it was told to kill."""
+_KILL_TIMEOUT = 5
+"""Seconds to wait for the process to exit after it was killed, or after it closed a connection."""
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
-    """What the process is told when it starts.
+class StartParameters:
+    """Start-up parameters of the model process.
 
     Attributes:
-        loading: the model.
+        loading: the model to load.
         connections: file descriptors of the connections for batches.
-        log: that of the connection for log records.
-        workers: how many batches run at the same time; None for as many as the model finds good.
-        cores: processor cores for all of them together.
+        log: file descriptor of the connection for log records.
+        workers: number of batches computed concurrently; None for the model's own choice.
+        cores: processor cores shared by all workers.
     """
 
     loading: Loading
@@ -68,26 +68,26 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """What the process says once the model is loaded: what is known of it, and how many batches run at a time."""
+    """Message of the process once the model is loaded: its properties, and the number of workers."""
 
     facts: Facts
     workers: int
 
 
 @dataclass(frozen=True, slots=True)
-class Failed:
-    """What was raised there: the name of its class, and its message."""
+class RemoteError:
+    """An exception that was raised in the model process: the name of its class, and its message."""
 
     kind: str
     message: str
 
     @classmethod
-    def by(cls, error: BaseException) -> Failed:
-        """What is to be told of an error."""
+    def from_exception(cls, error: BaseException) -> RemoteError:
+        """Describe an exception, in the model process."""
         return cls(type(error).__name__, error.message if isinstance(error, EmbeddingsError) else str(error))
 
-    def error(self) -> Exception:
-        """The same error, here."""
+    def to_exception(self) -> Exception:
+        """Recreate the exception, in the server."""
         kind = getattr(errors, self.kind, None)
         if isinstance(kind, type) and issubclass(kind, ModelUnavailable):
             return kind(self.message)
@@ -97,163 +97,175 @@ class Failed:
 
 
 class ModelProcess:
-    """A model that computes in a process of its own, on systems that hand files on to their children (not Windows).
+    """A model that computes in a subprocess, on systems whose child processes inherit file descriptors (not Windows).
 
     Args:
-        loading: the model.
-        checkpoint: the same, as it was read.
-        workers: how many batches run at the same time; None for as many as it finds good.
+        loading: the model to load.
+        checkpoint: its checkpoint, already read.
+        workers: number of batches computed concurrently; None for the model's own choice.
 
     Attributes:
         facts: see `LoadedModel`.
 
     Raises:
-        ImportError: a package that it needs is not installed.
-        ModelUnavailable: it cannot be loaded, as `Loading.load`; or its process ended meanwhile.
+        ImportError: a required package is not installed.
+        ModelUnavailable: `Loading.load` raised it (CheckpointInvalid included), or the process ended while loading.
     """
 
     def __init__(self, loading: Loading, checkpoint: Checkpoint, *, workers: int | None) -> None:
         cores = usable_cores()
-        ours, theirs = zip(*(Pipe() for _ in range(workers or max(cores, 2 * len(loading.devices)))), strict=True)
-        log, their_log = Pipe(duplex=False)
-        order = Order(loading, [end.fileno() for end in theirs], their_log.fileno(), workers, cores)
+        local_ends, remote_ends = zip(
+            *(Pipe() for _ in range(workers or max(cores, 2 * len(loading.devices)))), strict=True
+        )
+        log, remote_log = Pipe(duplex=False)
+        parameters = StartParameters(
+            loading, [end.fileno() for end in remote_ends], remote_log.fileno(), workers, cores
+        )
         self._name = loading.name
         self._closed = False
-        self._killed = False  # by `close`; what had ended before it did so by itself
-        self._free: queue.SimpleQueue[Connection] = queue.SimpleQueue()
-        self._process = _start(order)
-        for end in (*theirs, their_log):
+        self._killed = False  # whether `close` killed the process; False if it had already exited
+        self._idle_connections: queue.SimpleQueue[Connection] = queue.SimpleQueue()
+        self._process = _start_process(parameters)
+        for end in (*remote_ends, remote_log):
             end.close()
-        self._log = threading.Thread(target=self._listen, args=(log,), name=f"log of {self._name}", daemon=True)
-        self._log.start()
+        self._log_thread = threading.Thread(
+            target=self._forward_log, args=(log,), name=f"log of {self._name}", daemon=True
+        )
+        self._log_thread.start()
         try:
-            ready: Ready = self._answer(ours[0])
+            ready: Ready = self._receive(local_ends[0])
             self.facts = facts = ready.facts
             self.tokenize = InputTokenizer(checkpoint, facts.card, vocabulary=facts.vocabulary).tokenize
         except BaseException:
             self.close()
-            for end in ours:  # which the error holds, and it may stay for good, see `gc_paused`
+            for end in local_ends:  # the error's traceback refers to them, and may live on; see `gc_paused`
                 end.close()
             raise
-        for connection in ours[: ready.workers]:
-            self._free.put(connection)
+        for connection in local_ends[: ready.workers]:
+            self._idle_connections.put(connection)
         self._workers = ready.workers
 
     @property
     def alive(self) -> bool:
-        """Whether its process has not ended."""
+        """Whether the process is still running."""
         return self._process.poll() is None
 
     def workers(self, _cores: int) -> int:
-        """See `LoadedModel.workers`; there it was decided."""
+        """See `LoadedModel.workers`; the number was decided in the subprocess."""
         return self._workers
 
     def compute_on(self, cores: int) -> None:
-        """See `LoadedModel.compute_on`: the calling thread only waits."""
+        """See `LoadedModel.compute_on`; does nothing, since the calling thread only waits for the subprocess."""
 
     def forward(self, rows: Sequence[Row], skip: int) -> FloatMatrix:
         """See `LoadedModel.forward`."""
-        made: FloatMatrix = self._ask("forward", rows, skip)
-        return made
+        vectors: FloatMatrix = self._call("forward", rows, skip)
+        return vectors
 
     def forward_all(self, rows: Sequence[Row], skip: int) -> tuple[FloatMatrix, list[SparseVector], list[FloatMatrix]]:
         """See `LoadedModel.forward_all`."""
-        made: tuple[FloatMatrix, list[SparseVector], list[FloatMatrix]] = self._ask("forward_all", rows, skip)
-        return made
+        result: tuple[FloatMatrix, list[SparseVector], list[FloatMatrix]] = self._call("forward_all", rows, skip)
+        return result
 
     def close(self) -> None:
-        """End the process, whatever it is doing; all that it said is logged then."""
+        """Kill the process, even while it computes. What it has logged so far is still forwarded."""
         self._closed = True
         self._killed |= self.alive
         self._process.kill()
-        self._process.wait(_SECONDS)
-        self._log.join(_SECONDS)
+        self._process.wait(_KILL_TIMEOUT)
+        self._log_thread.join(_KILL_TIMEOUT)
         if self._process.stdin is not None:
             self._process.stdin.close()
-        self._close_free()
+        self._close_idle_connections()
 
-    def _close_free(self) -> None:
-        """Close the connections that nobody uses; who asks by one of them is told of the end."""
-        for _ in range(self._free.qsize()):
-            with contextlib.suppress(queue.Empty):  # somebody was faster, and comes here after that
-                connection = self._free.get_nowait()
+    def _close_idle_connections(self) -> None:
+        """Close the connections that are not in use; a later call that takes one of them fails with the exit reason."""
+        for _ in range(self._idle_connections.qsize()):
+            with contextlib.suppress(queue.Empty):  # another thread took it, and closes it when it has finished
+                connection = self._idle_connections.get_nowait()
                 connection.close()
-                self._free.put(connection)
+                self._idle_connections.put(connection)
 
-    def _ask(self, method: str, rows: Sequence[Row], skip: int) -> Any:  # noqa: ANN401 - what the method makes
-        connection = self._free.get()
+    def _call(self, method: str, rows: Sequence[Row], skip: int) -> Any:  # noqa: ANN401 - the method's result
+        connection = self._idle_connections.get()
         try:
             try:
                 connection.send((method, rows, skip))
             except OSError as error:
-                raise self._ended() from error
-            return self._answer(connection)
+                raise self._exit_error() from error
+            return self._receive(connection)
         finally:
-            self._free.put(connection)
+            self._idle_connections.put(connection)
             if self._closed:
-                self._close_free()
+                self._close_idle_connections()
 
-    def _answer(self, connection: Connection) -> Any:  # noqa: ANN401 - whatever was asked for
-        """What the process answers next on a connection; raises what was raised there."""
+    def _receive(self, connection: Connection) -> Any:  # noqa: ANN401 - any message
+        """Return the next message on a connection; raise the exception if it is a `RemoteError`."""
         try:
-            answer = connection.recv()
+            message = connection.recv()
         except (EOFError, OSError) as error:
-            raise self._ended() from error
-        if isinstance(answer, Failed):
-            raise answer.error()
-        return answer
+            raise self._exit_error() from error
+        if isinstance(message, RemoteError):
+            raise message.to_exception()
+        return message
 
-    def _ended(self) -> ModelUnavailable:
-        """What its end is for those who asked it."""
+    def _exit_error(self) -> ModelUnavailable:
+        """Return the error for requests that were in flight when the process ended."""
         return ModelUnavailable(
-            f"the process that runs {self._name} {self._end()} while this was computed; the next request starts it "
+            f"the process that runs {self._name} {self._exit_reason()} during this request; the next request starts it "
             "again"
         )
 
-    def _end(self) -> str:
-        """How the process ended."""
+    def _exit_reason(self) -> str:
+        """Describe how the process ended."""
         try:
-            code = self._process.wait(_SECONDS)
+            code = self._process.wait(_KILL_TIMEOUT)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            return "no longer answered"
+            return "stopped responding"
         if code >= 0:
             return f"ended with exit code {code}"
         return f"was ended by {signal.Signals(-code).name}"
 
-    def _listen(self, log: Connection) -> None:
-        """Log what is logged there, and its end if `close` did not bring that about."""
+    def _forward_log(self, log: Connection) -> None:
+        """Log the records of the process here, and finally its exit, unless `close` killed it."""
         with log, contextlib.suppress(EOFError, OSError):
             while True:
                 name, level, message = log.recv()
                 logging.getLogger(name).log(level, "%s", message)
         if not self._killed:
-            _logger.error("The process that runs %s %s.", self._name, self._end())
+            _logger.error("The process that runs %s %s.", self._name, self._exit_reason())
 
 
-def _start(order: Order) -> subprocess.Popen[bytes]:
-    """Start the process; its stdin is open, and nothing more will come, for as long as this process lives."""
-    process = subprocess.Popen(  # noqa: S603 - this same Python, and a program of ours
+def _start_process(parameters: StartParameters) -> subprocess.Popen[bytes]:
+    """Start the process and send it its parameters.
+
+    Its stdin stays open, without further input, as long as this process lives: EOF tells it that the server has ended.
+    """
+    process = subprocess.Popen(  # noqa: S603 - this interpreter, and our own program
         [sys.executable, "-P", "-c", _PROGRAM],
         stdin=subprocess.PIPE,
-        stdout=2,  # stdout may be a protocol's
-        pass_fds=[*order.connections, order.log],
-        # A Ctrl-C in the terminal is the server's: it has requests to end first.
+        stdout=2,  # to stderr: the server's stdout may carry a protocol
+        pass_fds=[*parameters.connections, parameters.log],
+        # A Ctrl-C in the terminal is for the server only: it has to finish requests first.
         start_new_session=True,
         env=_environment(),
     )
     assert process.stdin is not None
-    with contextlib.suppress(BrokenPipeError):  # it has ended already: whoever waits for its answer will hear of it
-        process.stdin.write(pickle.dumps(order))
+    with contextlib.suppress(BrokenPipeError):  # it has already exited: receiving its first message reports that
+        process.stdin.write(pickle.dumps(parameters))
         process.stdin.flush()
     return process
 
 
 def _environment() -> dict[str, str]:
-    """This process's, without what a model has no use for, and without keys, since it reads files of strangers."""
-    kept = {
+    """Return this process's environment without our settings and without credentials.
+
+    The model process reads files from untrusted sources, and needs neither.
+    """
+    inherited = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith("EMBEDDINGS_MCP_") and not _SECRET.search(name)
+        if not name.startswith("EMBEDDINGS_MCP_") and not _SECRET_NAME.search(name)
     }
-    return {**kept, "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}
+    return {**inherited, "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}

@@ -1,4 +1,4 @@
-"""The other end of `model_process`: loads a model, and computes what it is sent until the server ends."""
+"""The program of the model process: load a model, and compute batches for the server until the server ends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
-from embeddings_mcp.embedders.local.running.model_process import Failed, Order, Ready
+from embeddings_mcp.embedders.local.running.model_process import Ready, RemoteError, StartParameters
 from embeddings_mcp.gc_pause import gc_paused
 
 if TYPE_CHECKING:
@@ -23,38 +23,40 @@ _logger = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Do what the order says that comes by stdin."""
-    # Whoever stops the server may stop this as well; the server still has requests to answer, and ends this itself.
+    """Read the start-up parameters from stdin, load the model, and start the workers."""
+    # A signal to stop the server may be sent to this process too. The server still has requests to finish, and kills
+    # this process afterwards.
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, signal.SIG_IGN)
-    order: Order = pickle.load(sys.stdin.buffer)  # noqa: S301 - from the process that started this one
-    server = threading.Thread(target=_end_with_the_server, name="server")
-    server.start()
-    logging.basicConfig(level=logging.INFO, handlers=[_ToServer(Connection(order.log, readable=False))], force=True)
-    with _whole():
-        connections = [Connection(file) for file in order.connections]
+    parameters: StartParameters = pickle.load(sys.stdin.buffer)  # noqa: S301 - from the process that started this one
+    watcher = threading.Thread(target=_exit_with_server, name="server")
+    watcher.start()
+    log = Connection(parameters.log, readable=False)
+    logging.basicConfig(level=logging.INFO, handlers=[_ServerLogHandler(log)], force=True)
+    with _exit_process_on_error():
+        connections = [Connection(descriptor) for descriptor in parameters.connections]
         try:
             with gc_paused():
-                model = order.loading.load()
-        except Exception as error:  # noqa: BLE001 - it is raised in the server, which then ends this process
-            connections[0].send(Failed.by(error))
+                model = parameters.loading.load()
+        except Exception as error:  # noqa: BLE001 - it is raised in the server, which then kills this process
+            connections[0].send(RemoteError.from_exception(error))
         else:
-            _compute_all(model, connections, order)
-    server.join()
+            _start_workers(model, connections, parameters)
+    watcher.join()
 
 
-def _compute_all(model: InProcessModel, connections: Sequence[Connection], order: Order) -> None:
-    """Compute what comes by the connections, on a thread for each batch that is to run at the same time."""
-    workers = order.workers or min(model.workers(order.cores), len(connections))
+def _start_workers(model: InProcessModel, connections: Sequence[Connection], parameters: StartParameters) -> None:
+    """Start one worker thread per concurrent batch, each with its own connection, and tell the server."""
+    workers = parameters.workers or min(model.workers(parameters.cores), len(connections))
+    cores = max(1, parameters.cores // workers)
     for connection in connections[:workers]:
-        cores = max(1, order.cores // workers)
-        threading.Thread(target=_compute, args=(model, connection, cores), name="encode", daemon=True).start()
+        threading.Thread(target=_serve, args=(model, connection, cores), name="encode", daemon=True).start()
     connections[0].send(Ready(model.facts, workers))
 
 
-def _compute(model: InProcessModel, connection: Connection, cores: int) -> None:
-    """Make of every batch that comes what is to be made of it."""
-    with _whole():
+def _serve(model: InProcessModel, connection: Connection, cores: int) -> None:
+    """Compute the batches that arrive on a connection, and send back the results."""
+    with _exit_process_on_error():
         model.compute_on(cores)
         methods = {"forward": model.forward, "forward_all": model.forward_all}
         while True:
@@ -64,31 +66,31 @@ def _compute(model: InProcessModel, connection: Connection, cores: int) -> None:
                 return
             try:
                 connection.send(methods[method](rows, skip))
-            except Exception as error:  # of making it, or of pickling it, which is done before any of it is sent
+            except Exception as error:  # from computing, or from pickling, which precedes any output to the connection
                 _logger.exception("a batch failed")
-                connection.send(Failed.by(error))
+                connection.send(RemoteError.from_exception(error))
 
 
 @contextlib.contextmanager
-def _whole() -> Iterator[None]:
-    """End the process with the thread that ends by an error: of the one who waits for it the server would not hear."""
+def _exit_process_on_error() -> Iterator[None]:
+    """End the process if the thread fails: the server would otherwise wait for its answer forever."""
     try:
         yield
-    except BaseException:  # noqa: BLE001 - the process ends
+    except BaseException:  # noqa: BLE001 - the process exits
         try:
-            _logger.exception("the process that runs the model cannot go on")
+            _logger.exception("the process that runs the model cannot continue")
         finally:
             os._exit(1)
 
 
-def _end_with_the_server() -> None:
-    """Nothing more comes by stdin, and its end comes with that of the server, however it ends."""
+def _exit_with_server() -> None:
+    """Exit when stdin is closed: nothing more is sent on it, so EOF means that the server has ended, for any reason."""
     os.read(sys.stdin.fileno(), 1)
     os._exit(0)
 
 
-class _ToServer(logging.Handler):
-    """Sends log records to the server, which has been told how to write them, and which of them."""
+class _ServerLogHandler(logging.Handler):
+    """Sends log records to the server, whose logging configuration filters and formats them."""
 
     def __init__(self, log: Connection) -> None:
         super().__init__()
@@ -96,8 +98,8 @@ class _ToServer(logging.Handler):
         self.setFormatter(logging.Formatter("%(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Send one; a traceback follows its message."""
+        """Send a record; its message includes the traceback."""
         try:
             self._log.send((record.name, record.levelno, self.format(record)))
-        except Exception:  # noqa: BLE001 - of a faulty call of a package's, say: as all handlers of logging do
+        except Exception:  # noqa: BLE001 - for example a third party's faulty logging call; every logging handler does so
             self.handleError(record)
