@@ -1,6 +1,6 @@
-"""BGE-M3's two outputs beside the dense vector: lexical weights, and a vector for every token (arXiv 2402.03216).
+"""BGE-M3's outputs in addition to the dense vector: lexical weights, and a vector per token (arXiv 2402.03216).
 
-The layers, what they leave out and how they are scored (see `vectors`) are those of FlagEmbedding's `BGEM3FlagModel`.
+The layers, the tokens that they exclude and the scoring (see `vectors`) follow FlagEmbedding's `BGEM3FlagModel`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from embeddings_mcp.vectors import FloatMatrix, SparseVector
 
 
 class M3Heads:
-    """The two layers.
+    """The output heads for lexical weights and for token vectors (ColBERT); they compute in float32.
 
     Args:
         folder: the checkpoint.
         hidden_size: length of a token vector.
         weightless: ids of the special tokens, which have no lexical weight.
-        device: where to compute, in float32.
+        device: the device to compute on.
     """
 
     def __init__(self, folder: Path, *, hidden_size: int, weightless: Collection[int], device: torch.device) -> None:
@@ -36,11 +36,11 @@ class M3Heads:
         self._weightless = np.array(sorted(weightless), dtype=np.int64)
 
     def sparse(self, hidden: torch.Tensor, rows: Sequence[Sequence[int]]) -> list[SparseVector]:
-        """The lexical weights of each text: of a token's places in it the largest, where it is above zero.
+        """Return the lexical weights of each text: per token id, the maximum over its occurrences, if above zero.
 
         Args:
-            hidden: ``[tokens, d]``, the packed row of the texts.
-            rows: their token ids.
+            hidden: ``[tokens, d]``, the token vectors of the packed row.
+            rows: the token ids of each text.
         """
         weights = torch.relu(self._sparse(hidden.float()))[:, 0].cpu().numpy()
         ends = np.cumsum([len(row) for row in rows])
@@ -50,14 +50,14 @@ class M3Heads:
         ]
 
     def _lexical(self, ids: np.ndarray[tuple[int], np.dtype[np.int64]], weights: FloatMatrix) -> SparseVector:
-        distinct, places = np.unique(ids, return_inverse=True)
-        largest = np.zeros(len(distinct), dtype=np.float32)
-        np.maximum.at(largest, places, weights)
-        kept = (largest > 0) & ~np.isin(distinct, self._weightless)
-        return SparseVector(distinct[kept], largest[kept])
+        unique_ids, inverse = np.unique(ids, return_inverse=True)
+        maxima = np.zeros(len(unique_ids), dtype=np.float32)
+        np.maximum.at(maxima, inverse, weights)
+        kept = (maxima > 0) & ~np.isin(unique_ids, self._weightless)
+        return SparseVector(unique_ids[kept], maxima[kept])
 
     def colbert(self, hidden: torch.Tensor, packing: Packing) -> list[FloatMatrix]:
-        """A vector of length 1 for every token of each text but its first (``<s>``), float32 ``[tokens - 1, d]``."""
+        """Return a unit vector for every token of each text except the first (``<s>``), float32 ``[tokens - 1, d]``."""
         vectors = torch.nn.functional.normalize(self._colbert(hidden.float()), dim=1).cpu().numpy()
         ends = np.cumsum(packing.lengths)
         return [vectors[end - length + 1 : end] for length, end in zip(packing.lengths, ends, strict=True)]

@@ -1,6 +1,6 @@
-"""A layer norm of a sum as one kernel for CUDA, in Triton's language; see `norm`."""
+"""A fused CUDA kernel, in Triton, that adds two tensors and applies a layer norm to the sum; see `norm`."""
 
-# ruff: noqa: ANN001, ANN202, N803, PLR0917 - Triton's language has no annotations but its own
+# ruff: noqa: ANN001, ANN202, N803, PLR0917 - Triton kernels have no annotations but Triton's own
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import triton.language as tl
 def add_norm(
     rows: torch.Tensor, others: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, epsilon: float
 ) -> torch.Tensor:
-    """The layer norm of ``rows + others``, computed in float32.
+    """Return the layer norm of ``rows + others``, computed in float32.
 
     Args:
-        rows: ``[tokens, d]`` on CUDA, as all others one row behind the other.
+        rows: ``[tokens, d]`` on CUDA; like all arguments, contiguous.
         others: likewise.
         weight: ``[d]``.
         bias: ``[d]``.
@@ -30,7 +30,7 @@ def add_norm(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _add_norm(rows, others, weight, bias, normed, width, epsilon, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One row; `BLOCK` is a power of 2 that is no less than `width`."""
+    """Process one row; `BLOCK` is a power of 2 of at least `width`."""
     first = tl.program_id(0).to(tl.int64) * width
     columns = tl.arange(0, BLOCK)
     inside = columns < width

@@ -1,8 +1,8 @@
-"""NV-Embed's latent attention: every token vector asks a fixed set of learned ones (arXiv 2405.17428, section 3.1).
+"""NV-Embed's latent attention: cross-attention of token vectors to learned latents (arXiv 2405.17428, section 3.1).
 
 With h the token vectors and L the latents: ``y = to_out(softmax(q k' / sqrt(d)) v) + h`` where ``q = to_q(LN(h))`` and
-``k, v = to_kv(LN(L))``, then ``z = net2(a * gelu(b)) + y`` where ``a, b = net0(LN(y))``. A token sees no other token
-here, so a packed row needs no mask.
+``k, v = to_kv(LN(L))``, then ``z = net2(a * gelu(b)) + y`` where ``a, b = net0(LN(y))``. Tokens do not
+attend to each other here, so a packed row needs no mask.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import torch
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
 LATENT_ATTENTION = "latent_attention_model."
-"""What stands before the layer's tensor names in a checkpoint."""
+"""Prefix of the layer's tensor names in a checkpoint."""
 
-_TOKENS_AT_ONCE = 2048
-"""Heads are as wide as the model, so that queries of many tokens would take more memory than the model itself."""
+_CHUNK_TOKENS = 2048
+"""Number of tokens to process at once. Every head is as wide as the model, so that the queries of a large batch would
+take more memory than the model itself."""
 
 
 class _CrossAttention(torch.nn.Module):
@@ -36,14 +37,14 @@ class _CrossAttention(torch.nn.Module):
         return joined
 
     def _split(self, rows: torch.Tensor) -> torch.Tensor:
-        """From ``[n, heads * width]`` to ``[heads, n, width]``."""
+        """Reshape ``[n, heads * width]`` to ``[heads, n, width]``."""
         return rows.view(len(rows), self.heads, -1).transpose(0, 1)
 
 
 class _GatedFeedForward(torch.nn.Module):
     def __init__(self, latent: int) -> None:
         super().__init__()
-        # In the checkpoint the two layers are numbers 0 and 2 of a list; number 1 has no weights.
+        # In the checkpoint, the two layers have the indices 0 and 2 of a list; index 1 has no weights.
         self.net = torch.nn.ModuleList(
             [torch.nn.Linear(latent, 8 * latent), torch.nn.Identity(), torch.nn.Linear(4 * latent, latent)]
         )
@@ -54,8 +55,8 @@ class _GatedFeedForward(torch.nn.Module):
         return result
 
 
-class _Attend(torch.nn.Module):
-    """Attention between layer norms before and a sum behind."""
+class _AttentionBlock(torch.nn.Module):
+    """Cross-attention with layer norms before it and a residual connection."""
 
     def __init__(self, attention: _CrossAttention, *, latent: int, hidden: int) -> None:
         super().__init__()
@@ -68,8 +69,8 @@ class _Attend(torch.nn.Module):
         return result
 
 
-class _Feed(torch.nn.Module):
-    """The feed-forward layer between a layer norm before and a sum behind."""
+class _FeedForwardBlock(torch.nn.Module):
+    """The feed-forward layer with a layer norm before it and a residual connection."""
 
     def __init__(self, latent: int) -> None:
         super().__init__()
@@ -82,10 +83,10 @@ class _Feed(torch.nn.Module):
 
 
 class LatentAttention(torch.nn.Module):
-    """The layer, its parameters named as in the checkpoint.
+    """The latent attention layer. Its parameters have the names that they have in the checkpoint.
 
     Args:
-        config: the checkpoint's ``latent_attention_config``; what it leaves out is as in NV-Embed's own class.
+        config: the checkpoint's ``latent_attention_config``; the defaults are those of NV-Embed's own class.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -99,14 +100,14 @@ class LatentAttention(torch.nn.Module):
         )
         self.latents = torch.nn.Parameter(torch.empty(int(config.get("num_latents_value", 512)), hidden))
         self.cross_attend_blocks = torch.nn.ModuleList(
-            [_Attend(attention, latent=latent, hidden=hidden), _Feed(latent)]
+            [_AttentionBlock(attention, latent=latent, hidden=hidden), _FeedForwardBlock(latent)]
         )
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """From token vectors to token vectors, both ``[tokens, d]``."""
-        return torch.cat([self._some(rows) for rows in torch.split(hidden, _TOKENS_AT_ONCE)])
+        """Apply the layer to token vectors: ``[tokens, d]`` to ``[tokens, d]``."""
+        return torch.cat([self._forward_chunk(rows) for rows in torch.split(hidden, _CHUNK_TOKENS)])
 
-    def _some(self, hidden: torch.Tensor) -> torch.Tensor:
-        attend, feed = self.cross_attend_blocks
-        result: torch.Tensor = feed(attend(hidden, self.latents))
+    def _forward_chunk(self, hidden: torch.Tensor) -> torch.Tensor:
+        attention, feed_forward = self.cross_attend_blocks
+        result: torch.Tensor = feed_forward(attention(hidden, self.latents))
         return result

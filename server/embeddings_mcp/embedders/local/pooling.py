@@ -1,6 +1,6 @@
-"""From the vectors of a text's tokens to one vector, over a packed row.
+"""Pooling: from the token vectors of a packed row to one vector per text.
 
-The modes and their order when several are joined are those of sentence-transformers (``modules/pooling.py``).
+The modes, and their order when several are concatenated, are those of sentence-transformers (``modules/pooling.py``).
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from embeddings_mcp.embedders.local.recipes import PoolingMode
 
 
 def pool(hidden: torch.Tensor, packing: Packing, modes: Sequence[PoolingMode], skip: int = 0) -> torch.Tensor:
-    """One float32 vector for each text.
+    """Pool the token vectors of each text into one vector.
 
     Args:
         hidden: ``[tokens, d]``, the packed row's token vectors.
-        packing: where each text lies.
-        modes: how to pool; several are joined end to end.
-        skip: how many tokens at the start of each text are left out (a prompt that is not to be pooled). The caller
-            sees to it that every text is longer.
+        packing: the boundaries of the texts.
+        modes: pooling modes; the results of several modes are concatenated.
+        skip: number of tokens to ignore at the start of each text (a prompt that is excluded from pooling). The caller
+            must ensure that every text is longer.
 
     Returns:
         float32 ``[n, d * len(modes)]``.
@@ -35,7 +35,7 @@ def pool(hidden: torch.Tensor, packing: Packing, modes: Sequence[PoolingMode], s
 
 
 def _without_first(hidden: torch.Tensor, packing: Packing, skip: int) -> torch.Tensor:
-    """The row without the first `skip` tokens of each text."""
+    """Return the row without the first `skip` tokens of each text."""
     kept = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
     kept[(packing.cumulative[:-1, None] + torch.arange(skip, device=hidden.device)).flatten().long()] = False
     return hidden[kept]
@@ -43,7 +43,7 @@ def _without_first(hidden: torch.Tensor, packing: Packing, skip: int) -> torch.T
 
 def _sum(hidden: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     if hidden.is_cuda:
-        # index_add_ adds there in whatever order its threads come; this is repeatable.
+        # index_add_ is not deterministic on CUDA: it adds in the order in which threads arrive.
         return torch.segment_reduce(hidden, "sum", lengths=lengths, axis=0, unsafe=True)
     sums = hidden.new_zeros(len(lengths), hidden.shape[1])
     return sums.index_add_(0, torch.arange(len(lengths)).repeat_interleave(lengths), hidden)
@@ -70,10 +70,10 @@ def _mean_sqrt_len(hidden: torch.Tensor, lengths: torch.Tensor, _skipped: int) -
 
 
 def _weighted_mean(hidden: torch.Tensor, lengths: torch.Tensor, skipped: int) -> torch.Tensor:
-    """Each token weighs its position in the text, counted from 1 and with what was skipped."""
+    """Weight each token by its position in the text, counted from 1, skipped tokens included."""
     starts = lengths.cumsum(0) - lengths
-    places = torch.arange(len(hidden), device=hidden.device) - starts.repeat_interleave(lengths) + 1 + skipped
-    weights = places.to(hidden.dtype)[:, None]
+    positions = torch.arange(len(hidden), device=hidden.device) - starts.repeat_interleave(lengths) + 1 + skipped
+    weights = positions.to(hidden.dtype)[:, None]
     return _sum(hidden * weights, lengths) / _sum(weights, lengths)
 
 

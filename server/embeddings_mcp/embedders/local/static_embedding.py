@@ -1,7 +1,7 @@
-"""Token vectors that are looked up, and depend on nothing around them: sentence-transformers' `StaticEmbedding`.
+"""Static embeddings: token vectors from a lookup table, independent of context.
 
-To tokenize a text takes longer than all that follows, on any device: they stay in the CPU's memory. model2vec's
-checkpoints are read too, as sentence-transformers reads them.
+These are the models of sentence-transformers' `StaticEmbedding`. They stay on the CPU: tokenization takes longer than
+everything after it on any device. Checkpoints of model2vec are supported too, as in sentence-transformers.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from embeddings_mcp.embedders.local.weights import read_tensors
 
 
 class StaticEmbedding:
-    """A table of token vectors; in its use like `backbone.Backbone`, but for giving a text one vector.
+    """A lookup table of token vectors, with the interface of a `Transformer`, but one vector per text as its output.
 
     Args:
         vectors: float32 ``[vocabulary, d]``.
 
     Attributes:
-        vocabulary: tokens that it has vectors for.
-        packed: True: nothing is ever padded.
+        vocabulary: vocabulary size.
+        packed: always True: batches are never padded.
         device: the CPU.
-        first_position: 0; what is looked up has no position.
+        first_position: 0; positions are not used.
     """
 
     packed = True
@@ -38,29 +38,29 @@ class StaticEmbedding:
         self.device = vectors.device
 
     def hidden_states(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, Packing]:
-        """The mean of each text's token vectors, in the place of these: ``[n, d]``, and a row of texts of one token."""
+        """Return the mean of each text's token vectors, ``[n, d]``, as a packed row of texts of one token each."""
         means = self.forward(pack(rows, self.device))
         return means, Packing((1,) * len(rows), 1, torch.arange(len(rows) + 1, dtype=torch.int32))
 
     def forward(self, row: PackedRow) -> torch.Tensor:
-        """From a packed row to the mean of each text's token vectors, ``[n, d]``."""
-        # To write down every token's vector first would take three times as long.
+        """Return the mean of each text's token vectors in a packed row, ``[n, d]``."""
+        # Materializing all token vectors first would take three times as long.
         return embedding_bag(row.ids, self._vectors, row.packing.cumulative[:-1].long(), mode="mean")
 
 
 def load_static(checkpoint: Checkpoint) -> StaticEmbedding:
-    """Load the token vectors of a checkpoint, in float32: nothing is computed with them that fewer bits would speed up.
+    """Load the token vectors of a checkpoint, in float32: a smaller number format would not make lookups faster.
 
     Raises:
-        CheckpointInvalid: the file is damaged; names it.
+        CheckpointInvalid: the file is damaged; the message names it.
     """
     return StaticEmbedding(_table(read_tensors(checkpoint.pipeline.backbone)))
 
 
 def _table(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """A vector for each token.
+    """Return the table of token vectors.
 
-    Tokens may share one in model2vec's layout (``mapping``), and each may have a weight of its own.
+    In model2vec's format, several tokens may share a vector (``mapping``), and each token may have a weight.
     """
     if "embedding.weight" in tensors:
         return tensors["embedding.weight"].float()
