@@ -1,4 +1,4 @@
-"""What is asked of PyTorch's packed kernels on CUDA, held to their documented meaning by stand-ins on the CPU."""
+"""How PyTorch's varlen kernels for CUDA are called, tested on the CPU with fakes that follow their documentation."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def attended(
     back: int,
     ahead: int,
 ) -> torch.Tensor:
-    """Attention token by token; each sees so many tokens back and ahead, or all of them where that is negative."""
-    shared = query.shape[1] // key.shape[1]
-    key, value = (tensor.repeat_interleave(shared, dim=1) for tensor in (key, value))
+    """Compute attention token by token. Each attends to `back` tokens before it and `ahead` after it; -1: all."""
+    group_size = query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(group_size, dim=1) for tensor in (key, value))
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     out = torch.empty_like(query)
     for start, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
@@ -57,7 +57,7 @@ def documented_flash(
     window_size_left: int,
     window_size_right: int,
 ) -> tuple[torch.Tensor]:
-    """-1 is no limit; causal is the same as nothing ahead."""
+    """A window size of -1 is no limit; causal means that no token attends to later ones."""
     assert (dropout_p, return_debug_mask) == (0.0, False)
     assert cum_seq_q.dtype == torch.int32
     assert cum_seq_q is cum_seq_k
@@ -80,7 +80,7 @@ def documented_efficient(
     custom_mask_type: int,
     scale: float | None,
 ) -> tuple[torch.Tensor]:
-    """A batch of one row, as many heads of keys as of queries; mask type 1 is causal, 0 is none."""
+    """A batch of one row, with as many key heads as query heads; mask type 1 is causal, 0 is none."""
     assert (bias, dropout_p) == (None, 0.0)
     assert cu_seqlens_q.dtype == torch.int32
     assert cu_seqlens_q is cu_seqlens_k
@@ -96,7 +96,7 @@ def documented_efficient(
 )
 @pytest.mark.parametrize("key_heads", [4, 2])
 @pytest.mark.parametrize("scaling", [None, 0.5])
-def test_the_kernels_and_the_runs_attend_alike(
+def test_the_kernels_and_the_runs_give_the_same_results(
     monkeypatch: pytest.MonkeyPatch, kernel: str, causal: bool, reach: int | None, key_heads: int, scaling: float | None
 ) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -105,7 +105,7 @@ def test_the_kernels_and_the_runs_attend_alike(
     )
     options: dict[str, Any] = {"causal": causal, "reach": reach, "scaling": scaling}
     by_runs = attend(query, key, value, PACKING, **options)
-    monkeypatch.setattr(attention, "_kernel_for", lambda *_: kernel)
+    monkeypatch.setattr(attention, "_select_kernel", lambda *_: kernel)
     monkeypatch.setattr(attention, "_flash", documented_flash)
     monkeypatch.setattr(attention, "_efficient", documented_efficient)
     by_kernel = attend(query, key, value, PACKING, **options)
@@ -116,13 +116,13 @@ def test_the_kernels_and_the_runs_attend_alike(
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("reach", [0, 1, 63, 64, 65, 128, 300, 420])
 @pytest.mark.parametrize("length", [2, 64, 65, 129, 421])
-def test_a_token_sees_its_window_and_nothing_else(length: int, reach: int, causal: bool) -> None:
+def test_a_token_attends_to_its_window_and_nothing_else(length: int, reach: int, causal: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2 * length + 1, 2, 8, generator=generator) for _ in range(3))
     packing = Packing((length, length, 1), length, torch.tensor([0, length, 2 * length, 2 * length + 1]))
-    made = attend(query, key, value, packing, causal=causal, reach=reach)
+    result = attend(query, key, value, packing, causal=causal, reach=reach)
     expected = attended(query, key, value, packing.cumulative, scale=None, back=reach, ahead=0 if causal else reach)
-    assert (made - expected).abs().max() < 1e-5
+    assert (result - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -130,32 +130,32 @@ def test_a_token_sees_its_window_and_nothing_else(length: int, reach: int, causa
     [("_flash", documented_flash), ("_efficient", documented_efficient)],
     ids=["flash", "efficient"],
 )
-def test_the_kernels_take_what_they_are_given(kernel: str, documented: Any) -> None:
-    theirs = [argument.name for argument in getattr(attention, kernel).default._schema.arguments]
-    ours = documented.__code__
-    positional = ours.co_varnames[: ours.co_argcount]
-    by_name = ours.co_varnames[ours.co_argcount : ours.co_argcount + ours.co_kwonlyargcount]
+def test_the_kernels_have_the_parameters_they_are_called_with(kernel: str, documented: Any) -> None:
+    actual = [argument.name for argument in getattr(attention, kernel).default._schema.arguments]
+    code = documented.__code__
+    positional = code.co_varnames[: code.co_argcount]
+    keyword_only = code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
 
-    assert tuple(theirs[: len(positional)]) == positional
-    assert set(by_name) <= set(theirs)
+    assert tuple(actual[: len(positional)]) == positional
+    assert set(keyword_only) <= set(actual)
 
 
-@pytest.mark.parametrize("asked", ["softcap", "s_aux", "position_bias"])
-def test_what_would_change_the_scores_and_cannot_be_had_is_refused(asked: str) -> None:
+@pytest.mark.parametrize("keyword", ["softcap", "s_aux", "position_bias"])
+def test_an_unsupported_keyword_that_would_change_the_scores_is_refused(keyword: str) -> None:
     tensor = torch.zeros(1, 2, sum(LENGTHS), 8)
-    more: dict[str, Any] = {asked: tensor}
-    with pytest.raises(PackingUnsupported, match=asked):
-        packed_attention(torch.nn.Identity(), tensor, tensor, tensor, None, packing=PACKING, **more)
+    keywords: dict[str, Any] = {keyword: tensor}
+    with pytest.raises(PackingUnsupported, match=keyword):
+        packed_attention(torch.nn.Identity(), tensor, tensor, tensor, None, packing=PACKING, **keywords)
 
 
-def test_on_the_cpu_texts_attend_by_runs() -> None:
+def test_on_the_cpu_attention_is_computed_by_runs() -> None:
     tensor = torch.empty(1, 1, 16, dtype=torch.bfloat16)
-    assert attention._kernel_for(tensor, tensor, 1, None) == "runs"
+    assert attention._select_kernel(tensor, tensor, 1, None) == "runs"
 
 
 @dataclass
 class OnCuda:
-    """As much of a tensor on a GPU as is looked at."""
+    """The attributes of a CUDA tensor that decide which kernel is used."""
 
     dtype: torch.dtype
     width: int = 64
@@ -193,7 +193,7 @@ BFLOAT16, FLOAT16, FLOAT32 = (OnCuda(dtype) for dtype in (torch.bfloat16, torch.
         ((9, 0), OnCuda(torch.bfloat16, 264), OnCuda(torch.bfloat16, 264), 512, None, "runs"),
     ],
 )
-def test_a_kernel_is_called_only_for_what_it_takes(
+def test_a_kernel_is_selected_only_for_tensors_that_it_supports(
     monkeypatch: pytest.MonkeyPatch,
     capability: tuple[int, int],
     query: Any,
@@ -203,4 +203,4 @@ def test_a_kernel_is_called_only_for_what_it_takes(
     kernel: str,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
-    assert attention._kernel_for(query, key, longest, reach) == kernel
+    assert attention._select_kernel(query, key, longest, reach) == kernel

@@ -1,4 +1,4 @@
-"""The encoder as a whole: each text its own vector, whoever its neighbours are and however they go through it."""
+"""The encoder as a whole: each text gets its own vector, whatever the batch and however it is batched."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ CONFIG: dict[str, Any] = {
     "max_position_embeddings": 66,
     "pad_token_id": 0,
 }
-WAYS = {"bert": "packed", "electra": "packed", "mpnet": "padded", "fnet": "apart"}
-"""Model types that go through in every way that there is."""
+BATCHING = {"bert": "packed", "electra": "packed", "mpnet": "padded", "fnet": "by length"}
+"""Model types that cover every kind of batching."""
 
 TEXTS = st.lists(st.sampled_from(["Water.", "Der Kaffee ist kalt.", "猫"]) | st.text(max_size=40), max_size=12)
 
@@ -39,8 +39,8 @@ TEXTS = st.lists(st.sampled_from(["Water.", "Der Kaffee ist kalt.", "猫"]) | st
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Encoder]:
     """A tiny model of each type, with E5's tokenizer."""
-    made = {}
-    for model_type in WAYS:
+    loaded = {}
+    for model_type in BATCHING:
         folder = tmp_path_factory.mktemp(model_type)
         torch.manual_seed(0)
         model: PreTrainedModel = AutoModel.from_config(  # type: ignore[no-untyped-call]
@@ -49,15 +49,15 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Encoder]:
         model.save_pretrained(folder)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(family("e5").folder / name, folder)
-        made[model_type] = load_encoder(f"test/{model_type}", folder)
-    return made
+        loaded[model_type] = load_encoder(f"test/{model_type}", folder)
+    return loaded
 
 
-@pytest.mark.parametrize("model_type", WAYS)
+@pytest.mark.parametrize("model_type", BATCHING)
 @pytest.mark.parametrize("budget", [1, 100, 10_000])
 @settings(max_examples=20, deadline=None)
 @given(texts=TEXTS)
-def test_each_text_gets_the_vector_that_it_has_alone_in_its_place(
+def test_each_text_gets_the_same_vector_as_alone_at_its_index(
     encoders: dict[str, Encoder], model_type: str, budget: int, texts: list[str]
 ) -> None:
     encoder = encoders[model_type]
@@ -73,14 +73,14 @@ def test_each_text_gets_the_vector_that_it_has_alone_in_its_place(
         np.testing.assert_allclose(vector, embedded.vectors[0], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("model_type", "way"), WAYS.items())
-def test_a_model_goes_the_cheapest_way_that_keeps_its_vectors(
-    encoders: dict[str, Encoder], model_type: str, way: str
+@pytest.mark.parametrize(("model_type", "batching"), BATCHING.items())
+def test_a_model_is_packed_if_that_keeps_its_vectors(
+    encoders: dict[str, Encoder], model_type: str, batching: str
 ) -> None:
-    assert encoders[model_type].facts.packed == (way == "packed")
+    assert encoders[model_type].facts.packed == (batching == "packed")
 
 
-def test_a_text_that_is_too_long_is_named_by_its_place_among_hundreds(encoders: dict[str, Encoder]) -> None:
+def test_a_text_that_is_too_long_is_named_by_its_index_among_hundreds(encoders: dict[str, Encoder]) -> None:
     texts = [*["Water."] * 580, "water " * 100, "Water."]
     with pytest.raises(InputTooLong) as refused:
         encode(encoders["bert"], texts)
@@ -95,7 +95,7 @@ def test_a_limit_may_be_lowered_but_not_raised() -> None:
     assert load_encoder("test/e5", folder, max_tokens=10**6).facts.card.max_tokens == 64
 
 
-def test_a_licence_that_forbids_commercial_use_is_said_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_licence_that_forbids_commercial_use_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     known = ModelCard(id="nvidia/nv-embed-v2", licence="CC-BY-NC-4.0", non_commercial=True)
 
     with caplog.at_level(logging.WARNING):
@@ -105,13 +105,13 @@ def test_a_licence_that_forbids_commercial_use_is_said_in_the_log(caplog: pytest
 
 
 @pytest.mark.parametrize("device", ["cuda:7", "quantum", "xla"])
-def test_a_device_that_is_not_there_is_said(device: str) -> None:
+def test_a_device_that_does_not_exist_is_refused_by_name(device: str) -> None:
     with pytest.raises(ModelUnavailable, match=f"the device '{device}' cannot be used here"):
         load_encoder("test/e5", family("e5").folder, device=device)
 
 
 @pytest.mark.parametrize("name", ["e5", "nemotron-3-embed", "nv-embed-v2", "bge-m3"])
-def test_half_precision_costs_some_digits_and_nothing_else(name: FamilyName) -> None:
+def test_half_precision_changes_vectors_only_by_rounding(name: FamilyName) -> None:
     folder, texts = family(name).folder, ["Water.", "Der Kaffee ist kalt."]
 
     exact = encode(load_encoder("test/exact", folder, precision="float32"), texts).vectors

@@ -1,4 +1,4 @@
-"""Packed equals alone: a text's tokens get the vectors that the model's own attention gives them without company."""
+"""Packing keeps the vectors: a text has the token vectors that the model's own attention gives it on its own."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LONGEST = 60
 WINDOW = 8
 
 SECONDS = 60
-"""Longest that anything here may take."""
+"""Timeout for anything that waits here."""
 
 ENCODER: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -43,15 +43,15 @@ FAIRSEQ = ENCODER | {"pad_token_id": 1, "bos_token_id": 0}
 
 
 def longrope(head: int) -> dict[str, Any]:
-    """Other angles for all tokens of a text that has more than 16, in heads of this width."""
-    factors = {"short_factor": [1.0] * (head // 2), "long_factor": [1.0 + place for place in range(head // 2)]}
+    """LongRoPE: other rotary frequencies for texts of more than 16 tokens, for heads of this size."""
+    factors = {"short_factor": [1.0] * (head // 2), "long_factor": [1.0 + index for index in range(head // 2)]}
     scaling = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 8.0, **factors}
     return {"rope_parameters": {**scaling, "original_max_position_embeddings": 16}}
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to build a tiny model."""
+    """How to build a tiny model."""
 
     type: str
     config: dict[str, Any]
@@ -78,11 +78,11 @@ KINDS = {
     "nomic_bert": Kind("nomic_bert", ENCODER),
     "eurobert": Kind("eurobert", DECODER | {"mask_token_id": 3}),
     "llama, causal": Kind("llama", DECODER),
-    "llama, both ways": Kind("llama", DECODER | {"is_causal": False}),
+    "llama, bidirectional": Kind("llama", DECODER | {"is_causal": False}),
     "mistral, causal, texts longer than its window": Kind("mistral", DECODER | {"sliding_window": WINDOW}),
-    "mistral, both ways": Kind("mistral", DECODER | {"is_causal": False, "sliding_window": None}),
+    "mistral, bidirectional": Kind("mistral", DECODER | {"is_causal": False, "sliding_window": None}),
     "ministral3, causal": Kind("ministral3", DECODER | {"sliding_window": None}),
-    "ministral3, both ways, texts longer than it was first trained on": Kind(
+    "ministral3, bidirectional, texts longer than it was first trained on": Kind(
         "ministral3",
         DECODER
         | {"is_causal": False, "sliding_window": None}
@@ -112,7 +112,7 @@ PACKED_BY_PROBE = {
     "qwen2, texts longer than its window": Kind(
         "qwen2", DECODER | {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
     ),
-    "gemma3_text, both ways within its window": Kind(
+    "gemma3_text, bidirectional within its window": Kind(
         "gemma3_text",
         DECODER
         | {"use_bidirectional_attention": True, "sliding_window": WINDOW}
@@ -121,37 +121,37 @@ PACKED_BY_PROBE = {
 }
 
 NOT_PACKED = {
-    "mpnet: an attention of its own": Kind("mpnet", FAIRSEQ),
-    "t5's encoder: biases by distance": Kind(
+    "mpnet: its own attention": Kind("mpnet", FAIRSEQ),
+    "t5's encoder: relative position biases": Kind(
         "t5",
         {"vocab_size": VOCABULARY, "d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2},
         T5EncoderModel,
     ),
-    "deberta-v2: an attention of its own": Kind("deberta-v2", ENCODER),
-    "gemma2: bounded scores": Kind("gemma2", DECODER | {"sliding_window": WINDOW}),
-    "gpt_oss: sinks": Kind("gpt_oss", DECODER | {"num_local_experts": 2, "num_experts_per_tok": 1}),
-    "mistral, both ways: the width of such a window is in doubt": Kind(
+    "deberta-v2: its own attention": Kind("deberta-v2", ENCODER),
+    "gemma2: softcapped scores": Kind("gemma2", DECODER | {"sliding_window": WINDOW}),
+    "gpt_oss: attention sinks": Kind("gpt_oss", DECODER | {"num_local_experts": 2, "num_experts_per_tok": 1}),
+    "mistral, bidirectional: the width of such a window is ambiguous": Kind(
         "mistral", DECODER | {"is_causal": False, "sliding_window": WINDOW}
     ),
 }
 
-ONE_LENGTH_AT_A_TIME = {
-    "fnet: mixes all tokens of a row, padding too": Kind("fnet", ENCODER),
-    "llama, other angles for long texts": Kind("llama", DECODER | longrope(8)),
-    "phi3, other angles for long texts": Kind("phi3", DECODER | {"head_dim": 6} | longrope(6)),
-    "convbert: looks at the padding beside a text": Kind("convbert", ENCODER | {"embedding_size": 24}),
+BY_LENGTH = {
+    "fnet: mixes all tokens of a row, including padding": Kind("fnet", ENCODER),
+    "llama, longrope": Kind("llama", DECODER | longrope(8)),
+    "phi3, longrope": Kind("phi3", DECODER | {"head_dim": 6} | longrope(6)),
+    "convbert: reads the padding next to a text": Kind("convbert", ENCODER | {"embedding_size": 24}),
 }
 
 Rows = list[list[int]]
 ROWS: st.SearchStrategy[Rows] = st.lists(
     st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=LONGEST), min_size=1, max_size=6
 )
-# A run of texts of equal length takes another way through the attention.
+# Runs of texts of equal length take another code path in the attention.
 ROWS |= st.builds(lambda rows, length: [(row * length)[:length] for row in rows], ROWS, st.integers(1, LONGEST))
 
 
 def build(kind: Kind, seed: int) -> PreTrainedModel:
-    """A model with random weights, large enough that it is not almost linear."""
+    """A model with random weights, large enough to be clearly nonlinear."""
     torch.manual_seed(seed)
     model = kind.build(AutoConfig.for_model(kind.type, **kind.config))
     model.train(mode=False)
@@ -162,7 +162,7 @@ def build(kind: Kind, seed: int) -> PreTrainedModel:
 
 
 def alone(model: PreTrainedModel, rows: Rows) -> torch.Tensor:
-    """The token vectors of each text by itself, by the model as transformers builds it."""
+    """The token vectors of each text on its own, computed by the unmodified model of transformers."""
     with torch.inference_mode():
         return torch.cat([model(input_ids=torch.tensor([row])).last_hidden_state[0] for row in rows])
 
@@ -187,7 +187,7 @@ def test_every_type_that_is_packed_unseen_is_shown_here() -> None:
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @settings(max_examples=20, deadline=None)
 @given(rows=ROWS, seed=st.integers(0, 2**32))
-def test_packed_texts_have_the_vectors_they_have_alone(kind: Kind, rows: Rows, seed: int) -> None:
+def test_packed_texts_have_the_same_vectors_as_alone(kind: Kind, rows: Rows, seed: int) -> None:
     model = build(kind, seed)
     expected = alone(model, rows)
 
@@ -197,34 +197,34 @@ def test_packed_texts_have_the_vectors_they_have_alone(kind: Kind, rows: Rows, s
     torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-5)
 
 
-OWN_LAYERS = {name: kind for name, kind in KINDS.items() if is_bert({"model_type": kind.type} | kind.config)}
+OUR_LAYERS = {name: kind for name, kind in KINDS.items() if is_bert({"model_type": kind.type} | kind.config)}
 
 
-@pytest.mark.parametrize("kind", OWN_LAYERS.values(), ids=OWN_LAYERS)
+@pytest.mark.parametrize("kind", OUR_LAYERS.values(), ids=OUR_LAYERS)
 @settings(max_examples=20, deadline=None)
 @given(rows=ROWS, seed=st.integers(0, 2**32))
-def test_our_own_layers_make_the_vectors_of_transformers(kind: Kind, rows: Rows, seed: int) -> None:
+def test_our_own_layers_give_the_vectors_of_transformers(kind: Kind, rows: Rows, seed: int) -> None:
     model = build(kind, seed)
-    own = Bert(model.config.to_dict(), model.state_dict(), first_position=first_position(kind), quantized=False)
+    bert = Bert(model.config.to_dict(), model.state_dict(), first_position=first_position(kind), quantized=False)
 
     with torch.inference_mode():
-        hidden, packing = own.hidden_states(rows)
+        hidden, packing = bert.hidden_states(rows)
 
     assert packing.lengths == tuple(map(len, rows))
     torch.testing.assert_close(hidden, alone(model, rows), rtol=0, atol=1e-5)
 
 
-def test_the_family_runs_on_our_own_layers_but_not_its_variants() -> None:
-    assert {kind.type for kind in OWN_LAYERS.values()} == {"bert", "roberta", "xlm-roberta"}
-    assert "bert, causal" not in OWN_LAYERS
+def test_the_bert_family_runs_on_our_own_layers_but_its_variants_do_not() -> None:
+    assert {kind.type for kind in OUR_LAYERS.values()} == {"bert", "roberta", "xlm-roberta"}
+    assert "bert, causal" not in OUR_LAYERS
 
 
-LONG_AND_SHORT: Rows = [[7 + (place * step) % 31 for place in range(length)] for step, length in ((3, LONGEST), (5, 9))]
+LONG_AND_SHORT: Rows = [[7 + (index * step) % 31 for index in range(length)] for step, length in ((3, LONGEST), (5, 9))]
 LONG_AND_SHORT += [LONG_AND_SHORT[1][::-1], [9], LONG_AND_SHORT[0][:40]]
 
 
 @pytest.mark.parametrize("kind", PACKED_BY_PROBE.values(), ids=PACKED_BY_PROBE)
-def test_a_type_that_nobody_has_proven_is_packed_when_its_vectors_are_the_same(kind: Kind) -> None:
+def test_an_unproven_type_is_packed_if_its_vectors_stay_the_same(kind: Kind) -> None:
     model = build(kind, seed=0)
     expected = alone(model, LONG_AND_SHORT)
 
@@ -235,8 +235,8 @@ def test_a_type_that_nobody_has_proven_is_packed_when_its_vectors_are_the_same(k
     torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", (NOT_PACKED | ONE_LENGTH_AT_A_TIME).values(), ids=NOT_PACKED | ONE_LENGTH_AT_A_TIME)
-def test_a_type_whose_vectors_would_change_is_not_packed_and_keeps_them(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", (NOT_PACKED | BY_LENGTH).values(), ids=NOT_PACKED | BY_LENGTH)
+def test_a_type_whose_vectors_would_change_is_not_packed(kind: Kind) -> None:
     model = build(kind, seed=0)
     expected = alone(model, LONG_AND_SHORT)
 
@@ -246,18 +246,18 @@ def test_a_type_whose_vectors_would_change_is_not_packed_and_keeps_them(kind: Ki
     torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-5)
 
 
-def test_texts_of_several_threads_do_not_change_each_other_s_angles() -> None:
-    model = build(ONE_LENGTH_AT_A_TIME["llama, other angles for long texts"], seed=0)
+def test_concurrent_threads_do_not_change_each_other_s_rotary_frequencies() -> None:
+    model = build(BY_LENGTH["llama, longrope"], seed=0)
     backbone = Backbone(model)
-    rows = {length: [[7 + place % 31 for place in range(length)]] * 20 for length in (9, LONGEST)}
-    expected = {length: alone(model, some) for length, some in rows.items()}
+    rows = {length: [[7 + index % 31 for index in range(length)]] * 20 for length in (9, LONGEST)}
+    expected = {length: alone(model, batch) for length, batch in rows.items()}
     start = threading.Barrier(2)
 
-    def differ(length: int) -> float:
+    def deviation(length: int) -> float:
         start.wait(timeout=SECONDS)
         with torch.inference_mode():
-            made = [backbone.hidden_states(rows[length])[0] for _ in range(200)]
-        return max(float((hidden - expected[length]).abs().max()) for hidden in made)
+            results = [backbone.hidden_states(rows[length])[0] for _ in range(200)]
+        return max(float((hidden - expected[length]).abs().max()) for hidden in results)
 
     with ThreadPoolExecutor(2) as pool:
-        assert max(pool.map(differ, rows, timeout=SECONDS)) < 1e-5
+        assert max(pool.map(deviation, rows, timeout=SECONDS)) < 1e-5

@@ -1,4 +1,4 @@
-"""int8 on the CPU: near to float32, and a vector its own whatever is computed beside it; and which numbers are slow."""
+"""int8 on the CPU: close to float32, independent of the rest of the batch; and warnings about slow number formats."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from embeddings_mcp.verification import SAMPLES
 GOLDEN = Path(__file__).parent.parent / "golden"
 TEXTS = list(SAMPLES.values())
 
-pytestmark = pytest.mark.skipif(not has_onednn(torch.device("cpu")), reason="int8, and what is slow, is of x86 CPUs")
+pytestmark = pytest.mark.skipif(not has_onednn(torch.device("cpu")), reason="int8, and the warnings, are for x86 CPUs")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def pair() -> tuple[Encoder, Encoder]:
     return load_encoder(DEFAULT_MODEL, folder), load_encoder(DEFAULT_MODEL, folder, precision="int8")
 
 
-def test_int8_vectors_are_near_those_in_float32(pair: tuple[Encoder, Encoder]) -> None:
+def test_int8_vectors_are_close_to_those_in_float32(pair: tuple[Encoder, Encoder]) -> None:
     exact, rounded = (encode(encoder, TEXTS, truncate="END").vectors for encoder in pair)
     cosines = (exact * rounded).sum(axis=1)
 
@@ -41,8 +41,8 @@ def test_int8_vectors_are_near_those_in_float32(pair: tuple[Encoder, Encoder]) -
 
 
 def test_int8_ranks_pairs_as_float32_does(pair: tuple[Encoder, Encoder]) -> None:
-    every = np.triu_indices(len(TEXTS), k=1)
-    scores = [(vectors @ vectors.T)[every] for vectors in (encode(one, TEXTS, truncate="END").vectors for one in pair)]
+    pairs = np.triu_indices(len(TEXTS), k=1)
+    scores = [(vectors @ vectors.T)[pairs] for vectors in (encode(one, TEXTS, truncate="END").vectors for one in pair)]
     exact, rounded = (score.argsort().argsort() for score in scores)
 
     assert np.asarray(np.corrcoef(exact, rounded))[0, 1] > 0.98
@@ -57,14 +57,14 @@ def test_an_int8_vector_does_not_depend_on_its_neighbours(pair: tuple[Encoder, E
 
 
 @pytest.mark.parametrize("family", ["llama-nemotron-embed", "nv-embed-v2"])
-def test_families_that_run_as_transformers_classes_can_be_int8_too(family: str) -> None:
+def test_families_that_run_as_transformers_classes_support_int8_too(family: str) -> None:
     expected = json.loads((GOLDEN / family / "expected.json").read_text(encoding="utf-8"))
     name = {"llama-nemotron-embed": "llama-nemotron-embed-1b-v2"}.get(family, family)
     encoder = load_encoder(name, GOLDEN / family / "model", known=find_card(name), precision="int8")
     case = expected["cases"][2]
-    found = encode(encoder, [case["input"]], input_type=case["input_type"]).vectors[0]
+    vector = encode(encoder, [case["input"]], input_type=case["input_type"]).vectors[0]
 
-    assert 0.98 < found @ np.array(case["embedding"], dtype=np.float32) < 0.99999
+    assert 0.98 < vector @ np.array(case["embedding"], dtype=np.float32) < 0.99999
 
 
 def test_int8_is_refused_where_it_cannot_be_computed() -> None:
@@ -85,11 +85,11 @@ def test_int8_is_refused_where_it_cannot_be_computed() -> None:
         ("int8", False, False),
     ],
 )
-def test_numbers_that_the_cpu_is_slower_with_are_warned_of(
+def test_a_number_format_that_is_slow_on_the_cpu_is_warned_about(
     precision: Precision, amx: bool, slow: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(placement, "has_amx", lambda: amx)
     load_encoder("test/e5", GOLDEN / "e5" / "model", precision=precision, device="cpu")
 
-    warning = f"test/e5 computes in {precision}, which takes this CPU longer than float32"
+    warning = f"test/e5 computes in {precision}, which is slower than float32 on this CPU"
     assert (warning in caplog.text) == slow

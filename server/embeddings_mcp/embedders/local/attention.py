@@ -1,9 +1,9 @@
-"""Attention over a packed row: many texts in one row of tokens, no padding, each text blind to the others.
+"""Varlen attention: attention within each text of a packed row, without padding.
 
-transformers lets a model look its attention function up by name. `packed_attention` is registered there, so every
-family that uses that interface runs unpadded, as its own unmodified class. How a model masks (causal or not, a sliding
-window) reaches the function by the keywords that transformers' flash-attention integration reads, where a window of
-``w`` means ``w - 1`` tokens to either side.
+transformers lets a model look up its attention function by name. `packed_attention` is registered there, so every
+family that uses this interface runs on packed batches with its own unmodified class. The model's mask (causal, sliding
+window) reaches the function through the keywords that transformers' flash-attention integration reads, where a window
+of ``w`` means ``w - 1`` tokens to either side.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from typing import Any, Literal
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from embeddings_mcp.embedders.local.hardware import is_ampere
+from embeddings_mcp.embedders.local.hardware import is_ampere_or_newer
 from embeddings_mcp.embedders.local.packing import Packing, PackingUnsupported
 
 NAME = "embeddings_mcp_packed"
-"""The name under which transformers finds the function."""
+"""The name under which `packed_attention` is registered with transformers."""
 
-_flash = torch.ops.aten._flash_attention_forward  # noqa: SLF001 - see `_attend_by_flash`
-_efficient = torch.ops.aten._efficient_attention_forward  # noqa: SLF001 - there is no public form
+_flash = torch.ops.aten._flash_attention_forward  # noqa: SLF001 - see `_attend_flash`
+_efficient = torch.ops.aten._efficient_attention_forward  # noqa: SLF001 - there is no public API
 
-_WIDEST = 256
-"""Length of a head's vectors that the packed kernels take at most."""
+_MAX_HEAD_SIZE = 256
+"""Largest head dimension that the varlen kernels support."""
 
 _ALIGNMENT = 16
-"""Bytes of which a head's vectors have to be a multiple, for the same kernels."""
+"""The varlen kernels require the size of a head's vector in bytes to be a multiple of this."""
 
-_WINDOW_STEP = 64
-"""Tokens that look through their windows together, at least: fewer are more calls than they save."""
+_MIN_WINDOW_BLOCK = 64
+"""Minimum number of query tokens per call in windowed attention: smaller blocks cost more calls than they save work."""
 
 SHORT = 64
-"""Tokens up to which the memory-efficient kernel is the faster one: it works on blocks of 64 tokens, flash attention on
-blocks of 128. On an H100, texts of 5 to 30 tokens take it half of the time."""
+"""Longest text, in tokens, for which the memory-efficient kernel is faster: it works on blocks of 64 tokens, flash
+attention on blocks of 128. On an H100, it takes half of the time for texts of 5 to 30 tokens."""
 
 
 def packed_attention(
@@ -49,37 +49,37 @@ def packed_attention(
     scaling: float | None = None,
     is_causal: bool | None = None,
     sliding_window: int | None = None,
-    dropout: float = 0.0,  # noqa: ARG001 - always 0 when a model is not being trained
-    **unsupported: Any,  # noqa: ANN401 - whatever a family passes on
+    dropout: float = 0.0,  # noqa: ARG001 - always 0 in inference
+    **others: Any,  # noqa: ANN401 - depends on the model family
 ) -> tuple[torch.Tensor, None]:
-    """Attend within each text of a packed row.
+    """Compute attention within each text of a packed row; the attention function that transformers calls.
 
     Args:
-        module: the attention layer; says whether it is causal where the call does not.
+        module: the attention layer; its `is_causal` applies if the argument is None.
         query: ``[1, heads, tokens, d]``.
-        key: ``[1, key heads, tokens, d]``; fewer heads than `query` are shared by groups of query heads.
+        key: ``[1, key heads, tokens, d]``; fewer heads than `query` for grouped-query attention.
         value: as `key`.
-        attention_mask: None, since transformers makes no mask for an attention function without a mask function.
-        packing: where each text lies, handed through the model as a keyword.
-        scaling: factor on the scores; 1/sqrt(d) when None.
-        is_causal: whether a token sees only itself and what lies before it.
-        sliding_window: how far a token sees, itself counted; None for the whole text.
+        attention_mask: None, since transformers creates no mask for an attention function without a mask function.
+        packing: the boundaries of the texts, passed through the model as a keyword.
+        scaling: factor on the scores; 1/sqrt(d) if None.
+        is_causal: whether a token attends only to itself and earlier tokens.
+        sliding_window: window size in tokens, the token itself included; None for the whole text.
         dropout: ignored.
-        unsupported: what else the model passes; anything that would change the scores is refused.
+        others: all other keywords of the model; those that would change the scores are refused.
 
     Returns:
-        ``[1, tokens, heads, d]``, and None for the weights.
+        ``[1, tokens, heads, d]``, and None for the attention weights.
 
     Raises:
-        PackingUnsupported: the keyword did not come through, or the model needs more than this function does.
+        PackingUnsupported: the model did not pass on `packing`, or needs a feature that is not supported here.
     """
     if packing is None or attention_mask is not None:
         raise PackingUnsupported("the model does not pass the packing on to its attention")
     for name in ("softcap", "s_aux", "position_bias"):
-        if unsupported.get(name) is not None:
+        if others.get(name) is not None:
             raise PackingUnsupported(f"the model's attention uses {name}")
     attended = attend(
-        # Each [tokens, heads, d], which is how the projections wrote them.
+        # Each [tokens, heads, d], the memory layout in which the projections wrote them.
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
@@ -101,51 +101,51 @@ def attend(
     causal: bool = False,
     reach: int | None = None,
 ) -> torch.Tensor:
-    """Attend within each text of a packed row.
+    """Compute attention within each text of a packed row, with the fastest kernel available.
 
     Args:
         query: ``[tokens, heads, d]``.
         key: ``[tokens, key heads, d]``.
         value: as `key`.
-        packing: where each text lies.
-        scaling: factor on the scores; 1/sqrt(d) when None.
-        causal: whether a token sees only itself and what lies before it.
-        reach: how many tokens away a token sees; None for the whole text.
+        packing: the boundaries of the texts.
+        scaling: factor on the scores; 1/sqrt(d) if None.
+        causal: whether a token attends only to itself and earlier tokens.
+        reach: largest distance in tokens at which a token attends to another; None for the whole text.
 
     Returns:
         ``[tokens, heads, d]``.
     """
-    match _kernel_for(query, key, packing.longest, reach):
+    match _select_kernel(query, key, packing.longest, reach):
         case "flash":
-            return _attend_by_flash(query, key, value, packing, scaling, causal=causal, reach=reach)
+            return _attend_flash(query, key, value, packing, scaling, causal=causal, reach=reach)
         case "efficient":
-            return _attend_by_blocks(query, key, value, packing, scaling, causal=causal)
+            return _attend_efficient(query, key, value, packing, scaling, causal=causal)
         case "runs":
-            return _attend_by_runs(query, key, value, packing, scaling, causal=causal, reach=reach)
+            return _attend_runs(query, key, value, packing, scaling, causal=causal, reach=reach)
 
 
 _Kernel = Literal["flash", "efficient", "runs"]
 
 
-def _kernel_for(query: torch.Tensor, key: torch.Tensor, longest: int, reach: int | None) -> _Kernel:
-    """The fastest way for such tensors, whose longest text has so many tokens.
+def _select_kernel(query: torch.Tensor, key: torch.Tensor, longest: int, reach: int | None) -> _Kernel:
+    """Return the fastest kernel that supports these tensors, for texts of up to `longest` tokens.
 
-    What the kernels take is what PyTorch checks before it chooses one itself (``sdp_utils.cpp``); called by name, they
-    fail, or worse.
+    The conditions are those that PyTorch checks before it selects a kernel itself (``sdp_utils.cpp``). Called directly
+    with unsupported tensors, the kernels fail or misbehave.
     """
-    width = query.shape[-1]
-    if not query.is_cuda or width > _WIDEST or width * query.element_size() % _ALIGNMENT:
+    head_size = query.shape[-1]
+    if not query.is_cuda or head_size > _MAX_HEAD_SIZE or head_size * query.element_size() % _ALIGNMENT:
         return "runs"
-    recent = is_ampere(query.device)
-    if query.dtype == torch.bfloat16 and not recent:
+    ampere = is_ampere_or_newer(query.device)
+    if query.dtype == torch.bfloat16 and not ampere:
         return "runs"
     short = longest <= SHORT and key.shape[1] == query.shape[1]
-    if query.dtype != torch.float32 and recent and not (short and reach is None):
+    if query.dtype != torch.float32 and ampere and not (short and reach is None):
         return "flash"
     return "efficient" if reach is None else "runs"
 
 
-def _attend_by_flash(
+def _attend_flash(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -155,10 +155,10 @@ def _attend_by_flash(
     causal: bool,
     reach: int | None,
 ) -> torch.Tensor:
-    """PyTorch's flash attention, which knows packed rows.
+    """Compute attention with PyTorch's varlen flash attention.
 
-    Its public form, ``torch.nn.attention.varlen``, has neither factor nor window nor grouped heads in all versions that
-    are supported here, and takes as long to call as a small kernel to run.
+    The public API, ``torch.nn.attention.varlen``, does not support scaling, windows and grouped-query attention in all
+    PyTorch versions that are supported here, and the overhead of a call is as long as a small kernel runs.
     """
     side = -1 if reach is None else reach
     attended: torch.Tensor = _flash(
@@ -179,7 +179,7 @@ def _attend_by_flash(
     return attended
 
 
-def _attend_by_blocks(
+def _attend_efficient(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -188,10 +188,10 @@ def _attend_by_blocks(
     *,
     causal: bool,
 ) -> torch.Tensor:
-    """PyTorch's memory-efficient attention, which knows packed rows too: in float32, and on GPUs of any age."""
-    shared = query.shape[1] // key.shape[1]
-    if shared > 1:
-        key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
+    """Compute attention with PyTorch's memory-efficient varlen attention, which supports float32 and older GPUs."""
+    group_size = query.shape[1] // key.shape[1]
+    if group_size > 1:
+        key, value = key.repeat_interleave(group_size, dim=1), value.repeat_interleave(group_size, dim=1)
     attended: torch.Tensor = _efficient(
         query[None],
         key[None],
@@ -202,13 +202,13 @@ def _attend_by_blocks(
         packing.longest,
         packing.longest,
         dropout_p=0.0,
-        custom_mask_type=int(causal),  # 1: from the upper left corner
+        custom_mask_type=int(causal),  # 1: causal, aligned to the upper left corner
         scale=scaling,
     )[0][0]
     return attended
 
 
-def _attend_by_runs(
+def _attend_runs(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -218,42 +218,42 @@ def _attend_by_runs(
     causal: bool,
     reach: int | None,
 ) -> torch.Tensor:
-    """One dense attention for each run of texts of equal length; every tensor ``[tokens, heads, d]``."""
+    """Compute dense attention for each run of texts of equal length; every tensor is ``[tokens, heads, d]``."""
     out = query.new_empty(query.shape)
     attention = functools.partial(
         scaled_dot_product_attention, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
     )
     for start, count, length in packing.runs:
-        # Each [texts, heads, tokens of each, d], a view.
-        queries, keys, values, made = (
+        # Each a view, [texts, heads, tokens per text, d].
+        queries, keys, values, attended = (
             tensor[start : start + count * length].view(count, length, -1, tensor.shape[-1]).transpose(1, 2)
             for tensor in (query, key, value, out)
         )
         if reach is None or reach >= length - 1:
-            made.copy_(attention(queries, keys, values, is_causal=causal))
+            attended.copy_(attention(queries, keys, values, is_causal=causal))
             continue
-        for here, seen in _windows(length, reach, causal=causal):
-            window = _band(here, seen, reach, causal=causal, device=query.device)
-            made[:, :, here].copy_(
-                attention(queries[:, :, here], keys[:, :, seen], values[:, :, seen], attn_mask=window)
+        for block, visible in _window_blocks(length, reach, causal=causal):
+            mask = _band_mask(block, visible, reach, causal=causal, device=query.device)
+            attended[:, :, block].copy_(
+                attention(queries[:, :, block], keys[:, :, visible], values[:, :, visible], attn_mask=mask)
             )
     return out
 
 
-def _windows(length: int, reach: int, *, causal: bool) -> Iterator[tuple[slice, slice]]:
-    """The tokens of a text, some after the other, each time with all that any of them sees.
+def _window_blocks(length: int, reach: int, *, causal: bool) -> Iterator[tuple[slice, slice]]:
+    """Yield blocks of query tokens, each with the range of key tokens that are within the window of any of them.
 
-    What lies beyond costs nothing then: of 8,192 tokens that see 64 to either side, a fortieth of the scores is left,
-    which take a CPU an eighteenth of the time.
+    Scores outside these ranges are not computed: for 8,192 tokens with a window of 64 to either side, a fortieth of all
+    scores remains, which takes an eighteenth of the time on a CPU.
     """
-    step = max(_WINDOW_STEP, reach // 4)
+    step = max(_MIN_WINDOW_BLOCK, reach // 4)
     for first in range(0, length, step):
         end = min(first + step, length)
         yield slice(first, end), slice(max(0, first - reach), end if causal else min(length, end + reach))
 
 
-def _band(here: slice, seen: slice, reach: int, *, causal: bool, device: torch.device) -> torch.Tensor:
-    """Which token sees which, bool ``[here, seen]``: those at most `reach` away, behind only when causal."""
-    rows, columns = (torch.arange(tokens.start, tokens.stop, device=device) for tokens in (here, seen))
+def _band_mask(block: slice, visible: slice, reach: int, *, causal: bool, device: torch.device) -> torch.Tensor:
+    """Return the mask of a sliding window, bool ``[block, visible]``: true up to a distance of `reach` tokens."""
+    rows, columns = (torch.arange(tokens.start, tokens.stop, device=device) for tokens in (block, visible))
     distance = rows[:, None] - columns[None, :]
     return (distance <= reach) & (distance >= (0 if causal else -reach))

@@ -1,4 +1,4 @@
-"""The transformer of a checkpoint, and the ways through it: packed, padded, or one length at a time."""
+"""Transformers that run as classes of the transformers library, with batches packed, padded or grouped by length."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from embeddings_mcp.embedders.local.checkpoint import Checkpoint
 from embeddings_mcp.embedders.local.latent_attention import LATENT_ATTENTION
 from embeddings_mcp.embedders.local.linear import prepack
 from embeddings_mcp.embedders.local.packing import PackedRow, Packing, PackingUnsupported, pack
-from embeddings_mcp.embedders.local.placement import Placement, numbers_on
+from embeddings_mcp.embedders.local.placement import Placement, to_device
 from embeddings_mcp.embedders.local.weights import check_tensors, tensor_names, without_heads
 from embeddings_mcp.errors import CheckpointInvalid
 
@@ -33,10 +33,10 @@ PROVEN = frozenset(
     {"bert", "roberta", "xlm-roberta", "distilbert", "modernbert", "nomic_bert", "eurobert"}
     | {"llama", "mistral", "ministral3", "qwen3"}
 )
-"""Model types whose packed vectors the tests compare with padded ones; any other is compared when it is loaded."""
+"""Model types whose packed vectors are compared with padded ones by the tests; other types are compared when loaded."""
 
-Way = Literal["packed", "padded", "apart"]
-"""How several texts go through a model: without padding, with it, or apart, those of equal length together."""
+Batching = Literal["packed", "padded", "by length"]
+"""How a batch goes through a model: packed without padding, padded, or in one pass for each run of equal lengths."""
 
 _ENCODER_HALVES = {
     "longt5": "LongT5EncoderModel",
@@ -44,7 +44,7 @@ _ENCODER_HALVES = {
     "t5": "T5EncoderModel",
     "umt5": "UMT5EncoderModel",
 }
-"""Architectures of two halves, of which a sentence encoder is one."""
+"""Classes for the encoder half of encoder-decoder architectures, by model type."""
 
 _CAUSAL_MASKS = {
     "codegen": ".attn.causal_mask",
@@ -52,7 +52,7 @@ _CAUSAL_MASKS = {
     "gptj": ".attn.bias",
     "openai-gpt": ".attn.bias",
 }
-"""Ends of the names of masks that older versions of transformers saved, where this one does not know of them itself."""
+"""Name suffixes of causal masks that older transformers versions saved, where the current one does not ignore them."""
 
 
 class Backbone:
@@ -64,7 +64,7 @@ class Backbone:
 
     Attributes:
         first_position: the same.
-        way: the cheapest on which every text gets the vectors that it has alone.
+        batching: the cheapest batching that gives every text the same vectors as on its own.
     """
 
     def __init__(self, model: PreTrainedModel, *, first_position: int = 0) -> None:
@@ -74,51 +74,44 @@ class Backbone:
         self._options = {"return_dict": True}
         if hasattr(model.config, "use_cache"):
             self._options["use_cache"] = False
-        # transformers keeps in one place the angles for texts of the length that is run.
-        longrope = _turns_by_length(model.config)
-        self._turn: AbstractContextManager[object] = threading.Lock() if longrope else nullcontext()
-        self.way: Way = "apart" if longrope else self._find_way()
+        # transformers stores the rotary frequencies of the current pass in the model: only one pass may run at a time.
+        longrope = _uses_longrope(model.config)
+        self._lock: AbstractContextManager[object] = threading.Lock() if longrope else nullcontext()
+        self.batching: Batching = "by length" if longrope else self._select_batching()
 
     @property
     def packed(self) -> bool:
-        """Whether texts go through it without padding."""
-        return self.way == "packed"
+        """Whether it runs packed batches, without padding."""
+        return self.batching == "packed"
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self._model.device
 
     @property
     def vocabulary(self) -> int:
-        """Tokens that it has vectors for."""
+        """Vocabulary size."""
         return int(self._model.config.vocab_size)
 
     def hidden_states(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, Packing]:
-        """The token vectors of the texts, one text behind the other.
-
-        Args:
-            rows: token ids of each text, none of them empty; neighbours of equal length are attended to together.
-
-        Returns:
-            ``[tokens, d]``, and where each text lies in it.
-        """
+        """See `transformer.Transformer`."""
         row = pack(rows, self.device, self.first_position)
-        with self._turn:
+        with self._lock:
             return self._hidden_states(rows, row), row.packing
 
     def _hidden_states(self, rows: Sequence[Sequence[int]], row: PackedRow) -> torch.Tensor:
-        match self.way:
+        match self.batching:
             case "packed":
                 return self.forward(row)
             case "padded":
                 return self._padded(rows)
-            case "apart":
+            case "by length":
                 runs = [list(run) for _, run in itertools.groupby(rows, key=len)]
                 return torch.cat([self._padded(run) for run in runs])
 
     def forward(self, row: PackedRow) -> torch.Tensor:
-        """From a packed row to its token vectors, ``[tokens, d]``; for a model whose way is packed."""
+        """Return the token vectors of a packed row, ``[tokens, d]``. Only if `packed` is true."""
         output = self._model(
             input_ids=row.ids[None],
             position_ids=row.positions[None],
@@ -133,17 +126,17 @@ class Backbone:
         present = np.arange(lengths.max()) < lengths[:, None]
         padded = np.full(present.shape, self._padding)
         padded[present] = list(itertools.chain.from_iterable(rows))
-        ids, mask = numbers_on(self.device, padded), numbers_on(self.device, present.astype(np.int64))
+        ids, mask = to_device(padded, self.device), to_device(present.astype(np.int64), self.device)
         output = self._model(input_ids=ids, attention_mask=mask, **self._options)
         hidden: torch.Tensor = output.last_hidden_state[mask.bool()]
         return hidden
 
-    def _find_way(self) -> Way:
-        """Try the ways, and leave the model with the attention that its way needs."""
+    def _select_batching(self) -> Batching:
+        """Return the cheapest batching that keeps the vectors, and set the attention function that it needs."""
         config = self._model.config
-        # How wide a window is that looks both ways, transformers' own attention functions do not agree by a token.
-        both_ways = getattr(config, "is_causal", True) is False and getattr(config, "sliding_window", None)
-        packable = self._model._can_set_attn_implementation() and not both_ways  # noqa: SLF001 - no public word for it
+        # transformers' own attention functions disagree by one token on the width of bidirectional windows.
+        bidirectional_window = getattr(config, "is_causal", True) is False and getattr(config, "sliding_window", None)
+        packable = self._model._can_set_attn_implementation() and not bidirectional_window  # noqa: SLF001 - not public
         if packable and config.model_type in PROVEN:
             self._model.set_attn_implementation(NAME)
             return "packed"
@@ -160,20 +153,23 @@ class Backbone:
                 except (PackingUnsupported, TypeError, RuntimeError) as error:
                     _logger.debug("packing failed: %s", error)
                 self._model.set_attn_implementation(own)
-            way: Way = "padded" if _same(alone, self._padded(rows)) else "apart"
-        _logger.info("%s cannot be packed: its texts are %s", config.model_type, way)
-        return way
+            batching: Batching = "padded" if _same(alone, self._padded(rows)) else "by length"
+        _logger.info("Batches of %s cannot be packed; they are batched %s.", config.model_type, batching)
+        return batching
 
 
-def _turns_by_length(config: PreTrainedConfig) -> bool:
-    """Whether by how much a token's vector is turned depends on its text's length, and so on its neighbours'."""
-    rotary = getattr(config, "rope_parameters", None) or {}
-    kinds = [rotary, *rotary.values()]  # one of them, or one for each type of layer
-    return any(isinstance(kind, dict) and kind.get("rope_type") == "longrope" for kind in kinds)
+def _uses_longrope(config: PreTrainedConfig) -> bool:
+    """Return whether the model uses LongRoPE.
+
+    Its rotary frequencies depend on the longest text of a pass, so that a text's vectors would depend on the batch.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    candidates = [rope, *rope.values()]  # one set of parameters, or one per layer type
+    return any(isinstance(one, dict) and one.get("rope_type") == "longrope" for one in candidates)
 
 
 def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Whether token vectors differ by no more than rounding does."""
+    """Return whether token vectors are equal up to rounding errors."""
     tolerance = 1e-5 if left.dtype == torch.float32 else 1e-3
     return bool(torch.nn.functional.cosine_similarity(left.float(), right.float()).min() > 1 - tolerance)
 
@@ -182,11 +178,11 @@ def load_backbone(checkpoint: Checkpoint, placement: Placement) -> Backbone:
     """Load the transformer of a checkpoint, without running any code that came with it.
 
     Raises:
-        CheckpointInvalid: a file is missing or damaged, the architecture is unknown, or a tensor is missing, left over
-            or of another shape than its config says.
+        CheckpointInvalid: a file is missing or damaged, the architecture is unknown, or a tensor is missing, unexpected
+            or of another shape than the config says.
     """
     folder = checkpoint.pipeline.backbone
-    # What it would report is said below, as an error. The functions have no annotations.
+    # Problems that transformers would log are raised as errors below. The functions have no annotations.
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     description = dict(checkpoint.backbone_config)
@@ -197,15 +193,17 @@ def load_backbone(checkpoint: Checkpoint, placement: Placement) -> Backbone:
             f"({transformers.__version__}) has; code that comes with a checkpoint is never run"
         )
     for setting in [key for key in description if "_implementation" in key]:
-        del description[setting]  # may name an attention function on the hub, which is code
-    half = _ENCODER_HALVES.get(model_type)
-    architecture = AutoModel if half is None else getattr(transformers, half)
+        del description[setting]  # may name an attention function on the hub, which would be downloaded and run
+    encoder_class = _ENCODER_HALVES.get(model_type)
+    architecture = AutoModel if encoder_class is None else getattr(transformers, encoder_class)
     prefix = checkpoint.recipe.prefix if checkpoint.recipe else ""
     try:
         config = AutoConfig.for_model(model_type, **description)
-    except Exception as error:  # each of the hundreds of configs checks itself in its own way
-        raise CheckpointInvalid(f"{folder / 'config.json'}: it is no config of type {model_type!r}: {error}") from error
-    names = tensor_names(folder)  # what else there is in a pickle is refused by this
+    except Exception as error:  # each of the hundreds of config classes validates in its own way
+        raise CheckpointInvalid(
+            f"{folder / 'config.json'} is not a valid config of type {model_type!r}: {error}"
+        ) from error
+    names = tensor_names(folder)  # also refuses a pickle that holds anything but tensors
     model, report = architecture.from_pretrained(
         folder,
         config=config,
@@ -213,7 +211,7 @@ def load_backbone(checkpoint: Checkpoint, placement: Placement) -> Backbone:
         local_files_only=True,
         trust_remote_code=False,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # and reported below, with the file's name
+        ignore_mismatched_sizes=True,  # refused below, with the file's name
         key_mapping={f"^{re.escape(prefix)}": ""} if prefix else None,
     )
     _check(checkpoint, report, model.base_model_prefix, names=names)
@@ -227,7 +225,7 @@ def load_backbone(checkpoint: Checkpoint, placement: Placement) -> Backbone:
             f"{folder / 'config.json'}: encoder halves of {model_type!r} are not supported; supported are those of "
             f"{', '.join(_ENCODER_HALVES)}"
         ) from error
-    if model_type in PROVEN:  # others may look into their linear layers
+    if model_type in PROVEN:  # other types may access attributes of their linear layers
         _fuse_norms(model)
         prepack(model, quantized=placement.quantized)
     return backbone
@@ -237,23 +235,23 @@ def _check(checkpoint: Checkpoint, report: Mapping[str, Any], prefix: str, *, na
     """Refuse a checkpoint whose tensors are not those of its architecture.
 
     Args:
-        checkpoint: whose tensors they are.
-        report: what transformers found, loading them.
-        prefix: what stands before the model's own names, in a checkpoint that was saved with a head.
-        names: of all tensors.
+        checkpoint: the checkpoint.
+        report: the loading info that transformers returned.
+        prefix: prefix of the transformer's tensor names in a checkpoint that was saved with a head.
+        names: names of all tensors in the checkpoint.
 
     Raises:
         CheckpointInvalid: see `check_tensors`.
     """
     model_type = checkpoint.backbone_config["model_type"]
     heads = set(names) - without_heads(names, (f"{prefix}.",))
-    ours = (LATENT_ATTENTION,) if checkpoint.recipe and checkpoint.recipe.latent_attention else ()
-    other_half = ("decoder.",) if model_type in _ENCODER_HALVES else ()
+    latent_attention = (LATENT_ATTENTION,) if checkpoint.recipe and checkpoint.recipe.latent_attention else ()
+    decoder = ("decoder.",) if model_type in _ENCODER_HALVES else ()
     mask = _CAUSAL_MASKS.get(model_type, ())
     extra = [
         name
         for name in report["unexpected_keys"]
-        if name not in heads and not name.startswith((*ours, *other_half)) and not name.endswith(mask)
+        if name not in heads and not name.startswith((*latent_attention, *decoder)) and not name.endswith(mask)
     ]
     check_tensors(
         checkpoint.pipeline.backbone,
@@ -264,7 +262,7 @@ def _check(checkpoint: Checkpoint, report: Mapping[str, Any], prefix: str, *, na
 
 
 class _RmsNorm(torch.nn.Module):
-    """The RMS norm of the Llama family in one step, which takes transformers seven: a sixth of a pass on a GPU."""
+    """The RMS norm of the Llama family as one kernel; transformers uses seven, a sixth of a pass's time on a GPU."""
 
     def __init__(self, weight: torch.Tensor, epsilon: float) -> None:
         super().__init__()
@@ -272,13 +270,14 @@ class _RmsNorm(torch.nn.Module):
         self._epsilon = epsilon
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """From ``[..., d]`` to ``[..., d]``."""
+        """Apply the norm: ``[..., d]`` to ``[..., d]``."""
         return torch.nn.functional.rms_norm(rows, self._weight.shape, self._weight, self._epsilon)
 
 
 def _fuse_norms(model: torch.nn.Module) -> None:
+    """Replace each RMS norm within `model` by `_RmsNorm`."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            epsilon = getattr(child, "variance_epsilon", None)  # as all families of `PROVEN` call it
+            epsilon = getattr(child, "variance_epsilon", None)  # its name in all types of `PROVEN`
             if type(child).__name__.endswith("RMSNorm") and isinstance(epsilon, float):
                 setattr(parent, name, _RmsNorm(child.get_parameter("weight").detach(), epsilon))

@@ -1,7 +1,8 @@
-"""BERT, RoBERTa and XLM-RoBERTa on a packed row, in fewer and larger steps than transformers' own classes take.
+"""BERT, RoBERTa and XLM-RoBERTa on packed batches, with fewer and larger kernels than transformers' own classes.
 
-Most embedding models are of this family, the default among them. One product makes queries, keys and values; GELU and
-the residuals are added within the products. And transformers, which takes seconds to import, is not needed.
+Most embedding models are of this family, including the default model. One matrix product computes queries, keys and
+values; GELU and the residual additions are fused into the products. And it works without transformers, which takes
+seconds to import.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.nn.functional import embedding
 from embeddings_mcp.embedders.local.attention import attend
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint
 from embeddings_mcp.embedders.local.json_file import JsonObject
-from embeddings_mcp.embedders.local.linear import GELU_LEAST, Int8Linear, Linear, make_linear
+from embeddings_mcp.embedders.local.linear import GELU_MIN, Int8Linear, Linear, make_linear
 from embeddings_mcp.embedders.local.norm import Norm
 from embeddings_mcp.embedders.local.packing import PackedRow, Packing, pack
 from embeddings_mcp.embedders.local.placement import Placement
@@ -25,7 +26,7 @@ from embeddings_mcp.embedders.local.weights import check_tensors, read_tensors, 
 MODEL_TYPES = frozenset({"bert", "roberta", "xlm-roberta", "camembert"})
 
 _PREFIXES = ("bert.", "roberta.", "camembert.", "model.")
-"""What may stand before every name, in checkpoints saved with a head."""
+"""Prefixes of the tensor names in checkpoints that were saved with a head."""
 
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
@@ -37,7 +38,7 @@ _INTERMEDIATE, _LAST, _LAST_NORM = "intermediate.dense", "output.dense", "output
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """One layer of the encoder."""
+    """One encoder layer."""
 
     projections: Linear | Int8Linear
     attention_output: Linear | Int8Linear
@@ -47,21 +48,21 @@ class _Layer:
     output_norm: Norm
 
     def __call__(self, rows: torch.Tensor, heads: int, packing: Packing) -> torch.Tensor:
-        """From ``[tokens, d]`` to ``[tokens, d]``."""
+        """Apply the layer: ``[tokens, d]`` to ``[tokens, d]``."""
         tokens, width = rows.shape
         query, key, value = self.projections(rows).view(tokens, 3, heads, width // heads).unbind(1)
         attended = attend(query, key, value, packing).view(tokens, width)
-        rows = self.attention_norm.after(self.attention_output, attended, rows)
-        return self.output_norm.after(self.output, self.intermediate.gelu(rows), rows)
+        rows = self.attention_norm.linear_add_norm(self.attention_output, attended, rows)
+        return self.output_norm.linear_add_norm(self.output, self.intermediate.gelu(rows), rows)
 
 
 class Bert:
-    """A loaded model of the family; in its use like `backbone.Backbone`.
+    """A loaded model of the family; see `transformer.Transformer` for the interface.
 
     Attributes:
-        vocabulary: tokens that it has vectors for.
-        packed: True: nothing is ever padded.
-        device: where the weights are.
+        vocabulary: vocabulary size.
+        packed: always True: batches are never padded.
+        device: device of the weights.
         first_position: position id of a text's first token.
     """
 
@@ -78,7 +79,7 @@ class Bert:
         epsilon = float(config.get("layer_norm_eps", 1e-12))
         self._heads = int(config["num_attention_heads"])
         self._words = tensors["embeddings.word_embeddings.weight"]
-        # Every token is of type 0 here, so that what its type adds can be added to every position once.
+        # All tokens are of type 0, so its embedding can be added to the position embeddings once.
         types = tensors["embeddings.token_type_embeddings.weight"]
         self._positions = tensors["embeddings.position_embeddings.weight"] + types[0]
         self._norm = _norm(tensors, "embeddings.LayerNorm", epsilon)
@@ -91,12 +92,12 @@ class Bert:
         self.device = self._words.device
 
     def hidden_states(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, Packing]:
-        """See `backbone.Backbone.hidden_states`."""
+        """See `transformer.Transformer`."""
         row = pack(rows, self.device, self.first_position)
         return self.forward(row), row.packing
 
     def forward(self, row: PackedRow) -> torch.Tensor:
-        """From a packed row to its token vectors, ``[tokens, d]``."""
+        """Return the token vectors of a packed row, ``[tokens, d]``."""
         hidden = self._norm(embedding(row.ids, self._words) + embedding(row.positions, self._positions))
         for layer in self._layers:
             hidden = layer(hidden, self._heads, row.packing)
@@ -104,7 +105,7 @@ class Bert:
 
 
 def is_bert(config: Mapping[str, Any]) -> bool:
-    """Whether `Bert` computes what this config describes, and not some variant of the family."""
+    """Return whether `Bert` implements the model of this config; it does not implement all variants of the family."""
     return (
         config.get("model_type") in MODEL_TYPES
         and config.get("hidden_act", "gelu") == "gelu"
@@ -118,13 +119,13 @@ def load_bert(checkpoint: Checkpoint, placement: Placement) -> Bert:
     """Load a checkpoint of the family.
 
     Raises:
-        CheckpointInvalid: a file is missing or damaged, or a tensor is missing, left over or of another shape than its
+        CheckpointInvalid: a file is missing or damaged, or a tensor is missing, unexpected or of another shape than the
             config says.
     """
     folder = checkpoint.pipeline.backbone
     shapes = _shapes(JsonObject(folder / "config.json", checkpoint.config))
-    every = read_tensors(folder)
-    tensors = {_current_name(name): every[name] for name in without_heads(every, _PREFIXES)}
+    all_tensors = read_tensors(folder)
+    tensors = {_current_name(name): all_tensors[name] for name in without_heads(all_tensors, _PREFIXES)}
     check_tensors(
         folder,
         missing=shapes.keys() - tensors.keys(),
@@ -136,6 +137,7 @@ def load_bert(checkpoint: Checkpoint, placement: Placement) -> Bert:
 
 
 def _current_name(name: str) -> str:
+    """Return the current name of a tensor, without a prefix, for a name from any checkpoint."""
     prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), "")
     for old, new in _OLD_NAMES.items():
         name = name.replace(old, new)
@@ -143,7 +145,7 @@ def _current_name(name: str) -> str:
 
 
 def _shapes(config: JsonObject) -> dict[str, tuple[int, ...]]:
-    """The shape that every tensor must have."""
+    """Return the expected shape of every tensor."""
     size = config.size
     width, inner = size("hidden_size"), size("intermediate_size")
     if width % size("num_attention_heads"):
@@ -165,16 +167,16 @@ def _shapes(config: JsonObject) -> dict[str, tuple[int, ...]]:
 
 
 def _layer(tensors: Mapping[str, torch.Tensor], name: str, epsilon: float, *, quantized: bool) -> _Layer:
-    def linear(*parts: str, least: float | None = None) -> Linear | Int8Linear:
+    def linear(*parts: str, lower_bound: float | None = None) -> Linear | Int8Linear:
         weight, bias = (torch.cat([tensors[f"{name}.{part}.{kind}"] for part in parts]) for kind in ("weight", "bias"))
-        return make_linear(weight, bias, quantized=quantized, least=least)
+        return make_linear(weight, bias, quantized=quantized, lower_bound=lower_bound)
 
     return _Layer(
         projections=linear(*_PROJECTIONS),
         attention_output=linear(_OUTPUT),
         attention_norm=_norm(tensors, f"{name}.{_OUTPUT_NORM}", epsilon),
         intermediate=linear(_INTERMEDIATE),
-        output=linear(_LAST, least=GELU_LEAST),
+        output=linear(_LAST, lower_bound=GELU_MIN),
         output_norm=_norm(tensors, f"{name}.{_LAST_NORM}", epsilon),
     )
 

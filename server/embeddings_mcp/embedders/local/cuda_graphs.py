@@ -1,9 +1,9 @@
-"""CUDA graphs: a pass over few tokens as one launch.
+"""CUDA graphs: replay a captured forward pass over few tokens with a single launch.
 
-A pass through a transformer is some hundred kernels, each launched by Python. For few tokens a GPU has run them long
-before the next is launched: on an H100 a query takes a model of a billion parameters 13 ms in this way, and 2 ms where
-all launches were recorded once and are replayed. A recording has fixed sizes. A packed row is filled up to them by
-texts that nobody asked for, which the others do not see.
+A forward pass of a transformer is some hundred kernels, each launched from Python. For few tokens, the GPU finishes a
+kernel long before the next one is launched: on an H100, a query takes 13 ms in a model of a billion parameters, and 2
+ms if all launches were captured in a graph that is replayed. A graph has fixed sizes. Filler texts pad a packed row to
+these sizes; attention within each text keeps them from affecting the others.
 """
 
 from __future__ import annotations
@@ -18,221 +18,227 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from embeddings_mcp.embedders.local.attention import SHORT
-from embeddings_mcp.embedders.local.packing import PackedRow, Packing, fill, lay_out
-from embeddings_mcp.embedders.local.placement import numbers_on
-from embeddings_mcp.embedders.local.transformer import Transformer, Wrapped
+from embeddings_mcp.embedders.local.packing import PackedRow, Packing, filler_lengths, lay_out
+from embeddings_mcp.embedders.local.placement import to_device
+from embeddings_mcp.embedders.local.transformer import Transformer, TransformerWrapper
 
 _logger = logging.getLogger(__name__)
 
-SMALLEST = 32
-"""Tokens of the smallest recording; each has twice as many as the one before."""
+MIN_TOKENS = 32
+"""Number of tokens of the smallest graph; each further size has twice as many."""
 
-_LONGEST = 512
-"""Tokens of the longest text that a recording takes: what attention launches grows with its longest text."""
+_MAX_TEXT_TOKENS = 512
+"""Longest text of a graph, in tokens: the work that attention launches grows with the longest text allowed."""
 
 _LARGE = 2048
-"""Tokens from which on there is another recording for short texts, since attention to them is faster."""
+"""Number of tokens from which there are additional graphs for short texts, which have faster attention kernels."""
 
 _TOLERANCE = 1e-3
-"""How far the cosine may be from 1 between what a recording makes and what it is a recording of."""
+"""Largest deviation from 1 of the cosine between the outputs of a graph and of the pass that it was captured from."""
 
-_BUSY = 2
-"""A pass for which the GPU takes more than so many times as long as Python to launch it is not recorded: the GPU is
-busy without that, even where Python is held up."""
+_MAX_GPU_TO_LAUNCH_RATIO = 2
+"""A pass is not captured if its GPU time is more than this multiple of its launch time: it keeps the GPU busy without a
+graph, even if Python is delayed."""
 
-_SPARE = 1.1
-"""How many times as long as a pass without it a recording may take: what it does not launch is free for others."""
+_MAX_SLOWDOWN = 1.1
+"""A graph may take up to this factor of the time of a pass without a graph, since it leaves the CPU free for others."""
 
-_Pool: TypeAlias = Any
-"""What tells CUDA's memory pools apart: it has another type in every version of PyTorch."""
+_MemoryPool: TypeAlias = Any
+"""Handle of a CUDA memory pool, whose type differs between PyTorch versions."""
 
 
-class Graphed(Wrapped):
-    """A transformer on CUDA with recordings of its smaller passes; in its use like the transformer itself.
+class GraphedTransformer(TransformerWrapper):
+    """A transformer on CUDA that replays captured graphs for small batches.
 
     Args:
-        transformer: what is recorded.
-        recordings: passes through it, the smallest first.
-        launching: seconds that Python takes to launch a pass without a recording.
+        transformer: the transformer that was captured.
+        graphs: captured passes through it, smallest first.
+        launch_seconds: time that Python takes to launch a pass without a graph.
     """
 
-    def __init__(self, transformer: Transformer, recordings: Sequence[Recording], *, launching: float) -> None:
+    def __init__(self, transformer: Transformer, graphs: Sequence[CapturedGraph], *, launch_seconds: float) -> None:
         super().__init__(transformer)
-        self._recordings = recordings
-        self._launching = launching
-        self._lock = threading.Lock()  # the recordings share their memory, and each has its inputs in one place
+        self._graphs = graphs
+        self._launch_seconds = launch_seconds
+        self._lock = threading.Lock()  # the graphs share a memory pool, and each has static input buffers
 
     def hidden_states(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, Packing]:
         """See `transformer.Transformer`."""
         lengths = [len(row) for row in rows]
-        recording = self.recording_for(lengths)
-        if recording is None:
+        graph = self.graph_for(lengths)
+        if graph is None:
             return self._transformer.hidden_states(rows)
         with self._lock, torch.cuda.device(self.device):
-            return recording.replay(rows, lengths)
+            return graph.replay(rows, lengths)
 
-    def recording_for(self, lengths: Sequence[int]) -> Recording | None:
-        """The recording that texts of these lengths are best replayed from, if any."""
-        recording = next((recording for recording in self._recordings if recording.size.holds(lengths)), None)
-        if recording is None:
+    def graph_for(self, lengths: Sequence[int]) -> CapturedGraph | None:
+        """Return the best graph to replay for texts of these lengths, or None if a pass without one is faster."""
+        graph = next((graph for graph in self._graphs if graph.size.fits(lengths)), None)
+        if graph is None:
             return None
-        # Without it, a pass takes as long as Python or the GPU, whichever is slower; with it, what fills it up counts.
-        usual = max(self._launching, recording.seconds * sum(lengths) / recording.size.tokens)
-        return recording if recording.seconds <= _SPARE * usual else None
+        # A pass without a graph takes its launch time or the GPU time of its own tokens, whichever is longer; a replay
+        # takes the GPU time of all tokens, fillers included.
+        eager_seconds = max(self._launch_seconds, graph.seconds * sum(lengths) / graph.size.tokens)
+        return graph if graph.seconds <= _MAX_SLOWDOWN * eager_seconds else None
 
 
 @torch.inference_mode()
-def record(transformer: Transformer, *, most_tokens: int, longest: int) -> Transformer:
-    """Record passes through a transformer on CUDA.
+def capture_graphs(transformer: Transformer, *, max_tokens: int, longest: int) -> Transformer:
+    """Capture graphs of passes through a transformer on CUDA.
 
     Args:
-        transformer: through which texts go packed.
-        most_tokens: of the largest recording.
-        longest: tokens of the longest text that it takes.
+        transformer: a packed transformer.
+        max_tokens: number of tokens of the largest graph.
+        longest: number of tokens of the longest text that the transformer accepts.
 
     Returns:
-        The transformer with its recordings; or as it is, where it cannot be recorded.
+        The transformer with its graphs, or the transformer itself if none could be captured.
     """
-    recordings: list[Recording] = []
+    graphs: list[CapturedGraph] = []
     try:
         with torch.cuda.device(transformer.device):
             pool = torch.cuda.graph_pool_handle()
-            smallest = Size.of(SMALLEST, longest)
-            launching = _seconds(_Pass(transformer, smallest))
-            for size in _sizes(most_tokens, longest):
-                recording = Recording(_Pass(transformer, size), pool)
-                if recording.seconds > _BUSY * launching:
+            smallest = GraphSize.of(MIN_TOKENS, longest)
+            launch_seconds = _measure(_StaticPass(transformer, smallest))
+            for size in _sizes(max_tokens, longest):
+                graph = CapturedGraph(_StaticPass(transformer, size), pool)
+                if graph.seconds > _MAX_GPU_TO_LAUNCH_RATIO * launch_seconds:
                     break
-                recordings.append(recording)
-    except Exception as error:  # noqa: BLE001 - it is only faster with them, and what may fail differs with every driver
-        _logger.info("no passes through this model are recorded beyond the first %d: %s", len(recordings), error)
-    return Graphed(transformer, recordings, launching=launching) if recordings else transformer
+                graphs.append(graph)
+    except Exception as error:  # noqa: BLE001 - graphs are optional, and what may fail depends on the driver
+        _logger.info("Capturing CUDA graphs of this model stopped after %d: %s", len(graphs), error)
+    return GraphedTransformer(transformer, graphs, launch_seconds=launch_seconds) if graphs else transformer
 
 
-def _sizes(most_tokens: int, longest: int) -> Iterator[Size]:
-    """The sizes of the recordings, those first that are to be preferred."""
-    tokens = SMALLEST
-    while tokens <= most_tokens:
+def _sizes(max_tokens: int, longest: int) -> Iterator[GraphSize]:
+    """Yield the sizes of the graphs, in order of preference."""
+    tokens = MIN_TOKENS
+    while tokens <= max_tokens:
         if tokens >= _LARGE and longest > SHORT:
-            yield Size.of(tokens, SHORT)
-        yield Size.of(tokens, longest)
+            yield GraphSize.of(tokens, SHORT)
+        yield GraphSize.of(tokens, longest)
         tokens *= 2
 
 
-class Size:
-    """How much a recording holds.
+class GraphSize:
+    """The fixed capacity of a graph.
 
     Args:
-        tokens: of all texts, those that fill it up included.
-        texts: likewise.
-        longest: tokens of the longest text.
+        tokens: number of tokens of all texts, fillers included.
+        texts: number of texts, fillers included.
+        longest: number of tokens of the longest text.
     """
 
     def __init__(self, tokens: int, *, texts: int, longest: int) -> None:
         self.tokens = tokens
         self.texts = texts
         self.longest = longest
-        self._fillers = -(-tokens // longest)
+        self._max_fillers = -(-tokens // longest)
 
     @classmethod
-    def of(cls, tokens: int, longest: int) -> Size:
-        """The usual one for so many tokens.
+    def of(cls, tokens: int, longest: int) -> GraphSize:
+        """Return the default capacity for a number of tokens.
 
-        Every text that there is room for costs attention some time, whether it is there or not, and the more the
-        longer it may be. So there is room for texts of 16 tokens each, but not in large recordings of longer ones.
+        Attention spends time on every text slot, used or not, and more for a larger maximum length. The capacity
+        assumes texts of 16 tokens on average, or 48 in large graphs for long texts.
 
         Args:
-            tokens: of all texts.
-            longest: tokens of the longest text that is to be expected.
+            tokens: number of tokens of all texts.
+            longest: number of tokens of the longest text to expect.
         """
-        longest = min(tokens, longest, _LONGEST)
-        usual = 48 if tokens >= _LARGE and longest > SHORT else 16
-        return cls(tokens, texts=tokens // usual + 8 + tokens // longest, longest=longest)
+        longest = min(tokens, longest, _MAX_TEXT_TOKENS)
+        tokens_per_text = 48 if tokens >= _LARGE and longest > SHORT else 16
+        return cls(tokens, texts=tokens // tokens_per_text + 8 + tokens // longest, longest=longest)
 
-    def holds(self, lengths: Sequence[int]) -> bool:
-        """Whether there is room for texts of these lengths, whatever fills it up."""
+    def fits(self, lengths: Sequence[int]) -> bool:
+        """Return whether texts of these lengths fit, together with any fillers they need."""
         return (
-            len(lengths) + self._fillers <= self.texts and sum(lengths) <= self.tokens and max(lengths) <= self.longest
+            len(lengths) + self._max_fillers <= self.texts
+            and sum(lengths) <= self.tokens
+            and max(lengths) <= self.longest
         )
 
-    def fill(self, lengths: Sequence[int]) -> list[int]:
-        """These lengths, and those of the texts that fill it up."""
-        filled = [*lengths, *fill(self.tokens - sum(lengths), self.longest)]
-        return [*filled, *[0] * (self.texts - len(filled))]
+    def pad(self, lengths: Sequence[int]) -> list[int]:
+        """Return these lengths, followed by those of the fillers, and by 0 for every unused text slot."""
+        padded = [*lengths, *filler_lengths(self.tokens - sum(lengths), self.longest)]
+        return [*padded, *[0] * (self.texts - len(padded))]
 
 
-class _Pass:
-    """A pass over tokens that are always in the same place, as a recording needs them.
+class _StaticPass:
+    """A forward pass with static input buffers, as capturing requires.
 
     Args:
-        transformer: whose pass it is.
-        size: how much goes through it.
+        transformer: the transformer.
+        size: the capacity.
 
     Attributes:
-        size: as it was given.
+        size: the capacity.
         first_position: that of the transformer.
-        inputs: what `packing.lay_out` makes, int64 on the transformer's device; at first of some texts or other.
+        inputs: the buffer, int64 on the transformer's device, in the layout of `packing.lay_out`; initially with
+            placeholder texts.
     """
 
-    def __init__(self, transformer: Transformer, size: Size) -> None:
+    def __init__(self, transformer: Transformer, size: GraphSize) -> None:
         self.size = size
         self.first_position = transformer.first_position
         self._transformer = transformer
         rows = [[1] * size.longest] * (size.tokens // size.longest)
-        numbers = lay_out(rows, size.fill([len(row) for row in rows]), self.first_position)
-        self.inputs = numbers_on(transformer.device, numbers)
-        self()  # whatever is made at the first time is neither to be recorded nor to be timed
+        layout = lay_out(rows, size.pad([len(row) for row in rows]), self.first_position)
+        self.inputs = to_device(layout, transformer.device)
+        self()  # warm up: one-time initialization must be neither captured nor timed
 
     def __call__(self) -> torch.Tensor:
-        """The token vectors."""
+        """Return the token vectors for the current inputs."""
         tokens = self.size.tokens
         packing = Packing((), self.size.longest, self.inputs[2 * tokens :].int())
         return self._transformer.forward(PackedRow(self.inputs[:tokens], self.inputs[tokens : 2 * tokens], packing))
 
 
-class Recording:
-    """A recorded pass.
+class CapturedGraph:
+    """A CUDA graph of a forward pass.
 
     Args:
-        usual: the pass.
-        pool: the memory that all recordings of a transformer share.
+        eager: the pass to capture.
+        pool: the memory pool shared by all graphs of a transformer.
 
     Attributes:
-        size: how much it holds.
-        seconds: how long the GPU takes for it, however few its tokens.
+        size: its capacity.
+        seconds: GPU time of a replay, which does not depend on how many tokens are fillers.
 
     Raises:
-        RuntimeError: what it makes is not what it is a recording of.
+        RuntimeError: the outputs of the graph differ from those of the pass.
     """
 
-    def __init__(self, usual: _Pass, pool: _Pool) -> None:
-        self.size = usual.size
-        self._inputs = usual.inputs
-        self._first_position = usual.first_position
-        expected = usual()
+    def __init__(self, eager: _StaticPass, pool: _MemoryPool) -> None:
+        self.size = eager.size
+        self._inputs = eager.inputs
+        self._first_position = eager.first_position
+        expected = eager()
         self._graph = torch.cuda.CUDAGraph()
-        # Other threads may use the GPU meanwhile, for other models: what they do must not count as a part of it.
+        # Other threads may use the GPU meanwhile, for other models; their work must not be captured.
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            self._outputs = usual()
+            self._outputs = eager()
         self._graph.replay()
-        self.seconds = _seconds(self._graph.replay)
+        self.seconds = _measure(self._graph.replay)
         if not bool(cosine_similarity(self._outputs.float(), expected.float()).min() > 1 - _TOLERANCE):
-            raise RuntimeError(f"what a recording of {self.size.tokens} tokens makes is not what the pass makes")
+            raise RuntimeError(
+                f"a graph of {self.size.tokens} tokens gives other vectors than the pass it was captured from"
+            )
 
     def replay(self, rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> tuple[torch.Tensor, Packing]:
-        """The token vectors of texts that it holds, and where each lies; no other replay may run beside it."""
-        numbers = torch.from_numpy(lay_out(rows, self.size.fill(lengths), self._first_position))
-        self._inputs.copy_(numbers.pin_memory(), non_blocking=True)
+        """Return the token vectors of texts that fit, and their boundaries. The caller must serialize replays."""
+        layout = torch.from_numpy(lay_out(rows, self.size.pad(lengths), self._first_position))
+        self._inputs.copy_(layout.pin_memory(), non_blocking=True)
         self._graph.replay()
         first = 2 * self.size.tokens
         packing = Packing(tuple(lengths), max(lengths), self._inputs[first : first + len(lengths) + 1].int())
         return self._outputs[: sum(lengths)].clone(), packing
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    """How long something takes on the GPU, or Python to launch it, whichever is longer."""
+def _measure(work: Callable[[], object]) -> float:
+    """Return the seconds that `work` takes on the GPU, or that Python takes to launch it, whichever is longer."""
     torch.cuda.synchronize()
-    began = time.perf_counter()
+    start = time.perf_counter()
     work()
     torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return time.perf_counter() - start

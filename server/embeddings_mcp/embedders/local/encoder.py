@@ -1,6 +1,6 @@
-"""The encoder: a loaded checkpoint, from texts to vectors. Synchronous: it computes on the thread that calls it.
+"""The encoder: a loaded checkpoint, from texts to vectors. Synchronous: it computes on the calling thread.
 
-texts -> Tokenizer -> rows of token ids -> Backbone -> token vectors -> pool -> stages -> vectors
+texts -> InputTokenizer -> rows of token ids -> Transformer -> token vectors -> pool -> stages -> vectors
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 
 from embeddings_mcp.embedders.local.bert import is_bert, load_bert
 from embeddings_mcp.embedders.local.bge_m3 import M3Heads
-from embeddings_mcp.embedders.local.bucketing import Bucketed
+from embeddings_mcp.embedders.local.bucketing import BucketedTransformer
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint, read_checkpoint
-from embeddings_mcp.embedders.local.cuda_graphs import record
+from embeddings_mcp.embedders.local.cuda_graphs import capture_graphs
 from embeddings_mcp.embedders.local.inputs import InputTokenizer, Row, Tokens
 from embeddings_mcp.embedders.local.latent_attention import LATENT_ATTENTION, LatentAttention
 from embeddings_mcp.embedders.local.linear import prepack
@@ -40,14 +40,14 @@ from embeddings_mcp.vectors import FloatMatrix, SparseVector
 _logger = logging.getLogger(__name__)
 
 _LARGE = 768
-"""Length of the vectors from which on a model counts as large, as that of BERT-base."""
+"""Number of dimensions, that of BERT-base, from which a model counts as large."""
 
 
 class Encoder:
     """A loaded model.
 
     Attributes:
-        facts: what is known of it.
+        facts: its properties.
     """
 
     def __init__(
@@ -68,37 +68,37 @@ class Encoder:
         self._latent_attention = latent_attention
         self._heads = heads
         self._stages = stages
-        on_a_gpu = backbone.device.type == "cuda"
-        self._launching: AbstractContextManager[object] = threading.Lock() if on_a_gpu else nullcontext()
+        on_gpu = backbone.device.type == "cuda"
+        self._launch_lock: AbstractContextManager[object] = threading.Lock() if on_gpu else nullcontext()
 
     def tokenize(self, texts: Sequence[str], *, input_type: InputType | None, truncate: Truncate) -> Iterator[Tokens]:
-        """The first step: see `InputTokenizer.tokenize`."""
+        """Tokenize texts, the first step; see `InputTokenizer.tokenize`."""
         return self._inputs.tokenize(texts, input_type=input_type, truncate=truncate)
 
     def forward(self, rows: Sequence[Row], skip: int) -> FloatMatrix:
-        """The vectors, float32 ``[n, d]``, of one batch of tokenized texts; see `Tokens`."""
-        result: FloatMatrix = self.launch(rows, skip).cpu().numpy()
-        return result
+        """Return the vectors of one batch of tokenized texts, float32 ``[n, d]``; see `Tokens`."""
+        vectors: FloatMatrix = self.launch(rows, skip).cpu().numpy()
+        return vectors
 
     @torch.inference_mode()
     def launch(self, rows: Sequence[Row], skip: int) -> torch.Tensor:
-        """The same, on the model's device; a GPU may still be computing it.
+        """Return the vectors as a tensor on the model's device, without waiting for a GPU to compute them.
 
-        One batch is launched after the other: threads that did so at the same time would take turns at every kernel, be
-        done at the same time, and have the GPU wait for both.
+        Launches are serialized: threads that launched concurrently would interleave their kernels, finish at the same
+        time, and leave the GPU idle until they launch their next batches.
         """
-        with self._launching:
+        with self._launch_lock:
             return self._dense(*self._hidden_states(rows), skip=skip)
 
     @torch.inference_mode()
     def forward_all(self, rows: Sequence[Row], skip: int) -> tuple[FloatMatrix, list[SparseVector], list[FloatMatrix]]:
-        """As `forward`, and the lexical weights and token vectors of the same texts.
+        """Return the vectors as `forward` does, and the lexical weights and token vectors of the same texts.
 
         Raises:
-            ModelUnavailable: the model has only dense vectors.
+            ModelUnavailable: the model has dense vectors only.
         """
         if self._heads is None:
-            raise ModelUnavailable(f"{self.facts.card.id} makes one dense vector of a text, and nothing else")
+            raise ModelUnavailable(f"{self.facts.card.id} has dense vectors only, no sparse or token vectors")
         hidden, packing = self._hidden_states(rows)
         sparse, colbert = self._heads.sparse(hidden, rows), self._heads.colbert(hidden, packing)
         dense: FloatMatrix = self._dense(hidden, packing, skip=skip).cpu().numpy()
@@ -106,15 +106,15 @@ class Encoder:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device that it computes on."""
         return self._backbone.device
 
     def workers(self, cores: int) -> int:
-        """On how many threads batches are best run, of which each computes on its share of the cores.
+        """Return the best number of worker threads; each runs a batch at a time, on its share of the cores.
 
-        A small model is fastest where each batch has a core of its own: threads that share a batch wait for each other
-        after every product, for long when another process takes one of their cores. A large one wants all of them. On a
-        GPU one batch is made ready while another runs.
+        A small model is fastest with one core per batch: threads that share a batch synchronize after every matrix
+        product, and all wait if another process occupies one of their cores. A large model is fastest with all cores on
+        one batch. On a GPU, two workers prepare one batch while the other is computed.
         """
         match self.device.type:
             case "cpu":
@@ -126,7 +126,7 @@ class Encoder:
 
     @staticmethod
     def compute_on(cores: int) -> None:
-        """Let what the calling thread computes from now on use so many cores."""
+        """Set the number of intra-op threads of the calling thread."""
         torch.set_num_threads(cores)
 
     def _hidden_states(self, rows: Sequence[Row]) -> tuple[torch.Tensor, Packing]:
@@ -154,18 +154,18 @@ def load_encoder(
     """Load a checkpoint.
 
     Args:
-        name: what the model is called.
+        name: name of the model.
         folder: the checkpoint.
-        known: the built-in card of that name, where there is one.
-        own: the user's, where there is one.
+        known: the built-in card of that name, if any.
+        own: the user's card, if any.
         device: ``auto`` (cuda, then mps, then cpu), or a torch device such as ``cuda:1``.
-        precision: number format of the weights.
-        max_tokens: a lower limit than the checkpoint's own.
-        cuda_graphs: whether passes over few tokens are recorded, on CUDA (see `graphs`).
+        precision: the number format.
+        max_tokens: a limit on tokens per text that is lower than the checkpoint's own.
+        cuda_graphs: whether to capture graphs of passes over few tokens, on CUDA (see `cuda_graphs`).
 
     Raises:
         CheckpointInvalid: something in the folder is missing, damaged or not supported.
-        ModelUnavailable: this machine has no such device.
+        ModelUnavailable: the device is not available, has too little memory, or does not support the number format.
     """
     checkpoint = read_checkpoint(folder, known)
     card = checkpoint.card(name, known, own)
@@ -176,22 +176,22 @@ def load_encoder(
     static = checkpoint.pipeline.static
     placement = choose_placement("cpu", "float32") if static else choose_placement(device, precision)
     if placement.slower_than_float32:
-        _logger.warning("%s computes in %s, which takes this CPU longer than float32", card.id, placement.precision)
+        _logger.warning("%s computes in %s, which is slower than float32 on this CPU", card.id, placement.precision)
     if placement.quantized or placement.in_amx:
         raise_malloc_thresholds()
     with _checkpoint_errors(checkpoint, placement.device):
         encoder = _load(checkpoint, card, placement, cuda_graphs=cuda_graphs)
-        _try(encoder)
+        _smoke_test(encoder)
     return encoder
 
 
 @contextmanager
 def _checkpoint_errors(checkpoint: Checkpoint, device: torch.device) -> Iterator[None]:
-    """Whatever fails in here is the checkpoint's fault, unless it says otherwise.
+    """Convert any error in this block to one about the checkpoint, except those that have another cause.
 
     Raises:
-        CheckpointInvalid: it failed.
-        ModelUnavailable: the device has not enough memory.
+        CheckpointInvalid: the block raised any other error.
+        ModelUnavailable: the block raised this error, or the device ran out of memory.
     """
     advice = "; it may need the code that its config.json names, which is never run" if checkpoint.has_own_code else ""
     try:
@@ -202,7 +202,7 @@ def _checkpoint_errors(checkpoint: Checkpoint, device: torch.device) -> Iterator
         raise
     except torch.OutOfMemoryError as error:
         raise ModelUnavailable(f"{checkpoint.folder} does not fit into the memory of {device}: {error}") from error
-    except Exception as error:  # what is wrong in a checkpoint fails in as many ways as there are readers of it
+    except Exception as error:  # each library that reads a damaged checkpoint fails in its own way
         raise CheckpointInvalid(f"{checkpoint.folder}: the model cannot be run: {error}{advice}") from error
 
 
@@ -211,12 +211,12 @@ def _load(checkpoint: Checkpoint, card: ModelCard, placement: Placement, *, cuda
     transformer = _load_backbone(checkpoint, placement)
     inputs = InputTokenizer(checkpoint, card, vocabulary=transformer.vocabulary)
     if cuda_graphs and device.type == "cuda" and transformer.packed:
-        transformer = record(transformer, most_tokens=placement.tokens_per_batch, longest=checkpoint.max_tokens)
+        transformer = capture_graphs(transformer, max_tokens=placement.tokens_per_batch, longest=checkpoint.max_tokens)
     if placement.in_amx and transformer.packed:
-        transformer = Bucketed(transformer)
+        transformer = BucketedTransformer(transformer)
     latent_attention = None
     if recipe and recipe.latent_attention:
-        with torch.device("meta"):  # it has as many parameters as some whole models
+        with torch.device("meta"):  # not initialized: it has as many parameters as a small model
             latent_attention = LatentAttention(checkpoint.config["latent_attention_config"])
         load_weights(latent_attention, backbone, prefix=LATENT_ATTENTION)
         latent_attention = latent_attention.eval().to(device, placement.dtype)
@@ -243,8 +243,8 @@ def _load(checkpoint: Checkpoint, card: ModelCard, placement: Placement, *, cuda
     )
 
 
-def _try(encoder: Encoder) -> None:
-    """Embed one letter, so that parts that do not fit together show before anybody waits for a vector."""
+def _smoke_test(encoder: Encoder) -> None:
+    """Embed one letter, so that mismatched parts of a checkpoint fail at load time, not in a request."""
     tokens = next(encoder.tokenize(["a"], input_type=None, truncate="END"))
     if not np.isfinite(encoder.forward(tokens.rows, tokens.skip)).all():
         raise ValueError("its vectors are not numbers: the weights are damaged, or too large for their number format")
@@ -261,7 +261,7 @@ def _load_backbone(checkpoint: Checkpoint, placement: Placement) -> Transformer:
 
 
 def _load_stage(stage: Stage, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What a stage does, in float32 whatever the transformer's precision is."""
+    """Load a stage as a function of vectors. It computes in float32, whatever the transformer's precision."""
     match stage:
         case Dense():
             linear = torch.nn.Linear(stage.in_features, stage.out_features, bias=stage.bias)
@@ -284,6 +284,6 @@ def _activation(dense: Dense) -> torch.nn.Module:
     try:
         if isinstance(kind, type) and issubclass(kind, torch.nn.Module):
             return kind()
-    except TypeError:  # it does not go without arguments
+    except TypeError:  # it requires arguments
         pass
     raise CheckpointInvalid(f"{dense.folder / 'config.json'}: {dense.activation!r} is no activation of torch.nn")

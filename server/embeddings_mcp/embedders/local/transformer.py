@@ -1,4 +1,4 @@
-"""What the transformers of all families have in common once they are loaded."""
+"""The interface of a loaded transformer of any family."""
 
 from __future__ import annotations
 
@@ -15,42 +15,43 @@ class Transformer(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
+        """The device of its weights."""
         ...
 
     @property
     def packed(self) -> bool:
-        """Whether texts go through it without padding."""
+        """Whether it runs packed batches, without padding."""
         ...
 
     @property
     def vocabulary(self) -> int:
-        """Tokens that it has vectors for."""
+        """Vocabulary size: the number of token ids that it has embeddings for."""
         ...
 
     @property
     def first_position(self) -> int:
-        """Position id of a text's first token, as `packing.lay_out` wants it."""
+        """Position id of a text's first token; see `packing.lay_out`."""
         ...
 
     def hidden_states(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, Packing]:
-        """The token vectors of the texts, one text behind the other.
+        """Return the token vectors of a batch of texts, concatenated.
 
         Args:
-            rows: token ids of each text, none of them empty; neighbours of equal length are attended to together.
+            rows: token ids of each text, none of them empty. Attention is computed in one call for adjacent texts of
+                equal length, so sorting by length makes it faster.
 
         Returns:
-            ``[tokens, d]``, and where each text lies in it.
+            ``[tokens, d]``, and the boundaries of the texts in it.
         """
         ...
 
     def forward(self, row: PackedRow) -> torch.Tensor:
-        """From a packed row to its token vectors, ``[tokens, d]``; of a transformer that is packed."""
+        """Return the token vectors of a packed row, ``[tokens, d]``. Only if `packed` is true."""
         ...
 
 
-class Wrapped:
-    """What a transformer keeps of another one that it stands before; texts go packed through both."""
+class TransformerWrapper:
+    """Base class of transformers that wrap another packed one; delegates everything but `hidden_states`."""
 
     packed = True
 
@@ -59,12 +60,12 @@ class Wrapped:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self._transformer.device
 
     @property
     def vocabulary(self) -> int:
-        """Tokens that it has vectors for."""
+        """Vocabulary size."""
         return self._transformer.vocabulary
 
     @property
@@ -73,5 +74,5 @@ class Wrapped:
         return self._transformer.first_position
 
     def forward(self, row: PackedRow) -> torch.Tensor:
-        """See `Transformer`; this is the other one's own."""
+        """Return the token vectors of a packed row, by the wrapped transformer."""
         return self._transformer.forward(row)
