@@ -95,6 +95,6 @@ async def test_a_request_is_answered_although_its_batch_was_too_large() -> None:
     model = InProcessModel([cast("Any", Small())])
     embedder = LocalEmbedder(ROUGH, lambda: model, lambda: ("rough", EXACT))
     with anyio.fail_after(10):
-        made = await embedder.embed(["x", "xx", "xxx"], input_type=None, truncate="NONE")
-    assert made.vectors[:, 0].tolist() == [1, 2, 3]
+        embedded = await embedder.embed(["x", "xx", "xxx"], input_type=None, truncate="NONE")
+    assert embedded.vectors[:, 0].tolist() == [1, 2, 3]
     await embedder.aclose()

@@ -215,7 +215,7 @@ def load_backbone(checkpoint: Checkpoint, placement: Placement) -> Backbone:
         key_mapping={f"^{re.escape(prefix)}": ""} if prefix else None,
     )
     _check(checkpoint, report, model.base_model_prefix, names=names)
-    model.pooler = torch.nn.Identity()  # where there is one, its output is not used
+    model.pooler = torch.nn.Identity()  # its output is not used
     try:
         backbone = Backbone(model.eval().to(placement.device), first_position=checkpoint.first_position)
     except ValueError as error:

@@ -5,8 +5,8 @@ requests. On two cores that costs a fifth of the throughput. And whatever kills 
 fault) kills only the subprocess, which is restarted for the next request.
 
 The server has one connection to the subprocess for every batch that may be in flight. On each, it sends a batch and
-receives its vectors. `process_main` is the other end. Messages are pickled, which is safe because both ends are the
-same program. Texts are tokenized in the server.
+receives its vectors. `process_main` is the other end; both ends are the same program, and exchange pickled messages.
+Texts are tokenized in the server.
 """
 
 from __future__ import annotations
