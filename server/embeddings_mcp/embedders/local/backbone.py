@@ -122,6 +122,7 @@ class Backbone:
         return hidden
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Run a padded batch, and return the token vectors without those of the padding."""
         lengths = np.array([len(row) for row in rows])
         present = np.arange(lengths.max()) < lengths[:, None]
         padded = np.full(present.shape, self._padding)
@@ -140,21 +141,21 @@ class Backbone:
         if packable and config.model_type in PROVEN:
             self._model.set_attn_implementation(NAME)
             return "packed"
-        ids = [number for number in range(min(config.vocab_size, 64)) if number != self._padding] or [0]
-        rows = [[ids[place * step % len(ids)] for place in range(1, step)] for step in (6, 11)]
+        ids = [token for token in range(min(config.vocab_size, 64)) if token != self._padding] or [0]
+        rows = [[ids[index * step % len(ids)] for index in range(1, step)] for step in (6, 11)]
         with torch.inference_mode():
             alone = torch.cat([self._padded([row]) for row in rows])
             if packable:
-                own = config._attn_implementation  # noqa: SLF001 - there is a public setter, but no getter
+                original = config._attn_implementation  # noqa: SLF001 - there is a public setter, but no getter
                 self._model.set_attn_implementation(NAME)
                 try:
                     if _same(alone, self.forward(pack(rows, self.device, self.first_position))):
                         return "packed"
                 except (PackingUnsupported, TypeError, RuntimeError) as error:
                     _logger.debug("packing failed: %s", error)
-                self._model.set_attn_implementation(own)
+                self._model.set_attn_implementation(original)
             batching: Batching = "padded" if _same(alone, self._padded(rows)) else "by length"
-        _logger.info("Batches of %s cannot be packed; they are batched %s.", config.model_type, batching)
+        _logger.info("Batches of %s cannot be packed (batching: %s).", config.model_type, batching)
         return batching
 
 
@@ -201,7 +202,7 @@ def load_backbone(checkpoint: Checkpoint, placement: Placement) -> Backbone:
         config = AutoConfig.for_model(model_type, **description)
     except Exception as error:  # each of the hundreds of config classes validates in its own way
         raise CheckpointInvalid(
-            f"{folder / 'config.json'} is not a valid config of type {model_type!r}: {error}"
+            f"{folder / 'config.json'}: it is not a valid config of type {model_type!r}: {error}"
         ) from error
     names = tensor_names(folder)  # also refuses a pickle that holds anything but tensors
     model, report = architecture.from_pretrained(
