@@ -1,4 +1,4 @@
-"""Fixtures that every test may use."""
+"""Fixtures for all tests."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from embeddings_mcp.settings import Settings
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide GPUs from all tests but those for them, so that the others are the same on every machine."""
+    """Hide GPUs except in runs with `-m gpu`, so that all other tests behave the same on every machine."""
     if config.getoption("markexpr") != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_settings_from_outside() -> Iterator[None]:
-    """The settings of whoever runs the tests are not those under test."""
+    """Remove settings from the environment that the tests run in."""
     with pytest.MonkeyPatch.context() as patch:
         for name in Settings.model_fields:
             patch.delenv(f"EMBEDDINGS_MCP_{name.upper()}", raising=False)
@@ -28,5 +28,5 @@ def _no_settings_from_outside() -> Iterator[None]:
 
 @pytest.fixture
 def anyio_backend() -> str:
-    """Async tests run on asyncio, as the server does."""
+    """Run async tests on asyncio, as the server does."""
     return "asyncio"

@@ -1,4 +1,4 @@
-"""Pieces that several tests share."""
+"""Helpers shared by several test modules."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ ENVELOPE = {
     "io.modelcontextprotocol/protocolVersion": "2026-07-28",
     "io.modelcontextprotocol/clientCapabilities": {},
 }
-"""What a request of MCP says of its client, in ``_meta``; there is no handshake from this protocol version on."""
+"""The client metadata of an MCP request, in ``_meta``: from this protocol version on there is no handshake."""
 
 LIST_TOOLS = {"jsonrpc": "2.0", "id": 1, "method": "tools/list", "params": {"_meta": ENVELOPE}}
-"""A request that every server of MCP answers."""
+"""A request that every MCP server answers."""
 
 INITIALIZE = {
     "jsonrpc": "2.0",
@@ -48,22 +48,20 @@ INITIALIZE = {
     "method": "initialize",
     "params": {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "test", "version": "0"}},
 }
-"""The first request of a session; from protocol 2026-07-28 on there are none."""
+"""The first request of a session; from protocol 2026-07-28 on there are no sessions."""
 
 SECONDS = 10
-"""Longest that anything may take for which no process is started."""
+"""Timeout of anything that does not start a process."""
 
 START_SECONDS = 60
-"""Longest that a server process may take to listen, on a machine that is busy."""
+"""Timeout for a server process to listen, on a busy machine."""
 
 
 @dataclass
 class HashEmbedder:
-    """An embedder without a model: every (text, prompt) has one unit vector of its own, drawn from its hash.
+    """An embedder without a model, for tests of the layers above: a hash of (prompt, text) seeds a unit vector.
 
-    It counts a word as a token, and two more for a text.
-
-    For tests of what lies above the embedder. `gate`, when set, holds every call until the event is set.
+    A text has one token per word, and two special tokens. `gate`, if not None, blocks every call until it is set.
     """
 
     card: ModelCard = field(default_factory=lambda: ModelCard(id="test/hash", dimensions=8, max_tokens=64))
@@ -106,7 +104,7 @@ class HashEmbedder:
         return Embeddings(vectors, counts)
 
     def vector(self, text: str, input_type: InputType | None = None) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
-        """The vector that this text has."""
+        """The vector of this text."""
         seed = int.from_bytes(hashlib.sha256((self.card.prompt(input_type) + text).encode()).digest()[:8], "little")
         vector = np.random.default_rng(seed).standard_normal(self.card.dimensions or 8).astype(np.float32)
         return vector / np.float32(np.linalg.norm(vector))
@@ -120,7 +118,7 @@ class HashEmbedder:
 
 @dataclass
 class FailingEmbedder(HashEmbedder):
-    """Answers nothing but `error`, to requests and to readiness probes."""
+    """Raises `error` for requests and for readiness probes."""
 
     error: Exception = field(default_factory=RuntimeError)
 
@@ -132,21 +130,21 @@ class FailingEmbedder(HashEmbedder):
 
 
 def service_of(*embedders: Embedder) -> EmbeddingService:
-    """A service over these embedders, the first being the default; over a `HashEmbedder` where none is given."""
+    """A service with these embedders, the first as the default; with one `HashEmbedder` if none is given."""
     embedders = embedders or (HashEmbedder(),)
     return EmbeddingService(embedders, default_model=embedders[0].card.id)
 
 
 @contextmanager
 def client_of(*embedders: Embedder, **chosen: Any) -> Iterator[httpx.Client]:
-    """A client of an HTTP server over these embedders, with these settings."""
+    """An HTTP client of a server with these embedders and settings."""
     with served(service_of(*embedders), **chosen) as url, httpx.Client(base_url=url, timeout=SECONDS) as client:
         yield client
 
 
 @contextmanager
 def served(service: EmbeddingService, **chosen: Any) -> Iterator[str]:
-    """The address of an HTTP server of this service, with these settings."""
+    """Run an HTTP server of this service with these settings; yields its address."""
     settings = Settings(**chosen)
     with serving(create_app(service, build_mcp_server(service, Limits.of(settings)), settings)) as url:
         yield url
@@ -154,7 +152,7 @@ def served(service: EmbeddingService, **chosen: Any) -> Iterator[str]:
 
 @contextmanager
 def serving(app: ASGIApp) -> Iterator[str]:
-    """Serves `app` on a free loopback port, in a thread; gives its address."""
+    """Serve `app` on a free loopback port, in a thread; yields its address."""
     config = uvicorn.Config(
         app, port=0, http=Connection, lifespan="on", ws="none", log_config=None, access_log=False, proxy_headers=False
     )
@@ -162,7 +160,7 @@ def serving(app: ASGIApp) -> Iterator[str]:
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
-        assert server.up.wait(10), "the server did not start"
+        assert server.started_up.wait(10), "the server did not start"
         host, port = server.servers[0].sockets[0].getsockname()
         yield f"http://{host}:{port}"
     finally:
@@ -172,20 +170,20 @@ def serving(app: ASGIApp) -> Iterator[str]:
 
 
 class _Server(uvicorn.Server):
-    """Says when it listens."""
+    """Sets an event when it listens."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
-        self.up = threading.Event()
+        self.started_up = threading.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self.up.set()
+        self.started_up.set()
 
 
 @contextmanager
 def running(*command: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A process that serves HTTP on a free port, once it has said where, and its address."""
+    """Start a process that serves HTTP on a free port; yields it and its address, read from stderr."""
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
     ) as process:
@@ -193,14 +191,14 @@ def running(*command: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
         deadline.start()
         try:
             assert process.stderr is not None
-            said = []
+            output = []
             for line in process.stderr:
-                said.append(line)
+                output.append(line)
                 if found := re.search(r"serving MCP at (\S+)/mcp and REST at \1/v1$", line):
                     deadline.cancel()
                     yield process, found[1]
                     return
-            raise AssertionError(f"the server did not start: {''.join(said)}")
+            raise AssertionError(f"the server did not start: {''.join(output)}")
         finally:
             deadline.cancel()
             process.kill()
@@ -208,7 +206,7 @@ def running(*command: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 @contextmanager
 def over_stdio(*command: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
-    """A process that is spoken to by `ask`; it is ended with the block, and after the time that a start may take."""
+    """Start a process for `ask`; it is killed at the end of the block, or after `START_SECONDS`."""
     with subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", **options
     ) as process:
@@ -222,7 +220,7 @@ def over_stdio(*command: str, **options: Any) -> Iterator[subprocess.Popen[str]]
 
 
 def ask(process: subprocess.Popen[str], request: Mapping[str, Any]) -> str:
-    """The line with which a process answers a message of MCP."""
+    """Send an MCP message to a process; returns the line that it answers."""
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write(json.dumps(request) + "\n")
@@ -232,8 +230,8 @@ def ask(process: subprocess.Popen[str], request: Mapping[str, Any]) -> str:
 
 @contextmanager
 def out_of_files() -> Iterator[None]:
-    """For the time of the block this process can open nothing more; what is open already stays so."""
-    import resource  # which Windows does not have
+    """Let this process open no more files within the block; files that are already open stay open."""
+    import resource  # not available on Windows
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
@@ -244,14 +242,14 @@ def out_of_files() -> Iterator[None]:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    """Let the other tasks run until they have brought about `condition`."""
+    """Let the other tasks run until `condition` holds."""
     with anyio.fail_after(SECONDS):
         while not condition():
             await anyio.lowlevel.checkpoint()
 
 
 class Clock:
-    """In the place of the module `time`: the time, which passes when a test says so."""
+    """A replacement for the module `time`, whose clock a test advances."""
 
     def __init__(self) -> None:
         self.now = 1000.0

@@ -1,1 +1,1 @@
-"""Requests by the thousand, made from our own OpenAPI document: ``python -m tests.fuzz SCHEMATHESIS``."""
+"""Fuzzing with thousands of requests generated from our OpenAPI document: ``python -m tests.fuzz SCHEMATHESIS``."""

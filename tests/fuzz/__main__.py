@@ -1,6 +1,6 @@
-"""Start the server, and let schemathesis loose on it.
+"""Start the server and run schemathesis against it.
 
-Schemathesis lies in an environment of its own (`make fuzz` makes it): it would bring its pytest plugin into ours.
+Schemathesis has its own environment (created by `make fuzz`), since it would install its pytest plugin into ours.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from pathlib import Path
 from tests.support import running
 
 EXAMPLES = 1_000
-"""Cases that are made up for each operation, besides those that the schema itself suggests."""
+"""Generated cases per operation, in addition to the examples in the schema."""
 
 
 def main() -> None:
-    """Run it; exits with the code of schemathesis, which is 0 where every check held."""
+    """Run schemathesis, and exit with its exit code: 0 if every check passed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("schemathesis", type=Path, help="its command, `st`")
+    parser.add_argument("schemathesis", type=Path, help="path of its command, `st`")
     parser.add_argument("--examples", type=int, default=EXAMPLES)
-    chosen = parser.parse_args()
+    options = parser.parse_args()
     with running(sys.executable, "-m", "tests.fuzz.server") as (_process, url):
-        done = subprocess.run(
+        completed = subprocess.run(
             [
-                chosen.schemathesis.absolute(),
+                options.schemathesis.absolute(),
                 *("--config-file", Path(__file__).with_name("schemathesis.toml")),
                 *("run", f"{url}/openapi.json", "--checks", "all"),
-                *("--max-examples", str(chosen.examples), "--suppress-health-check", "all", "--warnings", "off"),
+                *("--max-examples", str(options.examples), "--suppress-health-check", "all", "--warnings", "off"),
             ],
             check=False,
         )
-    sys.exit(done.returncode)
+    sys.exit(completed.returncode)
 
 
 if __name__ == "__main__":

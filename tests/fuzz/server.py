@@ -1,4 +1,4 @@
-"""The server that is fuzzed: an embedder without a model, so that the time goes into the faces."""
+"""The server under fuzzing: its embedder has no model, so that the time is spent in the faces."""
 
 from __future__ import annotations
 

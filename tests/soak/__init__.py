@@ -1,1 +1,1 @@
-"""The server under fire for minutes: ``python -m tests.soak``."""
+"""A soak test of the server: ``python -m tests.soak``."""

@@ -1,4 +1,4 @@
-"""The short form of the soak; `make soak` is the long one."""
+"""A short soak test; `make soak` runs the full one."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tests.soak.soak import leaks, report, soak
 
 
 @pytest.mark.anyio
-@pytest.mark.skipif(sys.platform != "linux", reason="what a process holds is read from /proc")
-async def test_a_server_under_fire_answers_everybody_rightly_and_holds_on_to_nothing(tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="resources of a process are read from /proc")
+async def test_a_server_under_load_answers_correctly_and_leaks_nothing(tmp_path: Path) -> None:
     began = time.monotonic()
     findings = await soak(tmp_path, rounds=2, seconds=4, kills=1)
     figures = report(findings, began)
