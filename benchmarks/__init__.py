@@ -1,5 +1,5 @@
-"""How fast, beside others: every module here is run as ``python -m benchmarks.NAME`` and prints tables.
+"""Benchmarks against other embedding software: run each module as ``python -m benchmarks.NAME``; it prints tables.
 
-A figure is worth what stands beside it: contenders run in processes of their own, take turns in one run, and are
-compared by medians. `RESULTS.md` keeps what was measured, where and when.
+Absolute figures mean little on shared machines. Contenders therefore run in separate processes, take turns within one
+run, and are compared by medians. `RESULTS.md` records the results, with machine and date.
 """

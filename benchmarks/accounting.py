@@ -1,7 +1,7 @@
-"""Our server, keeping account of what it computes: ``python -m benchmarks.accounting FILE ARGUMENT...``.
+"""Our server, with CPU time accounting: ``python -m benchmarks.accounting FILE ARGUMENT...``.
 
-On SIGUSR1 it appends a line to the file: the processor seconds it has spent so far, those of them that went into
-tokenizing and encoding. The rest is what serving costs.
+On SIGUSR1 it appends a line to the file: the CPU seconds used so far, and how many of them were spent on tokenizing and
+encoding. The difference is the cost of serving.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from embeddings_mcp.faces.cli import commands
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
-_SECONDS = 30
+_TIMEOUT_SECONDS = 30
 
 
 class _Account:
-    """Processor seconds spent within some functions, on whatever thread."""
+    """CPU seconds spent in some functions, on all threads."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self._lock = threading.Lock()
 
-    def of(self, function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-        """The function, counted; no generator, which has done nothing yet when it has been called."""
-        assert not inspect.isgeneratorfunction(function), f"{function} would be counted as nothing"
+    def timed(self, function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+        """Wrap a function so that its CPU time is counted; not a generator, since calling one does no work yet."""
+        assert not inspect.isgeneratorfunction(function), f"the work of generator {function} would not be counted"
 
-        def counted(*arguments: _Arguments.args, **keywords: _Arguments.kwargs) -> _Result:
+        def wrapper(*arguments: _Arguments.args, **keywords: _Arguments.kwargs) -> _Result:
             started = time.thread_time()
             try:
                 return function(*arguments, **keywords)
@@ -45,15 +45,15 @@ class _Account:
                 with self._lock:
                     self.seconds += time.thread_time() - started
 
-        return counted
+        return wrapper
 
 
 def main(path: str) -> None:
-    """Serve."""
+    """Run the server."""
     account = _Account()
-    # To replace a method is what mypy warns of, and what is wanted here.
-    Tokenizer.encode = account.of(Tokenizer.encode)  # type: ignore[method-assign]
-    Encoder.forward = account.of(Encoder.forward)  # type: ignore[method-assign]
+    # mypy warns about replaced methods, which is the purpose here.
+    Tokenizer.encode = account.timed(Tokenizer.encode)  # type: ignore[method-assign]
+    Encoder.forward = account.timed(Encoder.forward)  # type: ignore[method-assign]
 
     def report(_signal: int, _frame: object) -> None:
         with Path(path).open("a", encoding="utf-8") as file:
@@ -64,11 +64,11 @@ def main(path: str) -> None:
 
 
 def read(pid: int, path: Path) -> tuple[float, float]:
-    """What such a server has spent so far, and what of it on tokenizing and encoding."""
+    """CPU seconds that such a server has used so far: in total, and on tokenizing and encoding."""
     size = path.stat().st_size if path.exists() else 0
     os.kill(pid, signal.SIGUSR1)
-    ends = time.monotonic() + _SECONDS
-    while time.monotonic() < ends:
+    deadline = time.monotonic() + _TIMEOUT_SECONDS
+    while time.monotonic() < deadline:
         if path.exists() and path.stat().st_size > size and (text := path.read_text(encoding="utf-8")).endswith("\n"):
             total, computing = text.splitlines()[-1].split()
             return float(total), float(computing)

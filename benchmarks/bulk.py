@@ -1,4 +1,4 @@
-"""Many texts through an encoder on one thread, as a program has them embedded that needs no server and no queue."""
+"""Embed many texts with an encoder on one thread, as a program does without a server and its queue."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ from embeddings_mcp.models import InputType, Truncate
 def encode(
     encoder: Encoder, texts: Sequence[str], *, input_type: InputType | None = None, truncate: Truncate = "NONE"
 ) -> Embeddings:
-    """Embed texts from the first to the last step.
+    """Tokenize and embed texts.
 
     Raises:
         InputTooLong: a text is too long and `truncate` is NONE.
     """
-    # A CPU would only compute them earlier, and padding costs least in batches that are made of all texts.
-    computes_meanwhile = encoder.facts.packed and encoder.device.type != "cpu"
+    # On a CPU, starting early gains nothing, and padding costs least when batches are chosen from all texts.
+    launch_early = encoder.facts.packed and encoder.device.type != "cpu"
     rows: list[Row] = []
-    waiting: list[int] = []  # those of them that are not launched
-    made: list[tuple[list[int], torch.Tensor]] = []
+    waiting: list[int] = []  # indices of rows that are not launched yet
+    launched: list[tuple[list[int], torch.Tensor]] = []
 
     def launch(batches: Iterable[list[int]]) -> None:
-        made.extend((batch, encoder.launch([rows[index] for index in batch], tokens.skip)) for batch in batches)
+        launched.extend((batch, encoder.launch([rows[index] for index in batch], tokens.skip)) for batch in batches)
 
     for tokens in encoder.tokenize(texts, input_type=input_type, truncate=truncate):
         waiting += range(len(rows), len(rows) + len(tokens.rows))
         rows += tokens.rows
-        if computes_meanwhile:
+        if launch_early:
             *full, waiting = _batches(encoder, rows, waiting)
             launch(full)
-    # All are launched before any is waited for, so that a GPU never waits for the next.
+    # Launch all batches before waiting for any, so that a GPU never idles between them.
     launch(_batches(encoder, rows, waiting))
     vectors = np.empty((len(texts), encoder.facts.dimensions), dtype=np.float32)
-    for batch, some in made:
-        vectors[batch] = some.cpu().numpy()
+    for batch, output in launched:
+        vectors[batch] = output.cpu().numpy()
     return Embeddings(vectors, [len(row) for row in rows])
 
 
-def _batches(encoder: Encoder, rows: Sequence[Row], which: Iterable[int]) -> list[list[int]]:
-    """Which of some rows go through the model together: neighbours in length, within the token budget."""
-    order = sorted(which, key=lambda index: len(rows[index]), reverse=True)
+def _batches(encoder: Encoder, rows: Sequence[Row], indices: Iterable[int]) -> list[list[int]]:
+    """Group rows of similar length into batches within the token budget."""
+    order = sorted(indices, key=lambda index: len(rows[index]), reverse=True)
     batches: list[list[int]] = []
     spent = encoder.facts.tokens_per_batch
     for index in order:
-        # Padded, every text of a batch costs as much as its longest, which is its first.
+        # With padding, every text costs as much as the longest in its batch, which is the first.
         cost = len(rows[index if encoder.facts.packed or not batches else batches[-1][0]])
         if spent + cost > encoder.facts.tokens_per_batch:
             batches.append([])

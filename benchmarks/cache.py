@@ -1,6 +1,7 @@
-"""What a text costs that is remembered, beside what it costs to embed it: ``python -m benchmarks.cache``.
+"""The cost of a cache hit, compared with embedding the text: ``python -m benchmarks.cache``.
 
-All in this process, at the door that the service uses, with MiniLM on the CPU. Those compared take turns.
+Everything runs in this process, through the interface that the service uses, with MiniLM on the CPU. Contenders take
+turns.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from embeddings_mcp.models import DEFAULT_MODEL, ModelCard, find_card
 GIB = 1 << 30
 
 TIMES_FASTER = 50
-"""A text that is remembered, against the same text embedded."""
+"""Aim for a cached text, compared with embedding it."""
 
 LOOKUP_MILLISECONDS = 50
-"""1,000 texts out of 100,000."""
+"""Aim for looking up 1,000 texts out of 100,000."""
 
 
 async def compare_with_embedding(folder: Path, rounds: int, many: int) -> None:
-    """One table: a text, and many, embedded, and remembered in memory and on disk."""
+    """Print a table: one text and many, embedded, and cached in memory and on disk."""
     card = cast("ModelCard", find_card(DEFAULT_MODEL))
     files = ModelFiles(card.id, known=card, folder=None, repository=None, device="cpu", precision="float32")
     encoder = LocalEmbedder(card, files.load, files.identify)
@@ -51,17 +52,17 @@ async def compare_with_embedding(folder: Path, rounds: int, many: int) -> None:
         ("one text of 256 tokens", "long", 1),
         (f"{many:,} short texts", "short", many),
     ):
-        some = texts(workload, count)
-        reference = await embed(contenders["from memory"], some)
-        await embed(contenders["from disk"], some)
+        batch = texts(workload, count)
+        reference = await embed(contenders["from memory"], batch)
+        await embed(contenders["from disk"], batch)
         seconds: dict[str, list[float]] = {name: [] for name in contenders}
         for _ in range(rounds if count == 1 else max(3, rounds // 20)):
             for name, contender in contenders.items():
-                took, made = await timed(contender, some)
-                seconds[name].append(took)
+                elapsed, result = await timed(contender, batch)
+                seconds[name].append(elapsed)
                 if name == "from memory":
-                    assert made.vectors.tobytes() == reference.vectors.tobytes(), "a hit is not what was stored"
-        medians = {name: statistics.median(taken) for name, taken in seconds.items()}
+                    assert result.vectors.tobytes() == reference.vectors.tobytes(), "a hit differs from what was stored"
+        medians = {name: statistics.median(measured) for name, measured in seconds.items()}
         faster = [ratio(medians["embedded"] / medians[name]) for name in ("from memory", "from disk")]
         rows.append([title, *(number(1e3 * value) for value in medians.values()), *faster])
     show(
@@ -75,7 +76,7 @@ async def compare_with_embedding(folder: Path, rounds: int, many: int) -> None:
 
 
 async def look_up(folder: Path, stored: int, rounds: int) -> None:
-    """One table: 1,000 texts out of many, of vectors of several lengths."""
+    """Print a table: 1,000 random texts out of many, with vectors of several lengths."""
     rows = []
     for dimensions in (384, 1024):
         source = Numbers(dimensions)
@@ -84,20 +85,20 @@ async def look_up(folder: Path, stored: int, rounds: int) -> None:
         start = time.perf_counter()
         for first in range(0, stored, 1000):
             await embed(embedder, source.texts(range(first, first + 1000)))
-        filled = time.perf_counter() - start
+        fill_seconds = time.perf_counter() - start
         random = np.random.default_rng(0)
         seconds = []
         for _ in range(rounds):
             chosen = random.choice(stored, 1000, replace=False)
-            took, made = await timed(embedder, source.texts(chosen))
-            assert np.array_equal(made.vectors[:, 0], chosen.astype(np.float32)), "a row is not its text's"
-            seconds.append(took)
-        assert source.made == stored, "a text was not remembered"
+            elapsed, result = await timed(embedder, source.texts(chosen))
+            assert np.array_equal(result.vectors[:, 0], chosen.astype(np.float32)), "a row belongs to another text"
+            seconds.append(elapsed)
+        assert source.embedded == stored, "a text was not cached"
         rows.append(
             [
                 f"{stored:,} of {dimensions}",
                 number(disk.path.stat().st_size / (1 << 20)),
-                number(1e6 * filled / stored),
+                number(1e6 * fill_seconds / stored),
                 number(1e3 * statistics.median(seconds)),
                 number(1e3 * max(seconds)),
             ]
@@ -112,17 +113,17 @@ async def look_up(folder: Path, stored: int, rounds: int) -> None:
 
 
 class Numbers:
-    """An embedder whose text is a number, which all its vector's components are."""
+    """An embedder of numbers: every component of a text's vector is the number that the text starts with."""
 
     origin = "local"
 
     def __init__(self, dimensions: int) -> None:
         self.card = ModelCard(id=f"benchmark/{dimensions}", dimensions=dimensions)
-        self.made = 0
+        self.embedded = 0
 
     @staticmethod
     def texts(numbers: Sequence[int] | np.ndarray[tuple[int], np.dtype[np.int64]]) -> list[str]:
-        """The texts of these numbers, as long as a sentence."""
+        """Texts for these numbers, about as long as a sentence."""
         return [f"{number} is the number of this text, which is about as long as a sentence is" for number in numbers]
 
     async def identify(self) -> str:
@@ -137,13 +138,13 @@ class Numbers:
         **_options: object,
     ) -> Embeddings:
         """See `Embedder.embed`."""
-        self.made += len(texts)
+        self.embedded += len(texts)
         numbers = np.array([text.split(" ", 1)[0] for text in texts], np.float32)
         vectors = np.repeat(numbers[:, None], self.card.dimensions or 1, axis=1)
-        made = Embeddings(vectors, [len(texts)] * len(texts))
+        result = Embeddings(vectors, [len(texts)] * len(texts))
         if on_rows is not None:
-            on_rows(range(len(texts)), made)
-        return made
+            on_rows(range(len(texts)), result)
+        return result
 
     async def check(self) -> None:
         """See `Embedder.check`."""
@@ -152,23 +153,23 @@ class Numbers:
         """See `Embedder.aclose`."""
 
 
-async def embed(embedder: Embedder, some: Sequence[str]) -> Embeddings:
-    return await embedder.embed(some, input_type=None, truncate="END")
+async def embed(embedder: Embedder, batch: Sequence[str]) -> Embeddings:
+    return await embedder.embed(batch, input_type=None, truncate="END")
 
 
-async def timed(embedder: Embedder, some: Sequence[str]) -> tuple[float, Embeddings]:
-    """How many seconds it took, and what came of it."""
+async def timed(embedder: Embedder, batch: Sequence[str]) -> tuple[float, Embeddings]:
+    """Elapsed seconds and the result."""
     start = time.perf_counter()
-    made = await embed(embedder, some)
-    return time.perf_counter() - start, made
+    result = await embed(embedder, batch)
+    return time.perf_counter() - start, result
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cache", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=200, help="of the first table; the second has a fifth")
+    parser.add_argument("--rounds", type=int, default=200, help="rounds of the first table; the second has a fifth")
     parser.add_argument("--stored", type=int, default=100_000, help="vectors in the file of the second table")
-    parser.add_argument("--tiny", action="store_true", help="a few of each only, to see that it runs")
+    parser.add_argument("--tiny", action="store_true", help="only a few of each, to check that it runs")
     options = parser.parse_args(arguments)
     rounds, stored, many = (3, 1000, 10) if options.tiny else (options.rounds, options.stored, 1000)
     print(describe())

@@ -1,7 +1,7 @@
-"""What is compared, each in a process of its own: ``python -m benchmarks.contenders NAME FOLDER THREADS``.
+"""The contenders, each run in its own process: ``python -m benchmarks.contenders NAME FOLDER THREADS``.
 
-The process loads its contender and then answers jobs, a line of JSON each, until its stdin ends (see `contest`). Peers
-run this file in their own environment, so nothing outside Python's library is imported before the contender is known.
+The process loads its contender and then runs jobs, one line of JSON each, until the end of its stdin (see `contest`).
+Peers run this file in their own environment, so only the standard library is imported before the contender is known.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
     Vectors = NDArray[np.float32]
     Embed = Callable[[Sequence[str]], Vectors]
 
-_LONGEST = 256
-"""Tokens that MiniLM takes."""
+_MAX_TOKENS = 256
+"""Longest text that MiniLM accepts, in tokens."""
 
 _ONNX_BATCH = 16
-"""Texts of a batch in onnxruntime: of 16, 32 and 64 the fastest at every workload."""
+"""Batch size for onnxruntime: the fastest of 16, 32 and 64 for every workload."""
 
 
 # --- Ours ------------------------------------------------------------------------------------------------------------
 
 
 def ours(folder: Path, threads: int, *, precision: Precision = "float32") -> Embed:
-    """Our encoder, called from the one thread."""
+    """Our encoder, called directly from one thread."""
     import torch
 
     from benchmarks.bulk import encode
@@ -50,7 +50,7 @@ def ours(folder: Path, threads: int, *, precision: Precision = "float32") -> Emb
 
 
 def ours_served(folder: Path, _threads: int, *, precision: Precision = "float32", device: str = "cpu") -> Embed:
-    """Our embedder as the server runs it: the queue before the encoder, and as many workers as it finds good."""
+    """Our embedder as the server runs it, with its queue and default number of workers."""
     from embeddings_mcp.assemble import build_service
     from embeddings_mcp.settings import Settings
 
@@ -70,7 +70,7 @@ def ours_served(folder: Path, _threads: int, *, precision: Precision = "float32"
 
 
 def sentence_transformers(folder: Path, threads: int, *, precision: Precision = "float32") -> Embed:
-    """``SentenceTransformer.encode`` with its defaults, but for the precision."""
+    """``SentenceTransformer.encode`` with its defaults, except for the precision."""
     import torch
     from sentence_transformers import SentenceTransformer
 
@@ -85,7 +85,7 @@ def sentence_transformers(folder: Path, threads: int, *, precision: Precision = 
 
 
 def onnxruntime(folder: Path, threads: int, *, int8: bool = False) -> Embed:
-    """A bare session over texts sorted by length, with the pooling that the model wants."""
+    """A plain inference session on texts sorted by length, with the model's pooling."""
     import numpy as np
     import onnxruntime as ort
     from tokenizers import Tokenizer
@@ -99,7 +99,7 @@ def onnxruntime(folder: Path, threads: int, *, int8: bool = False) -> Embed:
     )
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_padding()
-    tokenizer.enable_truncation(_LONGEST)
+    tokenizer.enable_truncation(_MAX_TOKENS)
 
     def embed(batch: Sequence[str]) -> Vectors:
         rows = [encoding.ids for encoding in tokenizer.encode_batch_fast(list(batch))]
@@ -109,9 +109,9 @@ def onnxruntime(folder: Path, threads: int, *, int8: bool = False) -> Embed:
             chosen = order[start : start + _ONNX_BATCH]
             ids = np.zeros((len(chosen), len(rows[chosen[-1]])), dtype=np.int64)
             mask = np.zeros_like(ids)
-            for place, index in enumerate(chosen):
-                ids[place, : len(rows[index])] = rows[index]
-                mask[place, : len(rows[index])] = 1
+            for position, index in enumerate(chosen):
+                ids[position, : len(rows[index])] = rows[index]
+                mask[position, : len(rows[index])] = 1
             inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
             (hidden,) = session.run(["last_hidden_state"], inputs)
             weights = mask[:, :, None].astype(np.float32)
@@ -125,7 +125,7 @@ def onnxruntime(folder: Path, threads: int, *, int8: bool = False) -> Embed:
 
 
 def infinity(folder: Path, threads: int, *, engine: str) -> Embed:
-    """infinity-emb's engine, which its server runs too, without the server."""
+    """infinity-emb's engine without its server."""
     import numpy as np
     import torch
     from infinity_emb import AsyncEmbeddingEngine, EngineArgs
@@ -138,18 +138,18 @@ def infinity(folder: Path, threads: int, *, engine: str) -> Embed:
         model_warmup=False,
     )
     loop = asyncio.new_event_loop()
-    running = AsyncEmbeddingEngine.from_args(arguments)
-    loop.run_until_complete(running.astart())
+    embedding_engine = AsyncEmbeddingEngine.from_args(arguments)
+    loop.run_until_complete(embedding_engine.astart())
 
     def embed(batch: Sequence[str]) -> Vectors:
-        vectors, _tokens = loop.run_until_complete(running.embed(sentences=list(batch)))
+        vectors, _tokens = loop.run_until_complete(embedding_engine.embed(sentences=list(batch)))
         return np.stack(vectors)
 
     return embed
 
 
 def exported() -> Path:
-    """Where `make bench-peers` put the model as ONNX, seen from the peers' environment."""
+    """Folder of the ONNX model that `make bench-peers` exported, in the peers' environment."""
     return Path(sys.prefix) / "minilm-onnx"
 
 
@@ -169,44 +169,44 @@ CONTENDERS: Mapping[str, Callable[[Path, int], Embed]] = {
 }
 
 PEERS = frozenset({"onnxruntime", "onnxruntime int8", "infinity-emb torch"})
-"""Which of them run in the peers' environment."""
+"""Contenders that run in the peers' environment."""
 
 
 # --- Jobs ------------------------------------------------------------------------------------------------------------
 
 
 def perform(embed: Embed, job: Mapping[str, Any]) -> dict[str, Any]:
-    """Embed the texts of a workload, and say what it took.
+    """Embed the texts of a workload and measure it.
 
     Args:
         embed: the contender.
-        job: ``workload``, ``count``, ``seed``; ``apart``: whether the texts come one by one; ``save``: a file for the
-            vectors, or null.
+        job: ``workload``, ``count``, ``seed``; ``apart``: whether to embed the texts one by one; ``save``: a file for
+            the vectors, or null.
 
     Returns:
-        ``wall`` and ``cpu`` in seconds, of the median text where they come apart; ``peak_megabytes`` of the process.
+        ``wall`` and ``cpu`` in seconds, for the median text if ``apart``; ``peak_megabytes`` of the process.
     """
-    wanted = texts(job["workload"], job["count"], seed=job["seed"])
-    calls = [[text] for text in wanted] if job["apart"] else [wanted]
-    walls, cpus, made = [], [], []
+    workload = texts(job["workload"], job["count"], seed=job["seed"])
+    calls = [[text] for text in workload] if job["apart"] else [workload]
+    walls, cpus, results = [], [], []
     for batch in calls:
         cpu, wall = time.process_time(), time.perf_counter()
         vectors = embed(batch)
         walls.append(time.perf_counter() - wall)
         cpus.append(time.process_time() - cpu)
-        made.append(vectors)
+        results.append(vectors)
     if job["save"]:
         import numpy as np
 
-        np.save(job["save"], np.concatenate(made))
+        np.save(job["save"], np.concatenate(results))
     middle = len(calls) // 2
     return {"wall": sorted(walls)[middle], "cpu": sorted(cpus)[middle], "peak_megabytes": peak_megabytes()}
 
 
 def main(name: str, folder: str, threads: str) -> None:
-    """Load the contender and answer jobs."""
+    """Load the contender and run jobs."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries print what they like, but not between answers
+    os.dup2(2, 1)  # keep output of libraries off the stream of answers
     started = time.perf_counter()
     embed = CONTENDERS[name](Path(folder), int(threads))
     loaded: dict[str, Any] = {"load": time.perf_counter() - started}

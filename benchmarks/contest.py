@@ -1,4 +1,4 @@
-"""Contenders in processes of their own, taking turns at the same work."""
+"""Contenders in separate processes, which take turns at the same work."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from benchmarks.contenders import PEERS
 ROOT = Path(__file__).parents[1]
 
 PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
-"""The environment that `make bench-peers` makes, for peers that want other versions of what we use."""
+"""Python of the environment that `make bench-peers` creates, for peers that need other versions of our dependencies."""
 
-_SECONDS = 600
-"""Longest that a contender may take to load, or for one job."""
+_TIMEOUT_SECONDS = 600
+"""Timeout for a contender to load, and for one job."""
 
 
 class ContenderMissing(Exception):
-    """A contender cannot be had on this machine."""
+    """A contender is not available on this machine."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What is to be embedded; see `contenders.perform`."""
+    """A workload to embed; see `contenders.perform`."""
 
     workload: str
     count: int
@@ -41,7 +41,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a job took: seconds, of the median text where they came apart."""
+    """Seconds that a job took, for the median text if the texts were embedded one by one."""
 
     wall: float
     cpu: float
@@ -53,11 +53,11 @@ class Contender:
 
     Args:
         name: one of `contenders.CONTENDERS`.
-        folder: the model.
-        threads: how many it may compute on.
+        folder: of the model.
+        threads: number of compute threads.
 
     Attributes:
-        load_seconds: how long it took to import and load what it needs.
+        load_seconds: time to import its libraries and load the model.
 
     Raises:
         ContenderMissing: it did not start.
@@ -83,9 +83,9 @@ class Contender:
             stderr=subprocess.PIPE,
             text=True,
         )
-        self._said: list[str] = []
-        self._listener = threading.Thread(target=self._listen, daemon=True)
-        self._listener.start()
+        self._stderr_lines: list[str] = []
+        self._stderr_reader = threading.Thread(target=self._read_stderr, daemon=True)
+        self._stderr_reader.start()
         try:
             self.load_seconds: float = self._answer()["load"]
         except ContenderMissing:
@@ -93,39 +93,41 @@ class Contender:
             raise
 
     def perform(self, job: Job, *, save: Path | None = None) -> Result:
-        """Have a job done, and its vectors written to a file if one is given."""
+        """Run a job; its vectors are written to `save`, if given."""
         assert self._process.stdin is not None
-        asked = {"workload": job.workload, "count": job.count, "seed": job.seed, "apart": job.apart}
-        self._process.stdin.write(json.dumps({**asked, "save": str(save) if save else None}) + "\n")
+        request = {"workload": job.workload, "count": job.count, "seed": job.seed, "apart": job.apart}
+        self._process.stdin.write(json.dumps({**request, "save": str(save) if save else None}) + "\n")
         self._process.stdin.flush()
         return Result(**self._answer())
 
     def close(self) -> None:
-        """End the process; some wait at their end for threads that never do."""
+        """Kill the process; some would wait forever for their threads."""
         with self._process:
             self._process.kill()
-            self._listener.join()
+            self._stderr_reader.join()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
-        watchdog = threading.Timer(_SECONDS, self._process.kill)
+        watchdog = threading.Timer(_TIMEOUT_SECONDS, self._process.kill)
         watchdog.start()
         line = self._process.stdout.readline()
         watchdog.cancel()
         if not line:
             self._process.wait()
-            raise ContenderMissing(f"{self.name}: {self._said[-1] if self._said else 'ended without a word'}")
+            raise ContenderMissing(
+                f"{self.name}: {self._stderr_lines[-1] if self._stderr_lines else 'exited without output'}"
+            )
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def _listen(self) -> None:
+    def _read_stderr(self) -> None:
         assert self._process.stderr is not None
-        self._said.extend(line.strip() for line in self._process.stderr if line.strip())
+        self._stderr_lines.extend(line.strip() for line in self._process.stderr if line.strip())
 
 
 @contextlib.contextmanager
 def contenders(names: Sequence[str], folder: Path, threads: int) -> Iterator[tuple[list[Contender], list[str]]]:
-    """Those of these contenders that there are, and why there are no others."""
+    """Start these contenders; yields those that are available, and for each of the others a reason."""
     present: list[Contender] = []
     missing: list[str] = []
     try:
@@ -141,12 +143,12 @@ def contenders(names: Sequence[str], folder: Path, threads: int) -> Iterator[tup
 
 
 def take_turns(present: Sequence[Contender], job: Job, rounds: int) -> dict[str, list[Result]]:
-    """What the job took each contender in each round; who began a round ends the next.
+    """Run a job with each contender in each round; the first of a round is the last of the next.
 
-    All have the same texts in a round, and others in the next.
+    All contenders get the same texts in a round, and different ones in the next.
     """
     for contender in present:
-        contender.perform(replace(job, count=max(1, job.count // 8), seed=rounds))  # to warm up
+        contender.perform(replace(job, count=max(1, job.count // 8), seed=rounds))  # warm-up
     results: dict[str, list[Result]] = {contender.name: [] for contender in present}
     order = list(present)
     for round_ in range(rounds):
@@ -157,7 +159,7 @@ def take_turns(present: Sequence[Contender], job: Job, rounds: int) -> dict[str,
 
 
 def median(results: Sequence[Result]) -> Result:
-    """The median of each figure."""
+    """Medians of the times, and the largest peak of memory."""
     return Result(
         wall=statistics.median(result.wall for result in results),
         cpu=statistics.median(result.cpu for result in results),
@@ -167,14 +169,14 @@ def median(results: Sequence[Result]) -> Result:
 
 @dataclass(frozen=True, slots=True)
 class SpeedUp:
-    """How many times our speed is theirs, by the clock on the wall and in processor time."""
+    """Ratio of our speed to theirs, by wall time and by CPU time."""
 
     wall: float
     cpu: float
 
 
 def speed_up(ours: Sequence[Result], theirs: Sequence[Result]) -> SpeedUp:
-    """The median over the rounds, in each of which both had the same neighbours on the machine."""
+    """Median of the ratios of each round, in which both had about the same load from others on the machine."""
     pairs = list(zip(ours, theirs, strict=True))
     return SpeedUp(
         wall=statistics.median(their.wall / our.wall for our, their in pairs),
@@ -183,7 +185,7 @@ def speed_up(ours: Sequence[Result], theirs: Sequence[Result]) -> SpeedUp:
 
 
 def environment(threads: int) -> Mapping[str, str]:
-    """Environment variables under which a library computes on so many threads, and neither calls home nor a hub."""
+    """Environment variables that set the number of threads, and turn off usage statistics and access to the hub."""
     count = str(threads)
     return {
         **os.environ,
@@ -197,16 +199,16 @@ def environment(threads: int) -> Mapping[str, str]:
 
 
 def float32_peak(threads: int, *, square: int) -> float:
-    """FLOP/s that so many threads reach: sharing one product or, if that is more, each at one of its own."""
-    shared = _peaks(1, threads, square)
-    return max(shared, _peaks(threads, 1, square)) if threads > 1 else shared
+    """Highest FLOP/s of this number of threads: all on one matrix product, or each on its own."""
+    shared = _total_peak(1, threads, square)
+    return max(shared, _total_peak(threads, 1, square)) if threads > 1 else shared
 
 
-def _peaks(processes: int, threads: int, square: int) -> float:
-    """FLOP/s of so many processes at once, each of so many threads."""
+def _total_peak(processes: int, threads: int, square: int) -> float:
+    """Total FLOP/s of concurrent processes with this number of threads each."""
     command = [sys.executable, "-m", "benchmarks.peak", str(threads), str(square)]
     running = [
         subprocess.Popen(command, cwd=ROOT, env=environment(threads), stdout=subprocess.PIPE, text=True)
         for _ in range(processes)
     ]
-    return sum(float(process.communicate(timeout=_SECONDS)[0]) for process in running)
+    return sum(float(process.communicate(timeout=_TIMEOUT_SECONDS)[0]) for process in running)

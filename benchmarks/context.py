@@ -1,8 +1,7 @@
-"""What an agent pays for comparing texts, in tokens of its context: ``python -m benchmarks.context``.
+"""The cost of comparing texts, in tokens of an agent's context: ``python -m benchmarks.context``.
 
-The task is to rank passages by a question, or to compare texts with each other. Our server answers with scores. A
-server that gives vectors leaves the rest to the agent, whose context they fill; what it would then have to compute by
-itself is not even counted.
+The task is to rank passages by a question, or to compare texts with each other. Our server returns scores. A server
+that returns vectors fills the agent's context and leaves the comparison to the agent, whose cost is not even counted.
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ from embeddings_mcp.settings import Settings
 from embeddings_mcp.vectors import FloatMatrix
 
 TOKENIZER = "WordPiece of bert-base-uncased, 30,522 tokens"
-"""The only real vocabulary that is at hand without a hub. It counts every bracket and comma as a token, and a number of
-four decimals as three or four, as the vocabularies of large models do within a factor of two."""
+"""The only real vocabulary available without the hub. It counts each bracket and comma as a token, and a number with
+four decimals as three or four, which is within a factor of two of the tokenizers of large models."""
 
-_SECONDS = 120
+_TIMEOUT_SECONDS = 120
 
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """One way to do a task: what the agent writes."""
+    """A tool call, as the agent writes it."""
 
     tool: str
     arguments: Mapping[str, Any]
@@ -50,10 +49,10 @@ class _Cost:
     """Tokens in the agent's context.
 
     Attributes:
-        tools: the tools' names, descriptions and inputs, which hosts put before the model.
-        arguments: what the model writes.
-        as_text: the answer, in hosts that show its text.
-        as_structure: the answer, in hosts that show its structured content.
+        tools: names, descriptions and input schemas of the tools, which hosts put into the context.
+        arguments: the arguments that the model writes.
+        as_text: the response, in hosts that show its text content.
+        as_structure: the response, in hosts that show its structured content.
     """
 
     tools: int
@@ -63,19 +62,19 @@ class _Cost:
 
     @property
     def answer(self) -> int:
-        """The answer in the host that is worse."""
+        """The response, in the worse kind of host."""
         return max(self.as_text, self.as_structure)
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """All tokens, in the worse kind of host."""
         return self.tools + self.arguments + self.answer
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Count."""
+    """Count the tokens of each task."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.context", description=__doc__)
-    parser.add_argument("--tiny", action="store_true", help="a few passages only, to see that it runs")
+    parser.add_argument("--tiny", action="store_true", help="only a few passages, to check that it runs")
     options = parser.parse_args(arguments)
     print(f"## An agent's context\n\n{describe()}")
     asyncio.run(_compare([3] if options.tiny else [20, 100], compared=3 if options.tiny else 10))
@@ -104,12 +103,12 @@ async def _compare(ranked: Sequence[int], compared: int) -> None:
                 _Call("embed_texts", {"texts": [question, *passages]}),
             )
         )
-    few = texts("short", compared)
+    compared_texts = texts("short", compared)
     tasks.append(
         (
             f"compare {compared} texts with each other",
-            _Call("similarity", {"model": "default", "input": few}),
-            _Call("embed_texts", {"texts": few}),
+            _Call("similarity", {"model": "default", "input": compared_texts}),
+            _Call("embed_texts", {"texts": compared_texts}),
         )
     )
     rows = []
@@ -152,7 +151,7 @@ async def _cost(server: MCPServer[Any], call: _Call, tokenizer: Tokenizer) -> _C
         text = shown if isinstance(shown, str) else orjson.dumps(shown).decode()
         return len(tokenizer.encode(text, add_special_tokens=False).ids)
 
-    async with asyncio.timeout(_SECONDS), Client(server) as client:
+    async with asyncio.timeout(_TIMEOUT_SECONDS), Client(server) as client:
         tools = (await client.list_tools()).tools
         result = await client.call_tool(call.tool, dict(call.arguments))
     assert not result.is_error, result.content
@@ -166,7 +165,7 @@ async def _cost(server: MCPServer[Any], call: _Call, tokenizer: Tokenizer) -> _C
 
 
 def _as_shown(tool: Tool) -> dict[str, object]:
-    """What hosts hand to a model of a tool; titles, hints and the form of answers stay with the host."""
+    """The parts of a tool that hosts show to the model; they keep titles, hints and output schemas to themselves."""
     return {"name": tool.name, "description": tool.description, "input_schema": tool.input_schema}
 
 

@@ -1,4 +1,4 @@
-"""MiniLM on a CPU beside sentence-transformers, onnxruntime and infinity-emb: ``python -m benchmarks.cpu``."""
+"""MiniLM on a CPU, compared with sentence-transformers, onnxruntime and infinity-emb: ``python -m benchmarks.cpu``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ST, ORT, ORT_INT8, INFINITY = "sentence-transformers", "onnxruntime", "onnxrunti
 
 @dataclass(frozen=True, slots=True)
 class Aim:
-    """How much faster than two peers we mean to be."""
+    """The speed-up that we aim for over two peers."""
 
     sentence_transformers: float
     onnxruntime: float
@@ -34,15 +34,15 @@ class Aim:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """Contenders that take turns at some jobs.
+    """Contenders that take turns at a list of jobs.
 
     Attributes:
-        title: what the section compares.
-        threads: that each contender computes on.
-        names: the contenders; ours first.
-        jobs: what they do, and what we aim at.
-        onnx: with which of onnxruntime's we compare ourselves.
-        shape: the model; its own weights where it is MiniLM, random ones else.
+        title: of its tables.
+        threads: compute threads of each contender.
+        names: the contenders, ours first.
+        jobs: title, job and aim of each.
+        onnx: the onnxruntime contender that the speed-up is relative to.
+        shape: the model; MiniLM has its real weights, all others have random ones.
     """
 
     title: str
@@ -114,12 +114,12 @@ def _sections() -> dict[str, Section]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the sections asked for."""
+    """Run the selected sections."""
     sections = _sections()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__)
-    parser.add_argument("--section", choices=sections, action="append", help="only this one; may be repeated")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender; 5 if not set")
-    parser.add_argument("--tiny", action="store_true", help="a few texts only, to see that it runs")
+    parser.add_argument("--section", choices=sections, action="append", help="run only this section; may be repeated")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender (default: 5)")
+    parser.add_argument("--tiny", action="store_true", help="only a few texts, to check that it runs")
     options = parser.parse_args(arguments)
     print(f"## Local embedding on a CPU\n\n{describe()}")
     for key, section in sections.items():
@@ -152,7 +152,7 @@ def _run(section: Section, rounds: int, *, tiny: bool) -> None:
 
 @contextlib.contextmanager
 def _folder(shape: Shape, *, tiny: bool) -> Iterator[Path]:
-    """The checkpoint."""
+    """The folder of the checkpoint."""
     if shape is MINILM:
         yield locate(DEFAULT_MODEL, DEFAULT_MODEL)
         return
@@ -162,13 +162,13 @@ def _folder(shape: Shape, *, tiny: bool) -> Iterator[Path]:
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """A job in figures.
+    """The size of a job.
 
     Attributes:
         job: the job.
-        tokens: of all its texts.
-        flops: what the model computes for all of them.
-        peak: FLOP/s that the machine reached in this run.
+        tokens: total of all texts.
+        flops: operations that the model needs for all texts.
+        peak: highest FLOP/s that the machine reached in this run.
     """
 
     job: Job
@@ -180,7 +180,7 @@ class _Work:
 def _compare(
     section: Section, work: _Work, results: Mapping[str, Sequence[Result]], aim: Aim | None
 ) -> tuple[list[str], list[list[str]]]:
-    """The header and the rows of a job's table."""
+    """Header and rows of a job's table."""
     apart, count = work.job.apart, work.job.count
     header = ["", "ms a text" if apart else "texts/s", "wall s", "CPU s"]
     header += [f"x {peer}, wall / CPU" for peer in (ST, section.onnx)] + ["of peak"]
@@ -200,23 +200,23 @@ def _compare(
     return header, rows
 
 
-# --- Whether the vectors are the same --------------------------------------------------------------------------------
+# --- Accuracy of the vectors -----------------------------------------------------------------------------------------
 
 
 def _show_fidelity(section: Section, present: Sequence[Contender], *, tiny: bool) -> None:
-    """The vectors beside those of sentence-transformers, and the order into which they put pairs of texts."""
+    """Compare the vectors with those of sentence-transformers, and the order in which they rank pairs of texts."""
     if ST not in [contender.name for contender in present]:
         return
     job = Job("mixed", 8 if tiny else 200)
     with tempfile.TemporaryDirectory() as folder:
-        made: dict[str, FloatMatrix] = {}
-        for number_, contender in enumerate(present):
-            path = Path(folder) / f"{number_}.npy"
+        vectors_of: dict[str, FloatMatrix] = {}
+        for position, contender in enumerate(present):
+            path = Path(folder) / f"{position}.npy"
             contender.perform(job, save=path)
-            made[contender.name] = np.load(path)
-    reference = made[ST]
+            vectors_of[contender.name] = np.load(path)
+    reference = vectors_of[ST]
     rows = []
-    for name, vectors in made.items():
+    for name, vectors in vectors_of.items():
         cosines = (vectors * reference).sum(axis=1) / np.linalg.norm(vectors, axis=1)
         rows.append(
             [
@@ -234,13 +234,13 @@ def _show_fidelity(section: Section, present: Sequence[Contender], *, tiny: bool
 
 
 def _pairs(vectors: FloatMatrix) -> FloatMatrix:
-    """The cosine of every pair."""
+    """Cosine similarity of every pair."""
     scores: FloatMatrix = (vectors @ vectors.T)[np.triu_indices(len(vectors), k=1)]
     return scores
 
 
 def _rank_correlation(left: FloatMatrix, right: FloatMatrix) -> float:
-    """Spearman's: 1 where both put the pairs in one order."""
+    """Spearman's rank correlation: 1 if both order the pairs in the same way."""
     return float(np.corrcoef(left.argsort().argsort(), right.argsort().argsort())[0, 1])
 
 

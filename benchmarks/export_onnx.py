@@ -1,9 +1,9 @@
-"""The model as onnxruntime takes it: ``python -m benchmarks.export_onnx FOLDER`` in the peers' environment.
+"""Export the model to ONNX: ``python -m benchmarks.export_onnx FOLDER`` in the peers' environment.
 
-Writes ``minilm-onnx/`` into that environment: in float32, and with weights and activations in int8. What else is in the
-model's folder is copied beside, as optimum wants it. Of the ways there are, these gave onnxruntime its best figures:
-its own fusions at load are faster than those of its ``transformers.optimizer``, and a scale for each row of the
-weights costs no time, but without it the mean cosine to float32 is 0.94 only.
+Writes ``minilm-onnx/`` into that environment: one model in float32, and one with weights and activations in int8. The
+other files of the model's folder are copied next to them, for optimum. These options gave onnxruntime its best figures:
+its own fusions at load time are faster than those of its ``transformers.optimizer``, and per-channel scales of the
+weights cost no time, while without them the mean cosine to float32 is only 0.94.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _OUTPUT = "last_hidden_state"
 
 
 def main(source: str) -> None:
-    """Export the model of a folder."""
+    """Export the model in a folder."""
     folder = Path(sys.prefix) / "minilm-onnx"
     folder.mkdir(exist_ok=True)
     for file in Path(source).iterdir():

@@ -1,8 +1,8 @@
-"""Large models in bfloat16 on a GPU, beside sentence-transformers: ``python -m benchmarks.gpu``.
+"""Large models in bfloat16 on a GPU, compared with sentence-transformers: ``python -m benchmarks.gpu``.
 
-It needs numpy, torch, transformers, tokenizers and safetensors, since machines with a GPU often have little else. Where
-sentence-transformers is missing, what it does is done in its place: batches of neighbours in length, padded. Where the
-server's packages are missing, its queue is left out.
+It needs only numpy, torch, transformers, tokenizers and safetensors, since machines with a GPU often have little else.
+If sentence-transformers is not installed, a reimplementation takes its place: padded batches of texts sorted by length.
+If the server's packages are not installed, its queue is left out.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from embeddings_mcp.models import Truncate, find_card
 from embeddings_mcp.vectors import FloatMatrix, shorten
 
 NO_GPU = 3
-"""Exit code where there is no GPU to measure on."""
+"""Exit code if there is no GPU."""
 
 _AIMS = {LLAMA_1B.name: "aim: at least 3.00x, and at least 45 % of the peak", BERT_LARGE.name: "aim: at least 3.00x"}
 
@@ -44,17 +44,17 @@ _PRECISIONS: tuple[Literal["float32"], Literal["bfloat16"]] = ("float32", "bfloa
 _ROUNDS = 3
 
 _QUERIES = 20
-"""Queries that are asked alone, in each round."""
+"""Single queries in each round."""
 
 _PRODUCTS = 8
-"""Products between two looks at the clock."""
+"""Matrix products per time measurement."""
 
 Embed = Callable[[Sequence[str]], FloatMatrix]
 
 
 @dataclass(frozen=True, slots=True)
 class _Setting:
-    """Where and on how much the figures are measured."""
+    """Device and workload of the measurements."""
 
     device: str
     golden: Sequence[FamilyName]
@@ -64,9 +64,11 @@ class _Setting:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure; returns the exit code: 1 where vectors are not the reference's, 3 where there is no GPU."""
+    """Measure; returns the exit code: 1 if vectors differ from the reference, 3 if there is no GPU."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("--tiny", action="store_true", help="tiny models, on a CPU where need be, to see that it runs")
+    parser.add_argument(
+        "--tiny", action="store_true", help="tiny models, on a CPU if there is no GPU, to check that it runs"
+    )
     options = parser.parse_args(arguments)
     if torch.cuda.is_available():
         device = "cuda"
@@ -88,18 +90,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if exact else 1
 
 
-# --- Whether the vectors are right -----------------------------------------------------------------------------------
+# --- Accuracy of the vectors -----------------------------------------------------------------------------------------
 
 
 def _show_golden(setting: _Setting) -> bool:
-    """The reference vectors of tests/golden on this device; whether those in float32 are within their tolerance."""
+    """Compare with the reference vectors of tests/golden; returns whether float32 is within the tolerances."""
     rows, missing, exact = [], [], True
     for name in setting.golden:
         golden = family(name)
         row = [name, f"{golden.tolerance:.0e}"]
         try:
             for precision in _PRECISIONS:
-                difference, cosine = _differ(golden, setting.device, precision)
+                difference, cosine = _largest_deviation(golden, setting.device, precision)
                 exact &= precision != "float32" or difference <= golden.tolerance
                 row += [f"{difference:.1e}", f"{1 - cosine:.1e}"]
         except ModelUnavailable as error:
@@ -118,12 +120,12 @@ def _show_golden(setting: _Setting) -> bool:
     return exact
 
 
-def _differ(golden: Family, device: str, precision: Literal["float32", "bfloat16"]) -> tuple[float, float]:
-    """How far any vector is from the reference's: its largest difference, and its least cosine."""
+def _largest_deviation(golden: Family, device: str, precision: Literal["float32", "bfloat16"]) -> tuple[float, float]:
+    """Largest difference and lowest cosine between any vector and its reference."""
     encoders: dict[int, Encoder] = {}
     largest, least = 0.0, 1.0
     for group in (*((case,) for case in golden.cases), *golden.batches):
-        for calls in _of_one_call(group):
+        for calls in _calls(group):
             limit = min(case.max_length for case in calls)
             if limit not in encoders:
                 encoders[limit] = load_encoder(
@@ -146,38 +148,38 @@ def _differ(golden: Family, device: str, precision: Literal["float32", "bfloat16
     return largest, least
 
 
-def _of_one_call(cases: Sequence[Case]) -> list[list[Case]]:
-    """The same cases, those together that a call can hold: it has one input type, one limit and one length."""
+def _calls(cases: Sequence[Case]) -> list[list[Case]]:
+    """Group the cases that fit into one call, which has one input type, token limit and number of dimensions."""
     kinds: dict[object, list[Case]] = {}
     for case in cases:
         kinds.setdefault((case.input_type, case.max_length, case.dimensions), []).append(case)
     return list(kinds.values())
 
 
-# --- How fast --------------------------------------------------------------------------------------------------------
+# --- Speed -----------------------------------------------------------------------------------------------------------
 
 
 def _show_shape(shape: Shape, setting: _Setting) -> None:
     longer = setting.device == "cuda"
-    wanted = texts("to512" if longer else "mixed", setting.count)
+    workload = texts("to512" if longer else "mixed", setting.count)
     queries = texts("query", _QUERIES)
     peak = _matrix_peak(setting)
     with tempfile.TemporaryDirectory() as parent:
         folder = write(shape, Path(parent) / "model", torch.bfloat16)
         encoder = load_encoder("random", folder, device=setting.device, precision="bfloat16")
-        counts = _tokens(encoder, wanted)
+        counts = _tokens(encoder, workload)
         flops = sum(map(shape.flops, counts))
         embedders: dict[str, Embed] = {"ours": lambda batch: encode(encoder, batch, truncate="END").vectors}
         embedders |= _served(folder, setting.device)
         embedders |= _peers(folder, shape, setting.device)
         taken: dict[str, list[float]] = {name: [] for name in embedders}
         alone: dict[str, list[float]] = {name: [] for name in embedders}
-        made = {name: embed(wanted) for name, embed in embedders.items()}  # to warm up, too
+        made = {name: embed(workload) for name, embed in embedders.items()}  # also the warm-up
         for _ in range(_ROUNDS):
             for name, embed in embedders.items():
-                taken[name].append(_seconds(partial(embed, wanted)))
+                taken[name].append(_seconds(partial(embed, workload)))
                 alone[name] += [_seconds(partial(embed, [query])) for query in queries]
-        tokenizing = _seconds(lambda: _tokens(encoder, wanted))
+        tokenizing = _seconds(lambda: _tokens(encoder, workload))
     rows = []
     for name, seconds in taken.items():
         middle = statistics.median(seconds)
@@ -186,7 +188,7 @@ def _show_shape(shape: Shape, setting: _Setting) -> None:
         rows.append(
             [
                 name,
-                number(len(wanted) / middle),
+                number(len(workload) / middle),
                 number(sum(counts) / middle),
                 f"{flops / middle / peak:.1%}",
                 "" if name == "ours" else ratio(faster),
@@ -204,7 +206,7 @@ def _show_shape(shape: Shape, setting: _Setting) -> None:
         "least cosine to ours",
     ]
     show(
-        f"{shape.name}, bfloat16, random weights: {len(wanted):,} texts of mixed length",
+        f"{shape.name}, bfloat16, random weights: {len(workload):,} texts of mixed length",
         header,
         rows,
         f"{sum(counts):,} tokens, {min(counts)}-{max(counts)} each; tokenizing them takes ours {number(tokenizing)} s",
@@ -213,13 +215,13 @@ def _show_shape(shape: Shape, setting: _Setting) -> None:
     )
 
 
-def _tokens(encoder: Encoder, wanted: Sequence[str]) -> list[int]:
-    """Tokens of each text."""
-    return [count for some in encoder.tokenize(wanted, input_type=None, truncate="END") for count in some.counts]
+def _tokens(encoder: Encoder, batch: Sequence[str]) -> list[int]:
+    """Number of tokens of each text."""
+    return [count for some in encoder.tokenize(batch, input_type=None, truncate="END") for count in some.counts]
 
 
 def _served(folder: Path, device: str) -> dict[str, Embed]:
-    """Our embedder as the server runs it, with the queue before the encoder; none where its packages are missing."""
+    """Our embedder as the server runs it, with its queue; empty if the server's packages are not installed."""
     try:
         return {"ours, served": ours_served(folder, 0, precision="bfloat16", device=device)}
     except ImportError:
@@ -246,7 +248,7 @@ def _peers(folder: Path, shape: Shape, device: str) -> dict[str, Embed]:
 
 
 def _padded(folder: Path, shape: Shape, device: str, size: int) -> Embed:
-    """What ``SentenceTransformer.encode`` does: longest first, batches of `size`, padded to the longest of each."""
+    """Reimplement ``SentenceTransformer.encode``: longest texts first, in batches of `size`, padded to the longest."""
     from transformers import AutoModel
 
     model: Any = AutoModel.from_pretrained(folder, dtype=torch.bfloat16).eval().to(device)
@@ -287,7 +289,7 @@ def _synchronize() -> None:
 
 @torch.inference_mode()
 def _matrix_peak(setting: _Setting) -> float:
-    """FLOP/s of products in bfloat16: the best of square ones, of two sizes."""
+    """Highest FLOP/s of square bfloat16 matrix products of two sizes."""
     best = 0.0
     for edge in (setting.square // 2, setting.square):
         left, right = (torch.randn(edge, edge, device=setting.device, dtype=torch.bfloat16) for _ in range(2))

@@ -1,4 +1,4 @@
-"""Our HTTP server beside infinity-emb's, and what serving costs beside encoding: ``python -m benchmarks.http``."""
+"""Our HTTP server compared with infinity-emb's, and the overhead of serving: ``python -m benchmarks.http``."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ CALLERS = 64
 
 @dataclass(frozen=True, slots=True)
 class _Round:
-    """What a server did under load, and the processor seconds that each request cost it."""
+    """Result of a load test, and the server's CPU seconds per request."""
 
     load: Load
     cpu: float
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure both."""
+    """Measure throughput and overhead."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.http", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each server; 5 if not set")
-    parser.add_argument("--tiny", action="store_true", help="a few requests only, to see that it runs")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each server (default: 5)")
+    parser.add_argument("--tiny", action="store_true", help="only a few requests, to check that it runs")
     options = parser.parse_args(arguments)
     print(f"## Serving over HTTP\n\n{describe()}")
     with contextlib.ExitStack() as stack:
@@ -60,10 +60,10 @@ def _show_many_callers(servers: Sequence[Server], missing: Sequence[str], rounds
     done: dict[str, list[_Round]] = {server.name: [] for server in servers}
     order = list(servers)
     for server in servers:
-        _ask(server, requests // 4, seed=0)  # to warm up
+        _run_round(server, requests // 4, seed=0)  # warm-up
     for seed in range(1, rounds + 1):
         for server in order:
-            done[server.name].append(_ask(server, requests, seed))
+            done[server.name].append(_run_round(server, requests, seed))
         order.append(order.pop(0))
     ours = done[servers[0].name]
     rows = []
@@ -88,7 +88,7 @@ def _show_many_callers(servers: Sequence[Server], missing: Sequence[str], rounds
     )
 
 
-def _ask(server: Server, requests: int, seed: int) -> _Round:
+def _run_round(server: Server, requests: int, seed: int) -> _Round:
     bodies = [orjson.dumps({"model": server.model, "input": text}) for text in texts("query", requests, seed=seed)]
     before = cpu_seconds(server.pid)
     load = asyncio.run(post_all(server.url, bodies, CALLERS))
@@ -96,18 +96,20 @@ def _ask(server: Server, requests: int, seed: int) -> _Round:
 
 
 def _show_share(rounds: int, requests: int, at_once: int) -> None:
-    """Of the server's processor time, what is not tokenizing or encoding."""
+    """Measure the server's CPU time that is not spent on tokenizing or encoding."""
     with tempfile.TemporaryDirectory() as folder:
         account = Path(folder) / "account"
-        # Tokens are made on the thread that is counted, not on others, and all in one process.
+        # Tokenize on the thread whose time is counted, and run the model in the server's process.
         settings = {"TOKENIZERS_PARALLELISM": "false", "EMBEDDINGS_MCP_MODEL_PROCESS": "false"}
         command = ("-m", "benchmarks.accounting", str(account))
         rows = []
         with our_server(command=command, settings=settings) as server:
             for workload in ("short", "mixed"):
                 for encoding_format in ("base64", "float"):
-                    asked = [_bodies(workload, encoding_format, requests, at_once, seed) for seed in range(rounds + 1)]
-                    turns = [_share(server, account, bodies) for bodies in asked][1:]  # the first was to warm up
+                    batches = [
+                        _bodies(workload, encoding_format, requests, at_once, seed) for seed in range(rounds + 1)
+                    ]
+                    turns = [_share(server, account, bodies) for bodies in batches][1:]  # the first is the warm-up
                     total, serving, size = (statistics.median(figures) for figures in zip(*turns, strict=True))
                     rows.append(
                         [
@@ -128,14 +130,14 @@ def _show_share(rounds: int, requests: int, at_once: int) -> None:
 
 
 def _bodies(workload: str, encoding_format: str, requests: int, at_once: int, seed: int) -> list[bytes]:
-    wanted = texts(workload, requests * at_once, seed=seed)
-    inputs = [wanted[start : start + at_once] for start in range(0, len(wanted), at_once)]
-    asked = {"model": "default", "encoding_format": encoding_format, "truncate": "END"}
-    return [orjson.dumps({**asked, "input": batch}) for batch in inputs]
+    flat = texts(workload, requests * at_once, seed=seed)
+    inputs = [flat[start : start + at_once] for start in range(0, len(flat), at_once)]
+    options = {"model": "default", "encoding_format": encoding_format, "truncate": "END"}
+    return [orjson.dumps({**options, "input": batch}) for batch in inputs]
 
 
 def _share(server: Server, account: Path, bodies: Sequence[bytes]) -> tuple[float, float, float]:
-    """Of one request: processor seconds, those of them for serving, and bytes of the answer."""
+    """Per request: total CPU seconds, CPU seconds of serving, and bytes of the response."""
     before = accounting.read(server.pid, account)
     load = asyncio.run(post_all(server.url, bodies, callers=1))
     after = accounting.read(server.pid, account)

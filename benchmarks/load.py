@@ -1,4 +1,4 @@
-"""Callers of an HTTP server, as light as Python allows: they share the machine with the server that they measure."""
+"""A minimal HTTP load generator: it shares the machine with the server under test, so it must use little CPU time."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-_SECONDS = 300
-"""Longest that all the callers together may take."""
+_TIMEOUT_SECONDS = 300
+"""Timeout for all callers together."""
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What some callers got.
+    """The result of a load test.
 
     Attributes:
-        seconds: from the first request to the last answer.
+        seconds: from the first request to the last response.
         latencies: seconds of each request, ascending.
-        bytes_: of all the answers' bodies.
+        bytes_: total size of the response bodies.
     """
 
     seconds: float
@@ -29,36 +29,36 @@ class Load:
 
     @property
     def rate(self) -> float:
-        """Requests in a second."""
+        """Requests per second."""
         return len(self.latencies) / self.seconds
 
     def percentile(self, percent: float) -> float:
-        """Seconds within which so many of a hundred requests were answered."""
+        """Latency in seconds at this percentile."""
         return percentile(self.latencies, percent)
 
 
 def percentile(ascending: Sequence[float], percent: float) -> float:
-    """The value that so many of a hundred do not exceed."""
+    """The value at this percentile, by the nearest-rank method."""
     return ascending[max(0, math.ceil(len(ascending) * percent / 100) - 1)]
 
 
 async def post_all(url: str, bodies: Sequence[bytes], callers: int) -> Load:
-    """Post JSON bodies, each caller the next one as soon as it has its answer.
+    """Post JSON bodies; each caller sends the next one as soon as it has a response.
 
     Args:
-        url: where to, over plain HTTP.
-        bodies: the requests, none of them twice.
-        callers: how many connections there are; each stays open.
+        url: an ``http`` address.
+        bodies: of the requests; each is sent once.
+        callers: number of persistent connections.
 
     Raises:
-        RuntimeError: an answer is not 200.
+        RuntimeError: a response is not 200.
     """
     target = urlsplit(url)
     host, port = target.hostname or "", target.port or 80
     head = f"POST {target.path} HTTP/1.1\r\nHost: {target.netloc}\r\nContent-Type: application/json\r\nContent-Length: "
     requests = [head.encode() + str(len(body)).encode() + b"\r\n\r\n" + body for body in reversed(bodies)]
     loop = asyncio.get_running_loop()
-    async with asyncio.timeout(_SECONDS):
+    async with asyncio.timeout(_TIMEOUT_SECONDS):
         connected = [(await loop.create_connection(lambda: _Caller(requests), host, port))[1] for _ in range(callers)]
         started = time.perf_counter()
         for caller in connected:
@@ -70,7 +70,7 @@ async def post_all(url: str, bodies: Sequence[bytes], callers: int) -> Load:
 
 
 class _Caller(asyncio.Protocol):
-    """One connection. It reads what these servers write: a Content-Length, or chunks."""
+    """One connection. It reads responses with a Content-Length or chunked encoding."""
 
     def __init__(self, requests: list[bytes]) -> None:
         self.latencies: list[float] = []
@@ -85,7 +85,7 @@ class _Caller(asyncio.Protocol):
         self._transport = transport
 
     def next(self) -> None:
-        """Send the next request, if there is one."""
+        """Send the next request, or close the connection if there is none."""
         if self._requests:
             self._sent_at = time.perf_counter()
             self._transport.write(self._requests.pop())

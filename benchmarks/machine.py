@@ -1,4 +1,4 @@
-"""What the figures were measured on. Nothing but Python's own library is imported."""
+"""Description of the machine. Imports only the standard library."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PACKAGES = ("torch", "transformers", "sentence-transformers", "numpy", "mcp")
 
 
 def describe() -> str:
-    """The machine, its load, the versions and the day, in a few lines."""
+    """Machine, load average, versions and date, in a few lines."""
     load = ", ".join(f"{value:.2f}" for value in os.getloadavg())
     versions = ", ".join(f"{package} {version}" for package in _PACKAGES if (version := _version(package)))
     return (
@@ -25,7 +25,7 @@ def describe() -> str:
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -1,4 +1,4 @@
-"""What our server's memory depends on, and what it does not: ``python -m benchmarks.memory``."""
+"""Memory use of one call and of a busy server: ``python -m benchmarks.memory``."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _CALLERS = 8
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure both."""
+    """Measure peak and growth."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=10, help="how long the server is kept busy; 10 if not set")
-    parser.add_argument("--tiny", action="store_true", help="a few texts only, to see that it runs")
+    parser.add_argument("--minutes", type=float, default=10, help="duration of the load on the server (default: 10)")
+    parser.add_argument("--tiny", action="store_true", help="only a few texts, to check that it runs")
     options = parser.parse_args(arguments)
     print(f"## Memory\n\n{describe()}")
     _show_peaks(*((["ours, served"], [10, 20]) if options.tiny else (["ours, served", PEER], [1000, 10_000])))
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _show_peaks(names: Sequence[str], counts: Sequence[int]) -> None:
-    """The peak of a fresh process for a few texts and for many."""
+    """Print the peak memory of new processes for a few texts and for many."""
     folder = locate(DEFAULT_MODEL, DEFAULT_MODEL)
     rows = []
     notes = [f"aim: at most 1.30x; texts of mixed length (8-256 tokens), {cores()} cores; each figure of a new process"]
@@ -57,7 +57,7 @@ def _peak(name: str, folder: Path, count: int) -> float:
 
 
 def _show_growth(minutes: float) -> None:
-    """The server's memory while requests of all sizes come without pause, in sixths of the time."""
+    """Print the server's memory under constant load of requests of all sizes, for each sixth of the time."""
     with our_server() as server:
         sizes: list[tuple[float, float]] = []
         started = time.monotonic()

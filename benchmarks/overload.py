@@ -1,8 +1,8 @@
-"""More than the machine can do: what is still answered, and how the rest is refused: ``python -m benchmarks.overload``.
+"""Throughput and refusals under overload: ``python -m benchmarks.overload``.
 
-First as many callers as keep the server busy, each with one request after the other: that is its capacity. Then
-requests come in at an even pace, at once, twice and ten times as fast as that, whether or not the others were answered.
-Who is refused keeps to the Retry-After that he was given.
+First, a fixed number of callers, each with one request at a time, determine the server's capacity. Then requests arrive
+at a constant rate of one, two and ten times the capacity, whether or not earlier ones were answered. Refused callers
+retry after the time in Retry-After.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ from benchmarks.table import number, show
 from benchmarks.workloads import texts
 
 _TEXTS = 32
-"""Texts in a request."""
+"""Texts per request."""
 
 _SETTINGS = {"EMBEDDINGS_MCP_MAX_QUEUED_TOKENS": "10000"}
-"""A queue of seconds, where the default is one of minutes, in which nobody would be refused for as long."""
+"""A queue that is full within seconds; with the default, nobody would be refused for minutes."""
 
-_BUSY = 8
-"""Callers that keep the server busy."""
+_CAPACITY_CALLERS = 8
+"""Concurrent callers that determine the capacity."""
 
-_LEAST = 4
-"""Requests, at least, that come in at the slowest pace: ten times as many are more than the queue holds."""
+_MIN_REQUESTS = 4
+"""Minimum number of requests at the slowest rate: ten times as many exceed the queue."""
 
-_SECONDS = 600
-"""Longest that a pace may take until everybody has his answer."""
+_TIMEOUT_SECONDS = 600
+"""Timeout for all requests of one rate to be answered."""
 
 _REFUSED = frozenset({429, 503})
 
 
 @dataclass(frozen=True, slots=True)
-class _Try:
-    """A request's way to its answer.
+class _Attempt:
+    """One attempt at a request.
 
     Attributes:
-        status: of the answer.
+        status: of the response.
         began: when it was sent, by the performance counter.
-        ended: when its answer was there.
-        retry_after: seconds that the answer asked for.
+        ended: when the response was complete.
+        retry_after: seconds in the response's Retry-After.
     """
 
     status: int
@@ -60,36 +60,34 @@ class _Try:
 
 
 @dataclass(slots=True)
-class _Pace:
-    """What became of the requests that came in at one pace.
+class _Arrivals:
+    """The requests that arrived at one rate.
 
     Attributes:
         began: when the first was sent, by the performance counter.
-        ended: when the last was due.
-        tries: of each request, until it was answered.
+        ended: end of the period in which they arrived.
+        attempts: of each request, until it was answered.
     """
 
     began: float
     ended: float
-    tries: list[list[_Try]] = field(default_factory=list)
+    attempts: list[list[_Attempt]] = field(default_factory=list)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure the capacity, and what happens beyond it."""
+    """Measure the capacity, and the behaviour beyond it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overload", description=__doc__)
-    parser.add_argument(
-        "--seconds", type=float, default=6, help="for which requests come in at each pace; 6 if not set"
-    )
-    parser.add_argument("--tiny", action="store_true", help="a moment of each, to see that it runs")
+    parser.add_argument("--seconds", type=float, default=6, help="duration of each rate (default: 6)")
+    parser.add_argument("--tiny", action="store_true", help="a fraction of a second each, to check that it runs")
     options = parser.parse_args(arguments)
     seconds = 0.3 if options.tiny else options.seconds
     print(f"## More than the machine can do\n\n{describe()}")
     with our_server(settings=_SETTINGS) as server:
         bodies = _bodies(server)
         capacity = _capacity(server, bodies, seconds)
-        seconds = max(seconds, _LEAST / capacity)
+        seconds = max(seconds, _MIN_REQUESTS / capacity)
         rows = [
-            _row(factor, capacity, asyncio.run(_come_in(server, bodies, factor * capacity, seconds)))
+            _row(factor, capacity, asyncio.run(_offer(server, bodies, factor * capacity, seconds)))
             for factor in (1, 2, 10)
         ]
     header = ["pace", "texts/s offered", "answered meanwhile", "of capacity", "refused", "within ms, p50 / p99"]
@@ -98,14 +96,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"Requests of {_TEXTS} short texts (5-30 tokens), {seconds:g} s at each pace",
         header,
         rows,
-        f"capacity: {capacity * _TEXTS:,.0f} texts/s, of {_BUSY} callers with one request after the other",
+        f"capacity: {capacity * _TEXTS:,.0f} texts/s, of {_CAPACITY_CALLERS} callers with one request after the other",
         "aim: at least 90 % of capacity, refused within 50 ms; who keeps to his Retry-After is answered",
         "the callers run on the same cores as the server",
     )
 
 
 def _bodies(server: Server) -> Iterator[bytes]:
-    """Requests without end, each of other texts."""
+    """Endless sequence of requests, each with different texts."""
     for seed in itertools.count():
         many = texts("short", _TEXTS * 64, seed=seed)
         for start in range(0, len(many), _TEXTS):
@@ -115,41 +113,42 @@ def _bodies(server: Server) -> Iterator[bytes]:
 
 
 def _capacity(server: Server, bodies: Iterator[bytes], seconds: float) -> float:
-    """Requests a second."""
-    asyncio.run(post_all(server.url, list(itertools.islice(bodies, _BUSY)), _BUSY))  # to warm up
+    """Capacity in requests per second."""
+    asyncio.run(post_all(server.url, list(itertools.islice(bodies, _CAPACITY_CALLERS)), _CAPACITY_CALLERS))  # warm-up
     rates: list[float] = []
-    ends = time.perf_counter() + 3 * seconds
-    while time.perf_counter() < ends:
-        rates.append(asyncio.run(post_all(server.url, list(itertools.islice(bodies, 4 * _BUSY)), _BUSY)).rate)
+    deadline = time.perf_counter() + 3 * seconds
+    while time.perf_counter() < deadline:
+        batch = list(itertools.islice(bodies, 4 * _CAPACITY_CALLERS))
+        rates.append(asyncio.run(post_all(server.url, batch, _CAPACITY_CALLERS)).rate)
     return statistics.median(rates)
 
 
-async def _come_in(server: Server, bodies: Iterator[bytes], per_second: float, seconds: float) -> _Pace:
-    """Send requests at an even pace, and see each of them through to its answer."""
-    ready = list(itertools.islice(bodies, max(1, round(per_second * seconds))))
+async def _offer(server: Server, bodies: Iterator[bytes], per_second: float, seconds: float) -> _Arrivals:
+    """Send requests at a constant rate, and retry each until it is answered."""
+    prepared = list(itertools.islice(bodies, max(1, round(per_second * seconds))))
     began = time.perf_counter()
-    pace = _Pace(began, began + seconds)
+    arrivals = _Arrivals(began, began + seconds)
 
-    async def see_through(place: int, body: bytes) -> None:
-        await asyncio.sleep(max(0.0, began + place / per_second - time.perf_counter()))
-        tries: list[_Try] = []
-        pace.tries.append(tries)
-        while not tries or tries[-1].status in _REFUSED:
-            if tries:
-                await asyncio.sleep(tries[-1].retry_after)
-            tries.append(await _post(server.url, body))
+    async def send(position: int, body: bytes) -> None:
+        await asyncio.sleep(max(0.0, began + position / per_second - time.perf_counter()))
+        attempts: list[_Attempt] = []
+        arrivals.attempts.append(attempts)
+        while not attempts or attempts[-1].status in _REFUSED:
+            if attempts:
+                await asyncio.sleep(attempts[-1].retry_after)
+            attempts.append(await _post(server.url, body))
 
-    async with asyncio.timeout(_SECONDS), asyncio.TaskGroup() as requests:
-        for place, body in enumerate(ready):
-            requests.create_task(see_through(place, body))
-    return pace
+    async with asyncio.timeout(_TIMEOUT_SECONDS), asyncio.TaskGroup() as requests:
+        for position, body in enumerate(prepared):
+            requests.create_task(send(position, body))
+    return arrivals
 
 
-async def _post(url: str, body: bytes) -> _Try:
-    """One request on a connection of its own.
+async def _post(url: str, body: bytes) -> _Attempt:
+    """Send one request on its own connection.
 
     Raises:
-        RuntimeError: the answer is neither what was asked for nor a refusal with a time to come back.
+        RuntimeError: the response is neither 200 nor a refusal with a Retry-After.
     """
     target = urlsplit(url)
     began = time.perf_counter()
@@ -164,28 +163,34 @@ async def _post(url: str, body: bytes) -> _Try:
     headers = dict(line.lower().split(": ", 1) for line in lines[1:])
     if status != 200 and not (status in _REFUSED and "retry-after" in headers):
         raise RuntimeError(answer[:500].decode(errors="replace"))
-    return _Try(status, began, ended, int(headers.get("retry-after", 0)))
+    return _Attempt(status, began, ended, int(headers.get("retry-after", 0)))
 
 
-def _row(factor: int, capacity: float, pace: _Pace) -> list[str]:
-    """A pace in figures."""
-    # What was begun in the rush and ended after it counts by the part that lies in it.
-    within = (min(1.0, (pace.ended - tries[-1].began) / (tries[-1].ended - tries[-1].began)) for tries in pace.tries)
-    rate = sum(part for part in within if part > 0) / (pace.ended - pace.began)
-    refusals = sorted(
-        attempt.ended - attempt.began for tries in pace.tries for attempt in tries if attempt.status in _REFUSED
+def _row(factor: int, capacity: float, arrivals: _Arrivals) -> list[str]:
+    """The table row of one rate."""
+    # A request that ended after the period counts by the fraction of it that lies within.
+    within = (
+        min(1.0, (arrivals.ended - attempts[-1].began) / (attempts[-1].ended - attempts[-1].began))
+        for attempts in arrivals.attempts
     )
-    back = [tries for tries in pace.tries if len(tries) > 1]
-    waits = [tries[0].retry_after for tries in back]
+    rate = sum(part for part in within if part > 0) / (arrivals.ended - arrivals.began)
+    refusals = sorted(
+        attempt.ended - attempt.began
+        for attempts in arrivals.attempts
+        for attempt in attempts
+        if attempt.status in _REFUSED
+    )
+    back = [attempts for attempts in arrivals.attempts if len(attempts) > 1]
+    waits = [attempts[0].retry_after for attempts in back]
     return [
         f"{factor} x",
         number(factor * capacity * _TEXTS),
         f"{rate * _TEXTS:,.0f} texts/s",
         f"{rate / capacity:.0%}",
-        f"{len(back):,} of {len(pace.tries):,}",
+        f"{len(back):,} of {len(arrivals.attempts):,}",
         f"{percentile(refusals, 50) * 1000:.1f} / {percentile(refusals, 99) * 1000:.1f}" if refusals else "-",
         f"after {min(waits)} to {max(waits)} s" if back else "-",
-        f"{sum(tries[1].status == 200 for tries in back):,} of {len(back):,}" if back else "-",
+        f"{sum(attempts[1].status == 200 for attempts in back):,} of {len(back):,}" if back else "-",
     ]
 
 

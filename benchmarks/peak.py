@@ -1,4 +1,4 @@
-"""The most that a machine's processors multiply: the ceiling that a figure is measured against."""
+"""Peak throughput of matrix products on this CPU, as the ceiling for the other figures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from embeddings_mcp.embedders.local.linear import Linear
 
 MINILM_SHAPES = ((2048, 384, 1152), (2048, 384, 384), (2048, 384, 1536), (2048, 1536, 384))
-"""Rows, input and output of MiniLM's four products, for a full batch."""
+"""Rows, input and output width of MiniLM's four matrix products, for a full batch."""
 
 SQUARE = 2048
 
@@ -21,10 +21,10 @@ _ROUNDS = 5
 
 @torch.inference_mode()
 def float32_peak(threads: int, *, square: int = SQUARE) -> float:
-    """FLOP/s of the best product in float32: of MKL's and oneDNN's, MiniLM's shapes and a square one.
+    """FLOP/s of the fastest float32 matrix product: with MKL or oneDNN, of MiniLM's shapes or a square one.
 
     Args:
-        threads: that share a product.
+        threads: number of threads that share a product.
         square: edge of the square matrices.
     """
     before = torch.get_num_threads()
@@ -36,17 +36,17 @@ def float32_peak(threads: int, *, square: int = SQUARE) -> float:
 
 
 def _products(square: int) -> list[tuple[tuple[int, int, int], list[Callable[[], object]]]]:
-    made: list[tuple[tuple[int, int, int], list[Callable[[], object]]]] = []
+    result: list[tuple[tuple[int, int, int], list[Callable[[], object]]]] = []
     for shape in ((square, square, square), *MINILM_SHAPES):
         rows, inner, outer = shape
         left, weight = torch.randn(rows, inner), torch.randn(outer, inner)
-        by_onednn = Linear(weight, None)
-        made.append((shape, [partial(torch.nn.functional.linear, left, weight), partial(by_onednn, left)]))
-    return made
+        onednn = Linear(weight, None)
+        result.append((shape, [partial(torch.nn.functional.linear, left, weight), partial(onednn, left)]))
+    return result
 
 
 def _fastest(products: Sequence[Callable[[], object]], shape: tuple[int, int, int]) -> float:
-    """FLOP/s of the fastest of some ways to compute one product, at its best."""
+    """FLOP/s of the fastest implementation of one product, in its best round."""
     rows, inner, outer = shape
     shortest = float("inf")
     for product in products:

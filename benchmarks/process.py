@@ -1,4 +1,4 @@
-"""Other processes: what they have used so far, and how they are ended. Linux only, by ``/proc``."""
+"""CPU time and memory of other processes. Linux only: read from ``/proc``."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def family(pid: int) -> list[int]:
-    """A process and those that it has started, whichever of its threads did, and so on."""
+    """A process and its descendants, started by any of their threads."""
     found = [pid]
-    for process in found:
+    for process in found:  # grows during the loop
         for task in Path(f"/proc/{process}/task").glob("*/children"):
             found += map(int, task.read_text(encoding="utf-8").split())
     return found
 
 
 def cpu_seconds(pid: int) -> float:
-    """Processor time that a process and its family have used, all their threads together."""
+    """CPU time of a process and its descendants, including all threads."""
     return sum(map(_own_cpu_seconds, family(pid)))
 
 
 def resident_megabytes(pid: int) -> float:
-    """Memory that a process and its family hold now."""
+    """Current resident memory of a process and its descendants, in MiB."""
     return sum(map(_own_resident_megabytes, family(pid)))
 
 
 def _own_cpu_seconds(pid: int) -> float:
-    # The name, in brackets, may hold anything.
+    # The name, in parentheses, may contain anything.
     fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / _TICKS
 
@@ -43,6 +43,6 @@ def _own_resident_megabytes(pid: int) -> float:
 
 
 def peak_megabytes() -> float:
-    """The most memory that this process has held."""
+    """Peak resident memory of this process, in MiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1024 if sys.platform == "linux" else peak / 1024 / 1024

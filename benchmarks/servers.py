@@ -1,4 +1,4 @@
-"""HTTP servers to be asked: ours and infinity-emb's, each a process of its own as its users start it."""
+"""HTTP servers under test: ours and infinity-emb's, each started as a process in the way its users do."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from pathlib import Path
 from benchmarks.contest import PEERS_PYTHON, ROOT, ContenderMissing, environment
 from benchmarks.machine import cores
 
-_SECONDS = 120
-"""Longest that a server may take until it can answer."""
+_TIMEOUT_SECONDS = 120
+"""Timeout for a server to become ready."""
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server that runs.
+    """A running server.
 
     Attributes:
-        name: what it is called in tables.
-        url: where embeddings are asked for.
-        model: what its model is called.
-        pid: its process.
+        name: in tables.
+        url: of its embeddings route.
+        model: name of its model.
+        pid: of its process.
     """
 
     name: str
@@ -42,12 +42,12 @@ class Server:
 def our_server(
     *, command: Sequence[str] = ("-m", "embeddings_mcp"), settings: Mapping[str, str] | None = None, name: str = "ours"
 ) -> Iterator[Server]:
-    """Our server, without a cache: what is measured is the work.
+    """Our server, without a cache, so that every request is computed.
 
     Args:
-        command: what Python runs, up to our own command line's arguments.
+        command: arguments of Python, up to those of our own command line.
         settings: environment variables.
-        name: what it is called in tables.
+        name: in tables.
     """
     full = [sys.executable, *command, "serve", "--transport", "http", "--port", "0"]
     with _process(full, {"EMBEDDINGS_MCP_CACHE": "off", **(settings or {})}) as started:
@@ -63,7 +63,7 @@ def infinity_server(folder: Path, engine: str) -> Iterator[Server]:
     """infinity-emb's server.
 
     Args:
-        folder: the model; for the engine ``optimum`` as ONNX.
+        folder: of the model; for the engine ``optimum`` in ONNX format.
         engine: ``torch`` or ``optimum``.
 
     Raises:
@@ -82,31 +82,31 @@ def infinity_server(folder: Path, engine: str) -> Iterator[Server]:
 
 
 class _Started:
-    """A process that is to serve; it is ended unless it answers in time."""
+    """A server process that is starting; it is killed unless it is ready in time."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         assert process.stderr is not None
         self.pid = process.pid
         self._process = process
         self._stderr = process.stderr
-        self._said = [""]
+        self._stderr_lines = [""]
         self._reader = threading.Thread(target=self._keep_reading, daemon=True)
-        self._deadline = threading.Timer(_SECONDS, process.kill)
+        self._deadline = threading.Timer(_TIMEOUT_SECONDS, process.kill)
         self._deadline.start()
 
     def next_line(self) -> str:
-        """The next that it writes to stderr."""
+        """The next line that it writes to stderr."""
         line = self._stderr.readline()
         if not line:
             raise self._missing()
-        self._said.append(line.strip())
+        self._stderr_lines.append(line.strip())
         return line
 
     def wait_for(self, url: str) -> None:
-        """Return once this address answers; from then on what it writes is read and kept."""
+        """Return once this address responds; its stderr is read in the background from now on."""
         self._reader.start()
         while self._process.poll() is None:
-            with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=_SECONDS):  # noqa: S310 - loopback
+            with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS):  # noqa: S310 - loopback
                 self._deadline.cancel()
                 return
             time.sleep(0.1)
@@ -120,10 +120,10 @@ class _Started:
             self._reader.join()
 
     def _keep_reading(self) -> None:
-        self._said.extend(line.strip() for line in self._stderr if line.strip())
+        self._stderr_lines.extend(line.strip() for line in self._stderr if line.strip())
 
     def _missing(self) -> ContenderMissing:
-        return ContenderMissing(f"{Path(str(self._process.args[0])).name}: {self._said[-1] or 'it said nothing'}")  # type: ignore[index]
+        return ContenderMissing(f"{Path(str(self._process.args[0])).name}: {self._stderr_lines[-1] or 'no output'}")  # type: ignore[index]
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
-"""Checkpoints of true shapes with random weights, for models whose weights are not at hand: speed is the same.
+"""Checkpoints with real shapes and random weights, for models whose weights are not available: the speed is the same.
 
-Each is a folder as sentence-transformers writes it, so that peers load the same. Its tokenizer knows the words of
-`workloads`, each as one token, and puts one before and one behind a text.
+Each is a folder in the sentence-transformers layout, so that peers load the same files. Its tokenizer maps each word of
+`workloads` to one token, and adds one special token before and one after a text.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from benchmarks.workloads import WORDS
 _SPECIAL = ("<pad>", "<unk>", "<s>", "</s>")
 
 _SPREAD = 0.02
-"""Standard deviation of the weights, as before a training."""
+"""Standard deviation of the weights, as in their usual initialisation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +32,9 @@ class Shape:
     """A transformer without its weights.
 
     Attributes:
-        name: what it is called in tables.
+        name: in tables.
         config: of transformers.
-        max_tokens: longest text that it is asked to take.
+        max_tokens: longest text.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Shape:
 
 
 def bert(name: str, *, width: int, layers: int, heads: int, vocabulary: int = 30522) -> Shape:
-    """A BERT of the usual proportions."""
+    """A BERT with the usual proportions."""
     config = {
         "model_type": "bert",
         "architectures": ["BertModel"],
@@ -71,7 +71,7 @@ def bert(name: str, *, width: int, layers: int, heads: int, vocabulary: int = 30
 def llama(
     name: str, *, width: int, inner: int, layers: int, heads: int, key_heads: int, vocabulary: int = 128256
 ) -> Shape:
-    """A Llama; with its causal mask, for sentence-transformers has no other without code from the hub."""
+    """A Llama with its causal mask, since sentence-transformers supports no other without code from the hub."""
     config = {
         "model_type": "llama",
         "architectures": ["LlamaModel"],
@@ -106,7 +106,7 @@ TINY_LLAMA = llama("tiny Llama", width=64, inner=128, layers=2, heads=4, key_hea
 
 
 def write(shape: Shape, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Write a checkpoint of this shape; the same weights every time."""
+    """Write a checkpoint of this shape, with the same weights every time."""
     folder.mkdir(parents=True)
     config = AutoConfig.for_model(**shape.config)
     with torch.device("meta"):

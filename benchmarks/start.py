@@ -1,4 +1,4 @@
-"""From a process's start to its first answer: ``python -m benchmarks.start``."""
+"""Time from the start of a process to its first response: ``python -m benchmarks.start``."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from benchmarks.table import number, ratio, show
 from embeddings_mcp.embedders.local.locate import find_bundled
 from embeddings_mcp.models import DEFAULT_MODEL
 
-_SECONDS = 120
-"""Longest that a start may take."""
+_TIMEOUT_SECONDS = 120
+"""Timeout for a start."""
 
 _TEXT = "How do I reset my password?"
 
@@ -38,12 +38,12 @@ _SENTENCE_TRANSFORMERS = (
 
 @dataclass(frozen=True, slots=True)
 class _Start:
-    """A program and what it is asked as it starts.
+    """A program and its first request.
 
     Attributes:
-        name: what it is called in tables.
-        command: the program.
-        request: what is written to its stdin; the answer is the first line on its stdout.
+        name: in tables.
+        command: of the program.
+        request: written to its stdin; the first line on its stdout is the response.
     """
 
     name: str
@@ -57,10 +57,10 @@ def _mcp(method: str, **parameters: object) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Start everything in turns."""
+    """Start all programs in turns."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.start", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7, help="starts of each program; 7 if not set")
-    parser.add_argument("--tiny", action="store_true", help="our own programs only, to see that it runs")
+    parser.add_argument("--rounds", type=int, default=7, help="starts of each program (default: 7)")
+    parser.add_argument("--tiny", action="store_true", help="only our own programs, to check that it runs")
     options = parser.parse_args(arguments)
     print(f"## Starting\n\n{describe()}")
     python, ours = sys.executable, [sys.executable, "-m", "embeddings_mcp"]
@@ -89,18 +89,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _contest(title: str, starts: Sequence[_Start], rounds: int, *notes: str) -> None:
-    """Compare the programs; the last is the one that the others are measured by."""
+    """Compare the programs with the last one."""
     for start in starts:
-        _measure(start)  # so that all of them find their files in memory
-    taken: dict[str, list[tuple[float, float]]] = {start.name: [] for start in starts}
+        _measure(start)  # warm-up: fills the file system cache
+    measured: dict[str, list[tuple[float, float]]] = {start.name: [] for start in starts}
     order = list(starts)
     for _ in range(rounds):
         for start in order:
-            taken[start.name].append(_measure(start))
+            measured[start.name].append(_measure(start))
         order.append(order.pop(0))
-    peer = taken[starts[-1].name]
+    peer = measured[starts[-1].name]
     rows = []
-    for name, times in taken.items():
+    for name, times in measured.items():
         wall, cpu = (statistics.median(values) for values in zip(*times, strict=True))
         by_wall, by_cpu = (
             statistics.median(our[kind] / their[kind] for our, their in zip(times, peer, strict=True))
@@ -112,7 +112,7 @@ def _contest(title: str, starts: Sequence[_Start], rounds: int, *notes: str) -> 
 
 
 def _measure(start: _Start) -> tuple[float, float]:
-    """Seconds until the answer, and the processor seconds of the whole process."""
+    """Seconds until the response, and the CPU seconds of the whole process."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.perf_counter()
     with subprocess.Popen(
@@ -124,7 +124,7 @@ def _measure(start: _Start) -> tuple[float, float]:
         stderr=subprocess.DEVNULL,
         text=True,
     ) as process:
-        watchdog = threading.Timer(_SECONDS, process.kill)
+        watchdog = threading.Timer(_TIMEOUT_SECONDS, process.kill)
         watchdog.start()
         assert process.stdin is not None
         assert process.stdout is not None

@@ -1,4 +1,4 @@
-"""Tables that a terminal and Markdown both show well."""
+"""Tables that are readable in a terminal and valid Markdown."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns: the first to the left, the others to the right."""
+    """A Markdown table with aligned columns: the first left-aligned, the others right-aligned."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
@@ -21,19 +21,19 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *notes: str) -> None:
-    """Print a table under its title, and what is to be said about it."""
+    """Print a table with its title and notes."""
     print(f"\n### {title}\n\n{table(header, rows)}\n", flush=True)
     for note in notes:
         print(f"- {note}", flush=True)
 
 
 def number(value: float) -> str:
-    """Three digits that matter, and no exponent."""
+    """Format a number with up to three significant digits and no exponent."""
     if value >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
 
 
 def ratio(value: float) -> str:
-    """How many times."""
+    """Format a ratio."""
     return f"{value:.2f}x"

@@ -1,7 +1,7 @@
-"""The texts that are embedded: made up, in everyday English words, the same at every run.
+"""Generated texts of common English words, the same in every run.
 
-A word is one token of MiniLM's vocabulary, and two more stand around every text, so lengths are exact. Nothing but
-Python's own library is imported: peers read this in environments of their own.
+Each word is one token in MiniLM's vocabulary, and each text gets two special tokens, so lengths are exact. Imports only
+the standard library, since peers use this module in their own environments.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ database customer order delivery payment contract meeting
 """
 
 WORDS = tuple(_WORDS.split())
-"""What texts are made of, the most frequent first."""
+"""The words of the texts, most frequent first."""
 
 _WEIGHTS = [1 / rank for rank in range(3, len(WORDS) + 3)]
-"""How often a word comes, by Zipf's law."""
+"""Relative frequency of each word, by Zipf's law."""
 
-AROUND = 2
-"""Tokens that MiniLM puts around a text."""
+SPECIAL_TOKENS = 2
+"""Special tokens that MiniLM adds to a text."""
 
 
 def text(tokens: int, random_: random.Random) -> str:
-    """A text of so many tokens, those around it included."""
-    return " ".join(random_.choices(WORDS, _WEIGHTS, k=tokens - AROUND))
+    """A random text with this number of tokens, including special tokens."""
+    return " ".join(random_.choices(WORDS, _WEIGHTS, k=tokens - SPECIAL_TOKENS))
 
 
 def _short(random_: random.Random) -> int:
@@ -67,7 +67,7 @@ _LENGTHS: Mapping[str, Callable[[random.Random], int]] = {
     "to512": _to_512,
     "query": _query,
 }
-"""Tokens of a text, by the workload's name."""
+"""Random length of a text in tokens, by the workload's name."""
 
 
 def texts(workload: str, count: int, *, seed: int = 0) -> list[str]:
@@ -76,9 +76,9 @@ def texts(workload: str, count: int, *, seed: int = 0) -> list[str]:
     Args:
         workload: ``short`` (5-30 tokens each), ``mixed`` (8-256, log-normal, median 55), ``long`` (256), ``query``
             (6-16), ``to512`` (16-512, log-normal, median 128) or ``varied`` (as ``mixed``).
-        count: how many.
-        seed: others are other texts of the same lengths; of ``varied``, of other lengths too.
+        count: number of texts.
+        seed: another seed gives different texts of the same lengths or, for ``varied``, of different lengths.
     """
-    drawn = f"{workload} lengths {seed}" if workload == "varied" else f"{workload} lengths"
-    lengths, words = random.Random(drawn), random.Random(f"{workload} words {seed}")  # noqa: S311 - texts
+    length_seed = f"{workload} lengths {seed}" if workload == "varied" else f"{workload} lengths"
+    lengths, words = random.Random(length_seed), random.Random(f"{workload} words {seed}")  # noqa: S311 - texts
     return [text(_LENGTHS[workload](lengths), words) for _ in range(count)]
