@@ -105,10 +105,10 @@ async def look_up(folder: Path, stored: int, rounds: int) -> None:
         )
         await disk.aclose()
     show(
-        f"1,000 texts out of a file, chosen at random: medians of {rounds} rounds",
+        f"1,000 random texts from a file: medians of {rounds} rounds",
         ["vectors", "MiB", "stored, µs each", "looked up, ms", "slowest, ms"],
         rows,
-        f"aim: {LOOKUP_MILLISECONDS} ms; keys, checksums and the matrix of the answer are in it",
+        f"aim: {LOOKUP_MILLISECONDS} ms; this includes keys, checksums and the matrix of the response",
     )
 
 

@@ -93,7 +93,7 @@ def _sections() -> dict[str, Section]:
             onnx=ORT_INT8,
         ),
         "all": Section(
-            f"All {cores()} cores: ours by the workers that the server starts, each peer with so many threads",
+            f"All {cores()} cores: ours with the server's default workers, each peer with as many threads",
             cores(),
             ["ours, served", "ours int8, served", ST, ORT, INFINITY],
             [
@@ -229,7 +229,10 @@ def _show_fidelity(section: Section, present: Sequence[Contender], *, tiny: bool
         )
     header = ["", "largest difference", "mean cosine", "least cosine", "order of pairs (Spearman)"]
     show(
-        f"{section.title}: vectors beside those of {ST}", header, rows, f"{job.count} texts of mixed length, all pairs"
+        f"{section.title}: vectors compared with those of {ST}",
+        header,
+        rows,
+        f"{job.count} texts of mixed length, all pairs",
     )
 
 

@@ -80,7 +80,7 @@ def _show_many_callers(servers: Sequence[Server], missing: Sequence[str], rounds
         )
     header = ["", "requests/s", "p50 ms", "p99 ms", "CPU ms a request", "ours is faster by"]
     show(
-        f"{CALLERS} callers at once, each with one short text (6-16 tokens) after the other",
+        f"{CALLERS} concurrent callers, each with one short text (6-16 tokens) at a time",
         header,
         rows,
         "aim: at least 2.00x, at no worse p99; the callers run on the same cores as the server",
@@ -122,7 +122,7 @@ def _show_share(rounds: int, requests: int, at_once: int) -> None:
                     )
     header = ["", "CPU ms a request", "of it for serving", "share", "answer, kB"]
     show(
-        f"What serving costs: {at_once} texts and 384 numbers for each in a request, one request at a time",
+        f"Overhead of serving: {at_once} texts of 384 dimensions per request, one request at a time",
         header,
         rows,
         "aim: at most 15 % in either form; serving is all that is neither tokenizing nor encoding",

@@ -41,7 +41,9 @@ def _show_peaks(names: Sequence[str], counts: Sequence[int]) -> None:
     """Print the peak memory of new processes for a few texts and for many."""
     folder = locate(DEFAULT_MODEL, DEFAULT_MODEL)
     rows = []
-    notes = [f"aim: at most 1.30x; texts of mixed length (8-256 tokens), {cores()} cores; each figure of a new process"]
+    notes = [
+        f"aim: at most 1.30x; texts of mixed length (8-256 tokens), {cores()} cores; a new process for each figure"
+    ]
     for name in names:
         peaks = [_peak(name, folder, count) for count in counts]
         rows.append([name, *map(number, peaks), ratio(peaks[-1] / peaks[0])])
@@ -75,8 +77,8 @@ def _show_growth(minutes: float) -> None:
         f"Memory of the server over {minutes:g} minutes",
         header,
         [row],
-        f"{requests:,} requests of {_CALLERS} callers at once: queries, and 1 to 64 texts of mixed length; never the "
-        "same text twice, and no cache",
+        f"{requests:,} requests of {_CALLERS} concurrent callers: queries, and 1 to 64 texts of mixed length; never "
+        "the same text twice, and no cache",
         "aim: the last no larger than the second",
     )
 

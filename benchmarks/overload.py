@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="a fraction of a second each, to check that it runs")
     options = parser.parse_args(arguments)
     seconds = 0.3 if options.tiny else options.seconds
-    print(f"## More than the machine can do\n\n{describe()}")
+    print(f"## Overload\n\n{describe()}")
     with our_server(settings=_SETTINGS) as server:
         bodies = _bodies(server)
         capacity = _capacity(server, bodies, seconds)
@@ -93,11 +93,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     header = ["pace", "texts/s offered", "answered meanwhile", "of capacity", "refused", "within ms, p50 / p99"]
     header += ["asked back", "answered when they came back"]
     show(
-        f"Requests of {_TEXTS} short texts (5-30 tokens), {seconds:g} s at each pace",
+        f"Requests of {_TEXTS} short texts (5-30 tokens), {seconds:g} s at each rate",
         header,
         rows,
-        f"capacity: {capacity * _TEXTS:,.0f} texts/s, of {_CAPACITY_CALLERS} callers with one request after the other",
-        "aim: at least 90 % of capacity, refused within 50 ms; who keeps to his Retry-After is answered",
+        f"capacity: {capacity * _TEXTS:,.0f} texts/s, of {_CAPACITY_CALLERS} callers with one request at a time",
+        "aim: at least 90 % of capacity, refused within 50 ms; callers who follow Retry-After are answered",
         "the callers run on the same cores as the server",
     )
 

@@ -62,10 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=7, help="starts of each program (default: 7)")
     parser.add_argument("--tiny", action="store_true", help="only our own programs, to check that it runs")
     options = parser.parse_args(arguments)
-    print(f"## Starting\n\n{describe()}")
+    print(f"## Startup\n\n{describe()}")
     python, ours = sys.executable, [sys.executable, "-m", "embeddings_mcp"]
     _contest(
-        "From the process's start to the answer to tools/list, over stdio",
+        "From process start to the response to tools/list, over stdio",
         [
             _Start("ours", [*ours, "serve"], _mcp("tools/list")),
             _Start("a bare mcp server with one tool", [python, "-m", "tests.e2e.bare_server"], _mcp("tools/list")),
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = str(find_bundled(DEFAULT_MODEL))
     peer = _Start("sentence-transformers", [python, "-c", _SENTENCE_TRANSFORMERS, folder, _TEXT], "")
     _contest(
-        "From the process's start to the first vector",
+        "From process start to the first vector",
         [
             _Start("ours, MCP over stdio", [*ours, "serve"], call),
             _Start("ours, from the command line", [*ours, "embed", "--json", _TEXT], ""),

@@ -1,4 +1,4 @@
-"""The benchmarks run: on a few texts each, whatever they measure."""
+"""Every benchmark runs, with a few texts each."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Run = Callable[..., str]
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a benchmark's `main` and gives what it printed."""
+    """A function that runs a benchmark's `main` and returns its output."""
 
     def run_main(main: Callable[[list[str]], object], *arguments: str) -> str:
         main([*arguments, "--tiny"])
@@ -36,7 +36,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 def rows(printed: str) -> list[list[str]]:
-    """The cells of every table, headers and rules left out."""
+    """The cells of every table, without headers and separator lines."""
     lines = [line for line in printed.splitlines() if line.startswith("|")]
     return [
         [cell.strip() for cell in line.strip("|").split("|")]
@@ -45,7 +45,7 @@ def rows(printed: str) -> list[list[str]]:
     ]
 
 
-def test_cpu_compares_us_with_sentence_transformers_in_speed_and_in_vectors(run: Run) -> None:
+def test_cpu_compares_speed_and_vectors_with_sentence_transformers(run: Run) -> None:
     printed = run(cpu.main, "--section", "one", "--rounds", "1")
     ours, theirs = ([row for row in rows(printed) if row[0] == name] for name in ("ours", "sentence-transformers"))
     assert len(ours) == len(theirs) == 2
@@ -54,7 +54,7 @@ def test_cpu_compares_us_with_sentence_transformers_in_speed_and_in_vectors(run:
     assert ours[1][4] == "1.0000"
 
 
-def test_http_measures_rates_and_what_serving_costs(run: Run) -> None:
+def test_http_measures_throughput_and_overhead(run: Run) -> None:
     cells = rows(run(http.main, "--rounds", "1"))
     assert cells[0][0] == "ours"
     assert float(cells[0][1]) > 0
@@ -63,15 +63,15 @@ def test_http_measures_rates_and_what_serving_costs(run: Run) -> None:
     assert all(0 < share < 100 for share in shares.values())
 
 
-def test_overload_counts_what_is_answered_and_what_is_refused_at_each_pace(run: Run) -> None:
+def test_overload_counts_answered_and_refused_requests_at_each_rate(run: Run) -> None:
     cells = rows(run(overload.main))
     assert [row[0] for row in cells] == ["1 x", "2 x", "10 x"]
     assert all(float(row[3].rstrip("%")) > 0 for row in cells)
-    refused, came = cells[-1][4].split(" of ")
-    assert 0 < int(refused) < int(came)
+    refused, sent = cells[-1][4].split(" of ")
+    assert 0 < int(refused) < int(sent)
 
 
-def test_start_times_the_first_answers(run: Run) -> None:
+def test_start_measures_the_time_to_the_first_response(run: Run) -> None:
     cells = rows(run(start.main, "--rounds", "1"))
     assert [row[0] for row in cells] == [
         "ours",
@@ -88,7 +88,7 @@ def test_context_counts_far_fewer_tokens_for_scores_than_for_vectors(run: Run) -
     assert all(float(row[4].rstrip("x")) > 10 for row in compared)
 
 
-def test_cache_times_texts_that_are_remembered_beside_those_that_are_embedded(run: Run) -> None:
+def test_cache_compares_cached_texts_with_embedded_ones(run: Run) -> None:
     cells = rows(run(cache.main))
     assert [row[0] for row in cells] == [
         "one short text",
@@ -99,12 +99,12 @@ def test_cache_times_texts_that_are_remembered_beside_those_that_are_embedded(ru
     ]
 
 
-def test_memory_of_a_call_and_of_a_busy_server_is_shown(run: Run) -> None:
+def test_memory_is_measured_for_one_call_and_for_a_busy_server(run: Run) -> None:
     cells = rows(run(memory.main))
     assert [row[0] for row in cells] == ["ours, served", "resident, MB (median)"]
 
 
-def test_gpu_runs_on_a_cpu_with_tiny_models_and_holds_to_the_reference_vectors(run: Run) -> None:
+def test_gpu_runs_on_a_cpu_with_tiny_models_and_matches_the_reference_vectors(run: Run) -> None:
     printed = run(gpu.main)
     golden = {row[0]: row for row in rows(printed) if row[0] in {"bge-m3", "llama-nemotron-embed"}}
     assert all(float(row[2]) <= float(row[1]) for row in golden.values())
@@ -114,8 +114,8 @@ def test_gpu_runs_on_a_cpu_with_tiny_models_and_holds_to_the_reference_vectors(r
     assert [row[0] for row in rows(printed)].count("ours") == 2
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here, which it would measure for minutes")
-def test_gpu_says_plainly_that_there_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, the benchmark would run for minutes")
+def test_gpu_reports_that_there_is_none(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main([]) == gpu.NO_GPU
     assert "no CUDA device" in capsys.readouterr().err
 
@@ -130,13 +130,13 @@ def test_gpu_needs_no_web_stack() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
-# --- What they share -------------------------------------------------------------------------------------------------
+# --- Shared parts ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("workload", "shortest", "longest"), [("short", 5, 30), ("mixed", 8, 256), ("long", 256, 256), ("query", 6, 16)]
 )
-def test_texts_have_the_lengths_that_their_workload_says(workload: str, shortest: int, longest: int) -> None:
+def test_texts_have_the_lengths_of_their_workload(workload: str, shortest: int, longest: int) -> None:
     folder = find_bundled(DEFAULT_MODEL)
     assert folder is not None
     counts = [
@@ -146,7 +146,7 @@ def test_texts_have_the_lengths_that_their_workload_says(workload: str, shortest
     assert (min(counts), max(counts)) == (shortest, longest)
 
 
-def test_texts_are_the_same_at_every_run_and_others_under_another_seed() -> None:
+def test_texts_are_the_same_in_every_run_and_different_with_another_seed() -> None:
     assert texts("mixed", 5) == texts("mixed", 9)[:5]
     first, second = texts("mixed", 5), texts("mixed", 5, seed=1)
     assert [len(text.split()) for text in first] == [len(text.split()) for text in second]
@@ -164,15 +164,15 @@ def test_a_table_is_aligned() -> None:
 
 
 async def post_to(answers: list[bytes]) -> load.Load:
-    """As many requests as there are answers, by one caller to a server that gives these."""
-    waiting = iter(answers)
+    """Send one request per answer, with one caller, to a server that returns these answers."""
+    remaining = iter(answers)
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        for text in waiting:
+        for content in remaining:
             head = await reader.readuntil(b"\r\n\r\n")
             await reader.readexactly(int(head.partition(b"Content-Length: ")[2]))
-            for piece in (text[:-2], text[-2:]):
-                writer.write(piece)
+            for chunk in (content[:-2], content[-2:]):
+                writer.write(chunk)
                 await writer.drain()
         writer.close()
 
@@ -181,14 +181,21 @@ async def post_to(answers: list[bytes]) -> load.Load:
         return await load.post_all(f"http://127.0.0.1:{port}/path", [b"{}"] * len(answers), callers=1)
 
 
-def test_callers_read_answers_of_a_length_and_in_chunks() -> None:
-    whole = b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nabcd"
+def test_callers_read_responses_with_a_content_length_and_chunked_ones() -> None:
+    plain = b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nabcd"
     chunked = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n4\r\nabcd\r\n0\r\n\r\n"
-    done = asyncio.run(post_to([whole, chunked, whole]))
-    assert len(done.latencies) == 3
-    assert 0 < done.latencies[0] <= done.percentile(50) <= done.percentile(99) == done.latencies[2] <= done.seconds
+    result = asyncio.run(post_to([plain, chunked, plain]))
+    assert len(result.latencies) == 3
+    assert (
+        0
+        < result.latencies[0]
+        <= result.percentile(50)
+        <= result.percentile(99)
+        == result.latencies[2]
+        <= result.seconds
+    )
 
 
-def test_callers_refuse_an_error() -> None:
+def test_callers_raise_an_error_response() -> None:
     with pytest.raises(RuntimeError, match="500 Oh"):
         asyncio.run(post_to([b"HTTP/1.1 500 Oh\r\ncontent-length: 2\r\n\r\nno"]))
