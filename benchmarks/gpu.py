@@ -137,10 +137,10 @@ def _largest_deviation(golden: Family, device: str, precision: Literal["float32"
                     max_tokens=limit,
                 )
             truncate: Truncate = "END" if any(case.truncate == "END" for case in calls) else calls[0].truncate
-            made = encode(
+            result = encode(
                 encoders[limit], [case.text for case in calls], input_type=calls[0].input_type, truncate=truncate
             )
-            for case, full in zip(calls, made.vectors, strict=True):
+            for case, full in zip(calls, result.vectors, strict=True):
                 vector = full if case.dimensions is None else shorten(full[None], case.dimensions)[0]
                 largest = max(largest, float(np.abs(vector - case.vector).max()))
                 lengths = float(np.linalg.norm(vector) * np.linalg.norm(case.vector))
@@ -160,8 +160,8 @@ def _calls(cases: Sequence[Case]) -> list[list[Case]]:
 
 
 def _show_shape(shape: Shape, setting: _Setting) -> None:
-    longer = setting.device == "cuda"
-    workload = texts("to512" if longer else "mixed", setting.count)
+    on_gpu = setting.device == "cuda"
+    workload = texts("to512" if on_gpu else "mixed", setting.count)
     queries = texts("query", _QUERIES)
     peak = _matrix_peak(setting)
     with tempfile.TemporaryDirectory() as parent:
@@ -172,19 +172,19 @@ def _show_shape(shape: Shape, setting: _Setting) -> None:
         embedders: dict[str, Embed] = {"ours": lambda batch: encode(encoder, batch, truncate="END").vectors}
         embedders |= _served(folder, setting.device)
         embedders |= _peers(folder, shape, setting.device)
-        taken: dict[str, list[float]] = {name: [] for name in embedders}
-        alone: dict[str, list[float]] = {name: [] for name in embedders}
-        made = {name: embed(workload) for name, embed in embedders.items()}  # also the warm-up
+        batch_seconds: dict[str, list[float]] = {name: [] for name in embedders}
+        query_seconds: dict[str, list[float]] = {name: [] for name in embedders}
+        outputs = {name: embed(workload) for name, embed in embedders.items()}  # also the warm-up
         for _ in range(_ROUNDS):
             for name, embed in embedders.items():
-                taken[name].append(_seconds(partial(embed, workload)))
-                alone[name] += [_seconds(partial(embed, [query])) for query in queries]
+                batch_seconds[name].append(_seconds(partial(embed, workload)))
+                query_seconds[name] += [_seconds(partial(embed, [query])) for query in queries]
         tokenizing = _seconds(lambda: _tokens(encoder, workload))
     rows = []
-    for name, seconds in taken.items():
+    for name, seconds in batch_seconds.items():
         middle = statistics.median(seconds)
-        faster = statistics.median(our_ / their for our_, their in zip(seconds, taken["ours"], strict=True))
-        nearest = (made[name] * made["ours"]).sum(axis=1).min()
+        faster = statistics.median(theirs / ours for theirs, ours in zip(seconds, batch_seconds["ours"], strict=True))
+        least_cosine = (outputs[name] * outputs["ours"]).sum(axis=1).min()
         rows.append(
             [
                 name,
@@ -192,8 +192,8 @@ def _show_shape(shape: Shape, setting: _Setting) -> None:
                 number(sum(counts) / middle),
                 f"{flops / middle / peak:.1%}",
                 "" if name == "ours" else ratio(faster),
-                number(statistics.median(alone[name]) * 1000),
-                f"{nearest:.4f}",
+                number(statistics.median(query_seconds[name]) * 1000),
+                f"{least_cosine:.4f}",
             ]
         )
     header = [
