@@ -1,4 +1,4 @@
-"""The MCP face as a client sees it, in both protocol eras, with an embedder that needs no model."""
+"""The MCP server as a client sees it, in both protocol eras, with an embedder that needs no model."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def era(request: pytest.FixtureRequest) -> str:
 
 @asynccontextmanager
 async def connected(*embedders: HashEmbedder, era: str = "2026-07-28", **options: Any) -> AsyncIterator[Client]:
-    """A client of a server over these embedders, the first being the default."""
+    """A client connected to a server with these embedders, of which the first is the default."""
     service = service_of(*(embedders or (HashEmbedder(PLAIN), HashEmbedder(MATRYOSHKA))))
     with anyio.fail_after(10):
         async with Client(build_mcp_server(service), mode=ERAS[era], **options) as client:
@@ -109,12 +109,12 @@ async def test_create_embedding_advertises_exactly_the_published_request(era: st
         tools = {tool.name: tool for tool in (await client.list_tools()).tools}
     ours = tools["create_embedding"].input_schema
     assert without({"description"}, ours) == without({"description"}, published)
-    # Order counts: a model fills in arguments in the order in which it reads of them.
+    # Order matters: a model fills in arguments in the order in which it reads them.
     assert list(ours["properties"]) == list(published["properties"])
 
 
 async def test_the_tool_list_is_the_one_in_the_snapshot(era: str) -> None:
-    """Every change to what hosts are told shows in a diff; set EMBEDDINGS_MCP_UPDATE_SNAPSHOTS=1 to accept it."""
+    """Every change to the advertised tools shows in a diff; set EMBEDDINGS_MCP_UPDATE_SNAPSHOTS=1 to accept it."""
     async with connected(era=era) as client:
         listed = await client.list_tools()
     tools = [tool.model_dump(mode="json", by_alias=True, exclude_none=True) for tool in listed.tools]
@@ -154,7 +154,7 @@ async def test_the_server_introduces_itself(era: str) -> None:
         assert (client.server_info.name, client.server_info.version) == ("embeddings-mcp", __version__)
 
 
-async def test_only_what_is_served_is_announced(era: str) -> None:
+async def test_only_implemented_capabilities_are_announced(era: str) -> None:
     async with connected(era=era) as client:
         announced = client.server_capabilities.model_dump(exclude_none=True)
     assert announced == {
@@ -167,7 +167,7 @@ async def test_only_what_is_served_is_announced(era: str) -> None:
     }
 
 
-async def test_lists_may_be_cached_by_everybody_and_cards_by_nobody() -> None:
+async def test_lists_are_cacheable_and_cards_are_not() -> None:
     async with connected() as client:
         lists: list[CacheableResult] = [
             await client.list_tools(),
@@ -180,7 +180,7 @@ async def test_lists_may_be_cached_by_everybody_and_cards_by_nobody() -> None:
     assert (card.ttl_ms, card.cache_scope) == (0, "private")
 
 
-async def test_the_list_of_cards_is_cached_by_nobody_where_endpoints_may_be_found_to_have_more() -> None:
+async def test_the_list_of_cards_is_not_cacheable_if_endpoints_may_have_more_models() -> None:
     async with stand_in() as standing:
         service = build_service(Settings(endpoints=(EndpointSettings(url=standing.url),)))
         async with aclosing(service), Client(build_mcp_server(service), mode="auto") as client:
@@ -215,7 +215,9 @@ async def test_base64_vectors_are_little_endian_float32(era: str) -> None:
 
 
 @pytest.mark.parametrize("encoding_format", ["float", "base64"])
-async def test_the_text_beside_vectors_says_what_they_are_and_holds_none(era: str, encoding_format: str) -> None:
+async def test_the_text_of_an_embedding_response_describes_the_vectors_without_containing_any(
+    era: str, encoding_format: str
+) -> None:
     async with connected(era=era) as client:
         result = await client.call_tool(
             "create_embedding", {"model": "default", "input": ["a", "b"], "encoding_format": encoding_format}
@@ -240,7 +242,7 @@ async def test_a_text_that_looks_like_json_is_one_text(era: str, text: str) -> N
 # --- Scores ----------------------------------------------------------------------------------------------------------
 
 
-async def test_similarity_says_the_same_in_text_and_in_structure(era: str) -> None:
+async def test_similarity_has_the_same_scores_in_text_and_in_structured_content(era: str) -> None:
     async with connected(era=era) as client:
         result = await client.call_tool("similarity", {"model": "default", "input": ["a", "b"], "other": ["a", "c"]})
     (first, second) = result.structured_content["scores"]
@@ -298,22 +300,20 @@ async def test_list_models_describes_each_in_one_line(era: str) -> None:
         ("list_models", {}),
     ],
 )
-async def test_structured_content_is_what_the_output_schema_promises(
-    era: str, tool: str, arguments: dict[str, Any]
-) -> None:
+async def test_structured_content_matches_the_output_schema(era: str, tool: str, arguments: dict[str, Any]) -> None:
     async with connected(era=era) as client:
-        promised = {listed.name: listed.output_schema for listed in (await client.list_tools()).tools}[tool]
+        output_schema = {listed.name: listed.output_schema for listed in (await client.list_tools()).tools}[tool]
         content = await answer(client, tool, **arguments)
-    assert promised is not None
-    jsonschema.Draft202012Validator.check_schema(promised)
-    jsonschema.Draft202012Validator(promised).validate(content)
+    assert output_schema is not None
+    jsonschema.Draft202012Validator.check_schema(output_schema)
+    jsonschema.Draft202012Validator(output_schema).validate(content)
 
 
 # --- Errors ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("tool", "arguments", "lesson"),
+    ("tool", "arguments", "hint"),
     [
         ("create_embedding", {"input": "a"}, "`model` is required"),
         ("create_embedding", {"model": "default"}, "`input` is required"),
@@ -341,23 +341,25 @@ async def test_structured_content_is_what_the_output_schema_promises(
         ("list_models", {"model": "a"}, "`model` is not a field of this request; accepted are no fields"),
     ],
 )
-async def test_a_wrong_call_is_answered_with_what_would_be_right(
-    era: str, tool: str, arguments: dict[str, Any], lesson: str
+async def test_an_invalid_call_is_answered_with_what_would_be_valid(
+    era: str, tool: str, arguments: dict[str, Any], hint: str
 ) -> None:
     async with connected(era=era) as client:
         text = await refusal(client, tool, arguments)
-    assert lesson in text
-    assert text.startswith("`")  # the field comes first: nothing of the SDK stands before it
+    assert hint in text
+    assert text.startswith("`")  # the field comes first: the SDK adds no prefix
 
 
-async def test_an_error_of_the_embedder_reaches_the_model_as_it_was_written(era: str) -> None:
+async def test_an_embedder_error_reaches_the_client_unchanged(era: str) -> None:
     embedder = FailingEmbedder(error=Overloaded("the queue is full: try again in 3 seconds", retry_after=3))
     async with connected(embedder, era=era) as client:
         text = await refusal(client, "create_embedding", {"model": "default", "input": "a"})
     assert text == "the queue is full: try again in 3 seconds"
 
 
-async def test_a_fault_of_ours_keeps_its_details_in_the_log(era: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_details_of_an_internal_error_appear_only_in_the_log(
+    era: str, caplog: pytest.LogCaptureFixture
+) -> None:
     embedder = FailingEmbedder(error=RuntimeError("secret detail"))
     async with connected(embedder, era=era) as client:
         text = await refusal(client, "create_embedding", {"model": "default", "input": "a"})
@@ -386,7 +388,9 @@ ARGUMENTS = st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=8), NEARL
 
 @given(tool=st.sampled_from([operation.name for operation in OPERATIONS]), arguments=ARGUMENTS)
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-async def test_whatever_the_arguments_the_answer_is_a_result_or_a_lesson(tool: str, arguments: dict[str, Any]) -> None:
+async def test_any_arguments_lead_to_a_result_or_to_an_error_that_names_the_field(
+    tool: str, arguments: dict[str, Any]
+) -> None:
     async with connected() as client:
         result = await client.call_tool(tool, arguments)
     if result.is_error:
@@ -406,7 +410,7 @@ async def test_whatever_the_arguments_the_answer_is_a_result_or_a_lesson(tool: s
         ("search", {"query": "a", "input": ["b", "c"]}, 3),
     ],
 )
-async def test_progress_counts_the_texts_for_a_client_that_asks(
+async def test_progress_counts_texts_for_a_client_that_asks(
     era: str, tool: str, arguments: dict[str, Any], total: int
 ) -> None:
     reports: list[tuple[float, float | None, str | None]] = []
@@ -419,8 +423,8 @@ async def test_progress_counts_the_texts_for_a_client_that_asks(
     assert reports == [(done, total, f"{done} of {total} texts embedded") for done in range(1, total + 1)]
 
 
-async def test_progress_rises_with_every_report_also_where_nothing_more_is_done(era: str) -> None:
-    """As the protocol wants it: an embedder that waits says so by telling the same number again."""
+async def test_progress_increases_with_every_report_even_while_waiting(era: str) -> None:
+    """The protocol requires it; an embedder that is waiting reports the same number again."""
 
     class Waiting(HashEmbedder):
         async def embed(self, texts: Sequence[str], *, on_progress: OnProgress | None = None, **kw: Any) -> Embeddings:
@@ -446,15 +450,15 @@ async def test_progress_rises_with_every_report_also_where_nothing_more_is_done(
     ]
 
 
-async def test_a_client_that_does_not_ask_hears_nothing_of_progress(era: str) -> None:
-    heard: list[object] = []
+async def test_a_client_that_does_not_ask_receives_no_progress(era: str) -> None:
+    received: list[object] = []
 
-    async def hear(message: object) -> None:
-        heard.append(message)
+    async def receive(message: object) -> None:
+        received.append(message)
 
-    async with connected(era=era, message_handler=hear) as client:
+    async with connected(era=era, message_handler=receive) as client:
         await answer(client, "create_embedding", model="default", input=["a", "b"])
-    assert heard == []
+    assert received == []
 
 
 async def test_cancelling_a_call_cancels_the_embedding(era: str) -> None:
@@ -474,8 +478,8 @@ async def test_cancelling_a_call_cancels_the_embedding(era: str) -> None:
 
 async def test_every_model_is_listed_as_a_resource_that_can_be_read(era: str) -> None:
     async with connected(era=era) as client:
-        everything = (await client.list_resources()).resources
-        listed = [resource for resource in everything if resource.uri.startswith("embeddings://")]
+        resources = (await client.list_resources()).resources
+        listed = [resource for resource in resources if resource.uri.startswith("embeddings://")]
         templates = (await client.list_resource_templates()).resource_templates
         described = {entry["id"]: entry for entry in (await answer(client, "list_models"))["models"]}
         for resource in listed:
@@ -529,19 +533,19 @@ async def test_an_unknown_resource_is_not_found(era: str, uri: str) -> None:
 )
 async def test_model_names_are_completed(era: str, typed: str, offered: list[str]) -> None:
     async with connected(era=era) as client:
-        for about in (
+        for reference in (
             ResourceTemplateReference(type="ref/resource", uri=CARD_TEMPLATE),
             PromptReference(type="ref/prompt", name="answer_from_texts"),
         ):
-            completion = (await client.complete(about, {"name": "model", "value": typed})).completion
+            completion = (await client.complete(reference, {"name": "model", "value": typed})).completion
             assert completion.values == offered
             assert completion.total == len(offered)
 
 
-async def test_nothing_is_offered_for_free_text(era: str) -> None:
-    about = PromptReference(type="ref/prompt", name="answer_from_texts")
+async def test_free_text_is_not_completed(era: str) -> None:
+    reference = PromptReference(type="ref/prompt", name="answer_from_texts")
     async with connected(era=era) as client:
-        completion = (await client.complete(about, {"name": "question", "value": "wh"})).completion
+        completion = (await client.complete(reference, {"name": "question", "value": "wh"})).completion
     assert completion.values == []
 
 
@@ -558,13 +562,15 @@ async def test_the_prompt_asks_for_a_search_with_the_question(era: str) -> None:
         rendered = await client.get_prompt(prompt.name, {"question": '["why?"]', "model": "test/hash"})
     (message,) = rendered.messages
     assert isinstance(message.content, TextContent)
-    assert 'Answer this question from the texts that I gave you or named: ["why?"]' in message.content.text
+    assert 'Answer this question from the texts I gave you or named: ["why?"]' in message.content.text
     assert "Call `search`" in message.content.text
     assert "'test/hash'" in message.content.text
 
 
 @pytest.mark.parametrize(("name", "arguments"), [("gone", {}), ("answer_from_texts", {})])
-async def test_a_wrong_prompt_request_is_the_callers_error(era: str, name: str, arguments: dict[str, str]) -> None:
+async def test_an_invalid_prompt_request_is_reported_as_invalid_params(
+    era: str, name: str, arguments: dict[str, str]
+) -> None:
     async with connected(era=era) as client:
         with pytest.raises(MCPError) as caught:
             await client.get_prompt(name, arguments)
@@ -574,7 +580,7 @@ async def test_a_wrong_prompt_request_is_the_callers_error(era: str, name: str, 
 # --- Cost ------------------------------------------------------------------------------------------------------------
 
 
-def test_importing_the_face_brings_in_no_encoder() -> None:
+def test_importing_the_server_does_not_import_the_encoder() -> None:
     heavy = "{'torch', 'transformers', 'tokenizers', 'huggingface_hub'}"
     script = f"import sys, embeddings_mcp.faces.mcp.server; print(*{heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)

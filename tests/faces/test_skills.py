@@ -1,4 +1,4 @@
-"""The Agent Skill over MCP: the skills extension as a client of it would use it; resources and prompts for others."""
+"""The Agent Skill over MCP: through the skills extension, and as resources and prompts for other clients."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def url() -> Iterator[str]:
 
 
 def call(url: str, method: str, version: str = "2026-07-28", **params: Any) -> dict[str, Any]:
-    """What the server answers to one request of the stateless protocol."""
+    """The response to one request of the stateless protocol."""
     meta = {
         "io.modelcontextprotocol/protocolVersion": version,
         "io.modelcontextprotocol/clientCapabilities": {"extensions": {"io.modelcontextprotocol/skills": {}}},
@@ -45,13 +45,13 @@ def call(url: str, method: str, version: str = "2026-07-28", **params: Any) -> d
     return answer
 
 
-def test_the_server_says_that_it_has_skills(url: str) -> None:
+def test_the_server_announces_the_skills_extension(url: str) -> None:
     capabilities = call(url, "server/discover")["result"]["capabilities"]
     assert capabilities["extensions"] == {"io.modelcontextprotocol/skills": {}}
     assert "resources" in capabilities
 
 
-def test_the_skill_is_listed_whole_and_every_file_is_what_its_digest_says(url: str) -> None:
+def test_the_skill_is_listed_with_all_files_and_their_correct_digests(url: str) -> None:
     result = call(url, "skills/list")["result"]
 
     assert result["resultType"] == "complete"
@@ -69,7 +69,7 @@ def test_the_skill_is_listed_whole_and_every_file_is_what_its_digest_says(url: s
             assert yaml.safe_load(content["text"].split("---\n")[1]) == skill["frontmatter"]
 
 
-def test_one_skill_is_had_by_its_address_and_another_is_unknown(url: str) -> None:
+def test_the_skill_is_returned_for_its_uri_and_other_uris_are_unknown(url: str) -> None:
     listed = call(url, "skills/list")["result"]["skills"]
     assert call(url, "skills/get", uri=SKILL)["result"]["skill"] == listed[0]
 
@@ -81,7 +81,7 @@ def test_one_skill_is_had_by_its_address_and_another_is_unknown(url: str) -> Non
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("era", sorted(ERAS))
-async def test_to_a_client_that_knows_no_skills_its_files_are_resources(url: str, era: str) -> None:
+async def test_a_client_without_the_extension_sees_the_files_as_resources(url: str, era: str) -> None:
     with anyio.fail_after(10):
         async with Client(f"{url}/mcp", mode=ERAS[era]) as client:
             listed = {resource.uri: resource for resource in (await client.list_resources()).resources}
@@ -98,17 +98,17 @@ async def test_to_a_client_that_knows_no_skills_its_files_are_resources(url: str
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("era", sorted(ERAS))
-async def test_a_prompt_brings_the_skill_and_the_others_point_to_it(url: str, era: str) -> None:
+async def test_a_prompt_embeds_the_skill_and_the_others_refer_to_it(url: str, era: str) -> None:
     with anyio.fail_after(10):
         async with Client(f"{url}/mcp", mode=ERAS[era]) as client:
-            brought, task = (await client.get_prompt("use_embeddings", {"task": "find duplicates"})).messages
-            (asked,) = (await client.get_prompt("answer_from_texts", {"question": "why?"})).messages
+            embedded, task = (await client.get_prompt("use_embeddings", {"task": "find duplicates"})).messages
+            (question,) = (await client.get_prompt("answer_from_texts", {"question": "why?"})).messages
             assert SKILL in (client.instructions or "")
-    assert isinstance(brought.content, EmbeddedResource)
-    assert isinstance(brought.content.resource, TextResourceContents)
-    assert brought.content.resource.uri == SKILL
-    assert "## Thresholds" in brought.content.resource.text
+    assert isinstance(embedded.content, EmbeddedResource)
+    assert isinstance(embedded.content.resource, TextResourceContents)
+    assert embedded.content.resource.uri == SKILL
+    assert "## Thresholds" in embedded.content.resource.text
     assert isinstance(task.content, TextContent)
     assert "find duplicates" in task.content.text
-    assert isinstance(asked.content, TextContent)
-    assert SKILL in asked.content.text
+    assert isinstance(question.content, TextContent)
+    assert SKILL in question.content.text

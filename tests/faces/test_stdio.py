@@ -1,4 +1,4 @@
-"""What a host sends over stdio that is no message is answered, for whoever sent it waits; and how a host may go."""
+"""Over stdio, invalid lines are answered, since their sender waits for a response; and a host may leave at any time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SERVE = [sys.executable, "-m", "embeddings_mcp", "serve", "--load", "lazy"]
 
 
 def answers_to(*lines: str) -> list[dict[str, Any]]:
-    """What a server answers to these lines, then to a list of tools that is asked for behind them as id 99."""
+    """Send these lines, then a request for the list of tools with id 99; return all responses before that one."""
     last = json.dumps(LIST_TOOLS | {"id": 99})
     with subprocess.Popen(
         SERVE,
@@ -27,30 +27,30 @@ def answers_to(*lines: str) -> list[dict[str, Any]]:
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
-        too_late = threading.Timer(START_SECONDS, process.kill)
-        too_late.start()
+        watchdog = threading.Timer(START_SECONDS, process.kill)
+        watchdog.start()
         process.stdin.write("".join(f"{line}\n" for line in (*lines, last)))
         process.stdin.flush()
-        answered = []
+        received = []
         for line in process.stdout:
-            answered.append(json.loads(line))
-            if answered[-1].get("id") == 99:
+            received.append(json.loads(line))
+            if received[-1].get("id") == 99:
                 break
         process.stdin.close()
         process.wait(START_SECONDS)
-        too_late.cancel()
-    return answered[:-1]
+        watchdog.cancel()
+    return received[:-1]
 
 
 def search(text: str, number: str = "7") -> str:
-    """A call whose text is written as JSON already."""
+    """A call of the tool ``search``; `text` and `number` are already JSON."""
     call = {"name": "search", "arguments": {"query": "q", "input": ["TEXT"]}, "_meta": ENVELOPE}
     message = {"jsonrpc": "2.0", "id": "NUMBER", "method": "tools/call", "params": call}
     return json.dumps(message).replace('"TEXT"', text).replace('"NUMBER"', number)
 
 
 @pytest.mark.parametrize(
-    ("line", "asked", "code"),
+    ("line", "request_id", "code"),
     [
         (search(r'"half an emoji: \ud83d"'), 7, -32700),
         (search(r'"half an emoji: \ud83d"', '"seven"'), "seven", -32700),
@@ -64,32 +64,32 @@ def search(text: str, number: str = "7") -> str:
     ],
     ids=[
         "half an emoji",
-        "an id that is a text",
+        "a string as id",
         "half an emoji in the id",
-        "deep",
-        "deeper than any reader goes",
-        "no JSON",
+        "deeply nested",
+        "nested deeper than any parser accepts",
+        "not JSON",
         "params that are a list",
         "no method",
         "a list",
     ],
 )
-def test_a_line_that_is_no_message_is_answered(line: str, asked: int | str | None, code: int) -> None:
+def test_an_invalid_line_is_answered(line: str, request_id: int | str | None, code: int) -> None:
     (answer,) = answers_to(line)
 
-    assert answer["id"] == asked
+    assert answer["id"] == request_id
     assert answer["error"]["code"] == code
-    assert answer["error"]["message"].startswith("the line is no")
+    assert answer["error"]["message"].startswith("the line is not")
     assert "emoji" not in answer["error"]["message"]
 
 
-def test_of_a_request_that_is_none_the_field_is_named() -> None:
+def test_the_error_for_an_invalid_request_names_the_field() -> None:
     (answer,) = answers_to('{"jsonrpc": "2.0", "id": 7, "method": "tools/list", "params": []}')
 
-    assert answer["error"]["message"] == ("the line is no JSON-RPC message: `params`: Input should be an object")
+    assert answer["error"]["message"] == "the line is not a JSON-RPC message: `params`: Input should be an object"
 
 
-def test_a_host_that_goes_before_its_answer_is_no_fault() -> None:
+def test_a_host_that_leaves_before_its_response_causes_no_error() -> None:
     with subprocess.Popen(
         SERVE,
         cwd=ROOT,
@@ -100,7 +100,7 @@ def test_a_host_that_goes_before_its_answer_is_no_fault() -> None:
     ) as process:
         assert process.stdout is not None
         process.stdout.close()
-        _, said = process.communicate(json.dumps(LIST_TOOLS) + "\n", timeout=START_SECONDS)
+        _, stderr = process.communicate(json.dumps(LIST_TOOLS) + "\n", timeout=START_SECONDS)
 
-    assert said == ""
+    assert stderr == ""
     assert process.returncode == 0

@@ -1,8 +1,8 @@
-"""How large an answer over MCP may become where it travels over HTTP.
+"""The size limit of MCP responses over HTTP.
 
-There it is one event of a stream, and clients do not read events of any size: Python's SDK takes 1 MiB unless it is
-told otherwise (`max_sse_event_size`), and fails a call with more once all its work is done. So too many vectors are
-refused before they are made, with the number of those that would fit.
+Over HTTP a response is a single server-sent event, and clients limit the size of an event: the Python SDK accepts 1 MiB
+by default (`max_sse_event_size`) and fails the call when an event is larger, after the server has done all the work.
+Requests for too many vectors are therefore rejected before anything is computed, with the number that would fit.
 """
 
 from __future__ import annotations
@@ -13,39 +13,41 @@ from embeddings_mcp.errors import InvalidRequest, TooManyInputs
 from embeddings_mcp.schema import EmbeddingRequest, count_texts
 
 _NUMBER_BYTES = 13
-"""A component in JSON: a comma, a sign or none, ``0.0`` and eight digits are the most that is usual."""
+"""Typical upper bound for one vector component in JSON: a comma, an optional sign, ``0.0`` and eight digits."""
 
 _ROW_BYTES = 64
-"""What stands around a vector: its position, and the names of its fields."""
+"""Overhead per vector: its index and the field names."""
 
 
 def expected_bytes(request: EmbeddingRequest, dimensions: int) -> int:
-    """About how large the answer to a request for vectors of such length will be; rather more than less."""
-    vector = -(-dimensions * 4 // 3) * 4 if request.encoding_format == "base64" else dimensions * _NUMBER_BYTES
-    return count_texts(request.input) * (vector + _ROW_BYTES)
+    """Estimate the response size in bytes for vectors of `dimensions` components; errs on the high side."""
+    vector_bytes = -(-dimensions * 4 // 3) * 4 if request.encoding_format == "base64" else dimensions * _NUMBER_BYTES
+    return count_texts(request.input) * (vector_bytes + _ROW_BYTES)
 
 
-def check(request: BaseModel, size: int, most: int) -> None:
-    """Refuse an answer of more than `most` bytes.
+def check(request: BaseModel, size: int, limit: int) -> None:
+    """Reject a response that is larger than `limit`.
 
     Args:
-        request: what was asked.
-        size: bytes that the answer has, or will have.
-        most: bytes that it may have.
+        request: the request being answered.
+        size: actual or expected size of the response in bytes.
+        limit: maximum size in bytes.
 
     Raises:
-        TooManyInputs: it would hold too many vectors.
-        InvalidRequest: any other answer is too large.
+        TooManyInputs: an embedding response is too large.
+        InvalidRequest: any other response is too large.
     """
-    if size <= most:
+    if size <= limit:
         return
-    too_large = f"the answer would have some {size:,} bytes, and one over MCP may have {most:,} here: "
+    too_large = f"the response would be about {size:,} bytes, and the limit over MCP is {limit:,} bytes: "
     if not isinstance(request, EmbeddingRequest):
-        raise InvalidRequest(f"{too_large}ask for less by `top_k`", param="top_k")
-    fitting = most * count_texts(request.input) // size
+        raise InvalidRequest(f"{too_large}lower `top_k`", param="top_k")
+    fitting = limit * count_texts(request.input) // size
     fewer = f"send at most {fitting:,} texts at once" if fitting else "ask for shorter vectors (`dimensions`)"
-    packed = "" if request.encoding_format == "base64" else ", take `encoding_format` 'base64', which needs 2/5 of that"
+    base64_hint = (
+        "" if request.encoding_format == "base64" else ", use `encoding_format` 'base64', which needs 2/5 of that"
+    )
     raise TooManyInputs(
-        f"{too_large}{fewer}{packed}, or send them to the REST route /v1/embeddings, which has no such limit",
+        f"{too_large}{fewer}{base64_hint}, or send them to the REST route /v1/embeddings, which has no such limit",
         param="input",
     )

@@ -1,7 +1,7 @@
-"""The MCP face: the service's operations as tools, its model cards as resources, and one prompt.
+"""The MCP server: the service's operations as tools, model cards and the Agent Skill as resources, and two prompts.
 
-One server object answers over stdio and over streamable HTTP, in the protocol versions 2025-11-25 and 2026-07-28. It
-only translates: what a request means, and what is wrong with it, is known further down.
+One server object handles both stdio and streamable HTTP, in protocol versions 2025-11-25 and 2026-07-28. This layer
+only translates; requests are parsed, validated and executed by the modules below it.
 """
 
 from __future__ import annotations
@@ -63,32 +63,35 @@ if TYPE_CHECKING:
     from mcp.shared._stream_protocols import ReadStream, WriteStream
 
 CARD_TEMPLATE = "embeddings://models/{+model}"
-"""Address of a model's card; the plus lets the slashes of a model id stand as they are (RFC 6570, section 3.2.3)."""
+"""URI template of a model card; the plus leaves slashes in a model id unescaped (RFC 6570, section 3.2.3)."""
 
-_LISTS: tuple[CacheableMethod, ...] = (
+_CACHEABLE_METHODS: tuple[CacheableMethod, ...] = (
     "server/discover",
     "tools/list",
     "prompts/list",
     "resources/list",
     "resources/templates/list",
 )
-"""What cannot change while the server runs, and is the same for every caller. A card may grow more exact."""
+"""Methods whose results are the same for every caller and do not change while the server runs.
 
-_LISTS_FRESH_MS = 5 * 60 * 1000
-"""A client that stays while the server is restarted with other models sees them this much later, at most."""
+Reading a card is not among them: a card may gain details later.
+"""
 
-_MOST_COMPLETIONS = 100  # the protocol's limit
+_LIST_TTL_MS = 5 * 60 * 1000
+"""Longest time for which a client may see stale lists after the server was restarted with other models."""
+
+_MAX_COMPLETIONS = 100  # the protocol's limit
 
 
 class EmbeddingsServer(MCPServer[dict[str, Any]]):
-    """An `MCPServer` whose tools are the service's operations, with exactly the schemas that we publish.
+    """An `MCPServer` whose tools are the service's operations, with exactly the published schemas.
 
-    The SDK makes a tool from a function's signature: it derives the schema, decodes strings that look like JSON, and
+    The SDK builds a tool from a function signature: it derives the schema, decodes strings that look like JSON, and
     drops unknown arguments. Each of these would break the mirrored API, so the methods that list and call tools are
-    overridden, and arguments reach `serialization.parse` as they came.
+    overridden and `serialization.parse` receives the arguments unchanged.
 
     Attributes:
-        listed: set once a client has asked for the tools.
+        listed: set once a client has requested the list of tools.
     """
 
     def __init__(self, service: EmbeddingService, limits: Limits) -> None:
@@ -96,7 +99,7 @@ class EmbeddingsServer(MCPServer[dict[str, Any]]):
         self._limits = limits
         self._operations = {operation.name: operation for operation in OPERATIONS}
         self.listed = asyncio.Event()
-        self._advertised = [_tool(operation, open_world=not service.catalogue.local) for operation in OPERATIONS]
+        self._advertised_tools = [_tool(operation, open_world=not service.catalogue.local) for operation in OPERATIONS]
         super().__init__(
             "embeddings-mcp",
             title="Text embeddings",
@@ -104,42 +107,44 @@ class EmbeddingsServer(MCPServer[dict[str, Any]]):
             instructions=_instructions(service),
             extensions=[SkillsExtension()],
             cache_hints={
-                method: CacheHint(ttl_ms=_LISTS_FRESH_MS, scope="public")
-                for method in _LISTS
-                if method != "resources/list" or service.catalogue.local  # endpoints are found to have more models
+                method: CacheHint(ttl_ms=_LIST_TTL_MS, scope="public")
+                for method in _CACHEABLE_METHODS
+                if method != "resources/list" or service.catalogue.local  # endpoint models are discovered later
             },
             subscriptions=False,
             log_level="WARNING",
         )
 
     async def run_on(self, read: ReadStream[SessionMessage | Exception], write: WriteStream[SessionMessage]) -> None:
-        """Serve the client at the other end of two streams until it closes them."""
+        """Serve the client connected to these streams until it closes them."""
         await self._lowlevel_server.run(read, write, self._lowlevel_server.create_initialization_options())
 
     async def list_tools(self) -> list[Tool]:
-        """The operations as tools, in the order of their table."""
+        """Return the operations as tools, in the order of `OPERATIONS`."""
         self.listed.set()
-        return [*self._advertised]
+        return [*self._advertised_tools]
 
     async def call_tool(
         self, name: str, arguments: dict[str, Any], context: Context[dict[str, Any], Any] | None = None
     ) -> CallToolResult:
-        """Answer a tool call; what the caller can put right comes back as a result with ``is_error``.
+        """Call a tool. Errors that the caller can fix are returned as a result with ``is_error``.
 
         Raises:
             MCPError: there is no such tool.
-            UnexpectedToolError: a fault of ours. Its cause goes to the log and not to the caller.
+            UnexpectedToolError: an internal error. Its cause is logged and not sent to the caller.
         """
         operation = self._operations.get(name)
         if operation is None:
             raise MCPError(INVALID_PARAMS, f"Unknown tool: {name!r}; the tools are {', '.join(self._operations)}")
         try:
             request = parse(operation.request, arguments)
-            over_http = _came_over_http(context)
+            over_http = _is_http(context)
             if over_http and isinstance(request, EmbeddingRequest):
-                await self._check_expected(request)
-            response = await self._limits.answer(self._service, operation, request, _reporter(request, context))
-            text, structured = _READABLE[operation](request, response), dump_json(response)
+                await self._check_expected_size(request)
+            response = await self._limits.answer(
+                self._service, operation, request, _progress_reporter(request, context)
+            )
+            text, structured = _RENDERERS[operation](request, response), dump_json(response)
             if over_http:
                 response_size.check(request, len(text) + len(structured), self._limits.mcp_answer_bytes)
         except EmbeddingsError as error:
@@ -148,21 +153,22 @@ class EmbeddingsServer(MCPServer[dict[str, Any]]):
             raise UnexpectedToolError(f"{name} failed inside the server; its log says why") from error
         return CallToolResult(
             content=[TextContent(text=text)],
-            # By way of JSON, since a Python float read from the shortest digits of a float32 is written with the same.
+            # Round-trip through JSON, so that floats keep the shortest digits of a float32.
             structured_content=orjson.loads(structured),
         )
 
-    async def _check_expected(self, request: EmbeddingRequest) -> None:
-        """Refuse vectors that would be too large together, where it is known how long they will be."""
-        length = request.dimensions
-        if length is None:
+    async def _check_expected_size(self, request: EmbeddingRequest) -> None:
+        """Reject a request whose response would be too large, if the vector length is known in advance."""
+        dimensions = request.dimensions
+        if dimensions is None:
             embedder, _ = await self._service.catalogue.find(request.model)
-            length = embedder.card.dimensions
-        if length is not None:
-            response_size.check(request, response_size.expected_bytes(request, length), self._limits.mcp_answer_bytes)
+            dimensions = embedder.card.dimensions
+        if dimensions is not None:
+            expected = response_size.expected_bytes(request, dimensions)
+            response_size.check(request, expected, self._limits.mcp_answer_bytes)
 
     async def list_resources(self) -> list[Resource]:
-        """The cards of the models known now, and what else has been added."""
+        """Return the cards of the currently known models, followed by all other resources."""
         cards = [
             Resource(
                 uri=CARD_TEMPLATE.replace("{+model}", quote(entry["id"], safe="/")),
@@ -184,7 +190,7 @@ class EmbeddingsServer(MCPServer[dict[str, Any]]):
         """Render a prompt.
 
         Raises:
-            MCPError: no such prompt, or wrong arguments. The SDK would call both an internal error.
+            MCPError: unknown prompt or invalid arguments; the SDK alone would report both as internal errors.
         """
         try:
             return await super().get_prompt(name, arguments, context)
@@ -193,26 +199,26 @@ class EmbeddingsServer(MCPServer[dict[str, Any]]):
 
 
 def build_mcp_server(service: EmbeddingService, limits: Limits = DEFAULT_LIMITS) -> EmbeddingsServer:
-    """The server for both transports; it does not close the service, which whoever made it does."""
+    """Build the server for both transports. The caller remains responsible for closing `service`."""
     server = EmbeddingsServer(service, limits)
-    _add_cards(server, service)
+    _add_card_resources(server, service)
     server.prompt(title="Answer a question from texts")(answer_from_texts)
     server.prompt(title="Use embeddings well")(use_embeddings)
 
     async def complete(
-        _about: PromptReference | ResourceTemplateReference,
+        _reference: PromptReference | ResourceTemplateReference,
         argument: CompletionArgument,
         _context: CompletionContext | None,
     ) -> Completion | None:
         if argument.name != "model":
             return None
         names = ["default", *(entry["id"] for entry in service.known_models())]
-        fitting = [name for name in names if argument.value.lower() in name.lower()]
+        matching = [name for name in names if argument.value.lower() in name.lower()]
         return Completion(
-            values=fitting[:_MOST_COMPLETIONS], total=len(fitting), has_more=len(fitting) > _MOST_COMPLETIONS
+            values=matching[:_MAX_COMPLETIONS], total=len(matching), has_more=len(matching) > _MAX_COMPLETIONS
         )
 
-    server.completion()(complete)  # type: ignore[no-untyped-call]  # the SDK left its return type out
+    server.completion()(complete)  # type: ignore[no-untyped-call]  # the SDK omits the return type
     return server
 
 
@@ -234,46 +240,46 @@ def _tool(operation: Operation, *, open_world: bool) -> Tool:
 
 
 def _instructions(service: EmbeddingService) -> str:
-    """What a host puts before the model once, beside the tools' own descriptions; hosts cut it at 2,048 characters."""
+    """Return the instructions that hosts show the model along with the tools; hosts cut them at 2,048 characters."""
     return (
         "Compares and ranks texts by meaning, and makes embedding vectors.\n"
         "- Which of these passages answer a question? `search`.\n"
-        "- How alike are these texts, which are duplicates? `similarity`, with `top_k` where there are many.\n"
+        "- How similar are these texts, which are duplicates? `similarity`, with `top_k` for many texts.\n"
         "- Vectors for a program, a file or a vector database? `create_embedding`; never to compare texts yourself.\n"
-        "Give many texts in one call, as an array. Every string is taken as it is, also one that looks like JSON. "
-        "Positions in answers count from 0. A call knows only the texts that it is given.\n"
-        f"`model` may be `default`, which is {service.catalogue.default_name}; `list_models` describes every model. "
+        "Give many texts in one call, as an array. Every string is taken literally, even if it looks like JSON. "
+        "Indexes in results start at 0. A call knows only the texts it is given.\n"
+        f"`model` may be `default`, which is {service.catalogue.default_name}; `list_models` describes all models. "
         "Vectors and scores of different models cannot be compared.\n"
-        f"Thresholds, choosing a model, what to do on errors: the skill {SKILL_URI}."
+        f"Thresholds, choosing a model, handling errors: see the skill {SKILL_URI}."
     )
 
 
-def _came_over_http(context: Context[dict[str, Any], Any] | None) -> bool:
+def _is_http(context: Context[dict[str, Any], Any] | None) -> bool:
     return context is not None and context.request_context.request is not None
 
 
-def _reporter(request: BaseModel, context: Context[dict[str, Any], Any] | None) -> OnProgress | None:
-    """Tells the client how many texts are done; the SDK sends nothing to one that has not asked for progress."""
+def _progress_reporter(request: BaseModel, context: Context[dict[str, Any], Any] | None) -> OnProgress | None:
+    """Return a callback that reports progress to the client; the SDK sends nothing unless the client asked for it."""
     if context is None:
         return None
     total = sum(map(count_texts, texts_of(request).values()))
-    told = 0.0
+    reported = 0.0
 
     async def report(done: int) -> None:
-        nonlocal told
-        waits = done <= told
-        told = told + 0.001 if waits else done  # the protocol wants every report to be above the last
-        so_far = f"{done} of {total} texts embedded"
-        await context.report_progress(told, total, f"{so_far}, waiting for the rest" if waits else so_far)
+        nonlocal reported
+        waiting = done <= reported
+        reported = reported + 0.001 if waiting else done  # the protocol requires progress to increase every time
+        message = f"{done} of {total} texts embedded"
+        await context.report_progress(reported, total, f"{message}, waiting for the rest" if waiting else message)
 
     return report
 
 
-# --- Resources and the prompt ----------------------------------------------------------------------------------------
+# --- Resources and prompts -------------------------------------------------------------------------------------------
 
 
-def _add_cards(server: EmbeddingsServer, service: EmbeddingService) -> None:
-    """Every model's card as a resource, by any of the model's names."""
+def _add_card_resources(server: EmbeddingsServer, service: EmbeddingService) -> None:
+    """Serve every model's card as a resource, under any of the model's names."""
 
     async def read_card(model: str) -> str:
         try:
@@ -287,30 +293,30 @@ def _add_cards(server: EmbeddingsServer, service: EmbeddingService) -> None:
         CARD_TEMPLATE,
         name="model",
         title="Embedding model",
-        description="What a model takes and gives: vector lengths, longest text, input types, where it runs.",
+        description="What a model accepts and returns: vector lengths, maximum tokens, input types, where it runs.",
         mime_type="application/json",
     )(read_card)
 
 
 def answer_from_texts(
-    question: Annotated[str, Field(description="What to find out.")],
-    model: Annotated[str, Field(description="Embedding model to search with; `default` when left out.")] = "default",
+    question: Annotated[str, Field(description="The question to answer.")],
+    model: Annotated[str, Field(description="Embedding model to search with; `default` if omitted.")] = "default",
 ) -> str:
-    """Find the passages that answer a question in the texts at hand, by meaning, and answer from them alone."""
+    """Find the passages that answer a question in the given texts, by meaning, and answer from them alone."""
     return (
-        f"Answer this question from the texts that I gave you or named: {question}\n\n"
-        "1. Split the texts into passages of one to three paragraphs, and note where each comes from.\n"
+        f"Answer this question from the texts I gave you or named: {question}\n\n"
+        "1. Split the texts into passages of one to three paragraphs, and note the source of each.\n"
         f"2. Call `search` once with all passages as `input`, the question as `query`, `model` '{model}' and `top_k` 5."
-        " If it finds little, ask again in the words that an answer would use.\n"
-        "3. Answer from the passages found and from nothing else, and name the source of every claim. Scores rank "
-        "passages but prove nothing: read them, and say so plainly if they do not answer the question.\n\n"
-        f"More on passages, scores and errors: the skill {SKILL_URI}."
+        " If it finds little, search again with the words an answer would use.\n"
+        "3. Answer only from the passages found, and cite the source of every claim. Scores rank passages but prove "
+        "nothing: read the passages, and say so plainly if they do not answer the question.\n\n"
+        f"More on passages, scores and errors: see the skill {SKILL_URI}."
     )
 
 
-# --- Answers as text -------------------------------------------------------------------------------------------------
-# Some hosts show the model this text alone, others the structured content alone, so both say the same; but never a
-# vector, which nobody can read.
+# --- Responses as text -----------------------------------------------------------------------------------------------
+# Some hosts show the model only this text, others only the structured content, so both carry the same information. The
+# exception is vectors: they are never written as text, where they would be of no use.
 
 
 def _embeddings_as_text(request: EmbeddingRequest, response: EmbeddingResponse) -> str:
@@ -321,8 +327,8 @@ def _embeddings_as_text(request: EmbeddingRequest, response: EmbeddingResponse) 
         form = "each base64 of little-endian float32 bytes"
     else:
         form = (
-            "as arrays of numbers. `encoding_format` 'base64' takes less than half of the room; to compare or rank "
-            "texts, `similarity` and `search` answer without vectors"
+            "as arrays of numbers. `encoding_format` 'base64' takes less than half the space; to compare or rank "
+            "texts, use `similarity` and `search`, which return no vectors"
         )
     count = "1 vector" if len(vectors) == 1 else f"{len(vectors)} vectors"
     return f"{count} of {length} numbers by {response['model']} ({tokens} tokens) in the structured content, {form}."
@@ -336,8 +342,8 @@ def _similarity_as_text(request: SimilarityRequest, response: SimilarityResponse
     if "pairs" in response:
         lines += [f"input[{pair['input']}] {other}[{pair['other']}] {pair['score']:.4f}" for pair in response["pairs"]]
     else:
-        width = len(response["scores"][0])
-        lines[0] += f"; columns are {other}[0]" + (f" to {other}[{width - 1}]" if width > 1 else "")
+        columns = len(response["scores"][0])
+        lines[0] += f"; columns are {other}[0]" + (f" to {other}[{columns - 1}]" if columns > 1 else "")
         lines += [
             f"input[{index}] {' '.join(f'{score:.4f}' for score in row)}"
             for index, row in enumerate(response["scores"])
@@ -373,7 +379,7 @@ def _model_as_text(entry: ModelEntry) -> str:
     return "; ".join(facts)
 
 
-_READABLE: Mapping[Operation, Callable[[Any, Any], str]] = {
+_RENDERERS: Mapping[Operation, Callable[[Any, Any], str]] = {
     CREATE_EMBEDDING: _embeddings_as_text,
     SIMILARITY: _similarity_as_text,
     SEARCH: _search_as_text,

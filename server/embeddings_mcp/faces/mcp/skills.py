@@ -1,7 +1,7 @@
 """The Agent Skill over MCP: its files as resources, and the methods of the skills extension (SEP-2640).
 
-A client that knows the extension lists skills with the digest of every file, and reads the files as resources; to any
-other the files are resources like the others.
+A client that supports the extension lists skills with the digest of every file and reads the files as resources. For
+any other client they are ordinary resources.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from pydantic import Field
 from embeddings_mcp.publish.skill import SKILL, Skill, read_skill
 
 SKILL_URI = f"skill://{SKILL}/SKILL.md"
-"""Where the skill is read."""
+"""URI of the skill."""
 
-FRESH_MS = 60 * 60 * 1000
-"""The skill changes with the server only; a digest that does not fit tells a client sooner than any clock."""
+_TTL_MS = 60 * 60 * 1000
+"""The skill changes only with the server version; a digest mismatch tells a client sooner than the TTL expires."""
 
 
 class GetSkillParams(RequestParams):
-    """What ``skills/get`` is asked with."""
+    """Parameters of ``skills/get``."""
 
     uri: str
 
 
 class SkillsExtension(Extension):
-    """Serves the one skill of this package."""
+    """Serve the package's skill."""
 
     identifier = "io.modelcontextprotocol/skills"
 
@@ -42,7 +42,7 @@ class SkillsExtension(Extension):
         self._skill = read_skill()
 
     def resources(self) -> Sequence[ResourceBinding]:
-        """The skill's files, SKILL.md under the skill's own name and description."""
+        """Return the skill's files; SKILL.md has the name and description of the skill."""
         return [
             ResourceBinding(
                 TextResource(
@@ -57,7 +57,7 @@ class SkillsExtension(Extension):
         ]
 
     def methods(self) -> Sequence[MethodBinding]:
-        """``skills/list`` and ``skills/get``, in the protocol versions that have extensions."""
+        """Return ``skills/list`` and ``skills/get`` for the protocol versions that support extensions."""
         versions = frozenset(MODERN_PROTOCOL_VERSIONS)
         return [
             MethodBinding("skills/list", PaginatedRequestParams, self._list, versions),
@@ -65,12 +65,12 @@ class SkillsExtension(Extension):
         ]
 
     async def _list(self, _context: ServerRequestContext[Any, Any], _params: PaginatedRequestParams) -> dict[str, Any]:
-        return {"skills": [self._entry()], **_COMPLETE}
+        return {"skills": [self._entry()], **_RESULT_FIELDS}
 
     async def _get(self, _context: ServerRequestContext[Any, Any], params: GetSkillParams) -> dict[str, Any]:
         if params.uri != SKILL_URI:
             raise MCPError(INVALID_PARAMS, f"Unknown skill: {params.uri!r}; the skill is {SKILL_URI}")
-        return {"skill": self._entry(), **_COMPLETE}
+        return {"skill": self._entry(), **_RESULT_FIELDS}
 
     def _entry(self) -> dict[str, Any]:
         return {
@@ -83,15 +83,15 @@ class SkillsExtension(Extension):
         }
 
 
-_COMPLETE = {"resultType": "complete", "ttlMs": FRESH_MS, "cacheScope": "public"}
+_RESULT_FIELDS = {"resultType": "complete", "ttlMs": _TTL_MS, "cacheScope": "public"}
 
 
 def _uri(skill: Skill, path: str) -> str:
     return f"skill://{skill.name}/{path}"
 
 
-def use_embeddings(task: Annotated[str, Field(description="What is to be done.")]) -> list[UserMessage]:
-    """Do a task with embeddings as the skill of this server says: which tool, which model, what a score means."""
+def use_embeddings(task: Annotated[str, Field(description="The task to do.")]) -> list[UserMessage]:
+    """Do a task with embeddings, guided by this server's skill: which tool, which model, what a score means."""
     text = read_skill().files["SKILL.md"].content.decode()
     skill = TextResourceContents(uri=SKILL_URI, mime_type="text/markdown", text=text)
     return [UserMessage(EmbeddedResource(resource=skill)), UserMessage(f"Follow this skill, and do this: {task}")]

@@ -1,4 +1,4 @@
-"""MCP over stdio, for the one host that started this process."""
+"""MCP over stdio, for the host that started this process."""
 
 from __future__ import annotations
 
@@ -24,74 +24,76 @@ if TYPE_CHECKING:
     from anyio.abc import ObjectSendStream
     from mcp.shared._stream_protocols import ReadStream, WriteStream
 
-_WRITTEN_SECONDS = 0.1
-"""Within these an answer is written: to import torch takes the interpreter lock for longer than that takes."""
+_WRITE_SECONDS = 0.1
+"""Time allowed for writing a response before loading starts: importing torch holds the GIL for longer than that."""
 
-_HALF = re.compile("[\ud800-\udfff]")
-"""Half of a character, which JSON can spell and no line can hold."""
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half of a surrogate pair, which JSON can express as an escape but UTF-8 cannot encode."""
 
 
 def serve_stdio(service: EmbeddingService, server: EmbeddingsServer, settings: Settings) -> None:
-    """Serve until the host closes stdin, or reads no answer any more.
+    """Serve until the host closes stdin or stops reading responses.
 
     Raises:
-        ModelUnavailable: the default model is to be loaded first, and cannot be.
+        ModelUnavailable: the default model should be loaded at start-up and cannot be.
     """
 
     async def listed() -> None:
-        """Return once the host has its list of tools, which is the first that it asks for."""
+        """Wait until the host has received the list of tools, its first request."""
         await server.listed.wait()
-        await asyncio.sleep(_WRITTEN_SECONDS)
+        await asyncio.sleep(_WRITE_SECONDS)
 
     async def serve() -> None:
         async with (
             contextlib.aclosing(service),
             preloaded(service, settings.load, after=listed),
-            stdio_server() as (sent, answers),
+            stdio_server() as (incoming, outgoing),
             anyio.create_task_group() as tasks,
         ):
-            passed, messages = anyio.create_memory_object_stream[SessionMessage | Exception]()
-            tasks.start_soon(_pass_on, sent, passed, answers)
-            await server.run_on(messages, answers)
+            sender, receiver = anyio.create_memory_object_stream[SessionMessage | Exception]()
+            tasks.start_soon(_forward, incoming, sender, outgoing)
+            await server.run_on(receiver, outgoing)
 
-    # Ctrl-C ends the process at once: a thread of it waits for stdin, and nothing but its end would wake it.
+    # Ctrl-C kills the process at once: a worker thread is blocked reading stdin, and only end of file would wake it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         anyio.run(serve)
     except* BrokenPipeError:
-        pass  # the host is gone, and with it whoever waits for an answer
+        pass  # the host is gone, so nobody waits for a response
 
 
-async def _pass_on(
-    sent: ReadStream[SessionMessage | Exception],
+async def _forward(
+    incoming: ReadStream[SessionMessage | Exception],
     messages: ObjectSendStream[SessionMessage | Exception],
-    answers: WriteStream[SessionMessage],
+    outgoing: WriteStream[SessionMessage],
 ) -> None:
-    """Pass on what the host sends; a line that is no message is answered.
+    """Forward messages from the host to the server, and answer invalid lines with an error.
 
-    The SDK passes it over in silence, and whoever sent it would wait for ever: half of an emoji, where a program cut a
-    text, is enough.
+    The SDK ignores an invalid line silently, so its sender would wait forever. A text that was cut in the middle of an
+    emoji is enough to make a line invalid.
     """
     async with messages:
-        async for item in sent:
+        async for item in incoming:
             if isinstance(item, Exception):
-                await answers.send(SessionMessage(_answer_to(item)))
+                await outgoing.send(SessionMessage(_error_response(item)))
             else:
                 await messages.send(item)
 
 
-def _answer_to(error: Exception) -> JSONRPCError:
-    """The answer to a line that could not be read, to the request in it as far as that can be told."""
+def _error_response(error: Exception) -> JSONRPCError:
+    """Return the response to an invalid line, with the id of the request in it where that can be recovered."""
     unknown = [{"type": "", "loc": (), "msg": str(error), "input": None}]
     problems: list[Any] = error.errors(include_url=False) if isinstance(error, ValidationError) else unknown
-    first, last = problems[0], problems[-1]  # why it is no request; and, of the whole of it, why it is no error
-    code, what, sent = INVALID_REQUEST, "the line is no JSON-RPC message", last["input"]
+    # Validation tries each type of message in turn: the first problem says why the line is not a request, and the input
+    # of the last one is the whole message.
+    first, last = problems[0], problems[-1]
+    code, message, received = INVALID_REQUEST, "the line is not a JSON-RPC message", last["input"]
     if first["type"] == "json_invalid":
-        code, what = PARSE_ERROR, f"the line is not JSON that can be read: {first['msg']}"
-        with contextlib.suppress(ValueError, RecursionError):  # this reader takes more than the SDK's
-            sent = json.loads(sent, parse_int=lambda digits: int(digits[:20]))
+        code, message = PARSE_ERROR, f"the line is not valid JSON: {first['msg']}"
+        with contextlib.suppress(ValueError, RecursionError):  # this parser is more lenient than the SDK's
+            received = json.loads(received, parse_int=lambda digits: int(digits[:20]))
     elif field := first["loc"][1:2]:
-        what += f": `{field[0]}`: {first['msg']}"
-    asked = sent.get("id") if isinstance(sent, dict) else None
-    answerable = type(asked) is int or (type(asked) is str and not _HALF.search(asked))
-    return JSONRPCError(jsonrpc="2.0", id=asked if answerable else None, error=ErrorData(code=code, message=what))
+        message += f": `{field[0]}`: {first['msg']}"
+    request_id = received.get("id") if isinstance(received, dict) else None
+    usable = type(request_id) is int or (type(request_id) is str and not _LONE_SURROGATE.search(request_id))
+    return JSONRPCError(jsonrpc="2.0", id=request_id if usable else None, error=ErrorData(code=code, message=message))
