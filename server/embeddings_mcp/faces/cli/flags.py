@@ -1,4 +1,4 @@
-"""Settings as the command line has them: from its flags, and where there is none from the environment."""
+"""Settings of the command line: from its flags and, where a flag is not given, from the environment."""
 
 from __future__ import annotations
 
@@ -16,49 +16,49 @@ from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import PREFIX, Settings
 
 
-def settings_of(**flags: object) -> Settings:
-    """The settings, with the flags that were given over the environment.
+def settings_from_flags(**flags: object) -> Settings:
+    """Read the settings; flags take precedence over the environment.
 
     Raises:
-        InvalidSetting: a value is not accepted; names the flag or the variable that it came from.
+        InvalidSetting: a value is not accepted; the message names the flag or environment variable it came from.
     """
     given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
     try:
         return Settings(**given)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        name, *place = map(str, first["loc"])
+        name, *path = map(str, first["loc"])
         flag = {"models": "--model", "endpoints": "--endpoint"}.get(name, f"--{name.replace('_', '-')}")
         source = flag if name in given else PREFIX + name.upper()
-        raise InvalidSetting(f"the setting {' '.join([source, *place])}: {first['msg']}") from None
+        raise InvalidSetting(f"the setting {' '.join([source, *path])}: {first['msg']}") from None
 
 
-def service_of(
+def service_factory(
     model: str | None,
     endpoints: list[str] | None,
     device: str | None,
     precision: Precision | None,
     cache: str | None = None,
 ) -> Callable[[], Awaitable[EmbeddingService]]:
-    """How to make a service to ask one model: that of ``--model``, or else the default model."""
-    settings = settings_of(endpoints=endpoints, device=device, cache=cache, precision=precision)
+    """Return a factory for a service with a single model: the one given with ``--model``, or else the default."""
+    settings = settings_from_flags(endpoints=endpoints, device=device, cache=cache, precision=precision)
     return partial(service_for, settings, model, at_endpoint=bool(endpoints))
 
 
 def refuse_self_endpoint(settings: Settings) -> None:
-    """An endpoint where this server is about to listen would be this server, asked by itself for ever.
+    """Reject an endpoint at the address where this server will listen: it would call itself in an endless loop.
 
     Raises:
-        InvalidSetting: there is one.
+        InvalidSetting: there is such an endpoint.
     """
-    here = {settings.host, "localhost", "127.0.0.1", "::1"}
+    own_hosts = {settings.host, "localhost", "127.0.0.1", "::1"}
     for endpoint in settings.endpoints:
         try:
             address = urlsplit(endpoint.url)
             port = address.port
         except ValueError:
-            continue  # no address at all, which is refused when the endpoint is made of it
-        if settings.port and port == settings.port and address.hostname in here:
+            continue  # not a valid URL, which is rejected when the endpoint is created
+        if settings.port and port == settings.port and address.hostname in own_hosts:
             raise InvalidSetting(
                 f"the endpoint {endpoint.url} would be this server itself: choose another --port, or another address "
                 "for the endpoint"

@@ -1,4 +1,4 @@
-"""The options of the command line that several commands share."""
+"""Command-line options that several commands share."""
 
 from __future__ import annotations
 
@@ -10,38 +10,42 @@ from embeddings_mcp.models import InputType, Mode, Precision, Truncate
 
 Transport = Literal["stdio", "http"]
 
-TextsArgument = Annotated[list[str], typer.Argument(help="Texts; `-` stands for the lines of stdin.")]
+TextsArgument = Annotated[list[str], typer.Argument(help="Texts; `-` reads one text per line from stdin.")]
 ModelOption = Annotated[
     str | None,
-    typer.Option("--model", metavar="ID[=PATH]", help="The model: of an endpoint, or run here, with its folder."),
+    typer.Option(
+        "--model", metavar="ID[=PATH]", help="Model to use: at the endpoint, or run locally, optionally from a folder."
+    ),
 ]
-ServedOption = Annotated[
+ServedModelsOption = Annotated[
     list[str] | None,
-    typer.Option("--model", metavar="ID[=PATH]", help="A model to serve, and its folder; may be given several times."),
+    typer.Option("--model", metavar="ID[=PATH]", help="Model to serve, optionally from a folder; can be repeated."),
 ]
-EndpointOption = Annotated[
+ServedEndpointsOption = Annotated[
     list[str] | None,
     typer.Option(
         "--endpoint",
         metavar="URL|JSON",
-        help="An endpoint whose models are served too, by its address or as a JSON object; may be given several times.",
+        help="Endpoint whose models are served too, as a URL or a JSON object; can be repeated.",
     ),
 ]
-AskedEndpointOption = Annotated[
+ModelEndpointOption = Annotated[
     list[str] | None,
-    typer.Option("--endpoint", metavar="URL|JSON", help="The endpoint that has the model, in place of this machine."),
+    typer.Option("--endpoint", metavar="URL|JSON", help="Endpoint that serves the model, instead of this machine."),
 ]
-InputTypeOption = Annotated[InputType | None, typer.Option(help="What the texts are for; asymmetric models need it.")]
-TruncateOption = Annotated[Truncate, typer.Option(help="What to drop of a text that is too long.")]
-DimensionsOption = Annotated[int | None, typer.Option(help="Length of the vectors, on Matryoshka models.")]
-ModeOption = Annotated[Mode, typer.Option(help="What is compared; all but dense on BGE-M3 only.")]
-DefaultModelOption = Annotated[str | None, typer.Option(metavar="ID", help="The model that `default` means.")]
-DeviceOption = Annotated[str | None, typer.Option(help="Where the model runs: auto, cpu, cuda, cuda:1, mps.")]
+InputTypeOption = Annotated[
+    InputType | None, typer.Option(help="What the texts are used for; required by asymmetric models.")
+]
+TruncateOption = Annotated[Truncate, typer.Option(help="Which end of a text to cut off if it is too long.")]
+DimensionsOption = Annotated[int | None, typer.Option(help="Length of the vectors, for Matryoshka models.")]
+ModeOption = Annotated[Mode, typer.Option(help="What to compare; modes other than dense require BGE-M3.")]
+DefaultModelOption = Annotated[str | None, typer.Option(metavar="ID", help="Model that `default` refers to.")]
+DeviceOption = Annotated[str | None, typer.Option(help="Device for local models: auto, cpu, cuda, cuda:1, mps.")]
 PrecisionOption = Annotated[
-    Precision | None, typer.Option(help="Numbers of the model that runs here; int8 is faster, and near but not equal.")
+    Precision | None, typer.Option(help="Number format of local models; int8 is faster, but only approximate.")
 ]
 CacheOption = Annotated[
     str | None,
-    typer.Option("--cache", metavar="DIR|memory|off", help="Where vectors are remembered; memory if not set."),
+    typer.Option("--cache", metavar="DIR|memory|off", help="Where to cache vectors; in memory by default."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the response as JSON.")]

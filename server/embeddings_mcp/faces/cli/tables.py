@@ -1,4 +1,4 @@
-"""Answers as tables for a terminal."""
+"""Responses as tables for a terminal."""
 
 from __future__ import annotations
 
@@ -18,52 +18,54 @@ if TYPE_CHECKING:
     from embeddings_mcp.embedders.cache.maintenance import Contents
     from embeddings_mcp.faces.cli.doctor import Finding
 
-_LONGEST_TEXT = 56
-"""Characters of a text that are shown beside a column or two of numbers, on a terminal of 80."""
+_MAX_TEXT_WIDTH = 56
+"""Characters shown of a text next to one or two columns of numbers, on an 80-column terminal."""
 
-_NUMBERS_SHOWN = 3
+_COMPONENTS_SHOWN = 3
 
 
-def embeddings(answer: EmbeddingResponse, texts: Sequence[str]) -> RenderableType:
-    """A row for each text, with the first numbers of its vector."""
+def embeddings(response: EmbeddingResponse, texts: Sequence[str]) -> RenderableType:
+    """One row per text, with the first components of its vector."""
     table = _table("text", "vector", "length")
-    for item, text in zip(answer["data"], texts, strict=True):
+    for item, text in zip(response["data"], texts, strict=True):
         vector = item["embedding"]
-        numbers = "  ".join(f"{float(number):+.4f}" for number in vector[:_NUMBERS_SHOWN])
-        table.add_row(_short(text, 34), f"{numbers}  …", str(len(vector)))
-    return _titled(_made_by(answer), table)
+        numbers = "  ".join(f"{float(number):+.4f}" for number in vector[:_COMPONENTS_SHOWN])
+        table.add_row(_shorten(text, 34), f"{numbers}  …", str(len(vector)))
+    return _with_title(_source(response), table)
 
 
-def similarity(answer: SimilarityResponse, texts: Sequence[str], others: Sequence[str]) -> RenderableType:
-    """The matrix, its columns numbered as its rows where both are the same texts; or a row for each pair."""
-    title = ", ".join([*([answer["metric"]] if "metric" in answer else []), _made_by(answer)])
-    if "pairs" in answer:
+def similarity(response: SimilarityResponse, texts: Sequence[str], others: Sequence[str]) -> RenderableType:
+    """The score matrix, with columns numbered like the rows if both are the same texts; or one row per pair."""
+    title = ", ".join([*([response["metric"]] if "metric" in response else []), _source(response)])
+    if "pairs" in response:
         table = _table("score", "input", "other")
-        for pair in answer["pairs"]:
-            table.add_row(_score(pair["score"]), _short(texts[pair["input"]], 30), _short(others[pair["other"]], 30))
-        return _titled(title, table)
-    columns = map(str, range(len(texts))) if others is texts else (_short(other, 16).plain for other in others)
+        for pair in response["pairs"]:
+            table.add_row(
+                _score(pair["score"]), _shorten(texts[pair["input"]], 30), _shorten(others[pair["other"]], 30)
+            )
+        return _with_title(title, table)
+    columns = map(str, range(len(texts))) if others is texts else (_shorten(other, 16).plain for other in others)
     table = _table("", "text", *columns)
-    room = max(16, 66 - 9 * len(others))
-    for index, (row, text) in enumerate(zip(answer.get("scores", []), texts, strict=True)):
-        table.add_row(str(index), _short(text, room), *map(_score, row))
-    return _titled(title, table)
+    text_width = max(16, 66 - 9 * len(others))
+    for index, (row, text) in enumerate(zip(response.get("scores", []), texts, strict=True)):
+        table.add_row(str(index), _shorten(text, text_width), *map(_score, row))
+    return _with_title(title, table)
 
 
-def search(answer: SearchResponse, passages: Sequence[str]) -> RenderableType:
-    """A row for each passage found, best first."""
+def search(response: SearchResponse, passages: Sequence[str]) -> RenderableType:
+    """One row per passage found, best first."""
     table = _table("score", "index", "passage")
-    for hit in answer["results"]:
-        table.add_row(_score(hit["score"]), str(hit["index"]), _short(passages[hit["index"]]))
-    return _titled(_made_by(answer), table)
+    for hit in response["results"]:
+        table.add_row(_score(hit["score"]), str(hit["index"]), _shorten(passages[hit["index"]]))
+    return _with_title(_source(response), table)
 
 
-def models(answer: ModelsResponse) -> Table:
-    """A row for each model."""
+def models(response: ModelsResponse) -> Table:
+    """One row per model."""
     table = _table("model", "length", "also", "tokens", "input_type", "from", "licence")
-    for column in table.columns:  # on a terminal too narrow for all of it, names go on below
+    for column in table.columns:  # wrap names on a narrow terminal instead of cropping them
         column.no_wrap, column.overflow = False, "fold"
-    for entry in answer["models"]:
+    for entry in response["models"]:
         table.add_row(
             f"{entry['id']} (default)" if entry["default"] else entry["id"],
             str(entry.get("dimensions", "?")),
@@ -77,7 +79,7 @@ def models(answer: ModelsResponse) -> Table:
 
 
 def comparisons(verdict: Verdict) -> Table:
-    """A row for each sample that two models embedded."""
+    """One row per sample that both models embedded."""
     table = _table("sample", "as", "cosine")
     for comparison in verdict.comparisons:
         table.add_row(comparison.sample, comparison.input_type or "", f"{comparison.cosine:.6f}")
@@ -85,25 +87,25 @@ def comparisons(verdict: Verdict) -> Table:
 
 
 def finding(found: Finding) -> Text:
-    """One line, and below it the next step where there is one."""
+    """One line, followed by a line with the advice if there is any."""
     mark, style = {"fine": ("ok", "green"), "note": ("note", "yellow"), "problem": ("PROBLEM", "bold red")}[found.state]
     text = Text.assemble((f"{mark:<9}", style), (found.subject, "bold"), f": {found.says}")
     return text.append(f"\n         {found.advice}", "italic") if found.advice else text
 
 
 def cache(contents: Contents) -> RenderableType:
-    """A row for each model that a cache holds vectors of."""
+    """One row per model that has vectors in the cache."""
     if not contents.bytes:
         return Text(f"{contents.path}: nothing is remembered there yet")
     table = _table("model", "from", "vectors", "MiB", "last used")
     for holding in contents.holdings:
         used = datetime.fromtimestamp(holding.last_used).astimezone().date().isoformat()
         table.add_row(holding.model, holding.origin, f"{holding.vectors:,}", _mebibytes(holding.bytes), used)
-    return _titled(f"{contents.path}, {_mebibytes(contents.bytes)} MiB", table)
+    return _with_title(f"{contents.path}, {_mebibytes(contents.bytes)} MiB", table)
 
 
 def tools(names_and_titles: Sequence[tuple[str, str]]) -> Table:
-    """A row for each tool."""
+    """One row per tool."""
     table = _table("tool", "what it does")
     for name, title in names_and_titles:
         table.add_row(name, title)
@@ -117,8 +119,8 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _titled(title: str, table: Table) -> RenderableType:
-    """The table under a line of its own, since a table's title is broken at the table's width."""
+def _with_title(title: str, table: Table) -> RenderableType:
+    """Put the title on a line of its own, since rich wraps a table title at the table's width."""
     return Group(Text(title, style="dim"), table)
 
 
@@ -126,15 +128,15 @@ def _mebibytes(count: int) -> str:
     return f"{count / (1 << 20):,.1f}"
 
 
-def _made_by(answer: EmbeddingResponse | SimilarityResponse | SearchResponse) -> str:
-    return f"{answer['model']}, {answer['usage']['prompt_tokens']} tokens"
+def _source(response: EmbeddingResponse | SimilarityResponse | SearchResponse) -> str:
+    return f"{response['model']}, {response['usage']['prompt_tokens']} tokens"
 
 
 def _score(score: float) -> str:
     return f"{score:.4f}"
 
 
-def _short(text: str, longest: int = _LONGEST_TEXT) -> Text:
-    """The text on one line; `Text`, so that brackets in it are not taken for markup."""
+def _shorten(text: str, width: int = _MAX_TEXT_WIDTH) -> Text:
+    """Return the text on one line, cut to `width` characters; a `Text`, so that brackets are not parsed as markup."""
     line = " ".join(text.split())
-    return Text(line if len(line) <= longest else line[: longest - 1] + "…")
+    return Text(line if len(line) <= width else line[: width - 1] + "…")

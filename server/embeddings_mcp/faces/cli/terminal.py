@@ -1,4 +1,4 @@
-"""What commands have in common: texts from arguments and stdin, one question to a service, its answer on stdout."""
+"""Input and output shared by the commands: texts from arguments and stdin, one service call, its result on stdout."""
 
 from __future__ import annotations
 
@@ -16,54 +16,61 @@ from embeddings_mcp.schema import count_texts, texts_of
 from embeddings_mcp.serialization import parse
 from embeddings_mcp.service import EmbeddingService
 
-_PROGRESS_FROM = 64
-"""Texts from which on a progress bar is worth its lines."""
+_PROGRESS_MIN_TEXTS = 64
+"""Minimum number of texts for which a progress bar is shown."""
 
-_WIDEST = 1000
-"""Characters of a line that nobody reads on a terminal."""
+_PIPE_WIDTH = 1000
+"""Maximum line width in characters where stdout is not a terminal."""
 
 
-def lines_of(texts: list[str]) -> list[str]:
-    """The texts, with the lines of stdin in the place of ``-``; empty lines are left out."""
+def expand_stdin(texts: list[str]) -> list[str]:
+    """Replace ``-`` with the lines of stdin, without empty lines."""
     return [line for text in texts for line in (_stdin_lines() if text == "-" else [text])]
 
 
 def _stdin_lines() -> list[str]:
-    """The lines of stdin, which is UTF-8 whatever the locale says.
+    """Read the lines of stdin, decoded as UTF-8 regardless of the locale.
 
     Raises:
-        InvalidRequest: it is not.
+        InvalidRequest: stdin is not UTF-8.
     """
     try:
         text = sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"stdin must be UTF-8 text: {error.reason} at byte {error.start}") from None
-    # Not by splitlines, for which a line also ends at form feeds and at U+2028.
+    # Not splitlines(), which also splits at form feeds and U+2028.
     return [line for line in text.replace("\r\n", "\n").split("\n") if line]
 
 
-def ask(operation: Operation, make: Callable[[], Awaitable[EmbeddingService]], **fields: object) -> Any:  # noqa: ANN401 - the operation's response
-    """Ask a service of our own, made for this one question.
+def run_operation(
+    operation: Operation, make_service: Callable[[], Awaitable[EmbeddingService]], **fields: object
+) -> Any:  # noqa: ANN401 - the operation's response
+    """Create a service, run one operation with it and close it.
+
+    Args:
+        operation: the operation to run.
+        make_service: factory of the service.
+        fields: the fields of the request; those that are None are omitted.
 
     Raises:
-        EmbeddingsError: whatever the service refuses or fails with.
+        EmbeddingsError: the service rejects the request or fails.
     """
     if "model" in operation.request.model_fields:
         fields["model"] = "default"
     request = parse(operation.request, {name: value for name, value in fields.items() if value is not None})
     count = sum(map(count_texts, texts_of(request).values()))
 
-    async def answer() -> Mapping[str, Any]:
-        async with contextlib.aclosing(await make()) as service, _progress(count) as on_progress:
+    async def call() -> Mapping[str, Any]:
+        async with contextlib.aclosing(await make_service()) as service, _progress(count) as on_progress:
             return await operation.call(service, request, on_progress)
 
-    return anyio.run(answer)
+    return anyio.run(call)
 
 
 @contextlib.asynccontextmanager
 async def _progress(texts: int) -> AsyncIterator[OnProgress | None]:
-    """A progress bar on stderr, where somebody watches and there is something to wait for."""
-    if texts < _PROGRESS_FROM or not sys.stderr.isatty():
+    """Show a progress bar on stderr if it is a terminal and there are enough texts to wait for."""
+    if texts < _PROGRESS_MIN_TEXTS or not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
@@ -78,13 +85,13 @@ async def _progress(texts: int) -> AsyncIterator[OnProgress | None]:
         yield on_progress
 
 
-def write(answer: object) -> None:
-    """Write an answer to stdout: bytes as they are, and whatever rich can show."""
-    if isinstance(answer, bytes):
-        sys.stdout.buffer.write(answer + b"\n")
+def write_result(result: object) -> None:
+    """Write a result to stdout: bytes unchanged, anything else rendered by rich."""
+    if isinstance(result, bytes):
+        sys.stdout.buffer.write(result + b"\n")
         sys.stdout.flush()
         return
     from rich.console import Console
 
-    # A file or a pipe has no edge at which a table's columns would have to be cut.
-    Console(width=None if sys.stdout.isatty() else _WIDEST).print(answer)
+    # Files and pipes have no width to which table columns would have to be cropped.
+    Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(result)
