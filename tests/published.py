@@ -1,4 +1,4 @@
-"""The API that NIM publishes, with which ours is compared."""
+"""The published OpenAPI document of NIM, with which ours is compared."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TYPES: dict[str, Any] = PUBLISHED["components"]["schemas"]
 
 
 def without(keywords: set[str], node: Any) -> Any:
-    """The same with these keywords left out, however deep they stand."""
+    """Return a copy of `node` without these keywords, at any depth."""
     if isinstance(node, list):
         return [without(keywords, item) for item in node]
     if not isinstance(node, dict):

@@ -1,4 +1,4 @@
-"""The schemas of other owners, by which what we publish is valid; they are not ours to carry."""
+"""Third-party schemas that validate the published documents; they are not part of this repository."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _FOLDER = Path(os.environ.get("EMBEDDINGS_MCP_SCHEMAS") or ROOT.parent / "shared
 
 
 def schema_of(name: str) -> dict[str, Any]:
-    """The schema in this file; where it is not at hand, the test is skipped."""
+    """Load a schema by name, or skip the test if it is not available."""
     file = _FOLDER / f"{name}.json"
     if not file.exists():
-        pytest.skip(f"the schema is not at {file}; EMBEDDINGS_MCP_SCHEMAS names the folder it is in")
+        pytest.skip(f"{file} does not exist; set EMBEDDINGS_MCP_SCHEMAS to the folder with the schemas")
     schema: dict[str, Any] = json.loads(file.read_text("utf-8"))
     return schema

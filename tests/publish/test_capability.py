@@ -1,4 +1,4 @@
-"""The capability documents: valid by their owners' schemas, and true of the server when an engine runs them."""
+"""The capability documents are valid by the official schemas and make an engine send the right requests."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from tests.publish.schemas import schema_of
 
 DIALECTS = sorted(VERSIONS)
 
-ASKED = [operation for operation in OPERATIONS if operation is not LIST_MODELS]
+POST_OPERATIONS = [operation for operation in OPERATIONS if operation is not LIST_MODELS]
 
 
-def named(things: Any, dialect: str) -> dict[str, Any]:
-    """Things by their names, in either dialect."""
-    return things if dialect == "ikanos" else {thing["name"]: thing for thing in things}
+def named(items: Any, dialect: str) -> dict[str, Any]:
+    """Map objects by name, in either dialect."""
+    return items if dialect == "ikanos" else {item["name"]: item for item in items}
 
 
 document_of = cache(capability)
 
 
 def operations(dialect: Any) -> dict[str, Any]:
-    """What the document consumes: operations by name, each with the path of its resource."""
+    """The consumed operations by name, each with the path of its resource."""
     (api,) = document_of(dialect)["capability"]["consumes"]
     return {
         name: {**operation, "path": resource["path"]}
@@ -59,7 +59,7 @@ def test_the_document_is_valid_by_the_official_schema(dialect: Any) -> None:
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_every_tool_is_there_with_its_description_and_its_hints(dialect: Any) -> None:
+def test_every_tool_has_its_description_and_hints(dialect: Any) -> None:
     tools = named(exposed(dialect, "mcp")["tools"], dialect)
 
     assert list(tools) == [operation.name.replace("_", "-") for operation in OPERATIONS]
@@ -69,7 +69,7 @@ def test_every_tool_is_there_with_its_description_and_its_hints(dialect: Any) ->
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_every_reference_leads_somewhere(dialect: Any) -> None:
+def test_every_reference_resolves(dialect: Any) -> None:
     (api,) = capability(dialect)["capability"]["consumes"]
     tools = exposed(dialect, "mcp")
     calls = {f"{api['namespace']}.{name}" for name in operations(dialect)}
@@ -87,23 +87,23 @@ def test_every_reference_leads_somewhere(dialect: Any) -> None:
     )
 
 
-def test_no_namespace_is_used_twice_and_no_port() -> None:
+def test_namespaces_and_ports_are_unique() -> None:
     document = capability("ikanos")
     adapters = [*document["capability"]["consumes"], *document["capability"]["exposes"]]
-    namespaces = [thing["namespace"] for thing in [*document["binds"], *adapters]]
+    namespaces = [item["namespace"] for item in [*document["binds"], *adapters]]
     assert len(set(namespaces)) == len(namespaces)
     ports = [adapter["port"] for adapter in document["capability"]["exposes"]]
     assert len({*ports, 8000}) == len(ports) + 1
 
 
-def test_the_key_is_named_and_never_written() -> None:
+def test_the_key_is_referenced_by_name_only() -> None:
     document = capability("ikanos")
     (bind,) = document["binds"]
     (variable,) = bind["keys"]
     assert document["capability"]["consumes"][0]["authentication"] == {"type": "bearer", "token": f"{{{{{variable}}}}}"}
 
 
-def test_another_address_is_written_where_the_server_is_called() -> None:
+def test_a_given_url_becomes_the_base_uri() -> None:
     document = yaml.safe_load(FORMATS["ikanos"].text("https://embed.example.org"))
     assert document["capability"]["consumes"][0]["baseUri"] == "https://embed.example.org/v1"
 
@@ -111,21 +111,21 @@ def test_another_address_is_written_where_the_server_is_called() -> None:
 # --- What the engine sends -------------------------------------------------------------------------------------------
 
 
-def engine_fills(template: str, arguments: dict[str, Any]) -> str:
-    """A body as Ikanos makes it: JMustache without escaping; arrays are written as JSON, all else as it stands."""
+def render_as_engine(template: str, arguments: dict[str, Any]) -> str:
+    """Render a body as Ikanos does: JMustache without escaping; arrays become JSON, other values plain text."""
 
     def section(match: re.Match[str]) -> str:
         return match[2] if match[1] in arguments else ""
 
     def value(match: re.Match[str]) -> str:
-        given = arguments.get(match[1], "")
-        return json.dumps(given) if isinstance(given, list) else str(given)
+        argument = arguments.get(match[1], "")
+        return json.dumps(argument) if isinstance(argument, list) else str(argument)
 
     template = re.sub(r"\{\{#(\w+)\}\}(.*?)\{\{/\1\}\}", section, template, flags=re.DOTALL)
     return re.sub(r"\{\{(\w+)\}\}", value, template)
 
 
-# No text with both `{{` and `}}`, which the engine takes for a template.
+# No text with both `{{` and `}}`, which the engine would interpret as a template.
 TEXTS = st.lists(st.text(st.characters(codec="utf-8", exclude_characters="{"), min_size=1), min_size=1, max_size=4)
 ARGUMENTS: dict[str, st.SearchStrategy[Any]] = {
     "model": st.sampled_from(["default", "nvidia/nv-embed-v1"]),
@@ -143,11 +143,9 @@ ARGUMENTS: dict[str, st.SearchStrategy[Any]] = {
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-@pytest.mark.parametrize("operation", ASKED, ids=lambda operation: operation.name)
+@pytest.mark.parametrize("operation", POST_OPERATIONS, ids=lambda operation: operation.name)
 @given(data=st.data())
-def test_what_the_engine_sends_is_the_request_that_the_tool_was_given(
-    dialect: Any, operation: Any, data: st.DataObject
-) -> None:
+def test_the_engine_sends_the_arguments_of_the_tool_call(dialect: Any, operation: Any, data: st.DataObject) -> None:
     name = operation.name.replace("_", "-")
     consumed = operations(dialect)[name]
     parameters = named(named(exposed(dialect, "mcp")["tools"], dialect)[name]["inputParameters"], dialect)
@@ -156,15 +154,15 @@ def test_what_the_engine_sends_is_the_request_that_the_tool_was_given(
     optional = {name: ARGUMENTS[name] for name, parameter in parameters.items() if not parameter["required"]}
     arguments = data.draw(st.fixed_dictionaries(required, optional=optional))
 
-    body = json.loads(engine_fills(consumed["body"], arguments))
+    body = json.loads(render_as_engine(consumed["body"], arguments))
 
     assert body == arguments
     parse(operation.request, body)
     assert f"/v1{consumed['path']}" == operation.path
 
 
-@pytest.mark.parametrize("operation", ASKED, ids=lambda operation: operation.name)
-def test_every_choice_and_every_default_is_said(operation: Any) -> None:
+@pytest.mark.parametrize("operation", POST_OPERATIONS, ids=lambda operation: operation.name)
+def test_descriptions_state_choices_and_defaults(operation: Any) -> None:
     parameters = exposed("ikanos", "mcp")["tools"][operation.name.replace("_", "-")]["inputParameters"]
 
     for name, field in operation.request.model_json_schema()["properties"].items():

@@ -1,4 +1,4 @@
-"""The published files of the repository are what the code makes, and say the same as the package does."""
+"""The generated files of the repository are up to date and agree with the package metadata."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 
 
 @pytest.mark.parametrize("path", FILES)
-def test_the_file_is_what_the_code_makes(path: str) -> None:
+def test_the_file_is_up_to_date(path: str) -> None:
     assert (ROOT / path).read_text("utf-8") == FILES[path](), f"{path} is out of date: run `make published`"
 
 
@@ -32,22 +32,22 @@ def test_the_command_prints_every_document(document: str) -> None:
     command = [sys.executable, "-m", "embeddings_mcp", "manifest", "--format", document, "--url", "http://host:1/"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     assert printed == FORMATS[document].text("http://host:1")  # type: ignore[index]
-    read = yaml.safe_load(printed) if FORMATS[document].media_type.endswith("yaml") else orjson.loads(printed)  # type: ignore[index]
-    assert isinstance(read, dict)
+    parsed = yaml.safe_load(printed) if FORMATS[document].media_type.endswith("yaml") else orjson.loads(printed)  # type: ignore[index]
+    assert isinstance(parsed, dict)
 
 
 def test_every_format_has_a_document() -> None:
     assert list(FORMATS) == list(get_args(identity.Format))
 
 
-def test_an_address_that_is_none_is_refused() -> None:
+def test_an_invalid_url_is_refused() -> None:
     command = [sys.executable, "-m", "embeddings_mcp", "manifest", "--url", "localhost"]
     refused = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert (refused.returncode, refused.stdout) == (1, "")
     assert refused.stderr == ("embeddings-mcp: --url must be a URL such as http://localhost:8000, not 'localhost'\n")
 
 
-def test_who_we_are_is_what_the_package_says() -> None:
+def test_the_identity_agrees_with_the_package_metadata() -> None:
     project = PROJECT["project"]
     assert project["name"] == identity.NAME
     assert project["license"] == identity.LICENCE

@@ -1,4 +1,4 @@
-"""What users install from: valid by its owners' schemas, and the same way to start the server everywhere."""
+"""The installation files are valid by the official schemas, and all start the server in the same way."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ HOSTS = (ROOT / "docs" / "hosts.md").read_text("utf-8")
         ("mcpb-manifest-v0.4.schema", install.bundle_manifest()),
     ],
 )
-def test_the_file_is_valid_by_the_schema_of_its_owner(schema: str, document: dict[str, Any]) -> None:
-    read = schema_of(schema)
-    validator_for(read)(read, format_checker=jsonschema.FormatChecker()).validate(document)
+def test_the_file_is_valid_by_the_official_schema(schema: str, document: dict[str, Any]) -> None:
+    official = schema_of(schema)
+    validator_for(official)(official, format_checker=jsonschema.FormatChecker()).validate(document)
 
 
-def test_the_registry_is_told_of_this_very_version() -> None:
+def test_the_registry_entry_has_the_version_of_the_package() -> None:
     entry = install.registry_entry()
     (package,) = entry["packages"]
     assert entry["version"] == package["version"] == __version__
@@ -40,7 +40,7 @@ def test_the_registry_is_told_of_this_very_version() -> None:
     assert f"mcp-name: {identity.REGISTRY_NAME}" in (ROOT / "README.md").read_text("utf-8")
 
 
-def test_secrets_are_marked_as_such_and_nothing_else_is() -> None:
+def test_exactly_the_secrets_are_marked_as_secret() -> None:
     (package,) = install.registry_entry()["packages"]
     assert {variable["name"] for variable in package["environmentVariables"] if variable["isSecret"]} == {
         "NVIDIA_API_KEY"
@@ -48,25 +48,25 @@ def test_secrets_are_marked_as_such_and_nothing_else_is() -> None:
     assert install.bundle_manifest()["user_config"]["nvidia_api_key"]["sensitive"] is True
 
 
-def test_an_answer_that_is_left_empty_in_claude_desktop_is_an_empty_variable() -> None:
+def test_an_empty_field_in_claude_desktop_becomes_an_empty_variable() -> None:
     """The host replaces ``${user_config.name}`` only where it has a value or a default."""
     manifest = install.bundle_manifest()
     for value in manifest["server"]["mcp_config"]["env"].values():
         assert manifest["user_config"][value.removeprefix("${user_config.").removesuffix("}")]["default"] == ""
 
 
-def test_the_plugins_of_both_kinds_start_the_same() -> None:
+def test_both_plugin_formats_start_the_same_server() -> None:
     (portable,) = install.plugin_servers()["mcpServers"].values()
     (claude,) = install.claude_plugin()["mcpServers"].values()
     assert claude["command"].removeprefix("${CLAUDE_PLUGIN_ROOT}/") == portable["command"].removeprefix("./")
     assert claude["args"] == portable["args"]
 
 
-# --- What the pages say ----------------------------------------------------------------------------------------------
+# --- Documentation ---------------------------------------------------------------------------------------------------
 
 
 def servers(configuration: Any) -> list[dict[str, Any]]:
-    """Every entry of a host's configuration that says how to reach a server."""
+    """Return all server entries in a host's configuration."""
     if not isinstance(configuration, dict):
         return []
     if configuration.keys() & {"command", "url"}:
@@ -74,7 +74,7 @@ def servers(configuration: Any) -> list[dict[str, Any]]:
     return [server for value in configuration.values() for server in servers(value)]
 
 
-def test_every_host_is_told_to_start_the_server_as_it_is_started() -> None:
+def test_every_documented_host_configuration_starts_the_server() -> None:
     blocks = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", HOSTS, flags=re.DOTALL)]
     found = [server for block in blocks for server in servers(block)]
     assert len(found) == len(blocks) >= 8

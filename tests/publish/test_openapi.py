@@ -1,4 +1,4 @@
-"""The OpenAPI document: valid, equal to the published one where it mirrors, and true of the server."""
+"""The OpenAPI document is valid, mirrors the published one of NIM, and describes the server correctly."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def test_the_document_is_valid_openapi(document: dict[str, Any]) -> None:
     OpenAPIV31SpecValidator(document).validate()
 
 
-def test_the_embeddings_request_is_the_published_one_and_the_fields_of_nim_2(document: dict[str, Any]) -> None:
-    ours, published = (written["components"]["schemas"]["EmbeddingRequest"] for written in (document, PUBLISHED))
+def test_the_embeddings_request_is_the_published_one_plus_the_fields_of_nim_2(document: dict[str, Any]) -> None:
+    ours, published = (source["components"]["schemas"]["EmbeddingRequest"] for source in (document, PUBLISHED))
     embedding_type, modality = (ours["properties"].pop(name) for name in ("embedding_type", "modality"))
 
     assert embedding_type["enum"] == ["float", "int8", "uint8", "binary", "ubinary"]
@@ -43,7 +43,7 @@ def test_the_embeddings_request_is_the_published_one_and_the_fields_of_nim_2(doc
 
 
 def test_the_embeddings_operation_is_the_published_one(document: dict[str, Any]) -> None:
-    ours, published = (written["paths"]["/v1/embeddings"]["post"] for written in (document, PUBLISHED))
+    ours, published = (source["paths"]["/v1/embeddings"]["post"] for source in (document, PUBLISHED))
 
     assert ours["operationId"] == published["operationId"]
     body = ours["requestBody"]
@@ -87,7 +87,7 @@ def test_every_status_that_an_error_can_have_is_described(document: dict[str, An
 
 
 @pytest.mark.anyio
-async def test_the_default_model_answers_the_examples_as_they_say(document: dict[str, Any]) -> None:
+async def test_the_default_model_reproduces_the_examples(document: dict[str, Any]) -> None:
     answered = []
     async with aclosing(build_service(Settings())) as service:
         for operation in ROUTES.values():
@@ -105,7 +105,7 @@ async def test_the_default_model_answers_the_examples_as_they_say(document: dict
 
 
 @pytest.mark.parametrize("operation", ROUTES.values(), ids=lambda o: o.name)
-def test_the_examples_are_what_they_illustrate(document: dict[str, Any], operation: Any) -> None:
+def test_the_examples_match_their_schemas(document: dict[str, Any], operation: Any) -> None:
     described = document["paths"][operation.path]["post"]
 
     parse(operation.request, described["requestBody"]["content"]["application/json"]["example"])

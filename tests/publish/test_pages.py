@@ -1,4 +1,4 @@
-"""The pages that people write say of tools, routes, models and settings what is so, and their links lead somewhere."""
+"""The hand-written pages agree with the tools, routes, models and settings, and their links resolve."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VARIABLES = {environment_variable(name) for name in Settings.model_fields}
 
 
 def table(head: str) -> list[list[str]]:
-    """The cells of every row of README's table that begins so."""
+    """Return the cells of every row of the README table with this header."""
     _, _, after = README.partition(f"\n{head}")
     rows = after.partition("\n\n")[0].splitlines()[2:]
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
@@ -32,18 +32,18 @@ def quoted(text: str) -> list[str]:
     return re.findall(r"`([^`]+)`", text)
 
 
-def test_the_tools_are_those_that_there_are_with_the_fields_that_they_require() -> None:
-    rows = {quoted(name)[0]: asks for name, asks, _ in table("| tool |")}
+def test_the_tools_and_their_required_fields_are_complete() -> None:
+    rows = {quoted(name)[0]: description for name, description, _ in table("| tool |")}
     assert rows.keys() == {operation.name for operation in OPERATIONS}
     for operation in OPERATIONS:
-        asks = rows[operation.name]
-        if operation.name != "create_embedding":  # of which the table names no field
+        description = rows[operation.name]
+        if operation.name != "create_embedding":  # the table names none of its fields
             schema = operation.request.model_json_schema()
-            assert set(re.findall(r"\*\*`(\w+)`\*\*", asks)) == set(schema.get("required", []))
-            assert set(quoted(asks)) <= schema["properties"].keys()
+            assert set(re.findall(r"\*\*`(\w+)`\*\*", description)) == set(schema.get("required", []))
+            assert set(quoted(description)) <= schema["properties"].keys()
 
 
-def test_the_routes_are_those_that_there_are() -> None:
+def test_the_routes_are_complete() -> None:
     named = {path for cell, _ in table("| route |") for path in re.findall(r"/[\w/{}.]+", cell)}
     assert named - {"/openapi.json", "/manifest", "/skills"} == set(openapi_document()["paths"])
 
@@ -61,7 +61,7 @@ def test_the_models_are_those_of_the_cards() -> None:
     assert known == set(CARDS)
 
 
-def test_the_settings_have_the_variables_and_flags_that_are_named() -> None:
+def test_the_named_variables_and_flags_exist() -> None:
     flags = {f"--{name.replace('_', '-')}" for name in inspect.signature(serve).parameters}
     for names, given, _ in table("| variable | flag |"):
         assert set(quoted(names)) <= VARIABLES
@@ -71,22 +71,22 @@ def test_the_settings_have_the_variables_and_flags_that_are_named() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_a_page_names_no_variable_that_means_nothing(page: Path) -> None:
+def test_a_page_names_only_existing_variables(page: Path) -> None:
     named = set(re.findall(r"EMBEDDINGS_MCP_[A-Z_]*[A-Z]", page.read_text("utf-8")))
     assert named <= VARIABLES | {"EMBEDDINGS_MCP_UPDATE_SNAPSHOTS"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
+def test_every_link_of_a_page_resolves(page: Path) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text("utf-8")):
         if "://" not in target:
             path, _, section = target.partition("#")
-            to = page.parent / path if path else page
-            assert to.exists(), target
-            assert not section or section in sections(to), target
+            destination = page.parent / path if path else page
+            assert destination.exists(), target
+            assert not section or section in sections(destination), target
 
 
 def sections(page: Path) -> set[str]:
-    """What a link may name of a page: its headings, as GitHub writes them there."""
+    """Return the anchors of a page: its headings as GitHub converts them."""
     headings = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), flags=re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}

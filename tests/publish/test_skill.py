@@ -1,4 +1,4 @@
-"""The Agent Skill: valid by its format's own validator, and right in what it says."""
+"""The Agent Skill is valid by the official validator, and its content is correct."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ TEXT = (FOLDER / "SKILL.md").read_text("utf-8")
 PAIRS = json.loads((ROOT / "tests" / "data" / "pairs.json").read_text("utf-8"))
 
 
-def test_the_validator_of_agentskills_io_finds_nothing() -> None:
-    checked = subprocess.run(
+def test_the_official_validator_accepts_the_skill() -> None:
+    completed = subprocess.run(
         [Path(sys.executable).with_name("agentskills"), "validate", str(FOLDER)],
         capture_output=True,
         text=True,
         check=False,
         timeout=60,
     )
-    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert completed.returncode == 0, completed.stdout + completed.stderr
 
 
-def test_the_skill_keeps_to_the_limits_of_its_format() -> None:
+def test_the_skill_respects_the_limits_of_its_format() -> None:
     skill = read_skill()
     assert set(skill.frontmatter) == {"name", "description", "license", "compatibility", "metadata"}
     assert skill.name == FOLDER.name
@@ -57,9 +57,9 @@ def test_the_skill_keeps_to_the_limits_of_its_format() -> None:
     assert all(path.count("/") <= 1 for path in skill.files)
 
 
-def test_every_page_that_it_points_to_is_there_and_every_page_is_pointed_to() -> None:
-    pointed = {target for target in re.findall(r"\]\(([^)]+)\)", TEXT) if "://" not in target}
-    assert pointed == {path for path in read_skill().files if path.startswith("references/")}
+def test_every_linked_page_exists_and_every_page_is_linked() -> None:
+    linked = {target for target in re.findall(r"\]\(([^)]+)\)", TEXT) if "://" not in target}
+    assert linked == {path for path in read_skill().files if path.startswith("references/")}
 
 
 def test_every_file_is_served_with_its_digest() -> None:
@@ -72,7 +72,7 @@ def test_every_file_is_served_with_its_digest() -> None:
         assert file.media_type in {"text/markdown", "application/yaml"}
 
 
-def test_the_archive_holds_the_files_at_its_top_and_is_always_the_same() -> None:
+def test_the_archive_has_the_files_at_its_root_and_is_reproducible() -> None:
     skill = read_skill()
     with zipfile.ZipFile(io.BytesIO(skill.archive)) as archive:
         assert archive.testzip() is None
@@ -82,12 +82,12 @@ def test_the_archive_holds_the_files_at_its_top_and_is_always_the_same() -> None
     assert skill.archive == skill.archive
 
 
-# --- What it says ----------------------------------------------------------------------------------------------------
+# --- Content ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[EmbeddingService]:
-    """The default model, which the figures are about."""
+    """A service with the default model, on which the figures were measured."""
     service = build_service(Settings())
     yield service
     anyio.run(service.aclose)
@@ -100,7 +100,7 @@ def ask(service: EmbeddingService, operation: Operation, request: dict[str, Any]
     return anyio.run(answer)
 
 
-def test_the_examples_are_what_the_server_answers(service: EmbeddingService) -> None:
+def test_the_examples_are_what_the_server_returns(service: EmbeddingService) -> None:
     blocks = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", TEXT, flags=re.DOTALL)]
     searched, found, compared, close, embedded = blocks
 
@@ -110,7 +110,7 @@ def test_the_examples_are_what_the_server_answers(service: EmbeddingService) -> 
     assert [type(vector["embedding"]) for vector in vectors] == [str, str]
 
 
-def test_the_thresholds_are_those_that_were_measured(service: EmbeddingService) -> None:
+def test_the_thresholds_match_the_measurements(service: EmbeddingService) -> None:
     def vectors(texts: list[str]) -> Any:
         answer = ask(service, CREATE_EMBEDDING, {"model": "default", "input": texts})
         return np.array([vector["embedding"] for vector in answer["data"]])
@@ -144,7 +144,7 @@ def test_the_thresholds_are_those_that_were_measured(service: EmbeddingService) 
     assert (answers.argmax(axis=1) == np.arange(len(answers))).all()
 
 
-def test_a_statement_and_its_negation_do_look_alike(service: EmbeddingService) -> None:
+def test_a_statement_and_its_negation_score_as_similar(service: EmbeddingService) -> None:
     texts = [
         "Dogs are allowed in the hall.",
         "Dogs are not allowed in the hall.",
@@ -156,13 +156,13 @@ def test_a_statement_and_its_negation_do_look_alike(service: EmbeddingService) -
     assert scores[2][3] > 0.75
 
 
-def test_the_commands_that_start_a_server_and_ask_it_can_be_run_in_one_go() -> None:
+def test_the_commands_that_start_and_query_a_server_can_be_run_as_one_script() -> None:
     if shutil.which("curl") is None:
-        pytest.skip("there is no curl here")
+        pytest.skip("curl is not installed")
     (commands,) = [block for block in re.findall(r"```bash\n(.*?)```", TEXT, flags=re.DOTALL) if "curl" in block]
     with socket.create_server(("127.0.0.1", 0)) as free:
         commands = commands.replace("8000", str(free.getsockname()[1]))
-    done = subprocess.run(
+    completed = subprocess.run(
         ["/bin/sh", "-c", f"{commands}code=$?; kill $!; exit $code"],
         env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
         capture_output=True,
@@ -170,8 +170,8 @@ def test_the_commands_that_start_a_server_and_ask_it_can_be_run_in_one_go() -> N
         check=False,
         timeout=START_SECONDS,
     )
-    assert done.returncode == 0, done.stderr
-    assert [hit["index"] for hit in json.loads(done.stdout)["results"]] == [1, 0]
+    assert completed.returncode == 0, completed.stderr
+    assert [hit["index"] for hit in json.loads(completed.stdout)["results"]] == [1, 0]
 
 
 # --- Errors ----------------------------------------------------------------------------------------------------------
@@ -192,10 +192,10 @@ REFUSED: list[tuple[Operation, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(
-    ("words", "refused"), [*zip(ERRORS[2:], REFUSED, strict=False)], ids=ERRORS[2:][: len(REFUSED)]
+    ("quoted", "refused"), [*zip(ERRORS[2:], REFUSED, strict=False)], ids=ERRORS[2:][: len(REFUSED)]
 )
-def test_an_error_is_known_by_the_words_that_the_skill_gives(
-    words: str, refused: tuple[Operation, dict[str, Any]]
+def test_an_error_matches_the_message_quoted_in_the_skill(
+    quoted: str, refused: tuple[Operation, dict[str, Any]]
 ) -> None:
     asymmetric = ModelCard(id="test/asymmetric", dimensions=8, max_tokens=256, input_type="required")
     plain = ModelCard(id="test/hash", dimensions=8, max_tokens=256)
@@ -204,5 +204,5 @@ def test_an_error_is_known_by_the_words_that_the_skill_gives(
     with pytest.raises(EmbeddingsError) as caught:
         ask(service, *refused)
 
-    pattern = re.sub(r"\d+", r"\\d+", re.escape(words)).replace(re.escape("..."), ".*")
+    pattern = re.sub(r"\d+", r"\\d+", re.escape(quoted)).replace(re.escape("..."), ".*")
     assert re.search(pattern, caught.value.message), caught.value.message

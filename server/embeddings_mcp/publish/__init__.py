@@ -1,1 +1,1 @@
-"""What is published about the server: made from the wire types and the table of operations, never written by hand."""
+"""Documents published about the server, generated from the wire types and the table of operations."""

@@ -1,4 +1,4 @@
-"""Write every published file to the repository: ``make published``."""
+"""Write all generated files to the repository (``make published``)."""
 
 from __future__ import annotations
 

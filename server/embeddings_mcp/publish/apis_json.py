@@ -1,4 +1,4 @@
-"""The index of this API for APIs.json directories such as apis.io, version 0.23 of the format."""
+"""The APIs.json index of this API, format version 0.23, for directories such as apis.io."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _IMAGE = "https://github.com/embeddings-mcp.png"
 
 
 def apis_index(url: str) -> dict[str, Any]:
-    """The index; the API's own address in it is `url`, since everybody runs a server of their own."""
+    """Build the index; `url` is the base address of the server, since every user runs their own."""
     maintainers = [{"FN": identity.AUTHOR, "X-github": "embeddings-mcp", "url": identity.REPOSITORY}]
     return {
         "aid": identity.NAME,
@@ -31,8 +31,8 @@ def apis_index(url: str) -> dict[str, Any]:
                 "aid": f"{identity.NAME}:embeddings",
                 "name": identity.TITLE,
                 "description": (
-                    "POST /v1/embeddings as published for NVIDIA NIM, and similarity and search, which answer with "
-                    "scores instead of vectors."
+                    "POST /v1/embeddings as published for NVIDIA NIM, plus similarity and search, which return scores "
+                    "instead of vectors."
                 ),
                 "image": _IMAGE,
                 "humanURL": f"{identity.REPOSITORY}#readme",

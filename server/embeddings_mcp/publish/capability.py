@@ -1,17 +1,17 @@
-"""The capability: this API as a document that an Ikanos or Naftiko engine deploys as REST, MCP and Agent Skill.
+"""The capability: a document from which an Ikanos or Naftiko engine deploys this API as REST, MCP and Agent Skill.
 
-Ikanos is what Naftiko's engine is called since 1.0.0-beta; its documents are maps where Naftiko's are lists of things
-with a ``name``, and say ``display`` for ``label``. Both are made here from the table of operations.
+Naftiko's engine has been called Ikanos since 1.0.0-beta. Ikanos documents use maps where Naftiko's use lists of objects
+with a ``name``, and ``display`` instead of ``label``. Both are generated from the table of operations.
 
-How the engine works (read in its source, 1.0.0-beta5) decides how the document is written:
+The document is shaped by how the engine works (according to its source, 1.0.0-beta5):
 
-- Names of tools are letters, digits and hyphens: ``create_embedding`` is ``create-embedding`` there.
-- A template puts an array into a JSON body as JSON, but a string as it stands: a quotation mark in it would end it. So
-  texts travel as arrays only, and of the strings only those are passed on that never need escaping.
-- A parameter that was not given is an empty string, so what is optional stands in a section of its own.
-- Parameters have no enum and no default: their descriptions say both.
-- A variable that a bind brings is known in ``authentication`` alone: the key is bound, the address is written out.
-- A REST resource that forwards hands on the body untouched, and so is exactly the API that it forwards to.
+- Tool names consist of letters, digits and hyphens: ``create_embedding`` becomes ``create-embedding``.
+- A template inserts an array into a JSON body as JSON, but a string without escaping, so a quotation mark would end it.
+  Therefore texts are passed as arrays only, and strings only if they never need escaping.
+- A parameter that was not given is an empty string, so every optional field is in a template section of its own.
+- Parameters have neither enum nor default: their descriptions state both.
+- Bound variables are available in ``authentication`` only: the key is bound, the address is written out.
+- A forwarding REST resource passes the body on unchanged, so it offers exactly the API that it forwards to.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ Dialect = Literal["ikanos", "naftiko"]
 VERSIONS: Mapping[Dialect, str] = {"ikanos": "1.0.0-beta5", "naftiko": "1.0.0-alpha3"}
 
 KEY = "EMBEDDINGS_API_KEY"
-"""The environment variable that holds the key. The engine wants one; a server without a key takes any."""
+"""Environment variable of the API key. The engine requires a key; a server without keys accepts any."""
 
 _API = "embeddings"
 _REST, _TOOLS, _SKILLS = "embeddings-rest", "embeddings-tools", "embeddings-skills"
 _PORTS = {_REST: 8081, _TOOLS: 8082, _SKILLS: 8083}
 
-_LEFT_OUT = frozenset({"user"})
-"""Free text that would have to be escaped and does not change an answer."""
+_OMITTED_FIELDS = frozenset({"user"})
+"""Free text that would need escaping and does not affect the response."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Field:
-    """A field of a request as the engine takes it.
+    """A request field in the engine's terms.
 
     Attributes:
-        name: its name in the request.
+        name: name of the field in the request.
         type: the engine's type.
-        description: what it is, what it accepts, and what holds where it is left out.
-        required: whether a request must have it.
+        description: meaning, accepted values and default.
+        required: whether the field is required.
     """
 
     name: str
@@ -59,20 +59,20 @@ class _Field:
 
     @property
     def template(self) -> str:
-        """The field in the template of the body; a string stands between quotation marks, all else is JSON already."""
+        """The field in the template of the body; strings are quoted, other values are JSON already."""
         value = f'"{{{{{self.name}}}}}"' if self.type == "string" else f"{{{{{self.name}}}}}"
         return f'"{self.name}": {value}'
 
 
 def capability(dialect: Dialect, url: str = identity.LOCAL_URL) -> dict[str, Any]:
-    """The document, for a server of ours at `url`."""
+    """Build the document for a server at `url`."""
     return {
         dialect: VERSIONS[dialect],
         "info": {
             _label(dialect): identity.TITLE,
             "description": (
-                "Text embeddings by an OpenAI-compatible API in the manner of NVIDIA NIM, and what agents need of them "
-                "without seeing a vector: how alike texts are, and which passages answer a question."
+                "Text embeddings with an OpenAI-compatible API modelled on NVIDIA NIM, and what agents need without "
+                "seeing vectors: how similar texts are, and which passages answer a question."
             ),
             "tags": ["Embeddings", "Semantic Search", "RAG", "NVIDIA NIM", "MCP"],
             "created": identity.SINCE,
@@ -94,13 +94,13 @@ def capability(dialect: Dialect, url: str = identity.LOCAL_URL) -> dict[str, Any
 
 
 def _api(dialect: Dialect, url: str) -> dict[str, Any]:
-    """The API that the engine calls."""
+    """Describe the API that the engine calls."""
     return {
         "namespace": _API,
         "type": "http",
         "description": (
             "An embeddings-mcp server. A NIM endpoint, hosted (https://integrate.api.nvidia.com/v1) or self-hosted, "
-            "can stand in its place for create-embedding and list-models."
+            "can replace it for create-embedding and list-models."
         ),
         "baseUri": f"{url}/v1",
         "authentication": {"type": "bearer", "token": f"{{{{{KEY}}}}}"},
@@ -109,12 +109,12 @@ def _api(dialect: Dialect, url: str) -> dict[str, Any]:
 
 
 def _rest(dialect: Dialect) -> dict[str, Any]:
-    """The same API, handed on."""
+    """Expose the API as a forwarding REST resource."""
     paths = ", ".join(f"POST {operation.path}" for operation in OPERATIONS if operation.path)
     resource = {
         "path": "/v1/{{path}}",
         _label(dialect): identity.TITLE,
-        "description": f"The server's own API, relayed untouched: {paths}, GET /v1/models.",
+        "description": f"The server's own API, forwarded unchanged: {paths}, GET /v1/models.",
         "forward": {"targetNamespace": _API},
     }
     return {
@@ -127,7 +127,7 @@ def _rest(dialect: Dialect) -> dict[str, Any]:
 
 
 def _tools(dialect: Dialect) -> dict[str, Any]:
-    """The operations as tools."""
+    """Expose the operations as tools."""
     return {
         "type": "mcp",
         "transport": "http",
@@ -140,7 +140,7 @@ def _tools(dialect: Dialect) -> dict[str, Any]:
 
 
 def _skills(dialect: Dialect) -> dict[str, Any]:
-    """The skill, whose tools are those above. Where its folder lies on the engine's machine, nobody knows here."""
+    """Expose the skill with the tools above. The location of its folder on the engine's machine is unknown here."""
     skill = read_skill()
     tools = (
         (
@@ -152,27 +152,27 @@ def _skills(dialect: Dialect) -> dict[str, Any]:
         )
         for operation in OPERATIONS
     )
-    about = {key: value for key, value in skill.frontmatter.items() if key != "name"}
+    metadata = {key: value for key, value in skill.frontmatter.items() if key != "name"}
     return {
         "type": "skill",
         "address": "localhost",
         "port": _PORTS[_SKILLS],
         "namespace": _SKILLS,
         "description": "How agents use embeddings well.",
-        "skills": _named(dialect, [(skill.name, {**about, "tools": _named(dialect, tools)})]),
+        "skills": _named(dialect, [(skill.name, {**metadata, "tools": _named(dialect, tools)})]),
     }
 
 
 def _label(dialect: Dialect) -> str:
-    """The key under which a thing says what people call it."""
+    """Return the key of the human-readable name."""
     return "display" if dialect == "ikanos" else "label"
 
 
 def _named(dialect: Dialect, items: Iterable[tuple[str, dict[str, Any]]]) -> Any:  # noqa: ANN401 - a map or a list
-    """Things by their names: a map for Ikanos, a list of things with a ``name`` for Naftiko."""
+    """Combine named objects: a map for Ikanos, a list of objects with a ``name`` for Naftiko."""
     if dialect == "ikanos":
         return dict(items)
-    return [{"name": name, **thing} for name, thing in items]
+    return [{"name": name, **item} for name, item in items]
 
 
 def _kebab(operation: Operation) -> str:
@@ -180,28 +180,28 @@ def _kebab(operation: Operation) -> str:
 
 
 def _summary(operation: Operation) -> str:
-    """The first sentence of the operation's description."""
+    """Return the first sentence of the operation's description."""
     return operation.description.partition("\n")[0].partition(". ")[0].rstrip(".") + "."
 
 
 def _consumed(operation: Operation, dialect: Dialect) -> dict[str, Any]:
-    """The operation as the server offers it to the engine."""
+    """Describe the HTTP request that the engine sends for an operation."""
     if operation is LIST_MODELS:
-        described = {"method": "GET", "description": _summary(operation)}
+        consumed = {"method": "GET", "description": _summary(operation)}
     else:
         fields = _fields(operation)
-        described = {
+        consumed = {
             "method": "POST",
             "description": _summary(operation),
             "inputParameters": _named(dialect, ((field.name, {"in": "body"}) for field in fields)),
             "body": _body(fields),
         }
     path = "/models" if operation.path is None else operation.path.removeprefix("/v1")
-    return {"path": path, "operations": _named(dialect, [(_kebab(operation), described)])}
+    return {"path": path, "operations": _named(dialect, [(_kebab(operation), consumed)])}
 
 
 def _tool(operation: Operation, dialect: Dialect) -> dict[str, Any]:
-    """The operation as a tool."""
+    """Describe an operation as a tool."""
     fields = _fields(operation)
     parameters = _named(
         dialect,
@@ -220,39 +220,41 @@ def _tool(operation: Operation, dialect: Dialect) -> dict[str, Any]:
 
 
 def _fields(operation: Operation) -> list[_Field]:
-    """The request's fields, those that are required first."""
-    published = json_schema(operation.request)
-    required = published.get("required", [])
+    """Return the request's fields, required ones first."""
+    schema = json_schema(operation.request)
+    required = schema.get("required", [])
     fields = [
-        _Field(name, _type(name, said), _description(said), name in required)
-        for name, said in published.get("properties", {}).items()
-        if name not in _LEFT_OUT
+        _Field(name, _type(name, field_schema), _description(field_schema), name in required)
+        for name, field_schema in schema.get("properties", {}).items()
+        if name not in _OMITTED_FIELDS
     ]
     return sorted(fields, key=lambda field: not field.required)
 
 
-def _type(name: str, said: Mapping[str, Any]) -> str:
-    """The engine's type for what the schema says."""
-    if "oneOf" in said:  # one text or several
+def _type(name: str, schema: Mapping[str, Any]) -> str:
+    """Return the engine's type for a field."""
+    if "oneOf" in schema:  # one text or an array of texts
         return "array"
-    kind: str = said["type"]
-    assert kind != "string" or "enum" in said or name == "model", f"{name} is free text, which the engine cannot escape"
+    kind: str = schema["type"]
+    assert kind != "string" or "enum" in schema or name == "model", (
+        f"{name} is free text, which the engine cannot escape"
+    )
     return kind
 
 
-def _description(said: Mapping[str, Any]) -> str:
-    sentences = [said["description"]]
-    if "oneOf" in said:
-        sentences.append("Always an array here, also of one text.")
-    if "enum" in said:
-        sentences.append(f"One of {', '.join(said['enum'])}.")
-    if "default" in said:
-        sentences.append(f"Default: {said['default']}.")
+def _description(schema: Mapping[str, Any]) -> str:
+    sentences = [schema["description"]]
+    if "oneOf" in schema:
+        sentences.append("Always an array here, even for one text.")
+    if "enum" in schema:
+        sentences.append(f"One of {', '.join(schema['enum'])}.")
+    if "default" in schema:
+        sentences.append(f"Default: {schema['default']}.")
     return " ".join(sentences)
 
 
 def _body(fields: Iterable[_Field]) -> str:
-    """The template of the request's body."""
+    """Return the template of the request body."""
     required = ",\n".join(f"  {field.template}" for field in fields if field.required)
     optional = "".join(
         f"{{{{#{field.name}}}}},\n  {field.template}{{{{/{field.name}}}}}" for field in fields if not field.required

@@ -1,4 +1,4 @@
-"""Every file of the repository that is made from the code, in one table."""
+"""The table of all generated files in the repository."""
 
 from __future__ import annotations
 
@@ -21,4 +21,4 @@ FILES: Mapping[str, Callable[[], str]] = {
     "skills/embeddings/references/models.md": reference.models,
     "skills/embeddings/references/errors.md": reference.errors,
 }
-"""Every file of the repository that is made and never written by hand, by its path; tests hold them equal."""
+"""Maps the path of each generated file to the function that renders it; a test checks that the files are up to date."""

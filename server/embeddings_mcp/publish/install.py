@@ -1,4 +1,4 @@
-"""What registries and hosts read to install the server: one function for each file of theirs."""
+"""Files that registries and hosts read to install the server, one function per file."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from embeddings_mcp.operations import OPERATIONS
 from embeddings_mcp.publish import identity
 from embeddings_mcp.settings import PREFIX, Settings
 
-_OFFERED = ("models", "default_model", "endpoints", "nvidia_api_key", "device", "precision", "cache")
-"""Settings that whoever installs a server for one host may want; the others are for servers over HTTP."""
+_REGISTRY_SETTINGS = ("models", "default_model", "endpoints", "nvidia_api_key", "device", "precision", "cache")
+"""Settings that are useful for a server of a single host; the others are for servers over HTTP."""
 
 _LAUNCHER = "bin/embeddings-mcp"
-"""Starts the server from a checkout or from an unpacked plugin, relative to its root."""
+"""Script that starts the server from a checkout or an unpacked plugin, relative to its root."""
 
-_ASKED = {"models": "Models", "nvidia_api_key": "NVIDIA API key"}
-"""Settings that Claude Desktop asks for, with their titles."""
+_BUNDLE_SETTINGS = {"models": "Models", "nvidia_api_key": "NVIDIA API key"}
+"""Settings that Claude Desktop asks the user for, with their titles."""
 
-_ABOUT = {
+_METADATA = {
     "name": identity.NAME,
     "version": __version__,
     "description": identity.DESCRIPTION,
@@ -52,7 +52,7 @@ def registry_entry() -> dict[str, Any]:
                     {"type": "named", "name": "--from", "value": f"{identity.NAME}[{identity.EXTRAS}]=={__version__}"}
                 ],
                 "packageArguments": [{"type": "positional", "value": "serve"}],
-                "environmentVariables": [_variable(name, Settings.model_fields[name]) for name in _OFFERED],
+                "environmentVariables": [_variable(name, Settings.model_fields[name]) for name in _REGISTRY_SETTINGS],
                 "transport": {"type": "stdio"},
             }
         ],
@@ -60,18 +60,18 @@ def registry_entry() -> dict[str, Any]:
 
 
 def environment_variable(name: str) -> str:
-    """The variable that a setting is read from."""
+    """Return the environment variable of a setting."""
     alias = Settings.model_fields[name].validation_alias
     return alias if isinstance(alias, str) else PREFIX + name.upper()
 
 
 def is_secret(field: FieldInfo) -> bool:
-    """Whether a setting must not be shown."""
+    """Return whether a setting is a secret."""
     return field.annotation is SecretStr or SecretStr in get_args(field.annotation)
 
 
 def _variable(name: str, field: FieldInfo) -> dict[str, Any]:
-    """A setting as the registry describes an environment variable."""
+    """Describe a setting in the registry's format for environment variables."""
     described: dict[str, Any] = {
         "name": environment_variable(name),
         "description": field.description,
@@ -86,10 +86,10 @@ def _variable(name: str, field: FieldInfo) -> dict[str, Any]:
 
 
 def plugin() -> dict[str, Any]:
-    """``plugin.json`` of Agent Plugins 1.0.0; skills and servers are found by their places."""
+    """``plugin.json`` of Agent Plugins 1.0.0; skills and servers are found by their paths."""
     return {
         "$schema": "https://agent-plugins.org/schemas/1.0.0/plugin.schema.json",
-        **_ABOUT,
+        **_METADATA,
         "repository": identity.REPOSITORY,
     }
 
@@ -103,9 +103,9 @@ def plugin_servers() -> dict[str, Any]:
 
 
 def claude_plugin() -> dict[str, Any]:
-    """``.claude-plugin/plugin.json``: the plugin as Claude Code has it."""
+    """``.claude-plugin/plugin.json``: the plugin in the format of Claude Code."""
     return {
-        **_ABOUT,
+        **_METADATA,
         "repository": identity.REPOSITORY,
         "mcpServers": {"embeddings": {"command": f"${{CLAUDE_PLUGIN_ROOT}}/{_LAUNCHER}", "args": ["serve"]}},
     }
@@ -122,11 +122,11 @@ def claude_marketplace() -> dict[str, Any]:
 
 
 def bundle_manifest() -> dict[str, Any]:
-    """``manifest.json`` of an MCP bundle, version 0.4, for Claude Desktop, which brings uv and with it Python."""
+    """``manifest.json`` of an MCP bundle, version 0.4, for Claude Desktop, which provides uv and thereby Python."""
     extras = [part for extra in identity.EXTRAS.split(",") for part in ("--extra", extra)]
     return {
         "manifest_version": "0.4",
-        **_ABOUT,
+        **_METADATA,
         "display_name": identity.TITLE,
         "repository": {"type": "git", "url": identity.REPOSITORY},
         "documentation": f"{identity.REPOSITORY}#readme",
@@ -136,7 +136,7 @@ def bundle_manifest() -> dict[str, Any]:
             "mcp_config": {
                 "command": "uv",
                 "args": ["run", "--directory", "${__dirname}", *extras, identity.NAME, "serve"],
-                "env": {environment_variable(name): f"${{user_config.{name}}}" for name in _ASKED},
+                "env": {environment_variable(name): f"${{user_config.{name}}}" for name in _BUNDLE_SETTINGS},
             },
         },
         "tools": [{"name": operation.name, "description": operation.title} for operation in OPERATIONS],
@@ -149,10 +149,10 @@ def bundle_manifest() -> dict[str, Any]:
                 "description": Settings.model_fields[name].description,
                 "required": False,
                 "sensitive": is_secret(Settings.model_fields[name]),
-                # Without one the host would set the variable to the very words `${user_config...}`; an empty one is
-                # as good as none.
+                # Without a default the host would set the variable to the literal text `${user_config...}`; an empty
+                # variable counts as not set.
                 "default": "",
             }
-            for name, title in _ASKED.items()
+            for name, title in _BUNDLE_SETTINGS.items()
         },
     }

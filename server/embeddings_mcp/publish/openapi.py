@@ -1,4 +1,4 @@
-"""The OpenAPI document of the REST face, and of its types alone the JSON Schema."""
+"""The OpenAPI document of the REST API, and the JSON Schema of its types."""
 
 from __future__ import annotations
 
@@ -80,35 +80,35 @@ _EXAMPLES: dict[Operation, tuple[dict[str, Any], dict[str, Any]]] = {
         {"model": DEFAULT_MODEL, "results": [{"index": 1, "score": 0.5959}], "usage": _usage(20)},
     ),
 }
-"""A request and an answer to it, of which the first numbers of each vector are shown, and of BGE-M3's its form only."""
+"""Example requests and responses, with only the first components of vectors; those of BGE-M3 show the format only."""
 
-_WHEN = ("Retry-After", "Seconds after which it is worth trying again, where the server knows.", "integer")
-_HOW = (
+_RETRY_AFTER = ("Retry-After", "Seconds to wait before retrying, if known.", "integer")
+_WWW_AUTHENTICATE = (
     "WWW-Authenticate",
-    "`Bearer`, and where access tokens open the server too, what tells who makes them.",
+    "`Bearer`; if access tokens are accepted, also the URL of the metadata that names their issuer.",
     "string",
 )
-_HEADERS = {401: _HOW, 403: _HOW, 429: _WHEN, 503: _WHEN}
+_HEADERS = {401: _WWW_AUTHENTICATE, 403: _WWW_AUTHENTICATE, 429: _RETRY_AFTER, 503: _RETRY_AFTER}
 
 
 def openapi_document() -> dict[str, Any]:
-    """The document, OpenAPI 3.1."""
+    """Build the OpenAPI 3.1 document."""
     types = [part for operation in _EXAMPLES for part in (operation.request, operation.response)]
     return {
         "openapi": "3.1.0",
         "info": {
             "title": "embeddings-mcp",
-            "summary": "Text embeddings, OpenAI-compatible, in the manner of the NVIDIA NIM embeddings API",
+            "summary": "OpenAI-compatible text embeddings, modelled on the NVIDIA NIM embeddings API",
             "version": __version__,
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "servers": [{"url": "/", "description": "The server that serves this document"}],
-        # A server without a key asks for none.
+        # The empty alternative is for servers without keys.
         "security": [{"BearerAuth": []}, {}],
         "tags": [
-            {"name": "Embeddings", "description": "Vectors of texts, and what can be told from them"},
-            {"name": "Models", "description": "What is served"},
-            {"name": "Health", "description": "For orchestrators; asks for no key"},
+            {"name": "Embeddings", "description": "Vectors of texts, and scores computed from them"},
+            {"name": "Models", "description": "The models served"},
+            {"name": "Health", "description": "For orchestrators; no key required"},
         ],
         "paths": {
             **{path: {"post": _post(operation)} for path, operation in ROUTES.items()},
@@ -119,14 +119,20 @@ def openapi_document() -> dict[str, Any]:
                         "name": "model",
                         "in": "path",
                         "required": True,
-                        "description": "Model id or alias; the slashes in it may stay as they are.",
+                        "description": "Model id or alias; slashes need not be escaped.",
                         "schema": {"type": "string"},
                     }
                 ],
                 "get": _get("getModel", "Describe one model", "Models", ModelObject, 404),
             },
-            paths.LIVE: {"get": _health("healthLive", "Tell whether the server is up")},
-            paths.READY: {"get": _health("healthReady", "Tell whether the default model can answer", unready=True)},
+            paths.LIVE: {"get": _health("healthLive", "Check whether the server is up", {200: "The server is up."})},
+            paths.READY: {
+                "get": _health(
+                    "healthReady",
+                    "Check whether the default model can answer",
+                    {200: "The default model can answer.", 503: "It cannot; `message` says why."},
+                )
+            },
         },
         "components": {
             "securitySchemes": {"BearerAuth": {"type": "http", "scheme": "bearer"}},
@@ -140,7 +146,7 @@ def openapi_document() -> dict[str, Any]:
 
 
 def json_schema_document() -> dict[str, Any]:
-    """The JSON Schema of every wire type: a definition for each, under the name that it has in the OpenAPI document."""
+    """Build a JSON Schema with a definition for each wire type, under its name in the OpenAPI document."""
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$id": f"{identity.DOCUMENTS}/docs/schema.json",
@@ -160,7 +166,7 @@ def _post(operation: Operation) -> dict[str, Any]:
         "tags": ["Embeddings"],
         "requestBody": {"required": True, "content": _json(operation.request, request)},
         "responses": {
-            "200": {"description": "The answer.", "content": _json(operation.response, response)},
+            "200": {"description": "The response.", "content": _json(operation.response, response)},
             **_errors(*_statuses()),
         },
     }
@@ -172,22 +178,21 @@ def _get(operation_id: str, summary: str, tag: str, response: type, *statuses: i
         "summary": summary,
         "tags": [tag],
         "responses": {
-            "200": {"description": "The answer.", "content": _json(response)},
+            "200": {"description": "The response.", "content": _json(response)},
             **_errors(401, 403, *statuses),
         },
     }
 
 
-def _health(operation_id: str, summary: str, *, unready: bool = False) -> dict[str, Any]:
-    answers = {"200": "It is."} | ({"503": "It cannot, and why."} if unready else {})
+def _health(operation_id: str, summary: str, responses: dict[int, str]) -> dict[str, Any]:
     return {
         "operationId": operation_id,
         "summary": summary,
         "tags": ["Health"],
         "security": [],
         "responses": {
-            status: {"description": description, "content": _json(HealthResponse)}
-            for status, description in answers.items()
+            str(status): {"description": description, "content": _json(HealthResponse)}
+            for status, description in responses.items()
         },
     }
 
@@ -200,7 +205,7 @@ def _json(wire_type: type, example: dict[str, Any] | None = None) -> dict[str, A
 
 
 def _statuses() -> list[int]:
-    """Every status that an error of a POST can have, HTTP's own included."""
+    """Return every status with which a POST request can fail, including general HTTP errors."""
     return sorted({form.status for form in WIRE_FORMS.values()} | set(HTTP_ERRORS))
 
 
@@ -209,7 +214,7 @@ def _errors(*statuses: int) -> dict[str, Any]:
 
 
 def _error(status: int) -> dict[str, Any]:
-    """What a status means: the errors that have it, ours in the words of their classes."""
+    """Describe an error status by the errors that have it, using the first line of each class's docstring."""
     meanings = [
         f"`{form.code}`: {(inspect.getdoc(error) or '').splitlines()[0]}"
         for error, form in WIRE_FORMS.items()
@@ -228,5 +233,5 @@ def _error(status: int) -> dict[str, Any]:
 
 
 def _component(wire_type: type) -> str:
-    """The name of a type in the document; the request keeps its published one, though REST takes more fields."""
+    """Return a type's name in the document; the embedding request keeps NIM's name, though REST accepts more fields."""
     return EmbeddingRequest.__name__ if wire_type is TypedEmbeddingRequest else wire_type.__name__

@@ -1,4 +1,4 @@
-"""Reference pages in Markdown, made from the code that they describe."""
+"""Reference pages in Markdown, generated from the code that they describe."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from embeddings_mcp.publish.openapi import openapi_document
 from embeddings_mcp.settings import EndpointSettings, Settings
 from embeddings_mcp.vectors import quantize
 
-_MADE = "<!-- Made from the code by `make published`; edit the code, not this page. -->\n"
+_NOTICE = "<!-- Generated from the code by `make published`; edit the code, not this page. -->\n"
 
 
 _API = """\
@@ -30,36 +30,40 @@ _API = """\
 
 Machine-readable versions: [OpenAPI 3.1](openapi.json), [JSON Schema](schema.json).
 
-Requests and answers are JSON. A field that is not listed is refused, and so is `null`: leave out what is not needed. A
-server with API keys, or with an issuer of access tokens, requires one in the header `Authorization: Bearer ...` on
-every route except those in `EMBEDDINGS_MCP_WITHOUT_KEY`, which are the health probes by default.
+Requests and responses are JSON. Unknown fields and `null` are rejected: omit what is not needed. A server with API
+keys, or with an issuer of access tokens, requires one in the header `Authorization: Bearer ...` on every route except
+those in `EMBEDDINGS_MCP_WITHOUT_KEY`, by default the health probes.
 
-Besides these routes a server has `/mcp` for MCP clients and `/v1/metrics` for [Prometheus](operations.md). It describes
-itself at `/openapi.json`, `/manifest` (the [capability](capabilities.md), or with `?format=` any other description),
-`/apis.json` and `/mcp/server-card`; its Agent Skill is at `/skills`, `/skills/embeddings`,
+In addition to these routes a server has `/mcp` for MCP clients and `/v1/metrics` for [Prometheus](operations.md). It
+describes itself at `/openapi.json`, `/manifest` (the [capability](capabilities.md), or any other description with
+`?format=`), `/apis.json` and `/mcp/server-card`; its Agent Skill is at `/skills`, `/skills/embeddings`,
 `/skills/embeddings/download`, `/skills/embeddings/contents`, `/skills/embeddings/contents/SKILL.md` and
 `/.well-known/agent-skills/index.json`.
 """
 
 _HEADERS = [
-    ("`Authorization`", "requests", "`Bearer` and a key or an access token, where the server requires one."),
+    ("`Authorization`", "requests", "`Bearer` and a key or an access token, if the server requires one."),
     (
         f"`{CALLER_KEY_HEADER}`",
         "requests",
-        "A key of the caller's own to an endpoint, where the server lets callers bring them (`caller_keys`).",
+        "The caller's own key for an endpoint, if the server allows it (`caller_keys`).",
     ),
-    (f"`{REQUEST_ID}`", "both", "An id that the caller may choose, else the server does; its log has it too."),
+    (
+        f"`{REQUEST_ID}`",
+        "both",
+        "Request id, chosen by the caller or else by the server; it also appears in the server's log.",
+    ),
     (
         "`Server-Timing`",
-        "answers to POST",
-        "Milliseconds that each stage took: tokenising, waiting, encoding, writing the answer.",
+        "responses to POST",
+        "Milliseconds spent in each stage: tokenising, waiting, encoding, writing the response.",
     ),
-    ("`Retry-After`", "429, 503", "Seconds after which there will be room for this caller."),
+    ("`Retry-After`", "429, 503", "Seconds to wait before retrying."),
 ]
 
 _ENVELOPE = """\
 Every error has this form. `message` says what was wrong, what is accepted, and what to do; `code` is for programs;
-`param` names the field, or is null. (A readiness probe that answers 503 has the form of its success.)
+`param` names the field, or is null. (A readiness probe that fails with 503 has the same form as a successful one.)
 
 ```json
 {
@@ -76,44 +80,44 @@ Every error has this form. `message` says what was wrong, what is accepted, and 
 _ERRORS = """\
 # Errors of the REST API
 
-Over MCP the same messages are results with `isError`. Worth retrying are 408, 429, 504, and 503 except
-`missing_dependency` and `checkpoint_invalid`, after the time in `Retry-After`, if there is one.
+Over MCP the same messages are results with `isError`. Retry 408, 429, 504, and 503 except `missing_dependency` and
+`checkpoint_invalid`, after the time in `Retry-After`, if any.
 """
 
 _CONFIGURATION = """\
 # Configuration
 
-Every setting is an environment variable. The most common are also flags of `embeddings-mcp serve`, which take
+Every setting is an environment variable. The most common ones are also flags of `embeddings-mcp serve`, which take
 precedence; `--transport` and `--manifest` are flags only. An empty variable counts as not set. Invalid settings are
-refused at startup, in one line that says what is accepted; a device that this machine does not have is refused when the
-model is loaded.
+rejected at startup, with one line that says what is accepted; a device that this machine does not have is rejected when
+the model is loaded.
 """
 
 _ENDPOINTS = """\
 ## Endpoints
 
-`EMBEDDINGS_MCP_ENDPOINTS` holds addresses, or a JSON array of objects with these fields:
+`EMBEDDINGS_MCP_ENDPOINTS` is a list of URLs separated by spaces, or a JSON array of objects with these fields:
 """
 
 _CARDS = """\
 ## Cards
 
-`EMBEDDINGS_MCP_CARDS` is a JSON array of objects with these fields. What a card leaves out is taken from the built-in
-card of that name, the checkpoint's files or what the endpoint says.
+`EMBEDDINGS_MCP_CARDS` is a JSON array of objects with these fields. Omitted fields are taken from the built-in card of
+that name, the checkpoint's files or the endpoint.
 """
 
 _MODELS = """\
 # Models known by name
 
-A server serves the models that it was given; `list_models` lists them. Any other sentence-transformers checkpoint can
-be served too; its own files describe it.
+A server serves the models it is configured with; `list_models` lists them. Any other sentence-transformers checkpoint
+can be served too; its own files describe it.
 """
 
 _MODELS_NOTES = f"""\
-- `input_type` required: a call without it is refused. Ignored: both kinds get the same vector.
-- More than one length under Dimensions: those that `dimensions` may ask for, besides the first.
-- `default` is `{DEFAULT_MODEL}` unless the server was told otherwise.
-- Other names of the same models are accepted, in any case; the suffixes `-query` and `-passage` say the `input_type`.
+- `input_type` required: a call without it is rejected. Ignored: both types get the same vector.
+- Dimensions: the first is the full length; the others can be requested with `dimensions`.
+- `default` is `{DEFAULT_MODEL}` unless the server is configured otherwise.
+- Other names of the same models are accepted, in any case; the suffixes `-query` and `-passage` set the `input_type`.
 """
 
 
@@ -121,7 +125,7 @@ _MODELS_NOTES = f"""\
 
 
 def api() -> str:
-    """``docs/api.md``: every route with its fields, an example, and what errors mean."""
+    """Render ``docs/api.md``: every route with its fields and an example, the headers and the errors."""
     document = openapi_document()
     schemas = document["components"]["schemas"]
     parts = [_API]
@@ -143,19 +147,19 @@ def _route(title: str, route: Mapping[str, Any], schemas: Mapping[str, Any]) -> 
         body = route["requestBody"]["content"]["application/json"]
         yield _fields(schemas[_name(body)])
         yield _example("Request", body["example"])
-    answer = route["responses"]["200"]["content"]["application/json"]
-    if "example" in answer:
-        yield _example("Answer (long vectors are shortened)", answer["example"])
+    response = route["responses"]["200"]["content"]["application/json"]
+    if "example" in response:
+        yield _example("Response (long vectors are shortened)", response["example"])
     else:
-        yield f"Answers with `{_name(answer)}`:\n"
-        yield _fields(schemas[_name(answer)])
+        yield f"Returns `{_name(response)}`:\n"
+        yield _fields(schemas[_name(response)])
 
 
 def _types() -> Iterable[str]:
-    """What the numbers of a vector become, in the words of the function that does it."""
-    said, _, _ = (inspect.getdoc(quantize) or "").partition("\n\nReturns:")
+    """Describe the embedding types with the docstring of the function that converts vectors."""
+    description, _, _ = (inspect.getdoc(quantize) or "").partition("\n\nReturns:")
     yield "### What `embedding_type` makes of a vector\n"
-    yield f"{said.replace('``', '`')}\n"
+    yield f"{description.replace('``', '`')}\n"
 
 
 def _name(content: Mapping[str, Any]) -> str:
@@ -166,27 +170,27 @@ def _name(content: Mapping[str, Any]) -> str:
 def _fields(schema: Mapping[str, Any]) -> str:
     required = schema.get("required", [])
     rows = [
-        (f"`{name}`", _type(said), _when_left_out(said, needed=name in required), said.get("description", ""))
-        for name, said in schema["properties"].items()
+        (f"`{name}`", _type(field), _default_of(field, required=name in required), field.get("description", ""))
+        for name, field in schema["properties"].items()
     ]
-    return _table(("Field", "Type", "When left out", "Meaning"), rows)
+    return _table(("Field", "Type", "Default", "Meaning"), rows)
 
 
-def _type(said: Mapping[str, Any]) -> str:
-    if "enum" in said:
-        return ", ".join(f"`{value}`" for value in said["enum"])
-    if "oneOf" in said:
-        return " or ".join(_type(one) for one in said["oneOf"])
-    kind = said["type"]
+def _type(schema: Mapping[str, Any]) -> str:
+    if "enum" in schema:
+        return ", ".join(f"`{value}`" for value in schema["enum"])
+    if "oneOf" in schema:
+        return " or ".join(_type(one) for one in schema["oneOf"])
+    kind = schema["type"]
     if kind == "array":
-        return f"array of {_type(said['items'])}"
+        return f"array of {_type(schema['items'])}"
     return " or ".join(kind) if isinstance(kind, list) else str(kind)
 
 
-def _when_left_out(said: Mapping[str, Any], *, needed: bool) -> str:
-    if needed:
+def _default_of(schema: Mapping[str, Any], *, required: bool) -> str:
+    if required:
         return "required"
-    return f"`{said['default']}`" if "default" in said else ""
+    return f"`{schema['default']}`" if "default" in schema else ""
 
 
 def _example(title: str, value: object) -> str:
@@ -194,10 +198,10 @@ def _example(title: str, value: object) -> str:
 
 
 def _errors() -> str:
-    ours = [(form, (inspect.getdoc(error) or "").partition("\n")[0]) for error, form in WIRE_FORMS.items()]
+    own = [(form, (inspect.getdoc(error) or "").partition("\n")[0]) for error, form in WIRE_FORMS.items()]
     http = [(http_form(status), meaning) for status, meaning in HTTP_ERRORS.items()]
-    # An error of ours without a class of its own looks like HTTP's 500, whose words are the better ones.
-    meanings = {(form.status, form.code, form.type): meaning for form, meaning in (*ours, *http)}
+    # The base class EmbeddingsError has the same form as HTTP's 500, whose description is better.
+    meanings = {(form.status, form.code, form.type): meaning for form, meaning in (*own, *http)}
     rows = [
         (str(status), f"`{code}`", f"`{kind}`", meanings[status, code, kind]) for status, code, kind in sorted(meanings)
     ]
@@ -205,7 +209,7 @@ def _errors() -> str:
 
 
 def errors() -> str:
-    """The skill's page of errors."""
+    """Render the skill's page of errors."""
     return _page(_ERRORS, _ENVELOPE, _errors())
 
 
@@ -213,7 +217,7 @@ def errors() -> str:
 
 
 def configuration() -> str:
-    """``docs/configuration.md``: every setting, its variable and its flag."""
+    """Render ``docs/configuration.md``: every setting with its environment variable and flag."""
     flags = inspect.signature(serve).parameters
     settings = [
         (
@@ -230,7 +234,7 @@ def configuration() -> str:
     ]
     return _page(
         _CONFIGURATION,
-        _table(("Variable", "Flag", "When not set", "Meaning"), settings),
+        _table(("Variable", "Flag", "Default", "Meaning"), settings),
         _ENDPOINTS,
         _table(("Field", "", "Meaning"), endpoint),
         _CARDS,
@@ -239,15 +243,15 @@ def configuration() -> str:
 
 
 def _card_fields() -> Iterable[Sequence[str]]:
-    """A row for each field of a card, in the words of the class that says what a card is."""
-    _, _, said = (inspect.getdoc(ModelCard) or "").partition("Attributes:\n")
-    meanings = dict(re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", said, flags=re.MULTILINE))
+    """Return one row per field of a card, described by the docstring of `ModelCard`."""
+    _, _, attributes = (inspect.getdoc(ModelCard) or "").partition("Attributes:\n")
+    meanings = dict(re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", attributes, flags=re.MULTILINE))
     schema = TypeAdapter(OwnCard).json_schema()
     for name, field in schema["properties"].items():
         meaning = " ".join(meanings[name].split()).replace("``", "`")
-        needed = "required" if name in schema["required"] else ""
-        # Of two types the other one is null: what a card does not say.
-        yield f"`{name}`", _type(field.get("anyOf", [field])[0]), needed, f"{meaning[0].upper()}{meaning[1:]}"
+        required = "required" if name in schema["required"] else ""
+        # The other alternative of an `anyOf` is null.
+        yield f"`{name}`", _type(field.get("anyOf", [field])[0]), required, f"{meaning[0].upper()}{meaning[1:]}"
 
 
 def _default(field: FieldInfo) -> str:
@@ -261,7 +265,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def models() -> str:
-    """The skill's page of models."""
+    """Render the skill's page of models."""
     rows = [
         (
             f"`{card.id}`",
@@ -290,7 +294,7 @@ def _names(card: ModelCard) -> str:
 
 
 def _page(*parts: str) -> str:
-    return "\n".join((_MADE, *parts))
+    return "\n".join((_NOTICE, *parts))
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -1,4 +1,4 @@
-"""A wire type as JSON Schema, written the way the published OpenAPI document writes it."""
+"""JSON Schema of wire types, in the style of the published OpenAPI document."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, JsonSchemaV
 from pydantic_core import CoreSchema, core_schema
 
 
-class _Published(GenerateJsonSchema):
-    """Writes a type as the OpenAPI document does: oneOf for unions, no titles, no null for what may be left out."""
+class _SchemaGenerator(GenerateJsonSchema):
+    """Follows the OpenAPI document: ``oneOf`` for unions, no titles, no null for optional fields."""
 
     def generate(self, schema: CoreSchema, mode: JsonSchemaMode = "validation") -> JsonSchemaValue:
-        published = super().generate(schema, mode)
-        definitions = published.pop("$defs", {})
-        published.pop("description", None)  # the docstring is for readers of the code
-        inlined = _inline(published, definitions)
+        generated = super().generate(schema, mode)
+        definitions = generated.pop("$defs", {})
+        generated.pop("description", None)  # the docstring is meant for readers of the code
+        inlined = _inline(generated, definitions)
         assert isinstance(inlined, dict)
         return inlined
 
@@ -27,29 +27,29 @@ class _Published(GenerateJsonSchema):
         return self.generate_inner(schema["schema"])
 
     def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
-        published = super().default_schema(schema)
-        if published.get("default", ...) is None:
-            del published["default"]
-        return published
+        generated = super().default_schema(schema)
+        if generated.get("default", ...) is None:
+            del generated["default"]
+        return generated
 
     def union_schema(self, schema: core_schema.UnionSchema) -> JsonSchemaValue:
-        published = super().union_schema(schema)
-        published["oneOf"] = published.pop("anyOf")
-        return published
+        generated = super().union_schema(schema)
+        generated["oneOf"] = generated.pop("anyOf")
+        return generated
 
 
 def _inline(node: object, definitions: dict[str, object]) -> object:
-    """Put definitions in the place of references, and leave out what the published schema does not say."""
+    """Replace references with their definitions, and drop what the published schema does not contain."""
     if isinstance(node, list):
         return [_inline(item, definitions) for item in node]
     if not isinstance(node, dict):
         return node
     if "$ref" in node:
         return _inline(definitions[node["$ref"].removeprefix("#/$defs/")], definitions)
-    unsaid = {"title", "additionalProperties"} if node.get("type") == "object" else set()
-    return {key: _inline(value, definitions) for key, value in node.items() if key not in unsaid}
+    dropped = {"title", "additionalProperties"} if node.get("type") == "object" else set()
+    return {key: _inline(value, definitions) for key, value in node.items() if key not in dropped}
 
 
 def json_schema(wire_type: type) -> dict[str, Any]:
-    """The JSON Schema of a wire type, without references, fit for a tool's schema and for an OpenAPI component."""
-    return TypeAdapter(wire_type).json_schema(schema_generator=_Published)
+    """Return the JSON Schema of a wire type, without references, for use in tools and as an OpenAPI component."""
+    return TypeAdapter(wire_type).json_schema(schema_generator=_SchemaGenerator)

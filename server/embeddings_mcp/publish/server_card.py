@@ -1,7 +1,7 @@
-"""The server card: what a client may know of a server before it connects.
+"""The server card: what a client can learn about a server before it connects.
 
-The format is still moving: SEP-2127, repository modelcontextprotocol/experimental-ext-server-card, schema v2. A card
-names no tools; those are listed by the server itself.
+The format is not final yet: SEP-2127, repository modelcontextprotocol/experimental-ext-server-card, schema v2. A card
+lists no tools; clients get those from the server itself.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MEDIA_TYPE = "application/mcp-server-card+json"
 
 
 def server_card(url: str) -> dict[str, Any]:
-    """The card of a server at `url`."""
+    """Build the card of a server at `url`."""
     return {
         "$schema": "https://static.modelcontextprotocol.io/schemas/v2/server-card.schema.json",
         "name": identity.REGISTRY_NAME,
@@ -34,7 +34,7 @@ def server_card(url: str) -> dict[str, Any]:
                 "headers": [
                     {
                         "name": "Authorization",
-                        "description": "`Bearer` and the server's API key, where it has one.",
+                        "description": "`Bearer` and an API key, if the server requires one.",
                         "isSecret": True,
                     }
                 ],

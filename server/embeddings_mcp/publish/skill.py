@@ -1,7 +1,7 @@
-"""The Agent Skill that comes with the server, as values: its frontmatter, its files, their digests, one archive of all.
+"""The Agent Skill that ships with the server: frontmatter, files with their digests, and an archive of all files.
 
-The format is that of agentskills.io; the folder is ``skills/embeddings`` of the repository, which the wheel carries
-inside the package.
+The format is that of agentskills.io. The files are in ``skills/embeddings`` of the repository; the wheel includes them
+in the package.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SKILL = "embeddings"
 _MEDIA_TYPES = {".md": "text/markdown", ".yaml": "application/yaml"}
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)
-"""The earliest time that a zip archive can state: with real times the same files would make another archive."""
+"""The earliest timestamp in a zip archive; a fixed one makes archives of the same files identical."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +40,12 @@ class SkillFile:
 
     @property
     def digest(self) -> str:
-        """The content's SHA-256, ``sha256:`` and 64 hexadecimal digits."""
+        """SHA-256 of the content: ``sha256:`` and 64 hexadecimal digits."""
         return digest(self.content)
 
     @property
     def media_type(self) -> str:
-        """What the content is."""
+        """Media type of the content."""
         return _MEDIA_TYPES[Path(self.path).suffix]
 
 
@@ -54,8 +54,8 @@ class Skill:
     """A skill.
 
     Attributes:
-        frontmatter: what its author wrote above the text of SKILL.md, ``name`` and ``description`` among it.
-        files: all its files by their paths, SKILL.md first.
+        frontmatter: the YAML frontmatter of SKILL.md, including ``name`` and ``description``.
+        files: all files by path, SKILL.md first.
     """
 
     frontmatter: dict[str, Any]
@@ -63,13 +63,13 @@ class Skill:
 
     @property
     def name(self) -> str:
-        """Its name, which is also that of its folder."""
+        """Name of the skill and of its folder."""
         name: str = self.frontmatter["name"]
         return name
 
     @property
     def archive(self) -> bytes:
-        """A zip archive of its files, SKILL.md at the top; the same for the same files."""
+        """Zip archive of the files, with SKILL.md at the root; identical for identical files."""
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
             for file in self.files.values():
@@ -81,13 +81,13 @@ class Skill:
 
 
 def digest(content: bytes) -> str:
-    """The SHA-256 of `content`, as the skill formats write it."""
+    """Return the SHA-256 of `content` in the notation of the skill formats."""
     return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
 @cache
 def read_skill() -> Skill:
-    """The skill, as it was when it was first asked for."""
+    """Read the skill; later calls return the same object."""
     contents = dict(_walk(_folder()))
     paths = sorted(contents, key=lambda path: (path != "SKILL.md", path))
     frontmatter = yaml.safe_load(contents["SKILL.md"].decode().split("---\n")[1])
@@ -95,17 +95,17 @@ def read_skill() -> Skill:
 
 
 def _folder() -> Traversable:
-    """The skill's folder: inside the package where that was installed, else that of the repository."""
+    """Return the skill's folder: in the installed package if it is there, else in the repository."""
     installed = files("embeddings_mcp").joinpath("skills", SKILL)
     return installed if installed.is_dir() else Path(__file__).parents[3] / "skills" / SKILL
 
 
 def _walk(folder: Traversable, prefix: str = "") -> list[tuple[str, bytes]]:
-    """The files under a folder that can be served: paths and contents."""
-    found = []
+    """List the servable files under a folder as pairs of path and content."""
+    collected = []
     for entry in folder.iterdir():
         if entry.is_dir():
-            found += _walk(entry, f"{prefix}{entry.name}/")
+            collected += _walk(entry, f"{prefix}{entry.name}/")
         elif Path(entry.name).suffix in _MEDIA_TYPES:
-            found.append((f"{prefix}{entry.name}", entry.read_bytes()))
-    return found
+            collected.append((f"{prefix}{entry.name}", entry.read_bytes()))
+    return collected
