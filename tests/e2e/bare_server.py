@@ -1,4 +1,4 @@
-"""The least that an MCP server can be, to compare our start with: ``python -m tests.e2e.bare_server``."""
+"""A minimal MCP server, as a baseline for our start-up time: ``python -m tests.e2e.bare_server``."""
 
 from __future__ import annotations
 

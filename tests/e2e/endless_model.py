@@ -1,6 +1,6 @@
-"""The command line with models that are loaded without end: ``python -m tests.e2e.endless_model ...``.
+"""The command line with models that never finish loading: ``python -m tests.e2e.endless_model ...``.
 
-That one is being loaded is said on stderr.
+Writes ``loading`` to stderr when loading starts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from embeddings_mcp.embedders.local.model_files import ModelFiles
 
 
 def load(_files: ModelFiles) -> NoReturn:
-    """What loading a model does for most of its time."""
+    """Compute forever, as loading a model does for most of its time."""
     numbers = torch.ones(500, 500)
     print("loading", file=sys.stderr, flush=True)
     while True:

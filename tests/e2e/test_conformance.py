@@ -1,7 +1,7 @@
-"""The installed server as the makers of the protocol check it: conformance suites, Inspector, bundle validator.
+"""The installed server checked with the official tools: MCP conformance suites, Inspector, bundle validator.
 
-Their programs come from the npm registry, at the versions named here, and run on a Node.js that comes from there too.
-Where there is no npx, or no way to the registry, the tests are skipped. `make test` leaves them out.
+The tools come from the npm registry, at the versions named here, and so does the Node.js that runs them. Without npx or
+access to the registry, the tests are skipped. `make test` does not include them.
 """
 
 from __future__ import annotations
@@ -27,28 +27,29 @@ INSPECTOR = "@modelcontextprotocol/inspector@2.12.0"
 BUNDLER = "@anthropic-ai/mcpb@2.1.2"
 
 SECONDS = 300
-"""Longest that a program may take, its download included."""
+"""Timeout for one tool, including its download."""
 
 Npx = Callable[..., str]
 
 
 @pytest.fixture(scope="session")
 def npx() -> Npx:
-    """Runs a program of an npm package and gives what it printed; it must end with 0."""
+    """Run a program of an npm package and return its stdout; the exit code must be 0."""
     command = shutil.which("npx")
     if command is None:
-        pytest.skip("there is no npx: install Node.js to run the checks that need it")
+        pytest.skip("npx not found: install Node.js to run these tests")
 
     def run(package: str, *arguments: str) -> str:
-        done = subprocess.run(
+        completed = subprocess.run(
             [command, "--yes", "--package", NODE, "--package", package, *arguments],
             capture_output=True,
             text=True,
             check=False,
             timeout=SECONDS,
         )
-        assert done.returncode == 0, f"{' '.join(arguments)} ended with {done.returncode}: {done.stdout}{done.stderr}"
-        return done.stdout
+        output = f"{completed.stdout}{completed.stderr}"
+        assert completed.returncode == 0, f"{' '.join(arguments)} exited with {completed.returncode}: {output}"
+        return completed.stdout
 
     probe = subprocess.run(
         [command, "--yes", "--package", NODE, "node", "--version"],
@@ -59,13 +60,13 @@ def npx() -> Npx:
         timeout=SECONDS,
     )
     if probe.returncode != 0 or not probe.stdout.startswith("v22."):
-        pytest.skip(f"npx cannot fetch {NODE}: is there a way to the npm registry?")
+        pytest.skip(f"npx cannot fetch {NODE}: is the npm registry reachable?")
     return run
 
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """Where a server listens for this module."""
+    """MCP address of a server that runs for this module."""
     with running(COMMAND, "serve", "--transport", "http", "--port", "0") as (_, url):
         yield f"{url}/mcp"
 
@@ -74,12 +75,12 @@ def address() -> Iterator[str]:
     ("version", "requirements"),
     [("0.1.16", None), ("0.2.0-alpha.12", "2025-11-25"), ("0.2.0-alpha.12", "2026-07-28")],
 )
-def test_the_conformance_suite_finds_nothing_but_its_own_fixtures_missing(
+def test_the_conformance_suite_misses_only_its_own_fixtures(
     npx: Npx, address: str, tmp_path: Path, version: str, requirements: str | None
 ) -> None:
     baseline = ROOT / "tests" / "data" / "conformance" / f"{requirements or version}.yml"
-    asked = [] if requirements is None else ["--requirements", requirements]
-    command = ["conformance", "server", "--url", address, *asked, "--expected-failures", str(baseline)]
+    options = [] if requirements is None else ["--requirements", requirements]
+    command = ["conformance", "server", "--url", address, *options, "--expected-failures", str(baseline)]
 
     printed = npx(f"{CONFORMANCE}@{version}", *command, "-o", str(tmp_path))
 
@@ -88,19 +89,19 @@ def test_the_conformance_suite_finds_nothing_but_its_own_fixtures_missing(
 
 @pytest.mark.parametrize("era", ["modern", "legacy"])
 @pytest.mark.parametrize("transport", ["stdio", "http"])
-def test_the_inspector_finds_the_tools_portable(npx: Npx, address: str, transport: str, era: str) -> None:
+def test_the_inspector_accepts_the_tools_as_portable(npx: Npx, address: str, transport: str, era: str) -> None:
     server = [COMMAND, "serve"] if transport == "stdio" else [address]
-    asked = ["--protocol-era", era, "--method", "tools/list", "--strict", "--format", "json", "-q"]
+    options = ["--protocol-era", era, "--method", "tools/list", "--strict", "--format", "json", "-q"]
 
-    assert '"create_embedding"' in npx(INSPECTOR, "mcp-inspector", "--cli", *server, *asked)
+    assert '"create_embedding"' in npx(INSPECTOR, "mcp-inspector", "--cli", *server, *options)
 
 
 @pytest.mark.parametrize("transport", ["stdio", "http"])
 def test_the_inspector_verifies_every_file_of_the_skill(npx: Npx, address: str, transport: str) -> None:
     server = [COMMAND, "serve"] if transport == "stdio" else [address]
-    asked = ["--protocol-era", "modern", "--method", "skills/list", "--verify", "--require-digests"]
+    options = ["--protocol-era", "modern", "--method", "skills/list", "--verify", "--require-digests"]
 
-    assert '"outcome":"verified"' in npx(INSPECTOR, "mcp-inspector", "--cli", *server, *asked)
+    assert '"outcome":"verified"' in npx(INSPECTOR, "mcp-inspector", "--cli", *server, *options)
 
 
 def test_the_manifest_of_the_bundle_is_valid(npx: Npx) -> None:

@@ -1,4 +1,4 @@
-"""The installed server as MCP clients meet it: a real process, over stdio and HTTP, in both protocol eras."""
+"""MCP clients with the installed server: a real process, over stdio and HTTP, in both protocol eras."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ERAS = {"2025-11-25": "legacy", "2026-07-28": "auto"}
 
 @pytest.fixture(scope="module")
 def http_address() -> Iterator[str]:
-    """Where a server started for this module answers MCP."""
+    """MCP address of a server that runs for this module."""
     with running(COMMAND, "serve", "--transport", "http", "--port", "0") as (_process, url):
         yield f"{url}/mcp"
 
@@ -68,14 +68,14 @@ async def answer(client: Client, tool: str, **arguments: Any) -> Any:
 # --- The real model --------------------------------------------------------------------------------------------------
 
 
-async def test_every_client_is_told_of_the_same_tools(server: StdioServerParameters | str, era: str) -> None:
+async def test_every_client_sees_the_same_tools(server: StdioServerParameters | str, era: str) -> None:
     async with connected(server, era) as client:
         listed = (await client.list_tools()).tools
     tools = [tool.model_dump(mode="json", by_alias=True, exclude_none=True) for tool in listed]
     assert tools == json.loads(SNAPSHOT.read_text())
 
 
-async def test_every_client_gets_true_vectors_and_scores(server: StdioServerParameters | str, era: str) -> None:
+async def test_every_client_gets_real_vectors_and_scores(server: StdioServerParameters | str, era: str) -> None:
     texts = ["A kitten sleeps on the sofa.", "Stock prices fell sharply on Monday.", '["a cat", "is napping"]']
     async with connected(server, era) as client:
         listed = await answer(client, "list_models")
@@ -98,7 +98,7 @@ async def test_every_client_gets_true_vectors_and_scores(server: StdioServerPara
 
 async def test_mistakes_are_explained(http_address: str, era: str) -> None:
     async with connected(http_address, era) as client:
-        for arguments, lesson in (
+        for arguments, message in (
             ({"model": "default", "input": ["a", ""]}, "`input[1]` must not be an empty string"),
             ({"model": "default", "input": "a", "dimensions": 128}, "not a Matryoshka model"),
             ({"model": "default", "input": ["a", "word " * 300]}, "`input[1]` has 302 tokens, and the model takes 256"),
@@ -106,7 +106,7 @@ async def test_mistakes_are_explained(http_address: str, era: str) -> None:
         ):
             result = await client.call_tool("create_embedding", arguments)
             assert result.is_error
-            assert lesson in str(result.content)
+            assert message in str(result.content)
 
 
 async def test_other_requests_are_answered_while_the_model_loads(era: str) -> None:
@@ -125,11 +125,11 @@ async def test_other_requests_are_answered_while_the_model_loads(era: str) -> No
     assert order == ["models", "models", "models", "vector"]
 
 
-# --- What a client cannot see in an answer ---------------------------------------------------------------------------
+# --- Progress, cancellation and stdout -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("transport", ["stdio", "http"])
-async def test_progress_arrives_while_the_answer_is_made(transport: str, era: str) -> None:
+async def test_progress_arrives_before_the_response(transport: str, era: str) -> None:
     reports: list[tuple[float, float | None]] = []
 
     async def report(progress: float, total: float | None, message: str | None) -> None:
@@ -142,40 +142,41 @@ async def test_progress_arrives_while_the_answer_is_made(transport: str, era: st
 
 
 @pytest.mark.parametrize("transport", ["stdio", "http"])
-async def test_cancelling_a_call_cancels_its_embedding_and_nothing_else(transport: str, era: str) -> None:
-    async with waiting_server(transport) as (server, hear), connected(server, era) as client:
+async def test_cancelling_a_call_cancels_only_its_own_embedding(transport: str, era: str) -> None:
+    async with waiting_server(transport) as (server, expect), connected(server, era) as client:
         async with anyio.create_task_group() as calls:
             calls.start_soon(client.call_tool, "create_embedding", {"model": "default", "input": WAIT})
-            await hear("began")
+            await expect("began")
             calls.cancel_scope.cancel()
-        await hear("cancelled")
+        await expect("cancelled")
         assert await answer(client, "create_embedding", model="default", input="a")
 
 
 @asynccontextmanager
 async def waiting_server(transport: str) -> AsyncIterator[tuple[Any, Callable[[str], Awaitable[str]]]]:
-    """`tests.e2e.waiting_server` as something to connect to, and a way to wait for what it says on stderr."""
+    """Run `tests.e2e.waiting_server`; yields what to connect to, and a function that waits for a pattern on stderr."""
     command = [sys.executable, "-m", "tests.e2e.waiting_server", transport]
     read_end, write_end = os.pipe()
-    with os.fdopen(read_end) as said, os.fdopen(write_end, "w") as errlog, anyio.fail_after(START_SECONDS):
+    with os.fdopen(read_end) as stderr, os.fdopen(write_end, "w") as errlog, anyio.fail_after(START_SECONDS):
 
-        async def hear(pattern: str) -> str:
+        async def expect(pattern: str) -> str:
             while True:
-                line = await anyio.to_thread.run_sync(said.readline, abandon_on_cancel=True)
+                line = await anyio.to_thread.run_sync(stderr.readline, abandon_on_cancel=True)
                 if found := re.search(pattern, line):
                     return found.group()
 
         if transport == "stdio":
-            yield stdio_client(StdioServerParameters(command=command[0], args=command[1:], cwd=ROOT), errlog), hear
+            parameters = StdioServerParameters(command=command[0], args=command[1:], cwd=ROOT)
+            yield stdio_client(parameters, errlog), expect
             return
         async with await anyio.open_process(command, stdout=None, stderr=errlog, cwd=ROOT) as process:
             try:
-                yield await hear(r"http://\S+/mcp"), hear
+                yield await expect(r"http://\S+/mcp"), expect
             finally:
                 process.terminate()
 
 
-def test_what_libraries_print_stays_off_the_protocol() -> None:
+def test_prints_of_libraries_do_not_reach_the_protocol_stream() -> None:
     arguments = {"model": "default", "input": "a"}
     out, err = _exchange(
         [sys.executable, "-m", "tests.e2e.waiting_server", "stdio"],
@@ -187,10 +188,10 @@ def test_what_libraries_print_stays_off_the_protocol() -> None:
     assert "and another writes to the descriptor" in err
 
 
-# --- What a start costs ----------------------------------------------------------------------------------------------
+# --- Start-up cost ---------------------------------------------------------------------------------------------------
 
 
-def test_listing_the_tools_imports_no_encoder() -> None:
+def test_listing_the_tools_does_not_import_the_encoder() -> None:
     out, imports = _exchange([COMMAND, "serve"], "tools/list", PYTHONPROFILEIMPORTTIME="1")
     assert '"name":"create_embedding"' in out
     imported = {line.rpartition("|")[2].strip() for line in imports.splitlines() if line.startswith("import time:")}
@@ -201,13 +202,13 @@ def test_listing_the_tools_imports_no_encoder() -> None:
 def _exchange(
     command: list[str], method: str, params: dict[str, Any] | None = None, **environment: str
 ) -> tuple[str, str]:
-    """Start a server, ask one thing, and stop it: its stdout and its stderr."""
+    """Start a server, send one request, and stop it; return its stdout and stderr."""
     request = {"jsonrpc": "2.0", "id": 1, "method": method, "params": {**(params or {}), "_meta": ENVELOPE}}
     with (
         tempfile.TemporaryFile("w+") as errlog,
         over_stdio(*command, stderr=errlog, env={**os.environ, **environment}) as process,
     ):
-        out = ask(process, request)  # before the end of its input, at which a server may drop what it is doing
+        out = ask(process, request)  # before closing stdin, when a server may abandon requests in progress
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdin.close()

@@ -1,4 +1,4 @@
-"""The installed server before endpoints: real processes, clients of others, and a real server in the place of a NIM."""
+"""The installed server with endpoints: real processes, third-party clients, and a stand-in HTTP server as the NIM."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.anyio
 
 COMMAND = str(Path(sys.executable).with_name("embeddings-mcp"))
 TEXTS = ["A cat is asleep.", '["a","b"]', "null", "A cat is asleep."]
-KEY, ALICES = "nvapi-0123456789-of-the-server", "nvapi-9876543210-of-alice"
+KEY, CALLER_KEY = "nvapi-0123456789-of-the-server", "nvapi-9876543210-of-alice"
 
 
 @dataclass
@@ -48,16 +48,16 @@ class Served:
     """A server process.
 
     Attributes:
-        url: where it answers, without a path.
-        said: all that it has written so far.
+        url: base URL, without a path.
+        output: everything it has written to stdout and stderr so far.
     """
 
     process: Process
     url: str = ""
-    said: bytearray = field(default_factory=bytearray)
+    output: bytearray = field(default_factory=bytearray)
 
     async def stop(self) -> int:
-        """Tell it to stop if it goes on still, and wait until it has stopped."""
+        """Terminate the process if it is still running, and wait for it to exit."""
         with contextlib.suppress(ProcessLookupError):
             self.process.terminate()
         return await self.process.wait()
@@ -65,22 +65,22 @@ class Served:
 
 @asynccontextmanager
 async def serve(*flags: str, command: Sequence[str] = (COMMAND,), **environment: str) -> AsyncIterator[Served]:
-    """``embeddings-mcp serve`` over HTTP, listening."""
+    """Run ``embeddings-mcp serve`` over HTTP, and wait until it is listening."""
     command = [*command, "serve", "--transport", "http", "--port", "0", *flags]
     process = await anyio.open_process(command, cwd=ROOT, env={**os.environ, **environment})
     served, listening = Served(process), anyio.Event()
 
-    async def listen(stream: ByteReceiveStream | None) -> None:
+    async def collect(stream: ByteReceiveStream | None) -> None:
         assert stream is not None
-        async for piece in stream:
-            served.said.extend(piece)
-            if found := re.search(rb"serving MCP at (\S+)/mcp and REST", served.said):
+        async for chunk in stream:
+            served.output.extend(chunk)
+            if found := re.search(rb"serving MCP at (\S+)/mcp and REST", served.output):
                 served.url = found[1].decode()
                 listening.set()
 
     async with process, anyio.create_task_group() as group:
-        group.start_soon(listen, process.stdout)
-        group.start_soon(listen, process.stderr)
+        group.start_soon(collect, process.stdout)
+        group.start_soon(collect, process.stderr)
         try:
             with anyio.fail_after(START_SECONDS):
                 await listening.wait()
@@ -103,28 +103,28 @@ def expected(texts: Sequence[str], input_type: Any = None) -> np.ndarray[Any, np
 
 @asynccontextmanager
 async def openai_at(url: str) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none is asked for", max_retries=0) as client:
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="not needed", max_retries=0) as client:
         yield client
 
 
-# --- Clients of others, before both kinds of backend -----------------------------------------------------------------
+# --- Third-party clients with both kinds of models -------------------------------------------------------------------
 
 
-async def test_one_server_answers_with_models_of_this_machine_and_of_an_endpoint() -> None:
+async def test_one_server_serves_local_models_and_those_of_an_endpoint() -> None:
     async with stand_in() as standing, serve("--endpoint", standing.url) as served:
         async with openai_at(served.url) as client:
             listed = [model.id async for model in client.models.list()]
             assert listed == [DEFAULT_MODEL, ASYMMETRIC.id, SYMMETRIC.id]
             local = await client.embeddings.create(model="default", input=TEXTS)
-            there = await client.embeddings.create(model=SYMMETRIC.id, input=TEXTS)
+            remote = await client.embeddings.create(model=SYMMETRIC.id, input=TEXTS)
             floats = await client.embeddings.create(model=SYMMETRIC.id, input=TEXTS, encoding_format="float")
             query = await client.embeddings.create(model=f"{ASYMMETRIC.id}-query", input=TEXTS)
             assert (local.model, vectors_of(local).shape) == (DEFAULT_MODEL, (4, 384))
-            np.testing.assert_array_equal(vectors_of(there), expected(TEXTS))
+            np.testing.assert_array_equal(vectors_of(remote), expected(TEXTS))
             np.testing.assert_array_equal(vectors_of(floats), expected(TEXTS))
             np.testing.assert_array_equal(vectors_of(query), expected(TEXTS, "query"))
-            assert there.model == SYMMETRIC.id
-            assert there.usage.prompt_tokens >= len(TEXTS)
+            assert remote.model == SYMMETRIC.id
+            assert remote.usage.prompt_tokens >= len(TEXTS)
             with pytest.raises(openai.NotFoundError, match=rf"served are: {DEFAULT_MODEL}, {ASYMMETRIC.id}"):
                 await client.embeddings.create(model="gpt-4", input=TEXTS)
 
@@ -154,7 +154,7 @@ async def test_an_agent_finds_and_uses_an_endpoints_models(transport: str) -> No
 
 
 async def cards(client: Client) -> list[str]:
-    """The models whose cards are listed."""
+    """Return the models whose cards are listed."""
     listed = (await client.list_resources()).resources
     return [resource.name for resource in listed if str(resource.uri).startswith("embeddings://models/")]
 
@@ -165,7 +165,7 @@ async def use_tools(server: Any, standing: StandIn) -> None:
             tools = (await client.list_tools()).tools
             assert all(tool.annotations is not None and tool.annotations.open_world_hint for tool in tools)
             assert await cards(client) == [DEFAULT_MODEL]
-            assert not standing.seen  # until somebody needs to know
+            assert not standing.seen  # the endpoint is contacted only when needed
             models = (await client.call_tool("list_models", {})).structured_content
             assert models is not None
             assert [(entry["id"], entry["served_from"]) for entry in models["models"]] == [
@@ -187,7 +187,7 @@ async def use_tools(server: Any, standing: StandIn) -> None:
             )
 
 
-async def test_an_endpoint_may_have_the_default_model_and_then_no_encoder_is_imported() -> None:
+async def test_the_encoder_is_not_imported_if_an_endpoint_has_the_default_model() -> None:
     async with stand_in() as standing:
         flags = ("--endpoint", standing.url, "--default-model", SYMMETRIC.id)
         async with serve(*flags, PYTHONPROFILEIMPORTTIME="1") as served:
@@ -200,12 +200,12 @@ async def test_an_endpoint_may_have_the_default_model_and_then_no_encoder_is_imp
             np.testing.assert_array_equal(vectors_of(answer), expected(TEXTS))
             assert (ready.status_code, ready.json()["ready"]) == (200, True)
             assert (loading.status_code, loading.json()["message"]) == (503, "not ready: upstream_unavailable")
-    imported = set(re.findall(r"^import time:.*\| +(\S+)$", served.said.decode(), re.MULTILINE))
+    imported = set(re.findall(r"^import time:.*\| +(\S+)$", served.output.decode(), re.MULTILINE))
     assert "httpx" in imported
     assert not imported & {"torch", "transformers", "tokenizers", "safetensors", "huggingface_hub"}
 
 
-async def test_without_the_encoder_s_packages_the_default_model_is_that_of_the_endpoint() -> None:
+async def test_without_the_encoder_packages_the_endpoint_provides_the_default_model() -> None:
     without_local = (sys.executable, "-m", "tests.e2e.without_local")
     model = replace(SYMMETRIC, id=DEFAULT_MODEL, dimensions=384)
     async with (
@@ -218,11 +218,11 @@ async def test_without_the_encoder_s_packages_the_default_model_is_that_of_the_e
     np.testing.assert_array_equal(vectors_of(answer)[0], HashEmbedder(model).vector("a text"))
 
 
-# --- The end of a call, and of the server ----------------------------------------------------------------------------
+# --- Cancellation and shutdown ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["legacy", "auto"])
-async def test_cancelling_a_tool_call_hangs_up_on_the_endpoint(mode: str) -> None:
+async def test_cancelling_a_tool_call_closes_the_connection_to_the_endpoint(mode: str) -> None:
     faults = itertools.repeat(held(anyio.Event()))
     async with (
         stand_in(faults=faults) as standing,
@@ -236,7 +236,7 @@ async def test_cancelling_a_tool_call_hangs_up_on_the_endpoint(mode: str) -> Non
         await standing.hung_up.wait()
 
 
-async def test_what_is_in_flight_when_the_server_is_told_to_stop_is_answered() -> None:
+async def test_requests_in_flight_at_shutdown_are_answered() -> None:
     gate = anyio.Event()
     async with stand_in(faults=itertools.repeat(held(gate))) as standing, serve("--endpoint", standing.url) as served:
         async with openai_at(served.url) as client, anyio.create_task_group() as group:
@@ -252,10 +252,10 @@ async def test_what_is_in_flight_when_the_server_is_told_to_stop_is_answered() -
             gate.set()
         np.testing.assert_array_equal(vectors_of(answers[0]), expected(TEXTS))
         assert await served.process.wait() == -signal.SIGTERM
-    assert b"Traceback" not in served.said
+    assert b"Traceback" not in served.output
 
 
-async def test_what_is_in_flight_for_too_long_when_the_server_stops_fails_cleanly() -> None:
+async def test_requests_that_outlast_the_shutdown_timeout_fail_cleanly() -> None:
     faults = itertools.repeat(held(anyio.Event()))
     async with stand_in(faults=faults) as standing, serve("--endpoint", standing.url) as served:
         async with (
@@ -281,16 +281,16 @@ async def test_what_is_in_flight_for_too_long_when_the_server_stops_fails_cleanl
         assert "the server is shutting down" in str(results[0].content)
         await standing.hung_up.wait()
         await served.process.wait()
-    assert b"Traceback" not in served.said
+    assert b"Traceback" not in served.output
 
 
 async def refusing_connections(url: str) -> None:
-    """Return once the server at `url` listens no more."""
-    at = httpx.URL(url)
-    assert at.port is not None
+    """Wait until the server at `url` no longer listens."""
+    address = httpx.URL(url)
+    assert address.port is not None
     while True:
         try:
-            async with await anyio.connect_tcp(at.host, at.port):
+            async with await anyio.connect_tcp(address.host, address.port):
                 await anyio.lowlevel.checkpoint()
         except OSError:
             return
@@ -299,14 +299,14 @@ async def refusing_connections(url: str) -> None:
 # --- Keys ------------------------------------------------------------------------------------------------------------
 
 
-async def test_no_key_is_in_any_answer_or_output_however_the_endpoint_fails() -> None:
-    heard: list[str] = []
+async def test_keys_appear_in_no_response_or_output_however_the_endpoint_fails() -> None:
+    outputs: list[str] = []
 
-    def repeat_key(reply: Reply) -> Reply:
+    def echo_key(reply: Reply) -> Reply:
         return answering(400, {"error": f"what is {standing.seen[-1].headers['authorization']}?"})(reply)
 
     failures = [
-        repeat_key,
+        echo_key,
         answering(401, b"no"),
         answering(402, b"pay"),
         answering(403, {"detail": KEY}),
@@ -317,38 +317,39 @@ async def test_no_key_is_in_any_answer_or_output_however_the_endpoint_fails() ->
         None,
     ]
     async with stand_in(faults=itertools.cycle(failures)) as standing:
-        described = {"url": standing.url, "api_key_env": "NIM_KEY", "caller_keys": True}
-        gone = {"url": "http://127.0.0.1:1", "api_key": KEY, "models": ["test/unreachable"]}
-        endpoints = json.dumps([described, gone])
+        failing = {"url": standing.url, "api_key_env": "NIM_KEY", "caller_keys": True}
+        unreachable = {"url": "http://127.0.0.1:1", "api_key": KEY, "models": ["test/unreachable"]}
+        endpoints = json.dumps([failing, unreachable])
         async with serve(EMBEDDINGS_MCP_ENDPOINTS=endpoints, NIM_KEY=KEY, EMBEDDINGS_MCP_API_KEY="for-us") as served:
-            ours = {"Authorization": "Bearer for-us"}
-            async with httpx.AsyncClient(base_url=served.url, headers=ours, timeout=START_SECONDS) as http:
+            auth = {"Authorization": "Bearer for-us"}
+            async with httpx.AsyncClient(base_url=served.url, headers=auth, timeout=START_SECONDS) as http:
 
                 async def ask(model: str, **headers: str) -> None:
-                    request = {"model": model, "input": f"text {len(heard)}"}  # what is remembered is not asked for
+                    # A new text each time, since cached ones would not be requested again.
+                    request = {"model": model, "input": f"text {len(outputs)}"}
                     answer = await http.post("/v1/embeddings", json=request, headers=headers)
-                    heard.append(f"{answer.headers} {answer.text}")
+                    outputs.append(f"{answer.headers} {answer.text}")
 
                 for path in ("/v1/models", "/openapi.json", "/v1/health/ready"):
-                    heard.append((await http.get(path)).text)  # noqa: PERF401
+                    outputs.append((await http.get(path)).text)  # noqa: PERF401
                 for _ in failures:
                     await ask(SYMMETRIC.id)
-                    await ask(SYMMETRIC.id, **{CALLER_KEY_HEADER: ALICES})
+                    await ask(SYMMETRIC.id, **{CALLER_KEY_HEADER: CALLER_KEY})
                 await ask("test/unreachable")
             async with (
-                httpx2.AsyncClient(headers={**ours, CALLER_KEY_HEADER: ALICES}) as mcp_http,
+                httpx2.AsyncClient(headers={**auth, CALLER_KEY_HEADER: CALLER_KEY}) as mcp_http,
                 Client(streamable_http_client(f"{served.url}/mcp", http_client=mcp_http)) as client,
             ):
-                heard += [repr(await client.list_tools()), repr(await client.call_tool("list_models", {}))]
+                outputs += [repr(await client.list_tools()), repr(await client.call_tool("list_models", {}))]
                 for number in range(len(failures)):
                     compare = {"model": SYMMETRIC.id, "input": ["a", f"tool {number}"]}
-                    heard.append(repr(await client.call_tool("similarity", compare)))
-        assert {f"Bearer {KEY}", f"Bearer {ALICES}"} == {seen.headers["authorization"] for seen in standing.seen}
-    heard.append(served.said.decode())
-    assert sum("error" in text for text in heard) > 15
-    assert sum("***" in text for text in heard) > 2
-    assert not [text for text in heard for key in (KEY, ALICES) if key in text]
-    assert "Traceback" not in heard[-1]
+                    outputs.append(repr(await client.call_tool("similarity", compare)))
+        assert {f"Bearer {KEY}", f"Bearer {CALLER_KEY}"} == {seen.headers["authorization"] for seen in standing.seen}
+    outputs.append(served.output.decode())
+    assert sum("error" in text for text in outputs) > 15
+    assert sum("***" in text for text in outputs) > 2
+    assert not [text for text in outputs for key in (KEY, CALLER_KEY) if key in text]
+    assert "Traceback" not in outputs[-1]
 
 
 @pytest.mark.parametrize(
@@ -361,10 +362,10 @@ async def test_no_key_is_in_any_answer_or_output_however_the_endpoint_fails() ->
         (f'{{"url": "http://localhost", "api_key": "{KEY}"', "the setting --endpoint 0: must be JSON"),
     ],
 )
-def test_an_endpoint_that_cannot_be_is_one_line_without_its_key(endpoint: str, problem: str) -> None:
-    tried = run("serve", "--endpoint", endpoint)
-    assert (tried.returncode, tried.stdout) == (1, "")
-    (line,) = tried.stderr.splitlines()
+def test_an_invalid_endpoint_is_reported_in_one_line_without_its_key(endpoint: str, problem: str) -> None:
+    completed = run("serve", "--endpoint", endpoint)
+    assert (completed.returncode, completed.stdout) == (1, "")
+    (line,) = completed.stderr.splitlines()
     assert problem in line
     assert KEY not in line
 
@@ -373,23 +374,23 @@ def test_an_endpoint_that_cannot_be_is_one_line_without_its_key(endpoint: str, p
 
 
 @asynccontextmanager
-async def no_way_out() -> AsyncIterator[tuple[str, list[str]]]:
-    """A proxy that lets nothing through: its address, and what it was asked for."""
-    asked: list[str] = []
+async def refusing_proxy() -> AsyncIterator[tuple[str, list[str]]]:
+    """Run a proxy that refuses everything; provides its address and the list of requests it received."""
+    requested: list[str] = []
 
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        asked.append((await reader.readline()).decode().strip())
+        requested.append((await reader.readline()).decode().strip())
         writer.write(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
         await writer.drain()
         writer.close()
 
     async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
-        yield "http://{}:{}".format(*server.sockets[0].getsockname()), asked
+        yield "http://{}:{}".format(*server.sockets[0].getsockname()), requested
 
 
-async def test_with_its_key_the_hosted_api_is_listed_and_not_asked_before_it_is_needed() -> None:
-    to_hosted = "CONNECT integrate.api.nvidia.com:443 HTTP/1.1"
-    async with no_way_out() as (proxy, asked):
+async def test_the_hosted_api_is_listed_with_its_key_but_not_contacted_before_it_is_needed() -> None:
+    connect = "CONNECT integrate.api.nvidia.com:443 HTTP/1.1"
+    async with refusing_proxy() as (proxy, requested):
         env = {**os.environ, "NVIDIA_API_KEY": KEY, "HTTPS_PROXY": proxy, "ALL_PROXY": proxy}
         server = StdioServerParameters(
             command=COMMAND, args=["serve", "--default-model", HOSTED_DEFAULT_MODEL], env=env
@@ -399,20 +400,20 @@ async def test_with_its_key_the_hosted_api_is_listed_and_not_asked_before_it_is_
                 assert HOSTED_DEFAULT_MODEL in (client.instructions or "")
                 await client.list_tools()
                 assert (await cards(client))[1:] == [HOSTED_DEFAULT_MODEL, "nvidia/llama-nemotron-embed-vl-1b-v2"]
-                assert not asked
+                assert not requested
                 models = (await client.call_tool("list_models", {})).structured_content
                 assert models is not None
                 hosted = models["models"][1]
                 assert (hosted["id"], hosted["default"], hosted["max_tokens"]) == (HOSTED_DEFAULT_MODEL, True, 4096)
                 assert hosted["served_from"] == "https://integrate.api.nvidia.com/v1"
-                assert set(asked) == {to_hosted}
+                assert set(requested) == {connect}
                 failed = await client.call_tool("create_embedding", {"model": "default", "input": "a text"})
                 assert failed.is_error
                 assert "cannot connect to the endpoint https://integrate.api.nvidia.com/v1" in str(failed.content)
                 assert KEY not in str(failed.content)
                 with pytest.raises(MCPError):
                     await client.read_resource("embeddings://models/nvidia/unknown")
-        assert set(asked) == {to_hosted}
+        assert set(requested) == {connect}
 
 
 # --- The command line ------------------------------------------------------------------------------------------------
@@ -430,7 +431,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
-async def test_a_model_of_an_endpoint_is_asked_from_the_command_line() -> None:
+async def test_the_command_line_uses_a_model_of_an_endpoint() -> None:
     async with stand_in(models={SYMMETRIC.id: SYMMETRIC}) as standing:
 
         async def ask(*arguments: str) -> subprocess.CompletedProcess[str]:

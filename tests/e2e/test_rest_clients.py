@@ -1,4 +1,4 @@
-"""The installed server as REST clients meet it: a real process with the real model, asked by clients of others."""
+"""REST clients with the installed server: a real process with the real model, and third-party clients."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def url() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def client(url: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none is asked for", max_retries=0, timeout=60) as client:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="not needed", max_retries=0, timeout=60) as client:
         yield client
 
 
-def test_a_server_that_others_can_reach_does_not_start_without_a_key() -> None:
-    tried = subprocess.run(
+def test_a_server_on_a_public_address_does_not_start_without_a_key() -> None:
+    completed = subprocess.run(
         [COMMAND, "serve", "--transport", "http", "--host", "0.0.0.0", "--port", "0"],
         capture_output=True,
         text=True,
@@ -45,9 +45,9 @@ def test_a_server_that_others_can_reach_does_not_start_without_a_key() -> None:
         check=False,
     )
 
-    assert (tried.returncode, tried.stdout) == (1, "")
-    assert "EMBEDDINGS_MCP_API_KEY" in tried.stderr
-    assert "Traceback" not in tried.stderr
+    assert (completed.returncode, completed.stdout) == (1, "")
+    assert "EMBEDDINGS_MCP_API_KEY" in completed.stderr
+    assert "Traceback" not in completed.stderr
 
 
 # --- openai ----------------------------------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ def vectors(answer: openai.types.CreateEmbeddingResponse) -> np.ndarray[Any, np.
     return np.array([row.embedding for row in answer.data], dtype=np.float32)
 
 
-def test_openai_gets_the_same_vectors_by_its_default_base64_and_as_floats(client: openai.OpenAI) -> None:
+def test_openai_gets_the_same_vectors_as_base64_and_as_floats(client: openai.OpenAI) -> None:
     packed = client.embeddings.create(model="default", input=TEXTS)
     floats = client.embeddings.create(model=DEFAULT_MODEL, input=TEXTS, encoding_format="float")
 
@@ -68,11 +68,11 @@ def test_openai_gets_the_same_vectors_by_its_default_base64_and_as_floats(client
     assert np.array_equal(vectors(packed), vectors(floats))
 
 
-def test_each_text_is_embedded_as_the_text_it_is(client: openai.OpenAI) -> None:
+def test_each_text_is_embedded_literally(client: openai.OpenAI) -> None:
     together = vectors(client.embeddings.create(model="default", input=TEXTS))
-    alone = np.concatenate([vectors(client.embeddings.create(model="default", input=text)) for text in TEXTS])
+    separately = np.concatenate([vectors(client.embeddings.create(model="default", input=text)) for text in TEXTS])
 
-    np.testing.assert_allclose(together, alone, atol=1e-5)
+    np.testing.assert_allclose(together, separately, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
     alike = together @ together.T > 0.99
     assert (alike == np.equal.outer(TEXTS, TEXTS)).all()
@@ -87,7 +87,7 @@ def test_openai_finds_the_models(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "error_type", "code", "param", "words"),
+    ("arguments", "error_type", "code", "param", "expected"),
     [
         ({"model": "gpt-4"}, openai.NotFoundError, "model_not_found", "model", [DEFAULT_MODEL]),
         ({"input": ""}, openai.BadRequestError, "invalid_request", "input", ["empty string"]),
@@ -96,30 +96,30 @@ def test_openai_finds_the_models(client: openai.OpenAI) -> None:
     ],
     ids=["unknown model", "empty string", "dimensions on MiniLM", "too long with NONE"],
 )
-def test_openai_raises_the_error_that_fits(
+def test_openai_raises_the_matching_error(
     client: openai.OpenAI,
-    wrong: dict[str, Any],
+    arguments: dict[str, Any],
     error_type: type[openai.APIStatusError],
     code: str,
     param: str,
-    words: list[str],
+    expected: list[str],
 ) -> None:
     with pytest.raises(error_type) as raised:
-        client.embeddings.create(**({"model": "default", "input": "one"} | wrong))
+        client.embeddings.create(**({"model": "default", "input": "one"} | arguments))
 
     assert (raised.value.code, raised.value.param) == (code, param)
-    for word in words:
-        assert word in raised.value.message
+    for part in expected:
+        assert part in raised.value.message
 
 
-def test_too_long_texts_are_cut_where_the_request_allows_it(client: openai.OpenAI) -> None:
+def test_texts_that_are_too_long_are_truncated_if_the_request_allows_it(client: openai.OpenAI) -> None:
     answer = client.embeddings.create(model="default", input="word " * 300, extra_body={"truncate": "END"})
 
     assert answer.usage.prompt_tokens == 256
 
 
 def test_the_server_is_ready(url: str) -> None:
-    # The first probe may find the model loading; the probe after it waited long enough.
+    # The first probe may time out while the model loads; by the second one it is loaded.
     answers = [httpx.get(f"{url}/v1/health/ready", timeout=30) for _ in range(2)]
 
     assert answers[-1].json() == {"object": "health.response", "message": "ready", "ready": True}
@@ -128,26 +128,26 @@ def test_the_server_is_ready(url: str) -> None:
 # --- langchain -------------------------------------------------------------------------------------------------------
 
 
-def langchain(url: str, **chosen: Any) -> dict[str, Any]:
-    """How LangChain's client is told of this server.
+def langchain(url: str, **options: Any) -> dict[str, Any]:
+    """Arguments of LangChain's client for this server.
 
-    Its own HTTP clients live for ever, and their connections with them: these keep none.
+    LangChain never closes its default HTTP clients, so pass clients that keep no connections open.
     """
-    at_once = httpx2.Limits(max_keepalive_connections=0)
+    limits = httpx2.Limits(max_keepalive_connections=0)
     return {
         "base_url": f"{url}/v1",
-        "api_key": "none is asked for",
+        "api_key": "not needed",
         "model": "default",
         "max_retries": 0,
-        "http_client": httpx2.Client(limits=at_once),
-        "http_async_client": httpx2.AsyncClient(limits=at_once),
-        **chosen,
+        "http_client": httpx2.Client(limits=limits),
+        "http_async_client": httpx2.AsyncClient(limits=limits),
+        **options,
     }
 
 
 @pytest.mark.anyio
 class TestLangChain(EmbeddingsIntegrationTests):
-    """LangChain's own tests of an embeddings provider."""
+    """LangChain's standard tests for embeddings integrations."""
 
     @pytest.fixture(autouse=True)
     def _server(self, url: str) -> None:
@@ -162,8 +162,8 @@ class TestLangChain(EmbeddingsIntegrationTests):
         return langchain(self.url, check_embedding_ctx_length=False)
 
 
-def test_langchain_is_told_how_not_to_send_token_ids(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Its own vocabulary would have to be downloaded; one token for each byte serves as well.
+def test_the_error_for_token_ids_names_the_langchain_option(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The original vocabulary would have to be downloaded; one token per byte is good enough here.
     by_byte = tiktoken.Encoding(
         "bytes", pat_str=".", mergeable_ranks={bytes([byte]): byte for byte in range(256)}, special_tokens={}
     )

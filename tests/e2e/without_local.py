@@ -1,4 +1,4 @@
-"""The command line of an installation without the extra ``local``: ``python -m tests.e2e.without_local ...``."""
+"""The command line as if installed without the extra ``local``: ``python -m tests.e2e.without_local ...``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ EXTRA = {"torch", "transformers", "tokenizers", "safetensors", "huggingface_hub"
 
 
 class NotInstalled(MetaPathFinder):
-    """Finds the extra's packages nowhere, and so answers before those who would."""
+    """Fails to find the packages of the extra, before other finders get a chance."""
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
         if fullname.partition(".")[0] in EXTRA:
