@@ -71,7 +71,7 @@ def era(request: pytest.FixtureRequest) -> str:
 
 @asynccontextmanager
 async def connected(*embedders: HashEmbedder, era: str = "2026-07-28", **options: Any) -> AsyncIterator[Client]:
-    """A client connected to a server with these embedders, of which the first is the default."""
+    """A client connected to a server with these embedders; the first is the default."""
     service = service_of(*(embedders or (HashEmbedder(PLAIN), HashEmbedder(MATRYOSHKA))))
     with anyio.fail_after(10):
         async with Client(build_mcp_server(service), mode=ERAS[era], **options) as client:

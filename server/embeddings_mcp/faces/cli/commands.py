@@ -338,7 +338,7 @@ def doctor(
     precision: PrecisionOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Check everything that a server with these settings would use; suggest a fix for each problem, and exit with 1."""
+    """Check everything that a server with these settings would use, and suggest fixes; exit with 1 on any problem."""
     from rich.console import Console
 
     from embeddings_mcp.faces.cli import tables

@@ -316,7 +316,7 @@ def answer_from_texts(
 
 # --- Responses as text -----------------------------------------------------------------------------------------------
 # Some hosts show the model only this text, others only the structured content, so both carry the same information. The
-# exception is vectors: they are never written as text, where they would be of no use.
+# exception is vectors: they are never written as text, since a model cannot read them.
 
 
 def _embeddings_as_text(request: EmbeddingRequest, response: EmbeddingResponse) -> str:
