@@ -22,7 +22,7 @@ def encode(
         InputTooLong: a text is too long and `truncate` is NONE.
     """
     # On a CPU, starting early gains nothing, and padding costs least when batches are chosen from all texts.
-    launch_early = encoder.facts.packed and encoder.device.type != "cpu"
+    launch_early = encoder.info.packed and encoder.device.type != "cpu"
     rows: list[Row] = []
     waiting: list[int] = []  # indices of rows that are not launched yet
     launched: list[tuple[list[int], torch.Tensor]] = []
@@ -38,7 +38,7 @@ def encode(
             launch(full)
     # Launch all batches before waiting for any, so that a GPU never idles between them.
     launch(_batches(encoder, rows, waiting))
-    vectors = np.empty((len(texts), encoder.facts.dimensions), dtype=np.float32)
+    vectors = np.empty((len(texts), encoder.info.dimensions), dtype=np.float32)
     for batch, output in launched:
         vectors[batch] = output.cpu().numpy()
     return Embeddings(vectors, [len(row) for row in rows])
@@ -48,11 +48,11 @@ def _batches(encoder: Encoder, rows: Sequence[Row], indices: Iterable[int]) -> l
     """Group rows of similar length into batches within the token budget."""
     order = sorted(indices, key=lambda index: len(rows[index]), reverse=True)
     batches: list[list[int]] = []
-    spent = encoder.facts.tokens_per_batch
+    spent = encoder.info.tokens_per_batch
     for index in order:
         # With padding, every text costs as much as the longest in its batch, which is the first.
-        cost = len(rows[index if encoder.facts.packed or not batches else batches[-1][0]])
-        if spent + cost > encoder.facts.tokens_per_batch:
+        cost = len(rows[index if encoder.info.packed or not batches else batches[-1][0]])
+        if spent + cost > encoder.info.tokens_per_batch:
             batches.append([])
             cost, spent = len(rows[index]), 0
         batches[-1].append(index)

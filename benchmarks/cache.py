@@ -38,7 +38,7 @@ LOOKUP_MILLISECONDS = 50
 async def compare_with_embedding(folder: Path, rounds: int, many: int) -> None:
     """Print a table: one text and many, embedded, and cached in memory and on disk."""
     card = cast("ModelCard", find_card(DEFAULT_MODEL))
-    files = ModelFiles(card.id, known=card, folder=None, repository=None, device="cpu", precision="float32")
+    files = ModelFiles(card.id, builtin_card=card, folder=None, repository=None, device="cpu", precision="float32")
     encoder = LocalEmbedder(card, files.load, files.identify)
     disk = DiskStore(folder, GIB)
     contenders: dict[str, Embedder] = {

@@ -131,7 +131,7 @@ def _largest_deviation(golden: Family, device: str, precision: Literal["float32"
                 encoders[limit] = load_encoder(
                     golden.model,
                     golden.folder,
-                    known=find_card(golden.model),
+                    builtin_card=find_card(golden.model),
                     device=device,
                     precision=precision,
                     max_tokens=limit,

@@ -11,7 +11,7 @@ from pathlib import Path
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
-def family(pid: int) -> list[int]:
+def process_tree(pid: int) -> list[int]:
     """A process and its descendants, started by any of their threads."""
     found = [pid]
     for process in found:  # grows during the loop
@@ -22,12 +22,12 @@ def family(pid: int) -> list[int]:
 
 def cpu_seconds(pid: int) -> float:
     """CPU time of a process and its descendants, including all threads."""
-    return sum(map(_own_cpu_seconds, family(pid)))
+    return sum(map(_own_cpu_seconds, process_tree(pid)))
 
 
 def resident_megabytes(pid: int) -> float:
     """Current resident memory of a process and its descendants, in MiB."""
-    return sum(map(_own_resident_megabytes, family(pid)))
+    return sum(map(_own_resident_megabytes, process_tree(pid)))
 
 
 def _own_cpu_seconds(pid: int) -> float:

@@ -53,7 +53,7 @@ class Shape:
         return int(self.config["num_hidden_layers"] * tokens * (2 * products + 4 * seen * width))
 
 
-def bert(name: str, *, width: int, layers: int, heads: int, vocabulary: int = 30522) -> Shape:
+def bert(name: str, *, width: int, layers: int, heads: int, vocabulary_size: int = 30522) -> Shape:
     """A BERT with the usual proportions."""
     config = {
         "model_type": "bert",
@@ -62,14 +62,14 @@ def bert(name: str, *, width: int, layers: int, heads: int, vocabulary: int = 30
         "intermediate_size": 4 * width,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "vocab_size": vocabulary,
+        "vocab_size": vocabulary_size,
         "max_position_embeddings": 512,
     }
     return Shape(name, config)
 
 
 def llama(
-    name: str, *, width: int, inner: int, layers: int, heads: int, key_heads: int, vocabulary: int = 128256
+    name: str, *, width: int, inner: int, layers: int, heads: int, key_heads: int, vocabulary_size: int = 128256
 ) -> Shape:
     """A Llama with its causal mask, since sentence-transformers supports no other without code from the hub."""
     config = {
@@ -80,7 +80,7 @@ def llama(
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": key_heads,
-        "vocab_size": vocabulary,
+        "vocab_size": vocabulary_size,
         "max_position_embeddings": 131072,
         "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
     }
@@ -101,8 +101,8 @@ BERT_SMALL = bert("BERT of 6 layers (all-MiniLM-L6-v2)", width=384, layers=6, he
 BERT_LARGE = bert("BERT-large (E5-large, nv-embedqa-e5-v5)", width=1024, layers=24, heads=16)
 LLAMA_1B = llama("Llama 1B (llama-nemotron-embed-1b)", width=2048, inner=8192, layers=16, heads=32, key_heads=8)
 
-TINY_BERT = bert("tiny BERT", width=64, layers=2, heads=4, vocabulary=1000)
-TINY_LLAMA = llama("tiny Llama", width=64, inner=128, layers=2, heads=4, key_heads=2, vocabulary=1000)
+TINY_BERT = bert("tiny BERT", width=64, layers=2, heads=4, vocabulary_size=1000)
+TINY_LLAMA = llama("tiny Llama", width=64, inner=128, layers=2, heads=4, key_heads=2, vocabulary_size=1000)
 
 
 def write(shape: Shape, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
@@ -148,10 +148,10 @@ def write(shape: Shape, folder: Path, dtype: torch.dtype = torch.float32) -> Pat
 
 
 def _tokenizer() -> Tokenizer:
-    vocabulary = {word: number for number, word in enumerate((*_SPECIAL, *WORDS))}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))  # noqa: S106 - a token of text
+    vocabulary_size = {word: number for number, word in enumerate((*_SPECIAL, *WORDS))}
+    tokenizer = Tokenizer(WordLevel(vocabulary_size, unk_token="<unk>"))  # noqa: S106 - a token of text
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", vocabulary["<s>"]), ("</s>", vocabulary["</s>"])]
+        single="<s> $A </s>", special_tokens=[("<s>", vocabulary_size["<s>"]), ("</s>", vocabulary_size["</s>"])]
     )
     return tokenizer

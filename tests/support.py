@@ -138,20 +138,20 @@ def service_of(*embedders: Embedder) -> EmbeddingService:
 @contextmanager
 def client_of(*embedders: Embedder, **chosen: Any) -> Iterator[httpx.Client]:
     """An HTTP client of a server with these embedders and settings."""
-    with served(service_of(*embedders), **chosen) as url, httpx.Client(base_url=url, timeout=SECONDS) as client:
+    with http_server(service_of(*embedders), **chosen) as url, httpx.Client(base_url=url, timeout=SECONDS) as client:
         yield client
 
 
 @contextmanager
-def served(service: EmbeddingService, **chosen: Any) -> Iterator[str]:
+def http_server(service: EmbeddingService, **chosen: Any) -> Iterator[str]:
     """Run an HTTP server of this service with these settings; yields its address."""
     settings = Settings(**chosen)
-    with serving(create_app(service, build_mcp_server(service, Limits.of(settings)), settings)) as url:
+    with asgi_server(create_app(service, build_mcp_server(service, Limits.from_settings(settings)), settings)) as url:
         yield url
 
 
 @contextmanager
-def serving(app: ASGIApp) -> Iterator[str]:
+def asgi_server(app: ASGIApp) -> Iterator[str]:
     """Serve `app` on a free loopback port, in a thread; yields its address."""
     config = uvicorn.Config(
         app, port=0, http=Connection, lifespan="on", ws="none", log_config=None, access_log=False, proxy_headers=False
@@ -182,7 +182,7 @@ class _Server(uvicorn.Server):
 
 
 @contextmanager
-def running(*command: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def server_process(*command: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Start a process that serves HTTP on a free port; yields it and its address, read from stderr."""
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
@@ -205,7 +205,7 @@ def running(*command: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 
 @contextmanager
-def over_stdio(*command: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
+def stdio_process(*command: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
     """Start a process for `ask`; it is killed at the end of the block, or after `START_SECONDS`."""
     with subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", **options
@@ -229,7 +229,7 @@ def ask(process: subprocess.Popen[str], request: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def out_of_files() -> Iterator[None]:
+def no_file_descriptors_left() -> Iterator[None]:
     """Let this process open no more files within the block; files that are already open stay open."""
     import resource  # not available on Windows
 
@@ -241,7 +241,7 @@ def out_of_files() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-async def until(condition: Callable[[], object]) -> None:
+async def wait_until(condition: Callable[[], object]) -> None:
     """Let the other tasks run until `condition` holds."""
     with anyio.fail_after(SECONDS):
         while not condition():

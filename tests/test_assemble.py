@@ -9,7 +9,7 @@ import pytest
 from embeddings_mcp.assemble import build_service, settings_for_model
 from embeddings_mcp.embedders.local.locate import find_bundled
 from embeddings_mcp.errors import CheckpointInvalid, EmbeddingsError, InvalidSetting
-from embeddings_mcp.models import DEFAULT_MODEL, OwnCard
+from embeddings_mcp.models import DEFAULT_MODEL, CardOverride
 from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
 
@@ -21,7 +21,7 @@ def checkpoint() -> Path:
     return folder
 
 
-def served(service: EmbeddingService) -> list[tuple[str, bool]]:
+def http_server(service: EmbeddingService) -> list[tuple[str, bool]]:
     return [(entry["id"], entry["default"]) for entry in service.known_models()]
 
 
@@ -44,12 +44,12 @@ def test_a_folder_in_the_home_directory_is_found(
 ) -> None:
     (tmp_path / "model").symlink_to(checkpoint, target_is_directory=True)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert served(build_service(Settings(models=("mine=~/model",)))) == [("mine", True)]
+    assert http_server(build_service(Settings(models=("mine=~/model",)))) == [("mine", True)]
 
 
 def test_a_known_model_has_its_own_id_under_any_of_its_names(checkpoint: Path) -> None:
     for spec in ("all-minilm-l6-v2", f"ALL-MiniLM-L6-v2={checkpoint}"):
-        assert served(build_service(Settings(models=(spec,)))) == [(DEFAULT_MODEL, True)]
+        assert http_server(build_service(Settings(models=(spec,)))) == [(DEFAULT_MODEL, True)]
 
 
 def test_a_model_of_the_hub_is_listed_before_anything_is_known_about_it() -> None:
@@ -59,17 +59,17 @@ def test_a_model_of_the_hub_is_listed_before_anything_is_known_about_it() -> Non
 
 
 def test_a_card_in_the_settings_takes_precedence_over_built_in_ones() -> None:
-    card = OwnCard(id="somebody/something", aliases=("something",), dimensions=64, matryoshka=(32,))
+    card = CardOverride(id="somebody/something", aliases=("something",), dimensions=64, matryoshka=(32,))
     (entry,) = build_service(Settings(models=("SOMETHING",), cards=(card,))).known_models()
     assert (entry["id"], entry["dimensions"], entry["allowed_dimensions"]) == ("somebody/something", 64, [32])
 
 
 def test_the_first_model_is_the_default_unless_another_is_named(checkpoint: Path) -> None:
     models = (f"mine={checkpoint}", DEFAULT_MODEL)
-    assert served(build_service(Settings(models=models))) == [("mine", True), (DEFAULT_MODEL, False)]
+    assert http_server(build_service(Settings(models=models))) == [("mine", True), (DEFAULT_MODEL, False)]
     for name in (DEFAULT_MODEL, "all-minilm-l6-v2"):
         service = build_service(Settings(models=models, default_model=name))
-        assert served(service) == [("mine", False), (DEFAULT_MODEL, True)]
+        assert http_server(service) == [("mine", False), (DEFAULT_MODEL, True)]
 
 
 @pytest.mark.parametrize(

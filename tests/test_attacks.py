@@ -21,14 +21,14 @@ from embeddings_mcp.errors import UpstreamFailed
 from embeddings_mcp.faces.mcp.server import build_mcp_server
 from tests.nim.standin import answering, stand_in
 from tests.nim.test_embedder import embed, embedding_at
-from tests.support import ROOT, SECONDS, served, service_of
+from tests.support import ROOT, SECONDS, http_server, service_of
 
 KEY = "the-key"
 
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    with served(service_of(), api_key=KEY) as url:
+    with http_server(service_of(), api_key=KEY) as url:
         yield url
 
 
@@ -181,7 +181,7 @@ def test_no_json_brings_the_server_down(url: str, body: bytes) -> None:
 @pytest.mark.anyio
 @pytest.mark.parametrize("encoding", ["gzip", "identity"])
 async def test_an_endpoint_cannot_exhaust_the_memory(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
-    monkeypatch.setattr(client, "MAX_ANSWER_BYTES", 100_000)
+    monkeypatch.setattr(client, "MAX_RESPONSE_BYTES", 100_000)
     bomb = json.dumps({"data": "x" * 30_000_000}).encode()
     headers: dict[str, Any] = {"Content_Type": "application/json", "Content_Encoding": encoding}
     body = gzip.compress(bomb) if encoding == "gzip" else bomb
@@ -194,7 +194,7 @@ async def test_an_endpoint_cannot_exhaust_the_memory(monkeypatch: pytest.MonkeyP
         assert len(endpoint.seen) == 1, "the request is not retried"
         if encoding == "identity":
             with anyio.fail_after(SECONDS):
-                await endpoint.hung_up.wait()
+                await endpoint.client_disconnected.wait()
 
 
 @pytest.mark.anyio

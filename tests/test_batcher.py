@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from embeddings_mcp.caller import with_caller_name
 from embeddings_mcp.embedders.batcher import Batcher, Claim
 from embeddings_mcp.errors import ModelUnavailable, Overloaded, ServerStopped
-from tests.support import SECONDS, Clock, until
+from tests.support import SECONDS, Clock, wait_until
 
 STOPPED = ServerStopped()
 
@@ -73,7 +73,7 @@ async def submit(
 
 
 async def until_queued(batcher: Batcher[str, object], tokens: int) -> None:
-    await until(lambda: batcher.queued_tokens == tokens)
+    await wait_until(lambda: batcher.queued_tokens == tokens)
 
 
 async def checkpoints(count: int) -> None:

@@ -109,9 +109,9 @@ async def test_a_card_does_not_change_the_pooling_of_a_plain_model(tmp_path: Pat
 
 async def test_a_known_model_keeps_the_default_prompt_of_its_files(tmp_path: Path) -> None:
     save(tmp_path, Pooling(WIDTH), prompts={"query": "q: ", "sts": "s: "}, default_prompt_name="sts")
-    known = ModelCard(id="test/known", input_type="optional", passage_prompt="p: ")
+    builtin_card = ModelCard(id="test/known", input_type="optional", passage_prompt="p: ")
 
-    card = read_checkpoint(tmp_path, known).card(known.id, known)
+    card = read_checkpoint(tmp_path, builtin_card).card(builtin_card.id, builtin_card)
 
     assert [card.prompt(input_type) for input_type in ("query", "passage", None)] == ["q: ", "p: ", "s: "]
 
@@ -157,7 +157,7 @@ async def test_a_card_changes_only_what_it_sets_on_a_known_model_at_an_endpoint(
 async def test_a_card_takes_precedence_over_the_endpoints_model_list() -> None:
     listing = answering(200, {"data": [{"id": "own/model", "max_tokens": 512, "dimensions": 8}]})
     async with (
-        stand_in(elsewhere={"/v1/models": listing}) as endpoint,
+        stand_in(route_faults={"/v1/models": listing}) as endpoint,
         open_service(endpoint_settings(endpoint, id="own/model", aliases=["mine"], max_tokens=7)) as service,
     ):
         embedder, _ = await service.catalogue.find("mine")

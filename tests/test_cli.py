@@ -23,7 +23,7 @@ from embeddings_mcp.embedders.local.locate import find_bundled
 from embeddings_mcp.faces.cli import commands, terminal
 from embeddings_mcp.models import DEFAULT_MODEL
 from embeddings_mcp.settings import Settings
-from tests.support import served
+from tests.support import http_server
 
 COMMAND = str(Path(sys.executable).with_name("embeddings-mcp"))
 ROOT = Path(__file__).parents[1]
@@ -98,7 +98,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_json_output_equals_the_rest_response(run: Run) -> None:
-    with served(build_service(Settings())) as address:
+    with http_server(build_service(Settings())) as address:
 
         def ask(path: str, **fields: object) -> Any:
             response = httpx.post(f"{address}/v1/{path}", json={"model": "default", **fields}, timeout=SECONDS)
@@ -216,7 +216,7 @@ def test_model_names_are_not_cropped_on_a_narrow_terminal(run: Run, monkeypatch:
 
 
 def test_a_cache_that_does_not_exist_yet_is_reported(run: Run, tmp_path: Path) -> None:
-    assert run("cache", "info", "--cache", str(tmp_path)).out.endswith(": nothing is remembered there yet\n")
+    assert run("cache", "info", "--cache", str(tmp_path)).out.endswith(": no vectors are cached there yet\n")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only on Linux are paths bytes")
@@ -320,7 +320,7 @@ def test_an_invalid_setting_is_named_by_its_variable(
 def test_a_server_warns_about_unknown_variables(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMBEDDINGS_MCP_DEVCE", "cpu")
     warnings = run("serve", "--default-model", "gone").err.splitlines()
-    assert warnings[0].endswith("EMBEDDINGS_MCP_DEVCE is set, and is no setting: is EMBEDDINGS_MCP_DEVICE meant?")
+    assert warnings[0].endswith("EMBEDDINGS_MCP_DEVCE is set but is not a setting: did you mean EMBEDDINGS_MCP_DEVICE?")
 
 
 @pytest.mark.parametrize(

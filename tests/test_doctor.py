@@ -80,7 +80,7 @@ async def test_a_misspelt_variable_is_noted(monkeypatch: pytest.MonkeyPatch) -> 
         noted = (await findings(at(standing.url)))["settings"]
     assert (noted.state, noted.says) == (
         "note",
-        "EMBEDDINGS_MCP_PRECISON is set, and is no setting: is EMBEDDINGS_MCP_PRECISION meant?",
+        "EMBEDDINGS_MCP_PRECISON is set but is not a setting: did you mean EMBEDDINGS_MCP_PRECISION?",
     )
 
 

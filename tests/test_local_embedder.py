@@ -20,18 +20,18 @@ import numpy as np
 import pytest
 
 from embeddings_mcp.embedders.local.inputs import Tokens
-from embeddings_mcp.embedders.local.running.loaded import Facts
+from embeddings_mcp.embedders.local.running.loaded import ModelInfo
 from embeddings_mcp.embedders.local_embedder import LocalEmbedder
 from embeddings_mcp.errors import CheckpointInvalid, InputTooLong, Overloaded, ServerStopped
 from embeddings_mcp.models import InputType, ModelCard, Truncate
-from tests.support import SECONDS, until
+from tests.support import SECONDS, wait_until
 
 pytestmark = pytest.mark.anyio
 
 ROUGH = ModelCard(id="test/rough")
 EXACT = ModelCard(id="test/rough", dimensions=1, max_tokens=8)
 
-SIX = Facts(card=EXACT, dimensions=1, vocabulary=1, packed=True, tokens_per_batch=6, least_tokens_per_batch=1)
+SIX = ModelInfo(card=EXACT, dimensions=1, vocabulary_size=1, packed=True, tokens_per_batch=6, min_tokens_per_batch=1)
 
 
 @dataclass
@@ -42,7 +42,7 @@ class SteppedEncoder:
     Texts are tokenized a hundred at a time: the first hundred of a request at once, the others when the test allows it.
     """
 
-    facts: Facts = SIX
+    info: ModelInfo = SIX
     special: int = 0
     alive: bool = True
     closed: int = 0
@@ -62,7 +62,7 @@ class SteppedEncoder:
     def workers(self, cores: int) -> int:
         return 1
 
-    def compute_on(self, cores: int) -> None:
+    def set_thread_cores(self, cores: int) -> None:
         """Nothing to do: it needs no cores."""
 
     def close(self) -> None:
@@ -132,7 +132,7 @@ async def test_the_model_is_loaded_once_for_concurrent_first_requests() -> None:
     async with anyio.create_task_group() as callers:
         for caller in range(1, 6):
             callers.start_soon(ask, caller)
-        await until(lambda: loader.calls)
+        await wait_until(lambda: loader.calls)
         loader.may_end.set()
     assert answers == {caller: [caller] for caller in range(1, 6)}
     assert await embed(embedder, ["x"]) == [1]
@@ -158,7 +158,7 @@ async def test_the_event_loop_is_not_blocked_while_the_model_is_loaded_or_comput
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(embed, embedder, ["a"])
         # Neither can have ended, since only this task, which runs on the event loop, allows it.
-        await until(lambda: loader.calls)
+        await wait_until(lambda: loader.calls)
         loader.may_end.set()
         assert await loader.encoder.next_batch() == [1]
         loader.encoder.steps.release()
@@ -177,7 +177,7 @@ async def test_cancelling_one_request_while_the_model_is_loaded_does_not_affect_
     async with anyio.create_task_group() as staying:
         async with anyio.create_task_group() as leaving:
             leaving.start_soon(embed, embedder, ["a"])
-            await until(lambda: loader.calls)
+            await wait_until(lambda: loader.calls)
             staying.start_soon(ask)
             leaving.cancel_scope.cancel()
         assert not answers
@@ -192,7 +192,7 @@ async def test_loading_continues_when_all_waiting_requests_are_cancelled() -> No
     embedder = embedder_of(loader, loaded=False)
     async with anyio.create_task_group() as leaving:
         leaving.start_soon(embed, embedder, ["a"])
-        await until(lambda: loader.calls)
+        await wait_until(lambda: loader.calls)
         leaving.cancel_scope.cancel()
     loader.may_end.set()
     assert await embed(embedder, ["abc"]) == [3]
@@ -213,7 +213,7 @@ async def test_a_failed_load_fails_all_waiting_requests_and_is_tried_again_for_t
     async with anyio.create_task_group() as callers:
         for _ in range(3):
             callers.start_soon(ask)
-        await until(lambda: loader.calls)
+        await wait_until(lambda: loader.calls)
         loader.may_end.set()
     assert messages == ["config.json is missing"] * 3
     assert loader.calls == 1
@@ -229,10 +229,10 @@ async def test_a_failed_load_that_no_request_waited_for_does_not_fail_the_next()
     embedder = embedder_of(loader, loaded=False)
     async with anyio.create_task_group() as leaving:
         leaving.start_soon(embed, embedder, ["a"])
-        await until(lambda: loader.calls)
+        await wait_until(lambda: loader.calls)
         leaving.cancel_scope.cancel()
     loader.may_end.set()
-    await until(lambda: embedder._loaded._made is None)
+    await wait_until(lambda: embedder._loaded._made is None)
     loader.failure = None
     assert await embed(embedder, ["abc"]) == [3]
 
@@ -322,7 +322,7 @@ async def test_a_short_request_waits_for_one_batch_of_a_long_one_not_for_all() -
         callers.start_soon(embed, embedder, ["aaa"] * 6)
         assert await encoder.next_batch() == [3, 3]
         callers.start_soon(embed, embedder, ["b"])
-        await until(lambda: queued_tokens(embedder) == 13)
+        await wait_until(lambda: queued_tokens(embedder) == 13)
         encoder.steps.release()
         assert await encoder.next_batch() == [3, 1]
         encoder.steps.release(100)
@@ -337,7 +337,7 @@ async def test_requests_that_wait_for_a_worker_share_the_next_batch() -> None:
         assert await encoder.next_batch() == [1]
         for text in ("bb", "ccc"):
             callers.start_soon(embed, embedder, [text])
-        await until(lambda: queued_tokens(embedder) == 5)
+        await wait_until(lambda: queued_tokens(embedder) == 5)
         assert encoder.begun.empty()
         encoder.steps.release(2)
         assert await encoder.next_batch() == [3, 2]
@@ -370,7 +370,7 @@ async def test_the_tokens_of_a_request_are_estimated_from_earlier_requests(
             callers.start_soon(ask, ["a"])
             await encoder.next_batch()
             callers.start_soon(ask, ["b"] * 30)
-            await until(lambda: queued_tokens(embedder))
+            await wait_until(lambda: queued_tokens(embedder))
             with pytest.raises(Overloaded, match=f"there is no room for {estimate} more"):
                 await ask(["x" * 6] * 1000)
             encoder.steps.release(2)
@@ -408,9 +408,9 @@ async def test_cancelling_a_waiting_request_lets_the_next_one_run() -> None:
         assert await encoder.next_batch() == [1]
         async with anyio.create_task_group() as leaving:
             leaving.start_soon(embed, embedder, ["bb"])
-            await until(lambda: queued_tokens(embedder) == 2)
+            await wait_until(lambda: queued_tokens(embedder) == 2)
             staying.start_soon(embed, embedder, ["ccc"])
-            await until(lambda: queued_tokens(embedder) == 5)
+            await wait_until(lambda: queued_tokens(embedder) == 5)
             leaving.cancel_scope.cancel()
         encoder.steps.release(2)
         assert await encoder.next_batch() == [3]
@@ -429,7 +429,7 @@ async def test_closing_fails_requests_that_wait_for_the_model() -> None:
 
     async with anyio.create_task_group() as callers:
         callers.start_soon(ask)
-        await until(lambda: loader.calls)
+        await wait_until(lambda: loader.calls)
         await embedder.aclose()
 
     # The model that finishes loading afterwards is disposed of without an error.
@@ -479,7 +479,7 @@ def test_a_load_that_outlives_the_event_loop_ends_without_an_error() -> None:
         embedder = embedder_of(loader, loaded=False)
         with anyio.move_on_after(0):
             await embedder.check()
-        await until(lambda: loader.calls)
+        await wait_until(lambda: loader.calls)
         await embedder.aclose()
 
     anyio.run(leave_while_loading)

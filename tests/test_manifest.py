@@ -28,7 +28,7 @@ from embeddings_mcp.publish.capability import VERSIONS
 from embeddings_mcp.settings import EndpointSettings, Settings
 from tests.nim.standin import ASYMMETRIC, SYMMETRIC, stand_in
 from tests.publish.schemas import schema_of
-from tests.support import ROOT, HashEmbedder, running
+from tests.support import ROOT, HashEmbedder, server_process
 
 CAPABILITIES = ROOT / "tests" / "data" / "capabilities"
 COMMAND = str(Path(sys.executable).with_name("embeddings-mcp"))
@@ -313,14 +313,14 @@ def test_a_missing_key_for_callers_prevents_the_start(monkeypatch: pytest.Monkey
         read_manifest(CAPABILITIES / "self-hosted-nim.yaml").added_to(Settings())
 
 
-def served(file: str, address: str, model: str, folder: Path) -> AbstractContextManager[tuple[Any, str]]:
+def http_server(file: str, address: str, model: str, folder: Path) -> AbstractContextManager[tuple[Any, str]]:
     """Run a server process with one of the capabilities, in which the endpoint's address is replaced."""
     text = (CAPABILITIES / file).read_text("utf-8").replace("text-embedding-3-small", model)
     for known in ("https://api.openai.com", "http://localhost:8000"):
         text = text.replace(known, address)
     capability = folder / file
     capability.write_text(text, encoding="utf-8")
-    return running(COMMAND, "serve", "--transport", "http", "--port", "0", "--manifest", str(capability))
+    return server_process(COMMAND, "serve", "--transport", "http", "--port", "0", "--manifest", str(capability))
 
 
 def embed(url: str, model: str, **fields: str) -> Any:
@@ -335,7 +335,7 @@ async def test_openais_capability_can_be_served(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("OPENAI_API_KEY", "sk-of-the-test")
 
     def ask() -> Any:
-        with served("openai.yaml", endpoint.url, SYMMETRIC.id, tmp_path) as (_, url):
+        with http_server("openai.yaml", endpoint.url, SYMMETRIC.id, tmp_path) as (_, url):
             return embed(url, "default")
 
     async with stand_in(prompts=False) as endpoint:
@@ -353,7 +353,7 @@ async def test_a_nims_capability_can_be_served(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("CALLERS_KEY", "of-callers")
 
     def ask() -> Any:
-        with served("self-hosted-nim.yaml", endpoint.url, "", tmp_path) as (_, url):
+        with http_server("self-hosted-nim.yaml", endpoint.url, "", tmp_path) as (_, url):
             assert httpx.get(f"{url}/v1/models").status_code == 401
             return embed(url, ASYMMETRIC.id, input_type="passage")
 

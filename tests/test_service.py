@@ -33,7 +33,7 @@ from embeddings_mcp.serialization import parse
 from embeddings_mcp.service import MAX_SCORES, EmbeddingService
 from embeddings_mcp.settings import Settings
 from embeddings_mcp.vectors import normalize
-from tests.support import HashEmbedder, until
+from tests.support import HashEmbedder, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -567,7 +567,7 @@ async def test_cancelling_a_caller_cancels_its_embedding_and_no_other() -> None:
     with anyio.fail_after(10):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(embed, service, "a")
-            await until(lambda: slow.batches)
+            await wait_until(lambda: slow.batches)
             assert await embed(service, "b", model="test/nested-query")
             tasks.cancel_scope.cancel()
     assert slow.cancelled

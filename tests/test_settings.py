@@ -99,8 +99,8 @@ def test_a_misspelt_variable_is_reported_but_not_settings_keys_or_those_of_kuber
     ]
     assert list(misspelt(environment, settings)) == []
     assert list(misspelt([*environment, "EMBEDDINGS_MCP_XYZ", "EMBEDDINGS_MCP_APIKEY"], settings)) == [
-        "EMBEDDINGS_MCP_APIKEY is set, and is no setting: is EMBEDDINGS_MCP_API_KEY meant?",
-        "EMBEDDINGS_MCP_XYZ is set, and is no setting",
+        "EMBEDDINGS_MCP_APIKEY is set but is not a setting: did you mean EMBEDDINGS_MCP_API_KEY?",
+        "EMBEDDINGS_MCP_XYZ is set but is not a setting",
     ]
 
 

@@ -16,11 +16,11 @@ from embeddings_mcp.assemble import build_service, open_embedder
 from embeddings_mcp.embedders.base import Embedder
 from embeddings_mcp.errors import UnknownModel
 from embeddings_mcp.faces.cli.commands import app
-from embeddings_mcp.models import InputType, ModelCard, OwnCard
+from embeddings_mcp.models import CardOverride, InputType, ModelCard
 from embeddings_mcp.settings import EndpointSettings, Settings
 from embeddings_mcp.vectors import FloatMatrix
 from embeddings_mcp.verification import SAMPLES, verify
-from tests.support import HashEmbedder, served
+from tests.support import HashEmbedder, http_server
 
 GOLDEN = Path(__file__).parent / "golden"
 E5 = f"e5={GOLDEN / 'e5' / 'model'}"
@@ -41,11 +41,11 @@ async def open_one(opened: AsyncExitStack, where: str, model: str = "e5", settin
 @pytest.mark.anyio
 async def test_a_model_and_a_server_of_it_make_the_same_vectors(opened: AsyncExitStack) -> None:
     model = f"tiny/nemotron={GOLDEN / 'nemotron-3-embed' / 'model'}"
-    with served(build_service(Settings(models=(model,)))) as url:
+    with http_server(build_service(Settings(models=(model,)))) as url:
         verdict = await verify(await open_one(opened, model), await open_one(opened, url, "tiny/nemotron"))
 
     assert verdict.same
-    assert "the same vector space: vectors are equal" in verdict.words
+    assert "the same vector space: vectors are equal" in verdict.summary
     assert len(verdict.comparisons) == 2 * len(SAMPLES)
 
 
@@ -54,7 +54,7 @@ async def test_an_endpoint_that_cannot_truncate_is_compared_on_samples_that_are_
     opened: AsyncExitStack,
 ) -> None:
     model = f"tiny/m3={GOLDEN / 'bge-m3' / 'model'}"
-    with served(build_service(Settings(models=(model,)))) as url:
+    with http_server(build_service(Settings(models=(model,)))) as url:
         settings = Settings(endpoints=(EndpointSettings(url=url, dialect="openai"),))
         verdict = await verify(await open_one(opened, model), await open_one(opened, url, "tiny/m3", settings=settings))
 
@@ -92,31 +92,31 @@ async def test_vectors_are_the_same_only_up_to_rounding(cosine: float, same: boo
     verdict = await verify(HashEmbedder(card=card), Perturbed(card=card, cosine=cosine))
 
     assert verdict.same is same
-    assert words in verdict.words
+    assert words in verdict.summary
 
 
 @pytest.mark.anyio
 async def test_missing_prompts_make_another_vector_space(opened: AsyncExitStack) -> None:
-    bare = Settings(cards=(OwnCard(id="nvidia/nv-embedqa-e5-v5", query_prompt="", passage_prompt=""),))
+    bare = Settings(cards=(CardOverride(id="nvidia/nv-embedqa-e5-v5", query_prompt="", passage_prompt=""),))
     verdict = await verify(await open_one(opened, E5), await open_one(opened, E5, settings=bare))
 
     assert not verdict.same
-    assert "not the same vector space" in verdict.words
+    assert "not the same vector space" in verdict.summary
 
 
 @pytest.mark.anyio
 async def test_one_wrong_prompt_is_named(opened: AsyncExitStack) -> None:
-    half = Settings(cards=(OwnCard(id="e5", query_prompt="question: "),))
+    half = Settings(cards=(CardOverride(id="e5", query_prompt="question: "),))
     verdict = await verify(await open_one(opened, E5), await open_one(opened, E5, settings=half))
 
     assert not verdict.same
-    assert "all of them embedded as query: the prompts may differ" in verdict.words
+    assert "all of them embedded as query: the prompts may differ" in verdict.summary
 
 
 @pytest.mark.anyio
 async def test_an_endpoint_without_the_model_names_those_it_has(opened: AsyncExitStack) -> None:
     with (
-        served(build_service(Settings(models=(E5,)))) as url,
+        http_server(build_service(Settings(models=(E5,)))) as url,
         pytest.raises(UnknownModel, match=r"has no model 'bge-m3'; it has: nvidia/nv-embedqa-e5-v5"),
     ):
         await open_one(opened, url, "bge-m3")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import SecretStr
 
-from embeddings_mcp.catalogue import DEFAULT, ModelSource, ids_of, meaning
+from embeddings_mcp.catalogue import DEFAULT, ModelSource, model_ids, resolve_name
 from embeddings_mcp.embedders.base import Embedder
 from embeddings_mcp.embedders.cache import Cache, DiskStore, MemoryStore, cached
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint, read_checkpoint
@@ -23,7 +23,7 @@ from embeddings_mcp.embedders.local.fingerprint import file_digest, file_state
 from embeddings_mcp.embedders.local.locate import find_bundled
 from embeddings_mcp.embedders.local.model_files import ModelFiles
 from embeddings_mcp.embedders.local.running.loaded import LoadedModel
-from embeddings_mcp.embedders.local.running.loading import Loading
+from embeddings_mcp.embedders.local.running.loading import LoadParameters
 from embeddings_mcp.embedders.local_embedder import LocalEmbedder
 from embeddings_mcp.errors import CheckpointInvalid, InvalidRequest, InvalidSetting, UnknownModel
 from embeddings_mcp.models import DEFAULT_MODEL, ModelCard, find_card, find_cards, find_id
@@ -34,7 +34,7 @@ from embeddings_mcp.settings import EndpointSettings, Settings
 if TYPE_CHECKING:
     from embeddings_mcp.embedders.nim import Endpoint
 
-_TICK_SECONDS = 2.0
+_TIMESTAMP_RESOLUTION_SECONDS = 2.0
 """Resolution of file timestamps on some file systems: two changes closer together than this may have the same time."""
 
 
@@ -80,11 +80,11 @@ async def service_for(settings: Settings, model: str | None, *, at_endpoint: boo
             stack.push_async_callback(source.aclose)
             await source.discover(0)
         models = [source.models for source in sources]
-        ids = ids_of(*models)
+        ids = model_ids(*models)
         if model is None and len(ids) != 1:
             raise InvalidRequest(f"say which model with --model: the endpoint has {', '.join(ids) or 'none'}")
         name = ids[0] if model is None else model
-        if at_endpoint or any(meaning(name, of_source) for of_source in models):
+        if at_endpoint or any(resolve_name(name, of_source) for of_source in models):
             stack.pop_all()
             return EmbeddingService((), default_model=name, sources=sources)
     return build_service(settings_for_model(settings, name))
@@ -128,7 +128,7 @@ async def open_embedder(where: str, model: str, settings: Settings) -> Embedder:
         if embedder is not None:
             stack.pop_all()
             return embedder
-    raise UnknownModel(f"{where} has no model {model!r}; it has: {', '.join(ids_of(source.models)) or 'none'}")
+    raise UnknownModel(f"{where} has no model {model!r}; it has: {', '.join(model_ids(source.models)) or 'none'}")
 
 
 def endpoint_models(settings: Settings, cache: Cache | None = None, *, ask_hosted: bool = True) -> list[ModelSource]:
@@ -209,25 +209,25 @@ def _local_embedder(spec: str, settings: Settings, cache: Cache | None = None) -
     """
     given_name, folder = _parse_spec(spec)
     name = find_id(given_name, settings.cards)
-    own, known = find_cards(given_name, settings.cards)
+    user_card, builtin_card = find_cards(given_name, settings.cards)
     if checkpoint := folder or find_bundled(name):
         try:
-            card = read_checkpoint(checkpoint, known).card(name, known, own)
+            card = read_checkpoint(checkpoint, builtin_card).card(name, builtin_card, user_card)
         except OSError as error:
             raise CheckpointInvalid(f"{checkpoint} cannot be read: {error}") from error
     else:
-        card = known or ModelCard(id=name)
-        card = own.over(card) if own else card
+        card = builtin_card or ModelCard(id=name)
+        card = user_card.apply_to(card) if user_card else card
     files = ModelFiles(
         name,
-        known=known,
-        own=own,
+        builtin_card=builtin_card,
+        user_card=user_card,
         folder=folder,
         repository=card.repository,
         device=settings.device,
         precision=settings.precision,
         cuda_graphs=settings.cuda_graphs,
-        process=functools.partial(_start_process, workers=settings.workers) if settings.model_process else None,
+        start_process=functools.partial(_start_process, workers=settings.workers) if settings.model_process else None,
         digest=file_state if cache is None or cache.disk is None else _memoized_digest(cache.disk),
     )
     return LocalEmbedder(
@@ -239,7 +239,7 @@ def _local_embedder(spec: str, settings: Settings, cache: Cache | None = None) -
     )
 
 
-def _start_process(loading: Loading, checkpoint: Checkpoint, *, workers: int | None) -> LoadedModel:
+def _start_process(loading: LoadParameters, checkpoint: Checkpoint, *, workers: int | None) -> LoadedModel:
     """Load the model in a subprocess."""
     # Imported here, since it imports the tokenizer, which is slow.
     from embeddings_mcp.embedders.local.running.model_process import ModelProcess
@@ -266,9 +266,9 @@ def _memoized_digest(disk: DiskStore) -> Callable[[Path], str]:
     """Return `file_digest`, which reads the whole file, memoized on disk by the file's state."""
 
     def digest(path: Path) -> str:
-        if time.time() - path.stat().st_ctime < _TICK_SECONDS:
+        if time.time() - path.stat().st_ctime < _TIMESTAMP_RESOLUTION_SECONDS:
             return file_digest(path)
-        return disk.noted(file_state(path), lambda: file_digest(path))
+        return disk.get_or_compute_note(file_state(path), lambda: file_digest(path))
 
     return digest
 

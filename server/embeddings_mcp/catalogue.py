@@ -22,7 +22,7 @@ from embeddings_mcp.models import InputType, find_card
 
 logger = logging.getLogger(__name__)
 
-FRESH_SECONDS = 60.0
+MODEL_LIST_TTL_SECONDS = 60.0
 """How long an endpoint's list of models stays fresh."""
 
 DEFAULT = "default"
@@ -123,7 +123,7 @@ class Catalogue:
     @property
     def default(self) -> Embedder | None:
         """The default model; None until the endpoint that may serve it has listed its models."""
-        candidates = (meaning(self._default, models) for models in self._name_tables())
+        candidates = (resolve_name(self._default, models) for models in self._name_tables())
         resolved = next(filter(None, candidates), None)
         return resolved and resolved[0]
 
@@ -145,14 +145,14 @@ class Catalogue:
             UpstreamUnavailable: an endpoint that may serve the model cannot list its models.
         """
         name = next((self._default + end for end in ("", *_SUFFIXES) if model.lower() == DEFAULT + end), model)
-        if resolved := meaning(name, self._local):
+        if resolved := resolve_name(name, self._local):
             return resolved
-        for max_age in (math.inf, FRESH_SECONDS):  # first only list endpoints that were never listed
+        for max_age in (math.inf, MODEL_LIST_TTL_SECONDS):  # first only list endpoints that were never listed
             for source in self.sources:
-                if resolved := meaning(name, source.models):
+                if resolved := resolve_name(name, source.models):
                     return resolved
                 await _discover(source, name, max_age)
-                if resolved := meaning(name, source.models):
+                if resolved := resolve_name(name, source.models):
                     return resolved
         raise UnknownModel(
             f"`model` {name[:100]!r} is not served here; served are: {self._ids()} (or `default`){_advice(name)}",
@@ -180,7 +180,7 @@ class Catalogue:
         return ", ".join(embedder.card.id for embedder in self.known)
 
 
-def meaning(model: str, models: Mapping[str, Embedder]) -> ResolvedModel | None:
+def resolve_name(model: str, models: Mapping[str, Embedder]) -> ResolvedModel | None:
     """Resolve a name among these models; an exact match takes precedence over a name with a suffix."""
     name = model.lower()
     if embedder := models.get(name):
@@ -191,7 +191,7 @@ def meaning(model: str, models: Mapping[str, Embedder]) -> ResolvedModel | None:
     return None
 
 
-def ids_of(*name_tables: Mapping[str, Embedder]) -> list[str]:
+def model_ids(*name_tables: Mapping[str, Embedder]) -> list[str]:
     """Return the ids of these models without duplicates, although a model may have several names."""
     return list(dict.fromkeys(embedder.card.id for models in name_tables for embedder in models.values()))
 
@@ -209,7 +209,7 @@ async def _discover(source: ModelSource, name: str, max_age: float) -> None:
 
 async def _refresh(source: ModelSource) -> None:
     try:
-        await source.discover(FRESH_SECONDS)
+        await source.discover(MODEL_LIST_TTL_SECONDS)
     except EmbeddingsError as error:
         logger.warning("cannot update the list of models of %s: %s", source.origin, error.message)
 

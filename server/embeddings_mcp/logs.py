@@ -18,7 +18,7 @@ from embeddings_mcp.settings import Settings
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 """The id of the current request."""
 
-ACCESS = "embeddings_mcp.access"
+ACCESS_LOGGER = "embeddings_mcp.access"
 """The logger that writes an INFO record for every HTTP request."""
 
 # Includes lone surrogates, which cannot be encoded: file names that are not UTF-8 contain them.
@@ -29,18 +29,18 @@ _FIELDS = "fields"
 def configure(settings: Settings) -> None:
     """Log to stderr in the format and at the level given by the settings."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines() if settings.log_format == "json" else TextLines())
+    handler.setFormatter(JsonFormatter() if settings.log_format == "json" else TextFormatter())
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
 
 
-def access(**fields: str | float) -> None:
+def log_access(**fields: str | float) -> None:
     """Log a completed HTTP request."""
-    logger = logging.getLogger(ACCESS)
+    logger = logging.getLogger(ACCESS_LOGGER)
     if logger.isEnabledFor(logging.INFO):
         logger.info(" ".join(f"{name}={value}" for name, value in fields.items()), extra={_FIELDS: fields})
 
 
-class TextLines(logging.Formatter):
+class TextFormatter(logging.Formatter):
     """Formats ``LEVEL logger: message``; a traceback follows on separate lines."""
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class TextLines(logging.Formatter):
         return _escaped(super().formatMessage(record)) + (f" [{current}]" if current else "")
 
 
-class JsonLines(logging.Formatter):
+class JsonFormatter(logging.Formatter):
     """Formats one JSON object per record, including tracebacks."""
 
     def format(self, record: logging.LogRecord) -> str:

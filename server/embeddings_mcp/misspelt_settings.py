@@ -26,4 +26,4 @@ def misspelt(environment: Iterable[str], settings: Settings) -> Iterator[str]:
         if prefix != PREFIX or rest in known or name in key_variables or _KUBERNETES_VARIABLE.fullmatch(rest):
             continue
         matches = difflib.get_close_matches(rest, known, n=1)
-        yield f"{name} is set, and is no setting" + (f": is {PREFIX}{matches[0]} meant?" if matches else "")
+        yield f"{name} is set but is not a setting" + (f": did you mean {PREFIX}{matches[0]}?" if matches else "")

@@ -87,7 +87,7 @@ class ModelCard:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OwnCard:
+class CardOverride:
     """A user's card, which overrides a `ModelCard`; fields that are None override nothing."""
 
     id: str
@@ -110,7 +110,7 @@ class OwnCard:
         """The card's id and aliases, in lower case."""
         return frozenset(name.lower() for name in (self.id, *(self.aliases or ())))
 
-    def over(self, card: ModelCard) -> ModelCard:
+    def apply_to(self, card: ModelCard) -> ModelCard:
         """Return `card` overridden by this one; prompts given here take effect unless `input_type` says otherwise."""
         overrides = {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
         # If the id changes, the model keeps its previous names and its repository.
@@ -270,8 +270,8 @@ def find_card(name: str, cards: Iterable[ModelCard] = CARDS) -> ModelCard | None
 
 
 def find_cards(
-    name: str, own: Sequence[OwnCard], cards: Iterable[ModelCard] = CARDS
-) -> tuple[OwnCard | None, ModelCard | None]:
+    name: str, own: Sequence[CardOverride], cards: Iterable[ModelCard] = CARDS
+) -> tuple[CardOverride | None, ModelCard | None]:
     """Find the user's card and the built-in card of a model by any name in either; each is None if there is none."""
     override = next((card for card in own if name.lower() in card.names), None)
     built_in = find_card(override.id if override else name, cards)
@@ -280,7 +280,7 @@ def find_cards(
     return override, built_in
 
 
-def find_id(name: str, own: Sequence[OwnCard]) -> str:
+def find_id(name: str, own: Sequence[CardOverride]) -> str:
     """Return the id in the user's card for `name`, else in the built-in card, else `name` itself."""
     override, built_in = find_cards(name, own)
     card = override or built_in

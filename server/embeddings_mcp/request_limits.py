@@ -35,7 +35,7 @@ class Limits:
     mcp_answer_bytes: int
 
     @classmethod
-    def of(cls, settings: Settings) -> Limits:
+    def from_settings(cls, settings: Settings) -> Limits:
         """Read the limits from the settings."""
         return cls(
             settings.max_inputs,
@@ -44,7 +44,7 @@ class Limits:
             settings.max_mcp_answer_bytes,
         )
 
-    async def answer(
+    async def run(
         self, service: EmbeddingService, operation: Operation, request: BaseModel, on_progress: OnProgress | None = None
     ) -> Mapping[str, Any]:
         """Run the operation within these limits.
@@ -86,5 +86,5 @@ class Limits:
                     )
 
 
-DEFAULT_LIMITS = Limits.of(Settings.model_construct())
+DEFAULT_LIMITS = Limits.from_settings(Settings.model_construct())
 """The limits with default settings."""

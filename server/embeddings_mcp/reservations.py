@@ -65,41 +65,41 @@ class Reservations:
     """Admits a client if there is capacity for it, and otherwise tells it when to retry.
 
     Args:
-        room: the capacity.
-        alike: how many reservations clients of the same identity may hold. One more such client is taken for the last
-            of them, retrying too early.
+        capacity: the total.
+        max_per_client: how many reservations clients of the same identity may hold. One more such client is taken for
+            the last of them, retrying too early.
     """
 
-    def __init__(self, room: float, *, alike: int = 1) -> None:
-        self._capacity = room
-        self._max_per_client = alike
+    def __init__(self, capacity: float, *, max_per_client: int = 1) -> None:
+        self._capacity = capacity
+        self._max_per_client = max_per_client
         self._reservations: list[_Reservation] = []  # in the order in which they are due
         self._by_client: dict[Hashable, list[_Reservation]] = {}  # the same, in the same order
         self._reserved_size = 0.0  # of all reservations
 
-    def wait(self, client: Hashable, size: float, *, used: float, per_second: float) -> float:
+    def retry_after(self, client: Hashable, size: float, *, used: float, released_per_second: float) -> float:
         """Return after how many whole seconds there is capacity for a client; 0 if there is now.
 
         Args:
             client: identifies the client when it retries.
             size: how much capacity it wants. If that is more than there is in all, it is admitted once little is used.
             used: how much is in use already, the sum of every user's `effective_size`.
-            per_second: how much capacity is released per second; 0 if that is not known yet.
+            released_per_second: how much capacity is released per second; 0 if that is not known yet.
         """
         now = time.monotonic()
         self._drop_expired(now)
         size = self.effective_size(size)
-        promised_per_second = PROMISED_FRACTION * per_second
+        promised_per_second = PROMISED_FRACTION * released_per_second
         reservations = self._by_client.get(client, [])
         if reservations and reservations[0].due - _CLOCK_SKEW_SECONDS <= now:
             excess = used + size - (1 + OVERCOMMIT_FRACTION) * self._capacity
-            if not used or excess <= 0 or not per_second:
+            if not used or excess <= 0 or not released_per_second:
                 return 0.0
             self._remove(reservations[0])  # on time, but there is no capacity after all: it goes next
             return self._reserve(client, size, now, excess / promised_per_second, promised_per_second)
         if not used or used + size + self._held(now, promised_per_second) <= self._capacity:
             return 0.0
-        if not per_second:
+        if not released_per_second:
             return 1.0
         if len(reservations) >= self._max_per_client:
             return _whole_seconds(reservations[-1].due - now)

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, fi
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from embeddings_mcp.models import DEFAULT_MODEL, OwnCard, Precision
+from embeddings_mcp.models import DEFAULT_MODEL, CardOverride, Precision
 
 PREFIX = "EMBEDDINGS_MCP_"
 """Prefix of the environment variables that are settings."""
@@ -98,7 +98,7 @@ class Settings(BaseSettings):
         str | None, Field(description="The model that `default` refers to; the first model if not set.")
     ] = None
     cards: Annotated[
-        tuple[OwnCard, ...],
+        tuple[CardOverride, ...],
         NoDecode,
         Field(
             description="Model cards of your own, as a JSON array. A card overrides what is otherwise known about its "
@@ -362,7 +362,7 @@ class Settings(BaseSettings):
     @classmethod
     def _check_tls(cls, key: Path | None, others: ValidationInfo) -> Path | None:
         if key is not None and others.data.get("tls_certificate") is None:
-            raise PydanticCustomError("tls", "is of no use without a certificate, tls_certificate")
+            raise PydanticCustomError("tls", "has no effect without tls_certificate")
         return key
 
     @field_validator("cards", mode="before")
@@ -373,7 +373,7 @@ class Settings(BaseSettings):
         cards = _from_json(value)
         if not isinstance(cards, list) or not all(isinstance(card, dict) for card in cards):
             raise PydanticCustomError("cards", "must be a JSON array of objects, one for each card")
-        known = [field.name for field in fields(OwnCard)]
+        known = [field.name for field in fields(CardOverride)]
         for name in (name for card in cards for name in card if name not in known):
             # Pydantic ignores unknown keys of a dataclass, so a misspelt limit would silently have no effect.
             raise PydanticCustomError(
@@ -383,7 +383,7 @@ class Settings(BaseSettings):
 
     @field_validator("cards")
     @classmethod
-    def _check_cards(cls, cards: tuple[OwnCard, ...]) -> tuple[OwnCard, ...]:
+    def _check_cards(cls, cards: tuple[CardOverride, ...]) -> tuple[CardOverride, ...]:
         for card in cards:
             for name in ("dimensions", "max_tokens", "matryoshka"):
                 value = getattr(card, name)

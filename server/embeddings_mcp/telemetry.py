@@ -78,7 +78,7 @@ _stages: ContextVar[dict[Stage, float] | None] = ContextVar("stages", default=No
 
 
 @contextmanager
-def staged() -> Iterator[dict[Stage, float]]:
+def collect_stages() -> Iterator[dict[Stage, float]]:
     """Collect the seconds spent in each stage of the request that is processed in this block."""
     stages: dict[Stage, float] = {}
     token = _stages.set(stages)

@@ -71,13 +71,13 @@ class Verdict:
 
     Attributes:
         same: whether both have the same vector space.
-        words: the same in words, with the likely cause of a difference.
+        summary: the result as one sentence, with the likely cause of a difference.
         comparisons: the comparisons in the order of the samples, without samples that are too long for an embedder that
             cannot truncate.
     """
 
     same: bool
-    words: str
+    summary: str
     comparisons: tuple[Comparison, ...]
 
 
@@ -104,8 +104,8 @@ async def verify(one: Embedder, other: Embedder) -> Verdict:
                     raise
                 del samples[[*samples][error.index]]
         if left.shape[1] != right.shape[1]:
-            words = f"not the same vector space: vectors of {left.shape[1]} and of {right.shape[1]} numbers"
-            return Verdict(same=False, words=words, comparisons=())
+            summary = f"not the same vector space: vectors of {left.shape[1]} and of {right.shape[1]} numbers"
+            return Verdict(same=False, summary=summary, comparisons=())
         cosines = (normalize(left) * normalize(right)).sum(axis=1)
         comparisons += [
             Comparison(sample, input_type, float(cosine)) for sample, cosine in zip(samples, cosines, strict=True)
@@ -135,16 +135,16 @@ def _judge(comparisons: Sequence[Comparison]) -> Verdict:
     different = [comparison for comparison in comparisons if not comparison.cosine >= SAME]
     if not different:
         exactness = "equal" if lowest > 0.99999 else "equal up to rounding, as of bfloat16"
-        words = f"the same vector space: vectors are {exactness} (lowest cosine {lowest:.6f})"
+        summary = f"the same vector space: vectors are {exactness} (lowest cosine {lowest:.6f})"
     else:
-        words = (
+        summary = (
             f"not the same vector space: {len(different)} of {len(comparisons)} vectors differ (lowest {lowest:.4f})"
         )
         input_types = {comparison.input_type for comparison in different}
         if input_types != {comparison.input_type for comparison in comparisons}:
-            words += f", all of them embedded as {input_types.pop()}: the prompts may differ"
+            summary += f", all of them embedded as {input_types.pop()}: the prompts may differ"
         elif lowest >= NEAR:
-            words += ": the weights may be quantised, or the prompts differ"
+            summary += ": the weights may be quantised, or the prompts differ"
         elif len(different) < len(comparisons):
-            words += f": {', '.join(dict.fromkeys(comparison.sample for comparison in different))}"
-    return Verdict(same=not different, words=words, comparisons=tuple(comparisons))
+            summary += f": {', '.join(dict.fromkeys(comparison.sample for comparison in different))}"
+    return Verdict(same=not different, summary=summary, comparisons=tuple(comparisons))

@@ -25,7 +25,7 @@ from embeddings_mcp.embedders.cache.rows import Key, Row
 from embeddings_mcp.errors import ModelUnavailable
 from tests.cache.support import MB, TextByText, ask, expected, on_disk, read_only
 from tests.cache.writer import MAX_BYTES, batch
-from tests.support import over_stdio, until
+from tests.support import stdio_process, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -89,7 +89,7 @@ async def test_rows_completed_before_a_failure_or_cancellation_are_in_the_file(t
     embedder = on_disk(source, DiskStore(tmp_path, MB))
     async with anyio.create_task_group() as cancelled:
         cancelled.start_soon(ask, embedder, TEXTS)
-        await until(lambda: source.counts["one"])
+        await wait_until(lambda: source.counts["one"])
         cancelled.cancel_scope.cancel()
     await embedder.aclose()
 
@@ -156,7 +156,7 @@ def test_a_process_that_is_killed_loses_nothing_that_was_committed(tmp_path: Pat
 
 
 def writer(folder: Path, name: str) -> AbstractContextManager[subprocess.Popen[str]]:
-    return over_stdio(sys.executable, "-m", "tests.cache.writer", str(folder), name)
+    return stdio_process(sys.executable, "-m", "tests.cache.writer", str(folder), name)
 
 
 def acknowledged(process: subprocess.Popen[str], batches: int) -> int:
@@ -392,7 +392,7 @@ async def test_a_closed_cache_is_empty_and_stores_nothing(tmp_path: Path) -> Non
 async def test_a_note_is_computed_once(tmp_path: Path) -> None:
     for answer in ("blue", "green"):
         disk = DiskStore(tmp_path, MB)
-        assert disk.noted("the sky", lambda answer=answer: answer) == "blue"  # type: ignore[misc]
+        assert disk.get_or_compute_note("the sky", lambda answer=answer: answer) == "blue"  # type: ignore[misc]
         await disk.aclose()
     garbage(tmp_path / FILE)
-    assert DiskStore(tmp_path, MB).noted("the sky", lambda: "grey") == "grey"
+    assert DiskStore(tmp_path, MB).get_or_compute_note("the sky", lambda: "grey") == "grey"

@@ -19,7 +19,7 @@ from embeddings_mcp.errors import InputTooLong, InputUnusable, ModelUnavailable,
 from embeddings_mcp.models import InputType, ModelCard, Truncate
 from embeddings_mcp.schema import EmbeddingRequest
 from tests.cache.support import ASYMMETRIC, TextByText, ask, expected, in_memory
-from tests.support import SECONDS, HashEmbedder, service_of, until
+from tests.support import SECONDS, HashEmbedder, service_of, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -163,7 +163,7 @@ async def test_rows_completed_before_a_cancellation_are_not_computed_again() -> 
     embedder = in_memory(source)
     async with anyio.create_task_group() as cancelled:
         cancelled.start_soon(ask, embedder, ["one", "two", "three"])
-        await until(lambda: source.counts["one"])
+        await wait_until(lambda: source.counts["one"])
         cancelled.cancel_scope.cancel()
     source.held.clear()
     await checked(embedder, ["one", "two", "three"])
@@ -219,7 +219,7 @@ async def test_concurrent_requests_for_the_same_texts_compute_them_once() -> Non
     async with anyio.create_task_group() as callers:
         for texts in (["one", "two", "three"], ["three", "one"], ["three"], ["two", "four", "three"]):
             callers.start_soon(checked, embedder, texts)
-        await until(lambda: source.counts["two"] and source.counts["four"])
+        await wait_until(lambda: source.counts["two"] and source.counts["four"])
         source.held["three"].set()
     assert source.counts == {"one": 1, "two": 1, "three": 1, "four": 1}
 
@@ -229,10 +229,10 @@ async def test_waiting_for_one_text_does_not_mean_waiting_for_the_rest_of_its_ca
     embedder = in_memory(source)
     async with anyio.create_task_group() as callers:
         callers.start_soon(ask, embedder, ["one", "two"])
-        await until(lambda: source.batches)
+        await wait_until(lambda: source.batches)
         async with anyio.create_task_group() as waiting:
             waiting.start_soon(checked, embedder, ["one"])
-            await until(lambda: has_waiters(embedder))
+            await wait_until(lambda: has_waiters(embedder))
             source.held["one"].set()
         assert not source.counts["two"]
         source.held["two"].set()
@@ -250,12 +250,12 @@ async def test_when_the_computing_request_is_cancelled_another_one_takes_over() 
     async with anyio.create_task_group() as others:
         async with anyio.create_task_group() as cancelled:
             cancelled.start_soon(ask, embedder, ["one", "two", "three"])
-            await until(lambda: source.counts["one"])
+            await wait_until(lambda: source.counts["one"])
             for _ in range(3):
                 others.start_soon(checked, embedder, ["one", "two", "three"])
-            await until(lambda: has_waiters(embedder))
+            await wait_until(lambda: has_waiters(embedder))
             cancelled.cancel_scope.cancel()
-        await until(lambda: len(source.batches) == 2)
+        await wait_until(lambda: len(source.batches) == 2)
         source.held["two"].set()
     assert source.batches == [["one", "two", "three"], ["two", "three"]]
     assert source.counts == {"one": 1, "two": 1, "three": 1}
@@ -266,13 +266,13 @@ async def test_cancelling_a_waiting_request_does_not_affect_the_others() -> None
     embedder = in_memory(source)
     async with anyio.create_task_group() as others:
         others.start_soon(checked, embedder, ["one", "two"])
-        await until(lambda: source.batches)
+        await wait_until(lambda: source.batches)
         async with anyio.create_task_group() as cancelled:
             cancelled.start_soon(ask, embedder, ["one"])
-            await until(lambda: has_waiters(embedder))
+            await wait_until(lambda: has_waiters(embedder))
             cancelled.cancel_scope.cancel()
         others.start_soon(checked, embedder, ["one"])
-        await until(lambda: has_waiters(embedder))
+        await wait_until(lambda: has_waiters(embedder))
         source.held["one"].set()
     assert source.counts == {"one": 1, "two": 1}
 
@@ -289,10 +289,10 @@ async def test_a_failure_of_the_model_fails_all_waiting_requests() -> None:
 
     async with anyio.create_task_group() as callers:
         callers.start_soon(fail)
-        await until(lambda: source.counts["one"])
+        await wait_until(lambda: source.counts["one"])
         for _ in range(3):
             callers.start_soon(fail)
-        await until(lambda: has_waiters(embedder))
+        await wait_until(lambda: has_waiters(embedder))
         source.held["two"].set()
     assert messages == ["down"] * 4
     assert source.batches == [["one", "two"]]
@@ -316,9 +316,9 @@ async def test_the_refusal_of_one_request_does_not_fail_another(refusal: Excepti
 
     async with anyio.create_task_group() as callers:
         callers.start_soon(fail)
-        await until(lambda: source.counts["one"])
+        await wait_until(lambda: source.counts["one"])
         callers.start_soon(checked, embedder, ["one", "three"])
-        await until(lambda: has_waiters(embedder))
+        await wait_until(lambda: has_waiters(embedder))
         source.held["two"].set()
     assert source.batches == [["one", "two", "three"], ["three"]]
 
@@ -329,9 +329,9 @@ async def test_a_single_text_does_not_wait_for_a_long_call() -> None:
     many = [str(number) for number in range(200)]
     async with anyio.create_task_group() as callers:
         callers.start_soon(checked, embedder, many)
-        await until(lambda: source.batches)
+        await wait_until(lambda: source.batches)
         callers.start_soon(checked, embedder, many)
-        await until(lambda: has_waiters(embedder))
+        await wait_until(lambda: has_waiters(embedder))
         await checked(embedder, ["77"])
         assert source.counts == {"77": 1}
         source.held["0"].set()
@@ -388,7 +388,7 @@ async def test_progress_is_reported_while_waiting_for_another_request(monkeypatc
 
     async with anyio.create_task_group() as callers:
         callers.start_soon(ask, embedder, ["two"])
-        await until(lambda: source.batches)
+        await wait_until(lambda: source.batches)
         with anyio.fail_after(SECONDS):
             await embedder.embed(["one", "two", "one"], input_type=None, truncate="NONE", on_progress=on_progress)
     assert amounts[0] == 2

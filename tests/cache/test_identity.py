@@ -26,7 +26,7 @@ from embeddings_mcp.schema import EmbeddingRequest
 from embeddings_mcp.settings import Settings
 from embeddings_mcp.vectors import FloatMatrix
 from tests.local.golden import GOLDEN
-from tests.support import ROOT, out_of_files
+from tests.support import ROOT, no_file_descriptors_left
 
 pytestmark = pytest.mark.anyio
 
@@ -38,7 +38,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def files_in(folder: Path, *, precision: Precision = "auto", **options: Any) -> ModelFiles:
-    return ModelFiles("mine", known=None, folder=folder, repository=None, device="cpu", precision=precision, **options)
+    return ModelFiles(
+        "mine", builtin_card=None, folder=folder, repository=None, device="cpu", precision=precision, **options
+    )
 
 
 def identity(folder: Path, **options: Any) -> str:
@@ -170,7 +172,7 @@ def test_running_out_of_file_descriptors_makes_a_model_temporarily_unavailable(f
     files = files_in(folder)
     before = files.identify()
     for method in (files.identify, files.load):
-        with out_of_files(), pytest.raises(ModelUnavailable, match="Too many open files"):
+        with no_file_descriptors_left(), pytest.raises(ModelUnavailable, match="Too many open files"):
             method()
     assert files.identify() == before
 

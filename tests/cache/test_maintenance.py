@@ -25,7 +25,7 @@ from embeddings_mcp.settings import EndpointSettings, Settings
 from embeddings_mcp.vectors import FloatMatrix
 from tests.cache.support import ASYMMETRIC, MB, TextByText, ask, on_disk, read_only
 from tests.nim.standin import SYMMETRIC, StandIn, held, stand_in
-from tests.support import SECONDS, Clock, HashEmbedder, served
+from tests.support import SECONDS, Clock, HashEmbedder, http_server
 
 Cache = Callable[..., str]
 
@@ -76,9 +76,9 @@ def test_info_lists_the_vectors_of_each_model(cache: Cache, folder: Path) -> Non
 
 def test_clear_removes_the_vectors_of_one_model_or_all(cache: Cache, folder: Path) -> None:
     assert cache("clear", "--cache", folder, "--model", "test/none") == (
-        f"0 vectors forgotten: the cache has none of test/none, only of {ASYMMETRIC.id}, test/hash\n"
+        f"0 vectors removed: the cache has none of test/none, only of {ASYMMETRIC.id}, test/hash\n"
     )
-    assert cache("clear", "--cache", folder, "--model", "test/hash") == "2 vectors forgotten\n"
+    assert cache("clear", "--cache", folder, "--model", "test/hash") == "2 vectors removed\n"
     assert vectors_by_model(cache("info", "--cache", folder, "--json")) == {ASYMMETRIC.id: 3}
     assert json.loads(cache("clear", "--cache", folder, "--json")) == {"forgotten": 3}
     assert vectors_by_model(cache("info", "--cache", folder, "--json")) == {}
@@ -86,7 +86,7 @@ def test_clear_removes_the_vectors_of_one_model_or_all(cache: Cache, folder: Pat
 
 def test_clear_accepts_a_models_aliases(cache: Cache, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMBEDDINGS_MCP_CARDS", '[{"id": "test/hash", "aliases": ["hash"]}]')
-    assert cache("clear", "--cache", folder, "--model", "HASH") == "2 vectors forgotten\n"
+    assert cache("clear", "--cache", folder, "--model", "HASH") == "2 vectors removed\n"
 
 
 def test_a_cache_in_use_can_be_inspected_and_cleared(cache: Cache, tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_a_cache_in_use_can_be_inspected_and_cleared(cache: Cache, tmp_path: Pat
     for _ in range(2):
         anyio.run(use)
         assert vectors_by_model(cache("info", "--cache", tmp_path, "--json")) == {ASYMMETRIC.id: 2}
-        assert cache("clear", "--cache", tmp_path) == "2 vectors forgotten\n"
+        assert cache("clear", "--cache", tmp_path) == "2 vectors removed\n"
     anyio.run(embedder.aclose)
     assert source.counts == {"a": 2, "b": 2}
 
@@ -108,7 +108,7 @@ def test_a_cache_in_use_can_be_inspected_and_cleared(cache: Cache, tmp_path: Pat
 async def server(nim: StandIn, folder: Path) -> AsyncIterator[httpx.AsyncClient]:
     """HTTP client of a server whose cache is in the folder and whose endpoint is the stand-in."""
     settings = Settings(endpoints=(EndpointSettings(url=nim.url),), cache=str(folder))
-    with served(build_service(settings)) as url, anyio.fail_after(SECONDS):
+    with http_server(build_service(settings)) as url, anyio.fail_after(SECONDS):
         async with httpx.AsyncClient(base_url=url, timeout=SECONDS) as http:
             yield http
 
@@ -151,7 +151,7 @@ async def test_a_running_server_does_not_return_cleared_vectors(
             await embedded(http, "a")  # which is cached in memory only
         before = len(nim.seen)
         swap(nim)
-        output = "0 vectors forgotten\n" if damaged else "1 vectors forgotten\n"
+        output = "0 vectors removed\n" if damaged else "1 vectors removed\n"
         assert cache("clear", "--cache", tmp_path, *model) == output
         for _ in range(2):
             np.testing.assert_array_equal(await embedded(http, "a", "b"), vectors_of(nim, "a", "b"))
@@ -198,14 +198,14 @@ def test_clear_releases_the_disk_space(cache: Cache, tmp_path: Path) -> None:
 
 def test_a_folder_without_a_cache_is_empty_and_stays_unchanged(cache: Cache, tmp_path: Path) -> None:
     assert vectors_by_model(cache("info", "--cache", tmp_path / "none", "--json")) == {}
-    assert cache("clear", "--cache", tmp_path / "none") == "0 vectors forgotten\n"
+    assert cache("clear", "--cache", tmp_path / "none") == "0 vectors removed\n"
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_cache_without_a_folder_is_refused(cache: Cache, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     error = (
-        "embeddings-mcp: the cache has no folder: give it with --cache DIR, or in EMBEDDINGS_MCP_CACHE; what a server "
-        "remembers in memory only is forgotten when it is restarted\n"
+        "embeddings-mcp: the cache has no folder: set one with --cache DIR or EMBEDDINGS_MCP_CACHE; a cache in memory "
+        "is cleared by restarting the server\n"
     )
     assert cache("info") == cache("clear", "--cache", "off") == error
     monkeypatch.setenv("EMBEDDINGS_MCP_CACHE", str(folder))
@@ -215,7 +215,7 @@ def test_a_cache_without_a_folder_is_refused(cache: Cache, monkeypatch: pytest.M
 def test_a_damaged_file_is_reported_and_removed_by_clear(cache: Cache, folder: Path) -> None:
     (folder / FILE).write_bytes(b"no database at all " * 1000)
     assert "file is not a database: `embeddings-mcp cache clear` removes it" in cache("info", "--cache", folder)
-    assert cache("clear", "--cache", folder) == "0 vectors forgotten\n"
+    assert cache("clear", "--cache", folder) == "0 vectors removed\n"
     assert list(folder.iterdir()) == []
 
 
@@ -224,7 +224,7 @@ def test_a_file_with_a_damaged_schema_is_removed_too(cache: Cache, folder: Path)
     path.write_bytes(path.read_bytes().replace(b"NOT NULL", b"NOT NUL\xff"))
     assert "malformed database schema: `embeddings-mcp cache clear` removes it" in cache("info", "--cache", folder)
     cache("clear", "--cache", folder)
-    assert "nothing is remembered there yet" in cache("info", "--cache", folder)
+    assert "no vectors are cached there yet" in cache("info", "--cache", folder)
 
 
 def test_a_read_only_file_is_left_unchanged_with_an_error_of_one_line(cache: Cache) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT, running
+from tests.support import ROOT, server_process
 
 pytestmark = pytest.mark.node
 
@@ -67,7 +67,7 @@ def npx() -> Npx:
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """MCP address of a server that runs for this module."""
-    with running(COMMAND, "serve", "--transport", "http", "--port", "0") as (_, url):
+    with server_process(COMMAND, "serve", "--transport", "http", "--port", "0") as (_, url):
         yield f"{url}/mcp"
 
 

@@ -21,7 +21,7 @@ from mcp import Client, StdioServerParameters, stdio_client
 
 from embeddings_mcp.models import DEFAULT_MODEL
 from tests.e2e.waiting_server import WAIT
-from tests.support import ENVELOPE, ROOT, START_SECONDS, ask, over_stdio, running
+from tests.support import ENVELOPE, ROOT, START_SECONDS, ask, server_process, stdio_process
 
 pytestmark = pytest.mark.anyio
 
@@ -33,7 +33,7 @@ ERAS = {"2025-11-25": "legacy", "2026-07-28": "auto"}
 @pytest.fixture(scope="module")
 def http_address() -> Iterator[str]:
     """MCP address of a server that runs for this module."""
-    with running(COMMAND, "serve", "--transport", "http", "--port", "0") as (_process, url):
+    with server_process(COMMAND, "serve", "--transport", "http", "--port", "0") as (_process, url):
         yield f"{url}/mcp"
 
 
@@ -206,7 +206,7 @@ def _exchange(
     request = {"jsonrpc": "2.0", "id": 1, "method": method, "params": {**(params or {}), "_meta": ENVELOPE}}
     with (
         tempfile.TemporaryFile("w+") as errlog,
-        over_stdio(*command, stderr=errlog, env={**os.environ, **environment}) as process,
+        stdio_process(*command, stderr=errlog, env={**os.environ, **environment}) as process,
     ):
         out = ask(process, request)  # before closing stdin, when a server may abandon requests in progress
         assert process.stdin is not None

@@ -195,7 +195,7 @@ async def test_the_encoder_is_not_imported_if_an_endpoint_has_the_default_model(
             async with openai_at(served.url) as client, httpx.AsyncClient(base_url=served.url) as http:
                 answer = await client.embeddings.create(model="default", input=TEXTS)
                 ready = await http.get("/v1/health/ready")
-                standing.elsewhere = {"/v1/health/ready": answering(503, {"error": "loading"})}
+                standing.route_faults = {"/v1/health/ready": answering(503, {"error": "loading"})}
                 loading = await http.get("/v1/health/ready")
             np.testing.assert_array_equal(vectors_of(answer), expected(TEXTS))
             assert (ready.status_code, ready.json()["ready"]) == (200, True)
@@ -233,7 +233,7 @@ async def test_cancelling_a_tool_call_closes_the_connection_to_the_endpoint(mode
             calls.start_soon(client.call_tool, "create_embedding", {"model": SYMMETRIC.id, "input": TEXTS})
             await standing.received(2)
             calls.cancel_scope.cancel()
-        await standing.hung_up.wait()
+        await standing.client_disconnected.wait()
 
 
 async def test_requests_in_flight_at_shutdown_are_answered() -> None:
@@ -279,7 +279,7 @@ async def test_requests_that_outlast_the_shutdown_timeout_fail_cleanly() -> None
         assert (answers[0].status_code, answers[0].json()["error"]["code"]) == (503, "server_stopped")
         assert results[0].is_error
         assert "the server is shutting down" in str(results[0].content)
-        await standing.hung_up.wait()
+        await standing.client_disconnected.wait()
         await served.process.wait()
     assert b"Traceback" not in served.output
 

@@ -18,7 +18,7 @@ from langchain_openai import OpenAIEmbeddings
 from langchain_tests.integration_tests import EmbeddingsIntegrationTests
 
 from embeddings_mcp.models import DEFAULT_MODEL
-from tests.support import START_SECONDS, running
+from tests.support import START_SECONDS, server_process
 
 COMMAND = str(Path(sys.executable).with_name("embeddings-mcp"))
 TEXTS = ["A cat is asleep.", '["a","b"]', "null", "A cat is asleep.", "Les actions ont chuté."]
@@ -26,7 +26,7 @@ TEXTS = ["A cat is asleep.", '["a","b"]', "null", "A cat is asleep.", "Les actio
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    with running(COMMAND, "serve", "--transport", "http", "--port", "0") as (_process, url):
+    with server_process(COMMAND, "serve", "--transport", "http", "--port", "0") as (_process, url):
         yield url
 
 

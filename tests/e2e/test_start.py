@@ -12,7 +12,7 @@ import pytest
 from mcp import Client, StdioServerParameters
 
 from embeddings_mcp.models import DEFAULT_MODEL
-from tests.support import INITIALIZE, LIST_TOOLS, ROOT, START_SECONDS, ask, over_stdio
+from tests.support import INITIALIZE, LIST_TOOLS, ROOT, START_SECONDS, ask, stdio_process
 
 pytestmark = pytest.mark.anyio
 
@@ -50,14 +50,14 @@ async def test_a_server_without_the_encoder_starts_and_says_what_is_missing_when
 
 
 def test_ctrl_c_stops_a_server_whose_host_is_silent() -> None:
-    with over_stdio(sys.executable, "-m", "embeddings_mcp", "serve") as process:
+    with stdio_process(sys.executable, "-m", "embeddings_mcp", "serve") as process:
         assert "serverInfo" in ask(process, INITIALIZE)
         process.send_signal(signal.SIGINT)
         assert process.wait(START_SECONDS) == -signal.SIGINT
 
 
 def test_a_host_may_disconnect_while_the_model_is_loading() -> None:
-    with over_stdio(sys.executable, "-m", "tests.e2e.endless_model", "serve", stderr=subprocess.PIPE) as process:
+    with stdio_process(sys.executable, "-m", "tests.e2e.endless_model", "serve", stderr=subprocess.PIPE) as process:
         assert '"tools"' in ask(process, LIST_TOOLS)
         assert process.stdin is not None
         assert process.stderr is not None
@@ -68,7 +68,9 @@ def test_a_host_may_disconnect_while_the_model_is_loading() -> None:
 
 
 def test_ctrl_c_stops_a_command_whose_model_is_loading() -> None:
-    with over_stdio(sys.executable, "-m", "tests.e2e.endless_model", "embed", "a", stderr=subprocess.PIPE) as process:
+    with stdio_process(
+        sys.executable, "-m", "tests.e2e.endless_model", "embed", "a", stderr=subprocess.PIPE
+    ) as process:
         assert process.stderr is not None
         assert process.stderr.readline() == "loading\n"
         process.send_signal(signal.SIGINT)

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
-from tests.support import serving
+from tests.support import asgi_server
 
 RESOURCE = "https://embeddings.example/mcp"
 
@@ -89,6 +89,6 @@ def _public_jwk(name: str) -> dict[str, Any]:
 @contextmanager
 def issuing(path: str = "", description: str = "oauth-authorization-server") -> Iterator[Issuer]:
     issuer = Issuer(path, description)
-    with serving(issuer.app) as url:
+    with asgi_server(issuer.app) as url:
         issuer.url = f"{url}{path}"
         yield issuer

@@ -25,7 +25,7 @@ from embeddings_mcp.faces.http.app import create_app
 from embeddings_mcp.faces.mcp.server import build_mcp_server
 from embeddings_mcp.settings import Settings
 from tests.faces.issuer import PRIVATE, RESOURCE, Issuer, issuing
-from tests.support import INITIALIZE, served, service_of
+from tests.support import INITIALIZE, http_server, service_of
 
 METADATA = "https://embeddings.example/.well-known/oauth-protected-resource/mcp"
 FOREIGN_KEY = rsa.generate_private_key(65537, 2048)
@@ -40,7 +40,7 @@ def issuer() -> Iterator[Issuer]:
 @contextmanager
 def serving_for(issuer: Issuer, **chosen: Any) -> Iterator[str]:
     """The URL of a server that accepts this issuer's tokens."""
-    with served(service_of(), oauth_issuer=issuer.url, oauth_resource=RESOURCE, **chosen) as url:
+    with http_server(service_of(), oauth_issuer=issuer.url, oauth_resource=RESOURCE, **chosen) as url:
         yield url
 
 

@@ -26,7 +26,7 @@ from embeddings_mcp.faces.cli.commands import app
 from embeddings_mcp.faces.http.api_keys import Keyring, new_key
 from embeddings_mcp.faces.http.app import create_app, serve_http
 from embeddings_mcp.settings import Settings
-from tests.support import client_of, out_of_files, running, service_of
+from tests.support import client_of, no_file_descriptors_left, server_process, service_of
 
 SETTINGS = {"api_key": "plain", "api_keys": "alice=first bob=second alice=third"}
 
@@ -165,7 +165,7 @@ def test_a_key_revoked_while_the_file_could_not_be_read_is_refused_once_it_can_b
     with client_of(api_keys_file=file) as client:
         assert (status(client, old), status(client, new)) == (200, 200)
         file.write_text(f"{new_line}\n")
-        with out_of_files():
+        with no_file_descriptors_left():
             assert [status(client, key) for key in (old, new, old)] == [200] * 3
         assert (status(client, old), status(client, new)) == (401, 200)
     assert caplog.text.count("the previous ones stay valid") == 1
@@ -286,7 +286,7 @@ def certificate(folder: Path) -> tuple[Path, Path]:
 def test_with_a_certificate_the_server_speaks_https(tmp_path: Path) -> None:
     chain, key = certificate(tmp_path)
     context = ssl.create_default_context(cafile=chain)
-    with running(sys.executable, "-c", SCRIPT, str(chain), str(key)) as (_process, url):
+    with server_process(sys.executable, "-c", SCRIPT, str(chain), str(key)) as (_process, url):
         assert url.startswith("https://127.0.0.1:")
         port = httpx.URL(url).port
         answer = httpx.get(f"https://localhost:{port}/v1/models", verify=context)
@@ -300,5 +300,5 @@ def test_a_certificate_that_cannot_be_used_is_an_error_that_teaches(tmp_path: Pa
     for wrong in (tmp_path / "none.pem", chain):
         with pytest.raises(InvalidSetting, match="EMBEDDINGS_MCP_TLS_KEY"):
             serve_http(service_of(), MCPServer("test"), settings(port=0, tls_certificate=chain, tls_key=wrong))
-    with pytest.raises(ValidationError, match="of no use without a certificate"):
+    with pytest.raises(ValidationError, match="no effect without tls_certificate"):
         settings(tls_key=chain)

@@ -20,7 +20,7 @@ import pytest
 
 from embeddings_mcp.faces.http import connection
 from embeddings_mcp.models import ModelCard
-from tests.support import HashEmbedder, served, service_of
+from tests.support import HashEmbedder, http_server, service_of
 
 SECONDS = 20
 """Timeout of every wait here."""
@@ -52,7 +52,7 @@ def closed(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 @contextmanager
 def serving_long_vectors(**chosen: Any) -> Iterator[str]:
     embedder = HashEmbedder(card=ModelCard(id="test/hash", dimensions=LENGTH))
-    with served(service_of(embedder), **chosen) as url:
+    with http_server(service_of(embedder), **chosen) as url:
         yield url
 
 

@@ -24,7 +24,7 @@ from embeddings_mcp.faces.http.app import serve_http
 from embeddings_mcp.faces.mcp.server import build_mcp_server
 from embeddings_mcp.publish.openapi import openapi_document
 from embeddings_mcp.settings import Settings
-from tests.support import HashEmbedder, client_of, running, served, service_of
+from tests.support import HashEmbedder, client_of, http_server, server_process, service_of
 
 SCRIPT = """
 from embeddings_mcp.faces.http.app import serve_http
@@ -45,7 +45,7 @@ SERVER = (sys.executable, "-c", SCRIPT)
 @pytest.mark.anyio
 @pytest.mark.parametrize("mode", ["legacy", "auto"])
 async def test_rest_and_mcp_give_the_same_vector(mode: str) -> None:
-    with served(service_of(), api_key="key") as url:
+    with http_server(service_of(), api_key="key") as url:
         async with httpx2.AsyncClient(headers={"authorization": "Bearer key"}) as http:
             request = {"model": "default", "input": "one"}
             rest = (await http.post(f"{url}/v1/embeddings", json=request)).json()
@@ -77,7 +77,7 @@ def test_the_embedders_are_closed_when_the_server_stops() -> None:
 @pytest.mark.anyio
 @pytest.mark.parametrize("mode", ["legacy", "auto"])
 async def test_sigterm_closes_sessions_and_embedders(mode: str) -> None:
-    with running(*SERVER) as (process, url):
+    with server_process(*SERVER) as (process, url):
         with anyio.fail_after(20):
             async with Client(f"{url}/mcp", mode=mode) as client:
                 assert (await client.list_tools()).tools
@@ -90,7 +90,7 @@ async def test_sigterm_closes_sessions_and_embedders(mode: str) -> None:
 
 
 def test_ctrl_c_ends_the_server_without_a_traceback() -> None:
-    with running(*SERVER) as (process, _url):
+    with server_process(*SERVER) as (process, _url):
         process.send_signal(signal.SIGINT)
         stdout, stderr = process.communicate(timeout=10)
 
@@ -99,13 +99,13 @@ def test_ctrl_c_ends_the_server_without_a_traceback() -> None:
 
 def test_the_event_loop_is_asyncios_own_even_where_uvloop_is_installed() -> None:
     fake_uvloop = "import sys, types; sys.modules['uvloop'] = types.ModuleType('uvloop')"
-    with running(sys.executable, "-c", fake_uvloop + SCRIPT) as (_, url):
+    with server_process(sys.executable, "-c", fake_uvloop + SCRIPT) as (_, url):
         assert httpx.get(f"{url}/v1/health/live").status_code == 200
 
 
 def test_answers_are_not_delayed_by_nagles_algorithm() -> None:
     """It would hold the body back until the client's delayed ACK, 40 ms later."""
-    with running(*SERVER) as (_process, url), httpx.Client(base_url=url) as client:
+    with server_process(*SERVER) as (_process, url), httpx.Client(base_url=url) as client:
         client.get("/v1/health/live")
         times = []
         for _ in range(10):
@@ -118,14 +118,14 @@ def test_answers_are_not_delayed_by_nagles_algorithm() -> None:
 
 def test_a_port_that_is_taken_is_an_error_that_teaches() -> None:
     service = service_of()
-    with served(service) as url:
+    with http_server(service) as url:
         port = httpx.URL(url).port or 0
         with pytest.raises(InvalidSetting, match=f"127.0.0.1 port {port}: Address already in use; choose another"):
             serve_http(service, build_mcp_server(service), Settings(port=port))
 
 
 def test_a_client_cannot_forge_its_address() -> None:
-    with running("env", "EMBEDDINGS_MCP_REQUESTS_PER_MINUTE=1", *SERVER) as (_process, url):
+    with server_process("env", "EMBEDDINGS_MCP_REQUESTS_PER_MINUTE=1", *SERVER) as (_process, url):
         answers = [httpx.get(f"{url}/v1/models", headers={"x-forwarded-for": f"10.0.0.{n}"}) for n in range(2)]
     assert [answer.status_code for answer in answers] == [200, 429]
 
@@ -156,13 +156,13 @@ def many_idle_connections(url: str) -> Iterator[None]:
 
 @needs_ulimit
 def test_a_server_raises_its_soft_limit_of_open_files() -> None:
-    with running(*with_few_files("-Sn")) as (_process, url), many_idle_connections(url):
+    with server_process(*with_few_files("-Sn")) as (_process, url), many_idle_connections(url):
         assert httpx.get(f"{url}/v1/health/live", timeout=10).status_code == 200
 
 
 @needs_ulimit
 def test_running_out_of_files_is_logged_once_and_waiting_connections_are_answered_later() -> None:
-    with ThreadPoolExecutor(1) as reader, running(*with_few_files("-n")) as (process, url):
+    with ThreadPoolExecutor(1) as reader, server_process(*with_few_files("-n")) as (process, url):
         assert process.stderr is not None
         with many_idle_connections(url):
             line = reader.submit(process.stderr.readline).result(10)

@@ -196,7 +196,7 @@ def test_nothing_of_texts_or_keys_is_in_logs_metrics_or_spans(
     monkeypatch.setattr("embeddings_mcp.faces.http.instrumentation._tracer", tracer)
     log = io.StringIO()
     handler = logging.StreamHandler(log)
-    handler.setFormatter(logs.JsonLines())
+    handler.setFormatter(logs.JsonFormatter())
     handler.addFilter(lambda record: not record.name.startswith(("httpx", "httpcore")))  # those of the test's client
     root = logging.getLogger()
     root.addHandler(handler)
@@ -241,14 +241,14 @@ def test_a_span_continues_the_callers_trace_and_never_records_an_exception(monke
 FORGED = "fine\r\nERROR root: forged\x1b[2J\u2028\x85end, and a lone surrogate: \ud83d"
 
 
-@pytest.mark.parametrize("formatter", [logs.TextLines(), logs.JsonLines()])
+@pytest.mark.parametrize("formatter", [logs.TextFormatter(), logs.JsonFormatter()])
 def test_a_message_can_neither_forge_a_second_line_nor_control_a_terminal(formatter: logging.Formatter) -> None:
     record = logging.LogRecord("a", logging.WARNING, __file__, 1, "%s", (FORGED,), None)
     line = formatter.format(record)
     assert len(line.splitlines()) == 1
     assert line.isprintable()
     assert line.encode()
-    if isinstance(formatter, logs.JsonLines):
+    if isinstance(formatter, logs.JsonFormatter):
         assert json.loads(line)["message"] == FORGED
 
 
@@ -258,7 +258,7 @@ def test_a_json_line_has_the_request_id_and_the_traceback() -> None:
         int("broken")
     except ValueError:
         record = logging.LogRecord("a", logging.ERROR, __file__, 1, "failed", (), sys.exc_info())
-        line = json.loads(logs.JsonLines().format(record))
+        line = json.loads(logs.JsonFormatter().format(record))
     finally:
         logs.request_id.reset(token)
     assert (line["level"], line["logger"], line["message"], line["request_id"]) == ("error", "a", "failed", "id-1")
@@ -266,10 +266,10 @@ def test_a_json_line_has_the_request_id_and_the_traceback() -> None:
 
 
 def test_requests_are_logged_with_id_route_status_and_time(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, logs.ACCESS)
+    caplog.set_level(logging.INFO, logs.ACCESS_LOGGER)
     with client_of() as client:
         ask(client, **{"x-request-id": "mine"})
-    [record] = [record for record in caplog.records if record.name == logs.ACCESS]
+    [record] = [record for record in caplog.records if record.name == logs.ACCESS_LOGGER]
     assert re.fullmatch(r"method=POST route=/v1/embeddings status=200 seconds=[0-9.]+", record.getMessage())
 
 

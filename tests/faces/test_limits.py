@@ -83,7 +83,7 @@ def test_a_text_may_have_the_maximum_number_of_characters_and_no_more(small: htt
 
 @pytest.mark.anyio
 async def test_the_limits_of_a_request_apply_to_tools_too() -> None:
-    limits = Limits.of(Settings(max_inputs=1, max_input_characters=10, request_seconds=SECONDS))
+    limits = Limits.from_settings(Settings(max_inputs=1, max_input_characters=10, request_seconds=SECONDS))
     with anyio.fail_after(SECONDS):
         async with Client(build_mcp_server(service_of(), limits)) as client:
             many = await client.call_tool("create_embedding", {"model": "default", "input": ["a", "b"]})
@@ -104,7 +104,7 @@ def test_a_request_that_takes_too_long_is_cancelled() -> None:
 @pytest.mark.anyio
 async def test_a_tool_call_that_takes_too_long_is_cancelled() -> None:
     embedder = HeldEmbedder()
-    limits = Limits.of(Settings(request_seconds=0.1))
+    limits = Limits.from_settings(Settings(request_seconds=0.1))
     with anyio.fail_after(SECONDS):
         async with Client(build_mcp_server(service_of(embedder), limits)) as client:
             result = await client.call_tool("create_embedding", {"model": "default", "input": "a"})

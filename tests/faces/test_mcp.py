@@ -42,7 +42,7 @@ from embeddings_mcp.operations import OPERATIONS
 from embeddings_mcp.settings import EndpointSettings, Settings
 from tests.nim.standin import stand_in
 from tests.published import TYPES, without
-from tests.support import FailingEmbedder, HashEmbedder, service_of, until
+from tests.support import FailingEmbedder, HashEmbedder, service_of, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -466,9 +466,9 @@ async def test_cancelling_a_call_cancels_the_embedding(era: str) -> None:
     async with connected(embedder, era=era) as client:
         async with anyio.create_task_group() as calls:
             calls.start_soon(client.call_tool, "create_embedding", {"model": "default", "input": "a"})
-            await until(lambda: embedder.batches)
+            await wait_until(lambda: embedder.batches)
             calls.cancel_scope.cancel()
-        await until(lambda: embedder.cancelled)
+        await wait_until(lambda: embedder.cancelled)
         embedder.gate = None
         assert await answer(client, "create_embedding", model="default", input="b")
 

@@ -16,7 +16,7 @@ from embeddings_mcp.errors import CheckpointInvalid, ModelUnavailable
 from embeddings_mcp.faces.preload import preloaded
 from embeddings_mcp.settings import Load
 from tests.local.golden import GOLDEN
-from tests.support import LIST_TOOLS, ROOT, START_SECONDS, HashEmbedder, ask, over_stdio, running, service_of
+from tests.support import LIST_TOOLS, ROOT, START_SECONDS, HashEmbedder, ask, server_process, service_of, stdio_process
 
 SERVE = [sys.executable, "-m", "embeddings_mcp", "serve"]
 
@@ -88,12 +88,12 @@ def test_an_eager_server_does_not_start_with_a_model_that_cannot_be_loaded(trans
 
 
 def test_a_server_over_http_loads_in_the_background(damaged: str) -> None:
-    with running(*SERVE, "--model", damaged, "--transport", "http", "--port", "0") as (process, _):
+    with server_process(*SERVE, "--model", damaged, "--transport", "http", "--port", "0") as (process, _):
         assert "model.safetensors" in _line_with("The default model is not loaded", process)
 
 
 def test_a_server_over_stdio_loads_once_the_host_has_its_list_of_tools(damaged: str) -> None:
-    with over_stdio(*SERVE, "--model", damaged, stderr=subprocess.PIPE) as process:
+    with stdio_process(*SERVE, "--model", damaged, stderr=subprocess.PIPE) as process:
         assert '"tools"' in ask(process, LIST_TOOLS)
         assert "model.safetensors" in _line_with("The default model is not loaded", process)
         assert process.stdin is not None

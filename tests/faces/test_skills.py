@@ -14,7 +14,7 @@ from mcp import Client
 from mcp.types import EmbeddedResource, TextContent, TextResourceContents
 
 from embeddings_mcp.publish.skill import read_skill
-from tests.support import served, service_of
+from tests.support import http_server, service_of
 
 ERAS = {"2025-11-25": "legacy", "2026-07-28": "auto"}
 SKILL = "skill://embeddings/SKILL.md"
@@ -22,7 +22,7 @@ SKILL = "skill://embeddings/SKILL.md"
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    with served(service_of()) as url:
+    with http_server(service_of()) as url:
         yield url
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.support import running
+from tests.support import server_process
 
 EXAMPLES = 1_000
 """Generated cases per operation, in addition to the examples in the schema."""
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("schemathesis", type=Path, help="path of its command, `st`")
     parser.add_argument("--examples", type=int, default=EXAMPLES)
     options = parser.parse_args()
-    with running(sys.executable, "-m", "tests.fuzz.server") as (_process, url):
+    with server_process(sys.executable, "-m", "tests.fuzz.server") as (_process, url):
         completed = subprocess.run(
             [
                 options.schemathesis.absolute(),

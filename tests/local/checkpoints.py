@@ -77,9 +77,9 @@ def save_plain(folder: Path, kind: str, architecture: Any, *, more_tokens: int =
         config: config fields of the model.
     """
     source = family("e5").folder
-    vocabulary = json.loads((source / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    vocabulary_size = json.loads((source / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     torch.manual_seed(0)
-    model = architecture.from_config(AutoConfig.for_model(kind, vocab_size=vocabulary + more_tokens, **config))
+    model = architecture.from_config(AutoConfig.for_model(kind, vocab_size=vocabulary_size + more_tokens, **config))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(folder)

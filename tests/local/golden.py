@@ -106,7 +106,7 @@ def encoder(name: FamilyName, max_tokens: int | None = None) -> Encoder:
     return load_encoder(
         golden.model,
         golden.folder,
-        known=find_card(golden.model),
+        builtin_card=find_card(golden.model),
         precision="float32",
         max_tokens=max_tokens or golden.max_tokens,
     )

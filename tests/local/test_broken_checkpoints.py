@@ -750,5 +750,5 @@ def test_a_checkpoint_with_randomly_changed_configs_works_or_is_refused(
             embedded = encode(encoder, ["water", "Der Kaffee ist kalt. " * 20], input_type="query", truncate="END")
         except (CheckpointInvalid, InvalidRequest):  # the latter if a prompt leaves no room for text
             return
-        assert embedded.vectors.shape == (2, encoder.facts.dimensions)
+        assert embedded.vectors.shape == (2, encoder.info.dimensions)
         assert np.isfinite(embedded.vectors).all()

@@ -632,7 +632,7 @@ def test_a_checkpoint_without_a_builtin_card_describes_itself(
     save(tmp_path, *modules(), **config)
 
     assert read_checkpoint(tmp_path).card("test/tiny") == card
-    assert load_encoder("test/tiny", tmp_path).facts.card == card
+    assert load_encoder("test/tiny", tmp_path).info.card == card
 
 
 def test_sizes_are_taken_from_the_files_and_everything_else_from_the_card(saved: Path) -> None:

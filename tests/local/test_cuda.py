@@ -55,9 +55,9 @@ WORDS = ["water", "bridge", "the", "of", "a", "committee", "opinion", "letter", 
 @functools.cache
 def on_cuda(name: FamilyName, precision: Precision, *, graphs: bool) -> Encoder:
     golden = family(name)
-    known = find_card(golden.model)
+    builtin_card = find_card(golden.model)
     loaded = load_encoder(
-        golden.model, golden.folder, known=known, device="cuda", precision=precision, cuda_graphs=graphs
+        golden.model, golden.folder, builtin_card=builtin_card, device="cuda", precision=precision, cuda_graphs=graphs
     )
     assert isinstance(loaded._backbone, GraphedTransformer) == graphs
     return loaded

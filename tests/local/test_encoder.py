@@ -64,7 +64,7 @@ def test_each_text_gets_the_same_vector_as_alone_at_its_index(
     alone = [encode(encoder, [text]) for text in texts]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoder, "facts", replace(encoder.facts, tokens_per_batch=budget))
+        patch.setattr(encoder, "facts", replace(encoder.info, tokens_per_batch=budget))
         together = encode(encoder, texts)
 
     assert together.vectors.shape == (len(texts), WIDTH)
@@ -77,7 +77,7 @@ def test_each_text_gets_the_same_vector_as_alone_at_its_index(
 def test_a_model_is_packed_if_that_keeps_its_vectors(
     encoders: dict[str, Encoder], model_type: str, batching: str
 ) -> None:
-    assert encoders[model_type].facts.packed == (batching == "packed")
+    assert encoders[model_type].info.packed == (batching == "packed")
 
 
 def test_a_text_that_is_too_long_is_named_by_its_index_among_hundreds(encoders: dict[str, Encoder]) -> None:
@@ -91,15 +91,15 @@ def test_a_text_that_is_too_long_is_named_by_its_index_among_hundreds(encoders: 
 def test_a_limit_may_be_lowered_but_not_raised() -> None:
     folder = family("e5").folder
 
-    assert load_encoder("test/e5", folder, max_tokens=16).facts.card.max_tokens == 16
-    assert load_encoder("test/e5", folder, max_tokens=10**6).facts.card.max_tokens == 64
+    assert load_encoder("test/e5", folder, max_tokens=16).info.card.max_tokens == 16
+    assert load_encoder("test/e5", folder, max_tokens=10**6).info.card.max_tokens == 64
 
 
 def test_a_licence_that_forbids_commercial_use_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     known = ModelCard(id="nvidia/nv-embed-v2", licence="CC-BY-NC-4.0", non_commercial=True)
 
     with caplog.at_level(logging.WARNING):
-        load_encoder(known.id, family("nv-embed-v2").folder, known=known)
+        load_encoder(known.id, family("nv-embed-v2").folder, builtin_card=known)
 
     assert "nvidia/nv-embed-v2 may not be used commercially: its licence is CC-BY-NC-4.0" in caplog.text
 

@@ -18,7 +18,7 @@ from embeddings_mcp.errors import InputTooLong
 from embeddings_mcp.models import Truncate
 from embeddings_mcp.vectors import FloatMatrix, shorten
 from tests.local.golden import MODELS, Case, FamilyName, encoder, family
-from tests.support import running
+from tests.support import server_process
 
 COMMAND = str(Path(sys.executable).with_name("embeddings-mcp"))
 
@@ -103,7 +103,7 @@ def url() -> Iterator[str]:
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("EMBEDDINGS_MCP_CARDS", json.dumps([card]))
         environment.setenv("EMBEDDINGS_MCP_PRECISION", "float32")
-        with running(COMMAND, "serve", "--transport", "http", "--port", "0", *models) as (_process, url):
+        with server_process(COMMAND, "serve", "--transport", "http", "--port", "0", *models) as (_process, url):
             yield url
 
 

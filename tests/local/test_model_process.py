@@ -21,7 +21,7 @@ import anyio
 import httpx
 import numpy as np
 import pytest
-from benchmarks.process import family as family_of
+from benchmarks.process import process_tree
 
 from embeddings_mcp.assemble import build_service
 from embeddings_mcp.embedders.local.running import model_process
@@ -30,7 +30,7 @@ from embeddings_mcp.embedders.local_embedder import LocalEmbedder
 from embeddings_mcp.errors import CheckpointInvalid, EmbeddingsError, ModelUnavailable
 from embeddings_mcp.settings import Settings
 from tests.local.golden import MODELS, FamilyName, family
-from tests.support import running
+from tests.support import server_process
 
 pytestmark = [
     pytest.mark.anyio,
@@ -43,7 +43,7 @@ TEXTS = ["water under the bridge", "a committee", "the opinion of a committee on
 
 
 @asynccontextmanager
-async def served(name: FamilyName, **settings: Any) -> AsyncIterator[LocalEmbedder]:
+async def local_embedder(name: FamilyName, **settings: Any) -> AsyncIterator[LocalEmbedder]:
     """A family's model, built as the server builds it."""
     spec = f"{MODELS[name]}={family(name).folder}"
     embedder: Any = build_service(
@@ -89,7 +89,7 @@ def wait_until_gone(process: int) -> None:
 
 @pytest.mark.parametrize("name", ["e5", "llama-nemotron-embed"])
 async def test_the_vectors_are_those_that_this_process_makes(name: FamilyName) -> None:
-    async with served(name, model_process=True) as remote, served(name) as local:
+    async with local_embedder(name, model_process=True) as remote, local_embedder(name) as local:
         embedded, expected = [
             await embedder.embed(TEXTS, input_type="query", truncate="END") for embedder in (remote, local)
         ]
@@ -99,7 +99,7 @@ async def test_the_vectors_are_those_that_this_process_makes(name: FamilyName) -
 
 
 async def test_dense_sparse_and_token_vectors_are_those_that_this_process_makes() -> None:
-    async with served("bge-m3", model_process=True) as remote, served("bge-m3") as local:
+    async with local_embedder("bge-m3", model_process=True) as remote, local_embedder("bge-m3") as local:
         represented, expected = [
             await embedder.represent(TEXTS, input_type=None, truncate="END") for embedder in (remote, local)
         ]
@@ -111,7 +111,7 @@ async def test_dense_sparse_and_token_vectors_are_those_that_this_process_makes(
 
 
 async def test_concurrent_callers_get_the_vectors_of_their_own_texts() -> None:
-    async with served("e5", model_process=True, workers=3) as remote, served("e5") as local:
+    async with local_embedder("e5", model_process=True, workers=3) as remote, local_embedder("e5") as local:
         expected = (await local.embed(TEXTS, input_type="query", truncate="END")).vectors
         errors: list[float] = []
 
@@ -130,7 +130,7 @@ async def test_concurrent_callers_get_the_vectors_of_their_own_texts() -> None:
 async def test_when_it_is_killed_requests_in_flight_fail_and_the_next_one_restarts_it(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    async with served("e5", model_process=True, workers=1) as embedder:
+    async with local_embedder("e5", model_process=True, workers=1) as embedder:
         before = await embedder.embed(TEXTS, input_type="query", truncate="END")
         process = process_of(embedder)
         os.kill(process.pid, signal.SIGSTOP)  # so that no request is answered before it is killed
@@ -162,7 +162,7 @@ async def test_when_it_is_killed_requests_in_flight_fail_and_the_next_one_restar
 
 @pytest.mark.skipif(sys.platform != "linux", reason="open files are read from /proc")
 async def test_however_often_it_is_killed_no_thread_file_or_object_leaks() -> None:
-    async with served("e5", model_process=True, workers=2) as embedder:
+    async with local_embedder("e5", model_process=True, workers=2) as embedder:
         seen: list[tuple[int, int]] = []
         models: list[weakref.ref[ModelProcess]] = []
         for _ in range(4):
@@ -205,7 +205,7 @@ async def test_a_process_that_is_killed_while_it_loads_leaves_no_file_open(monke
         return process
 
     monkeypatch.setattr(model_process, "_start_process", start_and_kill)
-    async with served("e5", model_process=True, workers=8) as embedder:
+    async with local_embedder("e5", model_process=True, workers=8) as embedder:
 
         async def ask() -> None:
             with contextlib.suppress(ModelUnavailable):
@@ -223,7 +223,7 @@ async def test_a_process_that_is_killed_while_it_loads_leaves_no_file_open(monke
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("loading.Loading.load = fail", "ended with exit code 1 during this request"),
+        ("loading.LoadParameters.load = fail", "ended with exit code 1 during this request"),
         ("process_main._start_workers = fail", "ended with exit code 1 during this request"),
         ("in_process.InProcessModel.forward = fail", "ended with exit code 1 during this request"),
         ("in_process.InProcessModel.forward = lambda *_: threading.Lock()", "cannot pickle '_thread.lock' object"),
@@ -241,7 +241,7 @@ async def test_whatever_fails_in_the_process_no_request_waits_forever(
         "process_main.main()\n"
     )
     monkeypatch.setattr(model_process, "_PROGRAM", faulty)
-    async with served("e5", model_process=True) as embedder:
+    async with local_embedder("e5", model_process=True) as embedder:
         for _ in range(2):
             with pytest.raises((ModelUnavailable, RuntimeError), match=message):
                 await embedder.embed(TEXTS, input_type="query", truncate="END")
@@ -251,20 +251,20 @@ async def test_a_third_party_s_faulty_logging_call_does_not_end_the_process(monk
     faulty = (
         "import logging\n"
         "from embeddings_mcp.embedders.local.running import loading, process_main\n"
-        "load = loading.Loading.load\n"
+        "load = loading.LoadParameters.load\n"
         "def loud(self):\n"
         "    logging.getLogger('transformers').warning('%d files', 'three')\n"
         "    return load(self)\n"
-        "loading.Loading.load = loud\n"
+        "loading.LoadParameters.load = loud\n"
         "process_main.main()\n"
     )
     monkeypatch.setattr(model_process, "_PROGRAM", faulty)
-    async with served("e5", model_process=True) as embedder:
+    async with local_embedder("e5", model_process=True) as embedder:
         await embedder.embed(TEXTS, input_type="query", truncate="END")
 
 
 async def test_signals_that_stop_the_server_do_not_stop_the_process_before_it_has_answered() -> None:
-    async with served("e5", model_process=True) as embedder:
+    async with local_embedder("e5", model_process=True) as embedder:
         await embedder.check()
         process = process_of(embedder)
         for stop in (signal.SIGINT, signal.SIGTERM):
@@ -292,7 +292,7 @@ async def test_a_checkpoint_error_has_the_same_message_as_in_this_process(tmp_pa
 
 
 async def test_its_log_records_are_logged_by_the_server(caplog: pytest.LogCaptureFixture) -> None:
-    async with served("nv-embed-v2", model_process=True) as embedder:
+    async with local_embedder("nv-embed-v2", model_process=True) as embedder:
         await embedder.check()
         await embedder.embed(TEXTS, input_type="passage", truncate="END")
     assert "nvidia/nv-embed-v2 may not be used commercially: its licence is CC-BY-NC-4.0" in caplog.messages
@@ -303,7 +303,7 @@ async def test_its_environment_holds_no_credentials(monkeypatch: pytest.MonkeyPa
     names = ["EMBEDDINGS_MCP_OAUTH_ISSUER", "NVIDIA_API_KEY", "HF_TOKEN", "MY_SECRET", "DB_PASSWORD", "secret_keys"]
     for name in [*names, "TOKENIZERS_PARALLELISM", "KEYBOARD"]:
         monkeypatch.setenv(name, "true")
-    async with served("e5", model_process=True) as embedder:
+    async with local_embedder("e5", model_process=True) as embedder:
         await embedder.check()
         inherited = environment_of(process_of(embedder).pid)
     assert not inherited & set(names)
@@ -314,9 +314,9 @@ async def test_its_environment_holds_no_credentials(monkeypatch: pytest.MonkeyPa
 def test_the_server_s_process_loads_no_torch_and_the_model_s_process_ends_with_it() -> None:
     model = f"mine={family('e5').folder}"
     body = {"input": "water", "model": "mine", "input_type": "query"}
-    with running(COMMAND, "serve", "--transport", "http", "--port", "0", "--model", model) as (server, url):
+    with server_process(COMMAND, "serve", "--transport", "http", "--port", "0", "--model", model) as (server, url):
         httpx.post(f"{url}/v1/embeddings", json=body, timeout=SECONDS).raise_for_status()
-        _, child = family_of(server.pid)
+        _, child = process_tree(server.pid)
         assert "libtorch" not in Path(f"/proc/{server.pid}/maps").read_text()
         assert "libtorch" in Path(f"/proc/{child}/maps").read_text()
         server.kill()

@@ -60,7 +60,7 @@ def test_an_int8_vector_does_not_depend_on_its_neighbours(pair: tuple[Encoder, E
 def test_families_that_run_as_transformers_classes_support_int8_too(family: str) -> None:
     expected = json.loads((GOLDEN / family / "expected.json").read_text(encoding="utf-8"))
     name = {"llama-nemotron-embed": "llama-nemotron-embed-1b-v2"}.get(family, family)
-    encoder = load_encoder(name, GOLDEN / family / "model", known=find_card(name), precision="int8")
+    encoder = load_encoder(name, GOLDEN / family / "model", builtin_card=find_card(name), precision="int8")
     case = expected["cases"][2]
     vector = encode(encoder, [case["input"]], input_type=case["input_type"]).vectors[0]
 

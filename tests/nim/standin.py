@@ -134,10 +134,10 @@ class StandIn:
         prompts: whether it prepends a model's prompts to the texts, as NIM does and plain OpenAI servers do not.
         served_as: the model id in its responses; the requested one if None.
         faults: the fault of each embedding request in turn; None for a correct response.
-        elsewhere: permanent faults of other routes, by path.
+        route_faults: permanent faults of other routes, by path.
         seen: all requests received so far.
-        most_at_once: largest number of requests in flight at the same time.
-        hung_up: set when a client has closed its connection before the response.
+        max_in_flight: largest number of requests in flight at the same time.
+        client_disconnected: set when a client has closed its connection before the response.
     """
 
     models: Mapping[str, ModelCard] = field(default_factory=lambda: {c.id: c for c in (ASYMMETRIC, SYMMETRIC)})
@@ -145,10 +145,10 @@ class StandIn:
     prompts: bool = True
     served_as: str | None = None
     faults: Iterator[Fault | None] = field(default_factory=lambda: itertools.repeat(None))
-    elsewhere: Mapping[str, Fault] = field(default_factory=dict)
+    route_faults: Mapping[str, Fault] = field(default_factory=dict)
     seen: list[Seen] = field(default_factory=list)
-    most_at_once: int = 0
-    hung_up: anyio.Event = field(default_factory=anyio.Event)
+    max_in_flight: int = 0
+    client_disconnected: anyio.Event = field(default_factory=anyio.Event)
     url: str = ""
     _at_once: int = 0
     _arrival: anyio.Event = field(default_factory=anyio.Event)
@@ -180,7 +180,7 @@ class StandIn:
     # --- Responses ---------------------------------------------------------------------------------------------------
 
     def _reply_to(self, seen: Seen) -> Reply:
-        fault = next(self.faults, None) if seen.path == "/v1/embeddings" else self.elsewhere.get(seen.path)
+        fault = next(self.faults, None) if seen.path == "/v1/embeddings" else self.route_faults.get(seen.path)
         reply = self._correct_reply(seen)
         return reply if fault is None else fault(reply)
 
@@ -240,7 +240,7 @@ class StandIn:
                 self.seen.append(seen)
                 self._arrival.set()
                 self._at_once += 1
-                self.most_at_once = max(self.most_at_once, self._at_once)
+                self.max_in_flight = max(self.max_in_flight, self._at_once)
                 try:
                     keep_alive = await self._send(self._reply_to(seen), reader, writer)
                 finally:
@@ -248,7 +248,7 @@ class StandIn:
                 if not keep_alive:
                     return
         except ConnectionError:
-            self.hung_up.set()
+            self.client_disconnected.set()
         finally:
             writer.close()
             with contextlib.suppress(ConnectionError):
@@ -265,16 +265,16 @@ class StandIn:
         """Send a reply; return whether the connection can be reused."""
         if reply.held_by is not None:
             released = asyncio.ensure_future(reply.held_by.wait())
-            hung_up = asyncio.ensure_future(reader.read(1))  # completes only when the client closes the connection
+            closed = asyncio.ensure_future(reader.read(1))  # completes only when the client closes the connection
             try:
-                await asyncio.wait({released, hung_up}, return_when=asyncio.FIRST_COMPLETED)
-                if hung_up.done():
-                    self.hung_up.set()
+                await asyncio.wait({released, closed}, return_when=asyncio.FIRST_COMPLETED)
+                if closed.done():
+                    self.client_disconnected.set()
                     return False
             finally:
-                for task in (released, hung_up):
+                for task in (released, closed):
                     task.cancel()
-                await asyncio.gather(released, hung_up, return_exceptions=True)
+                await asyncio.gather(released, closed, return_exceptions=True)
         length = len(reply.body) if reply.length is None else reply.length
         head = [f"HTTP/1.1 {reply.status} ", f"Content-Length: {length}"]
         head += [f"{name}: {value}" for name, value in reply.headers.items()]

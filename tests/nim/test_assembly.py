@@ -13,7 +13,7 @@ from pydantic import SecretStr, ValidationError
 from embeddings_mcp.assemble import build_service, endpoint_models, open_embedder, service_for
 from embeddings_mcp.embedders.nim import HOSTED_DEFAULT_MODEL, HOSTED_MODELS, HOSTED_URL, EndpointModels
 from embeddings_mcp.errors import InvalidRequest, InvalidSetting, UnknownModel, UpstreamUnavailable
-from embeddings_mcp.models import DEFAULT_MODEL, OwnCard
+from embeddings_mcp.models import DEFAULT_MODEL, CardOverride
 from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import EndpointSettings, Settings
 from tests.nim.standin import ASYMMETRIC, SYMMETRIC, stand_in
@@ -26,7 +26,7 @@ def settings_of(*endpoints: str | EndpointSettings, **chosen: object) -> Setting
     return Settings(endpoints=endpoints, **chosen)  # type: ignore[arg-type]
 
 
-def served(service: EmbeddingService) -> list[tuple[str, str]]:
+def http_server(service: EmbeddingService) -> list[tuple[str, str]]:
     return [(entry["id"], entry["served_from"]) for entry in service.known_models()]
 
 
@@ -168,16 +168,16 @@ def test_a_key_given_as_an_address_or_variable_name_is_refused_without_being_rep
 
 def test_with_only_nvidias_key_the_hosted_models_are_served_next_to_the_default() -> None:
     service = build_service(Settings(nvidia_api_key=SecretStr(KEY)))
-    assert served(service) == [(DEFAULT_MODEL, "local"), *((model, HOSTED_URL) for model in HOSTED_MODELS)]
+    assert http_server(service) == [(DEFAULT_MODEL, "local"), *((model, HOSTED_URL) for model in HOSTED_MODELS)]
     assert service.catalogue.default_name == DEFAULT_MODEL
     chosen = build_service(Settings(nvidia_api_key=SecretStr(KEY), default_model="nemotron-3-embed"))
     assert chosen.catalogue.default_name == HOSTED_DEFAULT_MODEL
 
 
 def test_a_local_model_takes_precedence_over_the_hosted_api() -> None:
-    card = OwnCard(id=HOSTED_DEFAULT_MODEL, dimensions=2048)
+    card = CardOverride(id=HOSTED_DEFAULT_MODEL, dimensions=2048)
     settings = Settings(models=(HOSTED_DEFAULT_MODEL,), nvidia_api_key=SecretStr(KEY), cards=(card,))
-    assert served(build_service(settings)) == [(HOSTED_DEFAULT_MODEL, "local"), (HOSTED_MODELS[1], HOSTED_URL)]
+    assert http_server(build_service(settings)) == [(HOSTED_DEFAULT_MODEL, "local"), (HOSTED_MODELS[1], HOSTED_URL)]
 
 
 def test_endpoints_keep_their_order_and_the_hosted_api_comes_last() -> None:
@@ -186,7 +186,7 @@ def test_endpoints_keep_their_order_and_the_hosted_api_comes_last() -> None:
         EndpointSettings(url=THERE, models=("one", "two")),
         nvidia_api_key=SecretStr(KEY),
     )
-    assert served(build_service(settings))[1:] == [
+    assert http_server(build_service(settings))[1:] == [
         ("one", f"{HERE}/v1"),
         (HOSTED_DEFAULT_MODEL, f"{HERE}/v1"),
         ("two", f"{THERE}/v1"),

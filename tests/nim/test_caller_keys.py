@@ -26,7 +26,7 @@ from embeddings_mcp.faces.http.app import create_app
 from embeddings_mcp.faces.mcp.server import build_mcp_server
 from embeddings_mcp.settings import EndpointSettings, Settings
 from tests.nim.standin import SYMMETRIC, Reply, StandIn, answering, changing, stand_in
-from tests.support import serving
+from tests.support import asgi_server
 
 pytestmark = pytest.mark.anyio
 
@@ -40,12 +40,12 @@ def request() -> dict[str, str]:
 
 
 @contextmanager
-def served(nim: StandIn, *, default: str | None = None, cache: str = "memory", **endpoint: Any) -> Iterator[str]:
+def http_server(nim: StandIn, *, default: str | None = None, cache: str = "memory", **endpoint: Any) -> Iterator[str]:
     """URL of a server of ours with the stand-in as its endpoint."""
     configured = EndpointSettings(url=nim.url, **{"api_key": OURS, "caller_keys": True, **endpoint})
     settings = Settings(endpoints=(configured,), default_model=default, cache=cache)
     service = build_service(settings)
-    with serving(create_app(service, build_mcp_server(service), settings)) as url:
+    with asgi_server(create_app(service, build_mcp_server(service), settings)) as url:
         yield url
 
 
@@ -71,7 +71,7 @@ def bytes_in(folder: Path) -> bytes:
 
 async def test_a_callers_key_replaces_the_servers_for_its_own_request_only() -> None:
     async with stand_in() as nim:
-        with served(nim) as url:
+        with http_server(nim) as url:
             async with rest(url) as http:
                 for key in (None, ALICES, BOBS, None):
                     assert (await ask(http, key)).status_code == 200
@@ -83,7 +83,7 @@ async def test_a_callers_key_replaces_the_servers_for_its_own_request_only() -> 
 async def test_a_tool_call_carries_the_key_of_its_own_request(mode: str) -> None:
     """Even if the requests of one session have different keys, or none."""
     async with stand_in() as nim:
-        with served(nim) as url, anyio.fail_after(20):
+        with http_server(nim) as url, anyio.fail_after(20):
             async with (
                 httpx2.AsyncClient() as http,
                 Client(streamable_http_client(f"{url}/mcp", http_client=http), mode=mode) as mcp,
@@ -99,7 +99,7 @@ async def test_a_tool_call_carries_the_key_of_its_own_request(mode: str) -> None
 async def test_the_keys_of_concurrent_callers_are_not_mixed_up() -> None:
     keys = [f"nvapi-caller-{number}" for number in range(20)]
     async with stand_in() as nim:
-        with served(nim, batch_size=1) as url:
+        with http_server(nim, batch_size=1) as url:
             async with rest(url) as http, anyio.create_task_group() as group:
                 for key in keys:
                     body = {"model": SYMMETRIC.id, "input": [f"{key} one", f"{key} two"]}
@@ -112,7 +112,7 @@ async def test_the_keys_of_concurrent_callers_are_not_mixed_up() -> None:
 
 async def test_a_readiness_probe_sends_no_key_to_the_endpoint() -> None:
     async with stand_in() as nim:
-        with served(nim, models=(SYMMETRIC.id,), default=SYMMETRIC.id, api_key=None) as url:
+        with http_server(nim, models=(SYMMETRIC.id,), default=SYMMETRIC.id, api_key=None) as url:
             async with rest(url) as http:
                 await http.get("/v1/health/ready", headers={CALLER_KEY_HEADER: ALICES})
         assert nim.seen
@@ -121,7 +121,7 @@ async def test_a_readiness_probe_sends_no_key_to_the_endpoint() -> None:
 
 async def test_a_server_that_accepts_no_callers_keys_says_so_on_every_route() -> None:
     async with stand_in() as nim:
-        with served(nim, caller_keys=False) as url:
+        with http_server(nim, caller_keys=False) as url:
             async with rest(url) as http:
                 for path in ("/v1/embeddings", "/mcp", "/v1/models"):
                     answer = await http.post(path, json=request(), headers={CALLER_KEY_HEADER: ALICES})
@@ -134,7 +134,7 @@ async def test_a_server_that_accepts_no_callers_keys_says_so_on_every_route() ->
 @pytest.mark.parametrize("values", [["nvapi two"], [""], ["nvapi-\xe9"], [ALICES, BOBS]])
 async def test_a_header_without_a_valid_key_is_refused_without_being_repeated(values: list[str]) -> None:
     async with stand_in() as nim:
-        with served(nim) as url:
+        with http_server(nim) as url:
             async with rest(url) as http:
                 headers = [(CALLER_KEY_HEADER.encode(), value.encode("latin-1")) for value in values]
                 answer = await http.post("/v1/embeddings", json=request(), headers=headers)
@@ -154,7 +154,7 @@ async def test_a_header_without_a_valid_key_is_refused_without_being_repeated(va
 )
 async def test_a_caller_is_told_to_fix_its_own_refused_key(ours: str | None, callers: str | None, says: str) -> None:
     async with stand_in(faults=itertools.repeat(answering(401, b"no"))) as nim:
-        with served(nim, api_key=ours) as url:
+        with http_server(nim, api_key=ours) as url:
             async with rest(url) as http:
                 answer = await ask(http, callers)
         error = answer.json()["error"]
@@ -165,7 +165,7 @@ async def test_a_caller_is_told_to_fix_its_own_refused_key(ours: str | None, cal
 
 async def test_a_refusal_of_the_servers_own_key_is_not_the_callers_fault() -> None:
     async with stand_in(faults=itertools.repeat(answering(401, b"no"))) as nim:
-        with served(nim) as url:
+        with http_server(nim) as url:
             async with rest(url) as http:
                 answer = await ask(http, None)
         assert (answer.status_code, answer.json()["error"]["code"]) == (502, "upstream_refused")
@@ -268,7 +268,7 @@ async def test_a_key_echoed_in_a_response_is_not_stored_logged_or_forwarded(
             return replace(reply, headers={**reply.headers, "Deprecation": sent})
 
         nim.faults = itertools.repeat(echoing)
-        with served(nim, api_key=keys[None], cache=str(tmp_path)) as url:
+        with http_server(nim, api_key=keys[None], cache=str(tmp_path)) as url:
             async with rest(url) as http:
                 answers = [await ask(http, key) for key in keys]
     assert keys_seen(nim) == [f"Bearer {key}" for key in keys.values()]

@@ -18,7 +18,7 @@ from embeddings_mcp.embedders.base import Embedder
 from embeddings_mcp.embedders.nim import Endpoint, EndpointClient, NimEmbedder
 from embeddings_mcp.faces.mcp.server import build_mcp_server
 from tests.nim.standin import ASYMMETRIC, StandIn, held, stand_in
-from tests.support import HashEmbedder, served, service_of
+from tests.support import HashEmbedder, http_server, service_of
 
 pytestmark = pytest.mark.anyio
 
@@ -33,7 +33,7 @@ def embedder_at(nim: StandIn, **endpoint: int) -> NimEmbedder:
 @contextmanager
 def rest_over(embedder: Embedder, **chosen: float) -> Iterator[str]:
     """Serve our REST API over this embedder, and close the embedder afterwards."""
-    with served(service_of(embedder), **chosen) as url:
+    with http_server(service_of(embedder), **chosen) as url:
         yield f"{url}/v1"
 
 
@@ -54,7 +54,7 @@ async def test_cancelling_a_tool_call_cancels_the_requests_to_the_endpoint() -> 
                 calls.start_soon(client.call_tool, "create_embedding", arguments)
                 await nim.received(3)
                 calls.cancel_scope.cancel()
-            await nim.hung_up.wait()
+            await nim.client_disconnected.wait()
 
 
 async def test_a_disconnecting_rest_client_cancels_the_request_to_the_endpoint() -> None:
@@ -71,7 +71,7 @@ async def test_a_disconnecting_rest_client_cancels_the_request_to_the_endpoint()
                     )
                     await nim.received(1)
                     calls.cancel_scope.cancel()
-                await nim.hung_up.wait()
+                await nim.client_disconnected.wait()
 
 
 async def test_a_rest_request_that_times_out_before_its_turn_gets_a_timeout_error() -> None:

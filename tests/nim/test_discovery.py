@@ -28,13 +28,13 @@ async def client_of(nim: StandIn, *, read_timeout: float = 10) -> AsyncIterator[
         await client.aclose()
 
 
-def served(*names: str) -> dict[str, ModelCard]:
+def http_server(*names: str) -> dict[str, ModelCard]:
     return {name: ModelCard(id=name) for name in names}
 
 
 async def test_listed_models_get_their_cards() -> None:
     async with (
-        stand_in(models=served(DEFAULT_MODEL.upper(), "team/own-model")) as nim,
+        stand_in(models=http_server(DEFAULT_MODEL.upper(), "team/own-model")) as nim,
         client_of(nim) as client,
     ):
         cards = await discover(client)
@@ -45,7 +45,7 @@ async def test_listed_models_get_their_cards() -> None:
 
 
 async def test_the_hosted_catalogue_is_filtered_for_embedding_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    models = served("meta/llama-4", "nvidia/nemotron-3-embed-1b", DEFAULT_MODEL)
+    models = http_server("meta/llama-4", "nvidia/nemotron-3-embed-1b", DEFAULT_MODEL)
     async with stand_in(models=models) as nim, client_of(nim) as client:
         monkeypatch.setattr(endpoint, "HOSTED_URL", nim.url)
         assert list(await discover(client)) == ["nvidia/nemotron-3-embed-1b", DEFAULT_MODEL]
@@ -53,10 +53,10 @@ async def test_the_hosted_catalogue_is_filtered_for_embedding_models(monkeypatch
 
 async def test_a_response_without_a_list_is_refused() -> None:
     no_list = answering(200, {"models": []})
-    async with stand_in(elsewhere={"/v1/models": no_list}) as nim, client_of(nim) as client:
+    async with stand_in(route_faults={"/v1/models": no_list}) as nim, client_of(nim) as client:
         with pytest.raises(UpstreamFailed, match="it has no `data` list"):
             await discover(client)
-    async with stand_in(elsewhere={"/v1/models": answering(404)}) as nim, client_of(nim) as client:
+    async with stand_in(route_faults={"/v1/models": answering(404)}) as nim, client_of(nim) as client:
         with pytest.raises(UpstreamFailed, match=r"has no such route \(404\)"):
             await discover(client)
 
@@ -84,7 +84,7 @@ async def test_readiness_is_the_status_of_the_endpoints_readiness_route() -> Non
 async def test_an_endpoint_that_is_not_ready_is_reported_with_the_reason_after_one_request(
     fault: Fault, error: type[Exception], says: str
 ) -> None:
-    async with stand_in(elsewhere={"/v1/health/ready": fault}) as nim, client_of(nim) as client:
+    async with stand_in(route_faults={"/v1/health/ready": fault}) as nim, client_of(nim) as client:
         with pytest.raises(error, match=says):
             await NimEmbedder(client, SYMMETRIC).check()
         assert len(nim.seen) == 1
@@ -93,7 +93,7 @@ async def test_an_endpoint_that_is_not_ready_is_reported_with_the_reason_after_o
 async def test_an_endpoint_that_does_not_respond_is_not_ready() -> None:
     never = anyio.Event()
     silent = {"/v1/health/ready": held(never)}
-    async with stand_in(elsewhere=silent) as nim, client_of(nim, read_timeout=0.03) as client:
+    async with stand_in(route_faults=silent) as nim, client_of(nim, read_timeout=0.03) as client:
         with pytest.raises(UpstreamTimeout):
             await NimEmbedder(client, SYMMETRIC).check()
 

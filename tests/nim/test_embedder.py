@@ -417,7 +417,7 @@ async def test_a_failing_batch_fails_the_call_with_its_error_and_cancels_the_oth
     ):
         with pytest.raises(InvalidRequest, match="no such thing"):
             await embed(embedder)
-        await nim.hung_up.wait()
+        await nim.client_disconnected.wait()
 
 
 async def test_cancelling_a_call_closes_its_connection_to_the_endpoint() -> None:
@@ -427,7 +427,7 @@ async def test_cancelling_a_call_closes_its_connection_to_the_endpoint() -> None
             group.start_soon(embed, embedder)
             await nim.received(1)
             group.cancel_scope.cancel()
-        await nim.hung_up.wait()
+        await nim.client_disconnected.wait()
 
 
 async def test_closing_the_embedder_fails_calls_in_flight_and_later_ones() -> None:
@@ -445,7 +445,7 @@ async def test_closing_the_embedder_fails_calls_in_flight_and_later_ones() -> No
             group.start_soon(call, embedder)
             await nim.received(1)
             await embedder.aclose()
-        await nim.hung_up.wait()
+        await nim.client_disconnected.wait()
         await call(embedder)
     assert [type(error) for error in errors] == [ServerStopped, ServerStopped]
 
@@ -502,7 +502,7 @@ async def test_requests_in_flight_stay_within_the_concurrency() -> None:
                 group.start_soon(embed, embedder)
             await nim.received(3)
             gate.set()
-        assert nim.most_at_once == 3
+        assert nim.max_in_flight == 3
         assert len(nim.seen) == 4 * len(TEXTS)
 
 
@@ -559,4 +559,4 @@ async def test_a_thousand_texts_of_five_callers_get_their_vectors_despite_a_fail
         assert len(arrivals) > 110
         # The limit holds when requests are sent; delays in transit may shorten a window of arrivals.
         assert all(later - earlier > 0.5 * window for earlier, later in zip(arrivals, arrivals[rate:], strict=False))
-        assert nim.most_at_once <= 8
+        assert nim.max_in_flight <= 8

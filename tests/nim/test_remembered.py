@@ -100,7 +100,7 @@ async def test_a_thousand_texts_of_five_callers_are_each_embedded_once_despite_f
         assert len(faults.answered) == 1000
         assert set(faults.answered.values()) == {1}
         assert 0.1 < len(faults.failed) / len(nim.seen) < 0.3
-        assert nim.most_at_once <= 8
+        assert nim.max_in_flight <= 8
         arrivals = [seen.at for seen in nim.seen]
         # The limit holds when requests are sent; delays in transit may shorten a window of arrivals.
         assert all(later - earlier > 0.5 * WINDOW for earlier, later in zip(arrivals, arrivals[RATE:], strict=False))

@@ -46,7 +46,7 @@ async def origin_of(catalogue: Catalogue, model: str) -> str:
     return embedder.origin
 
 
-def served(catalogue: Catalogue) -> list[tuple[str, str]]:
+def http_server(catalogue: Catalogue) -> list[tuple[str, str]]:
     return [(embedder.card.id, embedder.origin) for embedder in catalogue.known]
 
 
@@ -61,7 +61,7 @@ def discoveries(nim: StandIn) -> int:
 async def test_models_are_discovered_once_and_only_when_a_name_or_a_list_requires_it() -> None:
     async with stand_in() as nim, catalogue_of(models_of(nim)) as catalogue:
         assert await origin_of(catalogue, "HERE") == "local"
-        assert served(catalogue) == [("test/here", "local")]
+        assert http_server(catalogue) == [("test/here", "local")]
         assert not nim.seen
         for name in (ASYMMETRIC.id, SYMMETRIC.id, f"{SYMMETRIC.id}-query"):
             assert await origin_of(catalogue, name) == f"{nim.url}/v1"
@@ -74,7 +74,7 @@ async def test_models_are_discovered_once_and_only_when_a_name_or_a_list_require
 async def test_discovery_is_single_flight() -> None:
     gate = anyio.Event()
     async with (
-        stand_in(elsewhere={"/v1/models": held(gate)}) as nim,
+        stand_in(route_faults={"/v1/models": held(gate)}) as nim,
         catalogue_of(models_of(nim)) as catalogue,
         anyio.create_task_group() as group,
     ):
@@ -94,18 +94,18 @@ async def test_a_new_model_of_an_endpoint_is_found_once_its_list_is_stale(
         nim.models = {ASYMMETRIC.id: ASYMMETRIC, SYMMETRIC.id: SYMMETRIC}
         with pytest.raises(UnknownModel):
             await catalogue.find(ASYMMETRIC.id)
-        monkeypatch.setattr("embeddings_mcp.catalogue.FRESH_SECONDS", 0)
+        monkeypatch.setattr("embeddings_mcp.catalogue.MODEL_LIST_TTL_SECONDS", 0)
         assert await origin_of(catalogue, ASYMMETRIC.id) == f"{nim.url}/v1"
         assert (await catalogue.find(SYMMETRIC.id))[0] is first  # which keeps its state
         nim.models = {ASYMMETRIC.id: ASYMMETRIC}
         await catalogue.refresh()
-        assert served(catalogue)[1:] == [(ASYMMETRIC.id, f"{nim.url}/v1")]
+        assert http_server(catalogue)[1:] == [(ASYMMETRIC.id, f"{nim.url}/v1")]
 
 
 async def test_a_stale_list_is_not_refreshed_for_a_model_that_another_endpoint_has(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("embeddings_mcp.catalogue.FRESH_SECONDS", 0)
+    monkeypatch.setattr("embeddings_mcp.catalogue.MODEL_LIST_TTL_SECONDS", 0)
     async with (
         stand_in(models={ASYMMETRIC.id: ASYMMETRIC}) as first,
         stand_in(models={SYMMETRIC.id: SYMMETRIC}) as second,
@@ -128,7 +128,7 @@ async def test_there_is_no_discovery_if_the_settings_name_the_models() -> None:
 
 
 async def test_a_failed_discovery_is_not_repeated_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with stand_in(elsewhere=FAILING) as nim, catalogue_of(models_of(nim)) as catalogue:
+    async with stand_in(route_faults=FAILING) as nim, catalogue_of(models_of(nim)) as catalogue:
         for _ in range(3):
             with pytest.raises(
                 UpstreamUnavailable, match=r"whether `model` 'x' is served cannot be told: .*500: broken"
@@ -137,7 +137,7 @@ async def test_a_failed_discovery_is_not_repeated_for_a_while(monkeypatch: pytes
             await catalogue.refresh()
         assert discoveries(nim) == 1
         monkeypatch.setattr(source, "RETRY_SECONDS", 0)
-        nim.elsewhere = {}
+        nim.route_faults = {}
         assert await origin_of(catalogue, SYMMETRIC.id) == f"{nim.url}/v1"
         assert discoveries(nim) == 2
 
@@ -145,9 +145,9 @@ async def test_a_failed_discovery_is_not_repeated_for_a_while(monkeypatch: pytes
 async def test_discovery_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source, "DISCOVERY_SECONDS", 0.05)
     silent = {"/v1/models": held(anyio.Event())}
-    async with stand_in(elsewhere=silent) as nim, catalogue_of(models_of(nim)) as catalogue:
+    async with stand_in(route_faults=silent) as nim, catalogue_of(models_of(nim)) as catalogue:
         await catalogue.refresh()
-        assert served(catalogue) == [("test/here", "local")]
+        assert http_server(catalogue) == [("test/here", "local")]
         with pytest.raises(UpstreamUnavailable, match=r"did not list its models within 0\.05 s"):
             await catalogue.find("x")
 
@@ -155,7 +155,7 @@ async def test_discovery_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_cancelling_a_discovery_leaves_it_to_the_next_caller() -> None:
     gate = anyio.Event()
     async with (
-        stand_in(elsewhere={"/v1/models": held(gate)}) as nim,
+        stand_in(route_faults={"/v1/models": held(gate)}) as nim,
         catalogue_of(models_of(nim)) as catalogue,
     ):
         async with anyio.create_task_group() as group:
@@ -177,7 +177,7 @@ async def test_a_local_model_takes_precedence_over_an_endpoints() -> None:
     ):
         await catalogue.refresh()
         assert (await catalogue.find(SYMMETRIC.id))[0] is here
-        assert served(catalogue) == [(SYMMETRIC.id, "local"), (ASYMMETRIC.id, f"{nim.url}/v1")]
+        assert http_server(catalogue) == [(SYMMETRIC.id, "local"), (ASYMMETRIC.id, f"{nim.url}/v1")]
 
 
 async def test_the_first_of_two_endpoints_takes_precedence_even_if_it_requires_discovery() -> None:
@@ -187,7 +187,10 @@ async def test_the_first_of_two_endpoints_takes_precedence_even_if_it_requires_d
             assert await origin_of(catalogue, SYMMETRIC.id) == f"{first.url}/v1"
             assert await origin_of(catalogue, ASYMMETRIC.id) == f"{second.url}/v1"
             assert discoveries(second) == 0
-            assert served(catalogue)[1:] == [(SYMMETRIC.id, f"{first.url}/v1"), (ASYMMETRIC.id, f"{second.url}/v1")]
+            assert http_server(catalogue)[1:] == [
+                (SYMMETRIC.id, f"{first.url}/v1"),
+                (ASYMMETRIC.id, f"{second.url}/v1"),
+            ]
 
 
 async def test_there_is_no_failover_to_the_second_endpoint_if_the_first_is_down() -> None:
@@ -207,7 +210,7 @@ async def test_the_last_known_list_is_used_while_an_endpoint_is_down() -> None:
         catalogue_of(models_of(first), models_of(second)) as catalogue,
     ):
         await catalogue.refresh()
-        first.elsewhere = FAILING
+        first.route_faults = FAILING
         assert await origin_of(catalogue, SYMMETRIC.id) == f"{second.url}/v1"
 
 
@@ -216,7 +219,7 @@ async def test_a_model_listed_under_its_old_and_new_names_is_one_model() -> None
     models = {name: ModelCard(id=name, dimensions=2048) for name in (old, new)}
     async with stand_in(models=models) as nim, catalogue_of(models_of(nim)) as catalogue:
         await catalogue.refresh()
-        assert served(catalogue)[1:] == [(new, f"{nim.url}/v1")]
+        assert http_server(catalogue)[1:] == [(new, f"{nim.url}/v1")]
         embedder, _ = await catalogue.find(old)
         await embedder.embed(["a text"], input_type="query", truncate="NONE")
         assert nim.seen[-1].json["model"] == new
@@ -239,12 +242,12 @@ async def test_the_default_may_be_a_model_that_is_not_discovered_yet() -> None:
 
 
 async def test_readiness_is_that_of_the_default_models_endpoint() -> None:
-    async with stand_in(elsewhere=FAILING) as nim:
+    async with stand_in(route_faults=FAILING) as nim:
         service = EmbeddingService([], default_model="e5", sources=[models_of(nim)])
         with pytest.raises(UpstreamUnavailable, match="cannot be told"):
             await service.check()
         await service.aclose()
-        nim.elsewhere = {}
+        nim.route_faults = {}
         e5 = "nvidia/nv-embedqa-e5-v5"
         nim.models = {e5: ModelCard(id=e5)}
         service = EmbeddingService([], default_model="e5", sources=[models_of(nim)])
@@ -293,7 +296,7 @@ async def test_an_unserved_model_that_could_run_locally_is_named_with_how_to_ser
 )
 async def test_details_listed_by_an_endpoint_refine_the_card(entry: dict[str, Any], expected: dict[str, Any]) -> None:
     listing = answering(200, {"object": "list", "data": [{"id": "own/model", **entry}]})
-    async with stand_in(elsewhere={"/v1/models": listing}) as nim, catalogue_of(models_of(nim)) as catalogue:
+    async with stand_in(route_faults={"/v1/models": listing}) as nim, catalogue_of(models_of(nim)) as catalogue:
         embedder, _ = await catalogue.find("own/model")
     assert {name: getattr(embedder.card, name) for name in expected} == expected
 
@@ -338,4 +341,4 @@ def test_a_catalogue_is_created_without_requests() -> None:
     )
     catalogue = Catalogue([HERE], itertools.islice(endpoints, 20), default="test/here")
     assert not catalogue.local
-    assert served(catalogue) == [("test/here", "local")]
+    assert http_server(catalogue) == [("test/here", "local")]

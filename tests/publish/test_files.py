@@ -12,7 +12,7 @@ import orjson
 import pytest
 import yaml
 
-from embeddings_mcp.models import OwnCard
+from embeddings_mcp.models import CardOverride
 from embeddings_mcp.publish import identity
 from embeddings_mcp.publish.documents import FORMATS
 from embeddings_mcp.publish.files import FILES
@@ -60,7 +60,7 @@ def test_the_identity_agrees_with_the_package_metadata() -> None:
 
 def test_every_field_of_a_card_and_of_an_endpoint_is_explained() -> None:
     page = (ROOT / "docs" / "configuration.md").read_text("utf-8")
-    for section, names in (("Endpoints", EndpointSettings.model_fields), ("Cards", OwnCard.__dataclass_fields__)):
+    for section, names in (("Endpoints", EndpointSettings.model_fields), ("Cards", CardOverride.__dataclass_fields__)):
         _, _, after = page.partition(f"\n## {section}\n")
         rows = re.findall(r"^\| `(\w+)` \|.* \| (.*) \|$", after.partition("\n## ")[0], flags=re.MULTILINE)
         assert [name for name, _ in rows] == list(names)

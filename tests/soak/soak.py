@@ -27,7 +27,7 @@ import anyio
 import httpx
 import httpx2
 import numpy as np
-from benchmarks.process import family, resident_megabytes
+from benchmarks.process import process_tree, resident_megabytes
 from mcp import Client
 from mcp.client.streamable_http import streamable_http_client
 
@@ -140,14 +140,14 @@ class Server:
     def end_model(self) -> None:
         """Kill the model's process, but not the server."""
         assert self._process is not None
-        for process in family(self._process.pid)[1:]:
+        for process in process_tree(self._process.pid)[1:]:
             self.model_ended_at = time.monotonic()
             os.kill(process, signal.SIGKILL)
 
     def resources(self) -> tuple[float, int, int]:
         """MiB resident, open files and threads of the server and the model's process."""
         assert self._process is not None
-        processes = family(self._process.pid)
+        processes = process_tree(self._process.pid)
         files = sum(len([*Path(f"/proc/{process}/fd").iterdir()]) for process in processes)
         threads = sum(len([*Path(f"/proc/{process}/task").iterdir()]) for process in processes)
         return resident_megabytes(self._process.pid), files, threads

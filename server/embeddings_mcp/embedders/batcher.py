@@ -231,7 +231,7 @@ class Batcher(Generic[Kind, Result]):
         # Usually even the total is below the cap on a single size, and so is each: one sum is enough then.
         used = total if effective_size(total) == total else sum(map(effective_size, sizes))
         tokens_per_second = self._tokens_per_second * self._workers
-        if seconds := self._reservations.wait(client, tokens, used=used, per_second=tokens_per_second):
+        if seconds := self._reservations.retry_after(client, tokens, used=used, released_per_second=tokens_per_second):
             raise Overloaded(
                 f"{total:,} tokens wait already, and there is no room for {tokens:,} more: try again in "
                 f"{seconds:.0f} s, or send fewer texts at once",

@@ -121,7 +121,7 @@ class LocalEmbedder:
     ) -> Embeddings:
         """See `Embedder.embed`."""
         model, batcher = await self._ensure_loaded()
-        vectors = np.empty((len(texts), model.facts.dimensions), dtype=np.float32)
+        vectors = np.empty((len(texts), model.info.dimensions), dtype=np.float32)
 
         def on_results(indices: Sequence[int], results: Sequence[FloatVector]) -> None:
             rows = np.stack(results)
@@ -183,7 +183,7 @@ class LocalEmbedder:
     ) -> None:
         """Tokenize a request's texts and run them through the model; the first run while others are being tokenized."""
         texts, counts = request.texts, request.counts
-        max_tokens = model.facts.card.max_tokens or sys.maxsize
+        max_tokens = model.info.card.max_tokens or sys.maxsize
         expected = [min(max_tokens, math.ceil(len(text) * self._tokens_per_character)) for text in texts]
         # Refused before it is tokenized if the queue is full; a retry is recognised by its texts.
         with batcher.admit((caller_name(), hash(tuple(texts))), sum(expected)) as claim:
@@ -225,7 +225,7 @@ class LocalEmbedder:
                 )
                 self._batcher = None
             model = await self._loaded.get()
-        self.card = model.facts.card
+        self.card = model.info.card
         if self._batcher is None:
             self._batcher = _make_batcher(model, self._max_queued_tokens, self._workers)
         return model, self._batcher
@@ -243,9 +243,9 @@ def _make_batcher(model: LoadedModel, max_queued_tokens: int, workers: int | Non
     return Batcher(
         run,
         workers=workers,
-        budget=model.facts.tokens_per_batch,
-        min_share=model.facts.least_tokens_per_batch,
+        budget=model.info.tokens_per_batch,
+        min_share=model.info.min_tokens_per_batch,
         max_queued_tokens=max_queued_tokens,
-        padded=not model.facts.packed,
-        prepare_worker=functools.partial(model.compute_on, max(1, cores // workers)),
+        padded=not model.info.packed,
+        prepare_worker=functools.partial(model.set_thread_cores, max(1, cores // workers)),
     )

@@ -15,7 +15,7 @@ from embeddings_mcp.caller import CALLER_KEY_HEADER
 from embeddings_mcp.errors import HTTP_ERRORS, WIRE_FORMS, http_form
 from embeddings_mcp.faces.cli.commands import serve
 from embeddings_mcp.faces.http.instrumentation import REQUEST_ID
-from embeddings_mcp.models import CARDS, DEFAULT_MODEL, ModelCard, OwnCard
+from embeddings_mcp.models import CARDS, DEFAULT_MODEL, CardOverride, ModelCard
 from embeddings_mcp.operations import CREATE_EMBEDDING
 from embeddings_mcp.publish.install import environment_variable, is_secret
 from embeddings_mcp.publish.openapi import openapi_document
@@ -246,7 +246,7 @@ def _card_fields() -> Iterable[Sequence[str]]:
     """Return one row per field of a card, described by the docstring of `ModelCard`."""
     _, _, attributes = (inspect.getdoc(ModelCard) or "").partition("Attributes:\n")
     meanings = dict(re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", attributes, flags=re.MULTILINE))
-    schema = TypeAdapter(OwnCard).json_schema()
+    schema = TypeAdapter(CardOverride).json_schema()
     for name, field in schema["properties"].items():
         meaning = " ".join(meanings[name].split()).replace("``", "`")
         required = "required" if name in schema["required"] else ""

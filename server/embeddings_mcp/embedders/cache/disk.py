@@ -72,7 +72,7 @@ class DiskStore:
         """Store these rows, if the file can be used."""
         await self._run_in_thread(lambda database: database.put(rows, model=model, origin=origin), None)
 
-    def noted(self, subject: str, compute: Callable[[], str]) -> str:
+    def get_or_compute_note(self, subject: str, compute: Callable[[], str]) -> str:
         """Return the note on a subject, computed and stored if there is none; blocking, for worker threads."""
         stored = self._with_database(lambda database: database.get_note(subject), None)
         if stored is not None:

@@ -90,7 +90,7 @@ class Backbone:
         return self._model.device
 
     @property
-    def vocabulary(self) -> int:
+    def vocabulary_size(self) -> int:
         """Vocabulary size."""
         return int(self._model.config.vocab_size)
 

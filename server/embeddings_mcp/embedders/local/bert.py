@@ -60,7 +60,7 @@ class Bert:
     """A loaded model of the family; see `transformer.Transformer` for the interface.
 
     Attributes:
-        vocabulary: vocabulary size.
+        vocabulary_size: number of token ids.
         packed: always True: batches are never padded.
         device: device of the weights.
         first_position: position id of a text's first token.
@@ -87,7 +87,7 @@ class Bert:
             _layer(tensors, _LAYER.format(number), epsilon, quantized=quantized)
             for number in range(int(config["num_hidden_layers"]))
         ]
-        self.vocabulary = len(self._words)
+        self.vocabulary_size = len(self._words)
         self.first_position = first_position
         self.device = self._words.device
 
@@ -149,7 +149,7 @@ def _shapes(config: JsonObject) -> dict[str, tuple[int, ...]]:
     size = config.size
     width, inner = size("hidden_size"), size("intermediate_size")
     if width % size("num_attention_heads"):
-        raise config.wrong("hidden_size", "a multiple of `num_attention_heads`")
+        raise config.invalid("hidden_size", "a multiple of `num_attention_heads`")
     shapes: dict[str, tuple[int, ...]] = {
         "embeddings.word_embeddings.weight": (size("vocab_size"), width),
         "embeddings.position_embeddings.weight": (size("max_position_embeddings"), width),

@@ -21,7 +21,7 @@ from embeddings_mcp.embedders.local.sentence_transformers_config import (
 )
 from embeddings_mcp.embedders.local.sequence_length import first_position, max_tokens, static_max_tokens
 from embeddings_mcp.errors import CheckpointInvalid, MissingDependency
-from embeddings_mcp.models import Mode, ModelCard, OwnCard, input_type_use
+from embeddings_mcp.models import CardOverride, Mode, ModelCard, input_type_use
 
 _logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class Checkpoint:
         return self.recipe.backbone(self.config) if self.recipe else self.config
 
     @property
-    def has_own_code(self) -> bool:
+    def has_custom_code(self) -> bool:
         """Whether the checkpoint names model code of its own, which is not run: transformers' class is used instead."""
         return self.recipe is None and _names_custom_code(self._config_object(self.config))
 
@@ -97,17 +97,19 @@ class Checkpoint:
         has_m3_layers = all((self.folder / name).is_file() for name in M3_FILES)
         return ("dense", "sparse", "colbert", "hybrid") if has_m3_layers else ("dense",)
 
-    def card(self, name: str, known: ModelCard | None = None, own: OwnCard | None = None) -> ModelCard:
+    def card(
+        self, name: str, builtin_card: ModelCard | None = None, user_card: CardOverride | None = None
+    ) -> ModelCard:
         """Return the card of this checkpoint.
 
         Sizes are taken from the files; everything else from the user's card, then from the built-in one.
 
         Args:
             name: the user's name for the model.
-            known: the built-in card of that name, if there is one.
-            own: the user's card, if there is one.
+            builtin_card: the built-in card of that name, if there is one.
+            user_card: the user's card, if there is one.
         """
-        card = known or ModelCard(
+        card = builtin_card or ModelCard(
             id=name, input_type=input_type_use(self.query_prompt, self.passage_prompt, self.default_prompt)
         )
         card = replace(
@@ -116,8 +118,8 @@ class Checkpoint:
             passage_prompt=card.passage_prompt or self.passage_prompt,
             default_prompt=card.default_prompt or self.default_prompt or "",
         )
-        if own:
-            card = own.over(card)
+        if user_card:
+            card = user_card.apply_to(card)
         return replace(
             card,
             modes=self._modes,
@@ -131,12 +133,12 @@ class Checkpoint:
         return JsonObject(self.pipeline.backbone / "config.json", fields)
 
 
-def read_checkpoint(folder: Path, known: ModelCard | None = None) -> Checkpoint:
+def read_checkpoint(folder: Path, builtin_card: ModelCard | None = None) -> Checkpoint:
     """Read all config files of a checkpoint folder.
 
     Args:
         folder: the checkpoint.
-        known: the built-in card of the model that the folder should hold, if there is one.
+        builtin_card: the built-in card of the model that the folder should hold, if there is one.
 
     Raises:
         CheckpointInvalid: a file is missing or broken, or asks for something that is not supported; names the file.
@@ -156,7 +158,7 @@ def read_checkpoint(folder: Path, known: ModelCard | None = None) -> Checkpoint:
     recipe = RECIPES.get(model_type)
     for part in recipe.parts if recipe else ():
         if not config.get(part, {}):
-            raise config.wrong(part, "an object")
+            raise config.invalid(part, "an object")
     if recipe is None and _names_custom_code(config):
         _logger.warning(
             "%s names code of its own for %s, which is not run: transformers' own class of that type is used",
@@ -164,7 +166,7 @@ def read_checkpoint(folder: Path, known: ModelCard | None = None) -> Checkpoint:
             model_type,
         )
     if pipeline is None:
-        pipeline = plain_pipeline(folder, config, recipe, known)
+        pipeline = plain_pipeline(folder, config, recipe, builtin_card)
     sentence_config = read_sentence_config(backbone)
     model_config = read_model_config(folder)
     if model_config.fields.get("truncate_dim") is not None:

@@ -29,12 +29,12 @@ from embeddings_mcp.embedders.local.pipeline import Cut, Dense, LayerNorm, Stage
 from embeddings_mcp.embedders.local.placement import Placement, choose_placement
 from embeddings_mcp.embedders.local.pooling import pool
 from embeddings_mcp.embedders.local.recipes import PoolingMode
-from embeddings_mcp.embedders.local.running.loaded import Facts
+from embeddings_mcp.embedders.local.running.loaded import ModelInfo
 from embeddings_mcp.embedders.local.static_embedding import load_static
 from embeddings_mcp.embedders.local.transformer import Transformer
 from embeddings_mcp.embedders.local.weights import load_weights
 from embeddings_mcp.errors import CheckpointInvalid, ModelUnavailable
-from embeddings_mcp.models import InputType, ModelCard, OwnCard, Precision, Truncate
+from embeddings_mcp.models import CardOverride, InputType, ModelCard, Precision, Truncate
 from embeddings_mcp.vectors import FloatMatrix, SparseVector
 
 _logger = logging.getLogger(__name__)
@@ -47,13 +47,13 @@ class Encoder:
     """A loaded model.
 
     Attributes:
-        facts: its properties.
+        info: its properties.
     """
 
     def __init__(
         self,
         *,
-        facts: Facts,
+        info: ModelInfo,
         pooling: Sequence[PoolingMode],
         inputs: InputTokenizer,
         backbone: Transformer,
@@ -61,7 +61,7 @@ class Encoder:
         heads: M3Heads | None,
         stages: Sequence[Callable[[torch.Tensor], torch.Tensor]],
     ) -> None:
-        self.facts = facts
+        self.info = info
         self._pooling = pooling
         self._inputs = inputs
         self._backbone = backbone
@@ -98,7 +98,7 @@ class Encoder:
             ModelUnavailable: the model has dense vectors only.
         """
         if self._heads is None:
-            raise ModelUnavailable(f"{self.facts.card.id} has dense vectors only, no sparse or token vectors")
+            raise ModelUnavailable(f"{self.info.card.id} has dense vectors only, no sparse or token vectors")
         hidden, packing = self._hidden_states(rows)
         sparse, colbert = self._heads.sparse(hidden, rows), self._heads.colbert(hidden, packing)
         dense: FloatMatrix = self._dense(hidden, packing, skip=skip).cpu().numpy()
@@ -118,14 +118,14 @@ class Encoder:
         """
         match self.device.type:
             case "cpu":
-                return cores if self.facts.dimensions < _LARGE else 1
+                return cores if self.info.dimensions < _LARGE else 1
             case "cuda":
                 return 2
             case _:
                 return 1
 
     @staticmethod
-    def compute_on(cores: int) -> None:
+    def set_thread_cores(cores: int) -> None:
         """Set the number of intra-op threads of the calling thread."""
         torch.set_num_threads(cores)
 
@@ -144,8 +144,8 @@ def load_encoder(
     name: str,
     folder: Path,
     *,
-    known: ModelCard | None = None,
-    own: OwnCard | None = None,
+    builtin_card: ModelCard | None = None,
+    user_card: CardOverride | None = None,
     device: str = "auto",
     precision: Precision = "auto",
     max_tokens: int | None = None,
@@ -156,8 +156,8 @@ def load_encoder(
     Args:
         name: name of the model.
         folder: the checkpoint.
-        known: the built-in card of that name, if any.
-        own: the user's card, if any.
+        builtin_card: the built-in card of that name, if any.
+        user_card: the user's card, if any.
         device: ``auto`` (cuda, then mps, then cpu), or a torch device such as ``cuda:1``.
         precision: the number format.
         max_tokens: a limit on tokens per text that is lower than the checkpoint's own.
@@ -167,8 +167,8 @@ def load_encoder(
         CheckpointInvalid: something in the folder is missing, damaged or not supported.
         ModelUnavailable: the device is not available, has too little memory, or does not support the number format.
     """
-    checkpoint = read_checkpoint(folder, known)
-    card = checkpoint.card(name, known, own)
+    checkpoint = read_checkpoint(folder, builtin_card)
+    card = checkpoint.card(name, builtin_card, user_card)
     if max_tokens is not None:
         card = replace(card, max_tokens=min(max_tokens, checkpoint.max_tokens))
     if card.non_commercial:
@@ -193,7 +193,9 @@ def _checkpoint_errors(checkpoint: Checkpoint, device: torch.device) -> Iterator
         CheckpointInvalid: the block raised any other error.
         ModelUnavailable: the block raised this error, or the device ran out of memory.
     """
-    advice = "; it may need the code that its config.json names, which is never run" if checkpoint.has_own_code else ""
+    advice = (
+        "; it may need the code that its config.json names, which is never run" if checkpoint.has_custom_code else ""
+    )
     try:
         yield
     except CheckpointInvalid as error:
@@ -209,7 +211,7 @@ def _checkpoint_errors(checkpoint: Checkpoint, device: torch.device) -> Iterator
 def _load(checkpoint: Checkpoint, card: ModelCard, placement: Placement, *, cuda_graphs: bool) -> Encoder:
     recipe, backbone, device = checkpoint.recipe, checkpoint.pipeline.backbone, placement.device
     transformer = _load_backbone(checkpoint, placement)
-    inputs = InputTokenizer(checkpoint, card, vocabulary=transformer.vocabulary)
+    inputs = InputTokenizer(checkpoint, card, vocabulary_size=transformer.vocabulary_size)
     if cuda_graphs and device.type == "cuda" and transformer.packed:
         transformer = capture_graphs(transformer, max_tokens=placement.tokens_per_batch, longest=checkpoint.max_tokens)
     if placement.in_amx and transformer.packed:
@@ -223,16 +225,16 @@ def _load(checkpoint: Checkpoint, card: ModelCard, placement: Placement, *, cuda
         prepack(latent_attention, quantized=placement.quantized)
     heads = None
     if "sparse" in card.modes:
-        weightless = inputs.ids_of("<s>", "</s>", "<pad>", "<unk>")
+        weightless = inputs.model_ids("<s>", "</s>", "<pad>", "<unk>")
         heads = M3Heads(checkpoint.folder, hidden_size=checkpoint.dimensions, weightless=weightless, device=device)
     return Encoder(
-        facts=Facts(
+        info=ModelInfo(
             card=card,
             dimensions=checkpoint.dimensions,
-            vocabulary=transformer.vocabulary,
+            vocabulary_size=transformer.vocabulary_size,
             packed=transformer.packed,
             tokens_per_batch=placement.tokens_per_batch,
-            least_tokens_per_batch=placement.least_tokens_per_batch,
+            min_tokens_per_batch=placement.min_tokens_per_batch,
         ),
         pooling=checkpoint.pipeline.pooling,
         inputs=inputs,

@@ -44,18 +44,18 @@ class InputTokenizer:
     Args:
         checkpoint: the model's checkpoint.
         card: the model's card, with its limit and prompts.
-        vocabulary: number of tokens for which the model has an embedding.
+        vocabulary_size: number of tokens for which the model has an embedding.
 
     Raises:
         CheckpointInvalid: the checkpoint's tokenizer is missing, or cannot be read.
         MissingDependency: the tokenizer needs a package that is not installed.
     """
 
-    def __init__(self, checkpoint: Checkpoint, card: ModelCard, *, vocabulary: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, card: ModelCard, *, vocabulary_size: int) -> None:
         recipe = checkpoint.recipe
         self._checkpoint = checkpoint
         self._card = card
-        self._vocabulary = vocabulary
+        self._vocabulary_size = vocabulary_size
         self._tokenizer = read_tokenizer(
             checkpoint.pipeline.backbone,
             max_tokens=card.max_tokens or checkpoint.max_tokens,
@@ -86,9 +86,9 @@ class InputTokenizer:
             self._check_rows(rows, skip, start)
             yield Tokens(rows, skip)
 
-    def ids_of(self, *tokens: str) -> Collection[int]:
+    def model_ids(self, *tokens: str) -> Collection[int]:
         """Return the ids of these tokens; tokens that are not in the vocabulary are skipped."""
-        return self._tokenizer.ids_of(*tokens)
+        return self._tokenizer.model_ids(*tokens)
 
     def _check_rows(self, rows: Sequence[Row], skip: int, start: int) -> None:
         """Check that the model can process these rows, the first of which is text number `start`.
@@ -100,10 +100,10 @@ class InputTokenizer:
         for index, row in enumerate(rows, start):
             if len(row) <= skip:
                 raise InputUnusable(f"has no tokens of its own after the prompt of {skip} tokens", index=index)
-            if max(row) >= self._vocabulary:  # on a GPU, an out-of-range lookup would end the process
+            if max(row) >= self._vocabulary_size:  # on a GPU, an out-of-range lookup would end the process
                 raise CheckpointInvalid(
                     f"{self._checkpoint.folder}: the tokenizer makes token {max(row)} of text {index}, but the model "
-                    f"has embeddings for only {self._vocabulary} tokens: they do not belong together"
+                    f"has embeddings for only {self._vocabulary_size} tokens: they do not belong together"
                 )
 
     def _unpooled_tokens(self, prompt: str) -> int:

@@ -36,7 +36,7 @@ class JsonObject:
         if value is None:
             return default
         if type(value) is not type(default):
-            raise self.wrong(key, _TYPE_NAMES[type(default)])
+            raise self.invalid(key, _TYPE_NAMES[type(default)])
         return value
 
     def size(self, key: str) -> int:
@@ -47,10 +47,10 @@ class JsonObject:
         """
         value = self.fields.get(key)
         if type(value) is not int or value < 1:
-            raise self.wrong(key, "a whole number above zero")
+            raise self.invalid(key, "a whole number above zero")
         return value
 
-    def wrong(self, key: str, accepted: str) -> CheckpointInvalid:
+    def invalid(self, key: str, accepted: str) -> CheckpointInvalid:
         """Return the error for a field with an invalid value."""
         return CheckpointInvalid(f"{self.path}: `{key}` must be {accepted}, not {self.fields.get(key)!r}")
 

@@ -12,11 +12,11 @@ from embeddings_mcp.embedders.local.checkpoint import Checkpoint, read_checkpoin
 from embeddings_mcp.embedders.local.fingerprint import file_state, fingerprint, number_format
 from embeddings_mcp.embedders.local.locate import locate
 from embeddings_mcp.embedders.local.running.loaded import LoadedModel
-from embeddings_mcp.embedders.local.running.loading import Loading
+from embeddings_mcp.embedders.local.running.loading import LoadParameters
 from embeddings_mcp.errors import CheckpointInvalid, MissingDependency, ModelUnavailable
-from embeddings_mcp.models import ModelCard, OwnCard, Precision
+from embeddings_mcp.models import CardOverride, ModelCard, Precision
 
-_StartProcess: TypeAlias = Callable[[Loading, Checkpoint], LoadedModel]
+_StartProcess: TypeAlias = Callable[[LoadParameters, Checkpoint], LoadedModel]
 
 
 class ModelFiles:
@@ -26,14 +26,14 @@ class ModelFiles:
 
     Args:
         name: the model's name.
-        known: the built-in card of that name, if there is one.
-        own: the user's card, if there is one.
+        builtin_card: the built-in card of that name, if there is one.
+        user_card: the user's card, if there is one.
         folder: the checkpoint; None to locate it.
         repository: its repository on the Hugging Face hub; None if it has none.
         device: as for `load_encoder`; or several devices, separated by commas, which share the work.
         precision: as for `load_encoder`.
         cuda_graphs: as for `load_encoder`.
-        process: loads the model into a process of its own; None to load it into this one.
+        start_process: loads the model into a process of its own; None to load it into this one.
         digest: identifies a file's content, as for `fingerprint`.
     """
 
@@ -41,25 +41,25 @@ class ModelFiles:
         self,
         name: str,
         *,
-        known: ModelCard | None,
-        own: OwnCard | None = None,
+        builtin_card: ModelCard | None,
+        user_card: CardOverride | None = None,
         folder: Path | None,
         repository: str | None,
         device: str,
         precision: Precision,
         cuda_graphs: bool = True,
-        process: _StartProcess | None = None,
+        start_process: _StartProcess | None = None,
         digest: Callable[[Path], str] = file_state,
     ) -> None:
         self._name = name
-        self._known = known
-        self._own = own
+        self._builtin_card = builtin_card
+        self._user_card = user_card
         self._folder = folder
         self._repository = repository
         self._devices = tuple(part.strip() for part in device.split(","))
         self._precision = precision
         self._cuda_graphs = cuda_graphs
-        self._process = process
+        self._start_process = start_process
         self._digest = digest
         self._lock = threading.Lock()
         self._described: tuple[Checkpoint, str] | None = None
@@ -77,7 +77,7 @@ class ModelFiles:
             precision = number_format(self._precision, self._devices[0])
             identity = fingerprint(checkpoint, precision=precision, digest=self._digest)
             self._check_unchanged(checkpoint, state)
-        return identity, checkpoint.card(self._name, self._known, self._own)
+        return identity, checkpoint.card(self._name, self._builtin_card, self._user_card)
 
     def load(self) -> LoadedModel:
         """Load the model.
@@ -89,17 +89,17 @@ class ModelFiles:
         """
         with self._translate_errors():
             checkpoint, state = self._describe()
-            loading = Loading(
+            loading = LoadParameters(
                 name=self._name,
                 folder=checkpoint.folder,
-                known=self._known,
-                own=self._own,
+                builtin_card=self._builtin_card,
+                user_card=self._user_card,
                 devices=self._devices,
                 # The first device's format for all: otherwise a text's vector would depend on which device was free.
                 precision=number_format(self._precision, self._devices[0]),
                 cuda_graphs=self._cuda_graphs,
             )
-            model = loading.load() if self._process is None else self._process(loading, checkpoint)
+            model = loading.load() if self._start_process is None else self._start_process(loading, checkpoint)
             self._check_unchanged(checkpoint, state)
         return model
 
@@ -127,7 +127,7 @@ class ModelFiles:
         """Return the checkpoint's description, and the state of its files when it was read."""
         with self._lock:
             if self._described is None:
-                checkpoint = read_checkpoint(self._folder or locate(self._name, self._repository), self._known)
+                checkpoint = read_checkpoint(self._folder or locate(self._name, self._repository), self._builtin_card)
                 self._described = checkpoint, _state(checkpoint)
             return self._described
 

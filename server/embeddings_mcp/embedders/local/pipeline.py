@@ -161,14 +161,14 @@ def _module_folder(folder: Path, module: JsonObject) -> Path:
     return folder / part
 
 
-def plain_pipeline(folder: Path, config: JsonObject, recipe: Recipe | None, known: ModelCard | None) -> Pipeline:
+def plain_pipeline(folder: Path, config: JsonObject, recipe: Recipe | None, builtin_card: ModelCard | None) -> Pipeline:
     """Return the steps for a checkpoint without ``modules.json``.
 
     Args:
         folder: the checkpoint.
         config: its ``config.json``.
         recipe: the recipe of its family, if there is one.
-        known: the built-in card of the model that the folder should hold, if there is one.
+        builtin_card: the built-in card of the model that the folder should hold, if there is one.
 
     Raises:
         CheckpointInvalid: the model makes no text vectors, or its pooling is unknown.
@@ -179,12 +179,14 @@ def plain_pipeline(folder: Path, config: JsonObject, recipe: Recipe | None, know
         raise CheckpointInvalid(f"{config.path}: ColBERT makes a vector per token, and none per text")
     if architecture.endswith("ForSequenceClassification") and len(config.get("id2label", {})) == 1:
         raise CheckpointInvalid(f"{config.path}: a model that gives one score, such as a reranker, makes no vectors")
-    if recipe or (known and known.id in MEAN_POOLED):
+    if recipe or (builtin_card and builtin_card.id in MEAN_POOLED):
         pooling = NVIDIA_POOLING_NAMES.get(str(config.fields.get("pooling")), "mean")
         return Pipeline(backbone=folder, pooling=(pooling,), stages=(Normalize(),))
-    if known:
+    if builtin_card:
         # A wrong guess would silently give vectors of another space.
-        raise CheckpointInvalid(f"{folder / 'modules.json'} is missing; it defines how {known.id} pools its tokens")
+        raise CheckpointInvalid(
+            f"{folder / 'modules.json'} is missing; it defines how {builtin_card.id} pools its tokens"
+        )
     tokenizer_config = read_object(folder / "tokenizer_config.json", optional=True)
     if "chat_template" in tokenizer_config.fields or (folder / CHAT_TEMPLATE).is_file():
         raise CheckpointInvalid(
@@ -203,7 +205,7 @@ def _read_pooling(folder: Path) -> tuple[tuple[PoolingMode, ...], bool]:
     modes = modes or [mode for key, mode in _LEGACY_MODES.items() if config.get(key, default=False)] or ["mean"]
     for mode in modes:
         if mode not in get_args(PoolingMode):
-            raise config.wrong("pooling_mode", f"one or several of {', '.join(get_args(PoolingMode))}")
+            raise config.invalid("pooling_mode", f"one or several of {', '.join(get_args(PoolingMode))}")
     return tuple(modes), config.get("include_prompt", default=True)
 
 
@@ -217,7 +219,7 @@ def _read_dense(folder: Path) -> Dense:
         )
     _check_applies_to_pooled(config)
     if config.get("use_residual", default=False):
-        raise config.wrong("use_residual", "false: a Dense module is supported without residual only")
+        raise config.invalid("use_residual", "false: a Dense module is supported without residual only")
     return Dense(
         folder,
         in_features=config.size("in_features"),
@@ -231,6 +233,6 @@ def _check_applies_to_pooled(config: JsonObject) -> None:
     """Reject a module that does not read and replace the pooled vector."""
     for key in ("module_input_name", "module_output_name"):
         if config.get(key, _POOLED_OUTPUT) != _POOLED_OUTPUT:
-            raise config.wrong(
+            raise config.invalid(
                 key, f"{_POOLED_OUTPUT!r}: modules after the pooling are supported on the pooled vector only"
             )

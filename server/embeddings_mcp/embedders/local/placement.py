@@ -64,7 +64,7 @@ class Placement:
         return _TOKENS_PER_BATCH.get(self.device.type, _TOKENS_PER_BATCH["cpu"])
 
     @property
-    def least_tokens_per_batch(self) -> int:
+    def min_tokens_per_batch(self) -> int:
         """Tokens below which a batch is not worth splitting: reading weights and launching kernels is a fixed cost."""
         return _MIN_TOKENS_PER_BATCH.get(self.device.type, _MIN_TOKENS_PER_BATCH["cpu"])
 

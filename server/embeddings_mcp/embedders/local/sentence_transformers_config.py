@@ -48,15 +48,15 @@ def read_sentence_config(folder: Path) -> JsonObject:
     config = next((read_object(path) for path in paths if path.is_file()), JsonObject(folder, {}))
     for key, required in _REQUIRED.items():
         if config.get(key, required) != required:
-            raise config.wrong(key, f"{required!r}: nothing else is supported")
+            raise config.invalid(key, f"{required!r}: nothing else is supported")
     for key in _LOADER_ARGUMENTS:
         if not config.get(key, {}).keys() <= _HARMLESS_ARGUMENTS:
-            raise config.wrong(key, "empty: set these in config.json or tokenizer_config.json")
+            raise config.invalid(key, "empty: set these in config.json or tokenizer_config.json")
     modalities = config.get("modality_config", {})
     if "message" in modalities:
         raise CheckpointInvalid(f"{config.path}: chat templates around texts are not supported")
     if modalities.get("text", _TEXT_MODALITY) != _TEXT_MODALITY:
-        raise config.wrong("modality_config", f"{ {'text': _TEXT_MODALITY} }: nothing else is supported for texts")
+        raise config.invalid("modality_config", f"{ {'text': _TEXT_MODALITY} }: nothing else is supported for texts")
     return config
 
 
@@ -68,7 +68,7 @@ def read_model_config(folder: Path) -> JsonObject:
     """
     config = read_object(folder / "config_sentence_transformers.json", optional=True)
     if config.get("model_type", _MODEL_TYPE) != _MODEL_TYPE:
-        raise config.wrong("model_type", f"{_MODEL_TYPE!r}: models of other kinds do not make one vector per text")
+        raise config.invalid("model_type", f"{_MODEL_TYPE!r}: models of other kinds do not make one vector per text")
     return config
 
 
@@ -85,6 +85,6 @@ def read_prompts(config: JsonObject) -> tuple[str, str, str | None]:
     passage_prompts = (prompts.get(name, "") for name in ("document", "passage", "corpus"))
     default = config.get("default_prompt_name", "")
     if default and default not in prompts.fields.keys() | _BUILTIN_PROMPTS:
-        raise config.wrong("default_prompt_name", f"one of {', '.join(map(repr, prompts.fields)) or 'its prompts'}")
+        raise config.invalid("default_prompt_name", f"one of {', '.join(map(repr, prompts.fields)) or 'its prompts'}")
     default_prompt = prompts.get(default, "") if default else None
     return prompts.get("query", ""), next(filter(None, passage_prompts), ""), default_prompt

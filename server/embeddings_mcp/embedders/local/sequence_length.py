@@ -103,5 +103,5 @@ def _read_limit(config: JsonObject, key: str) -> int | None:
     if value is None:
         return None
     if type(value) not in {int, float}:
-        raise config.wrong(key, "a number")
+        raise config.invalid(key, "a number")
     return int(value) if 0 < value < 10**9 else None

@@ -23,7 +23,7 @@ class StaticEmbedding:
         vectors: float32 ``[vocabulary, d]``.
 
     Attributes:
-        vocabulary: vocabulary size.
+        vocabulary_size: number of token ids.
         packed: always True: batches are never padded.
         device: the CPU.
         first_position: 0; positions are not used.
@@ -34,7 +34,7 @@ class StaticEmbedding:
 
     def __init__(self, vectors: torch.Tensor) -> None:
         self._vectors = vectors
-        self.vocabulary = len(vectors)
+        self.vocabulary_size = len(vectors)
         self.device = vectors.device
 
     def hidden_states(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, Packing]:

@@ -142,7 +142,7 @@ def _special_token(tokenizer: FastTokenizer, config: JsonObject, name: str) -> l
         token = token.get("content")
     token_id = tokenizer.token_to_id(token) if isinstance(token, str) else None
     if token_id is None:
-        raise config.wrong(f"{name}_token", "a token of the tokenizer")
+        raise config.invalid(f"{name}_token", "a token of the tokenizer")
     return [(token, token_id)]
 
 

@@ -24,7 +24,7 @@ class Transformer(Protocol):
         ...
 
     @property
-    def vocabulary(self) -> int:
+    def vocabulary_size(self) -> int:
         """Vocabulary size: the number of token ids that it has embeddings for."""
         ...
 
@@ -64,9 +64,9 @@ class TransformerWrapper:
         return self._transformer.device
 
     @property
-    def vocabulary(self) -> int:
+    def vocabulary_size(self) -> int:
         """Vocabulary size."""
-        return self._transformer.vocabulary
+        return self._transformer.vocabulary_size
 
     @property
     def first_position(self) -> int:

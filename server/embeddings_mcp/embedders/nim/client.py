@@ -36,7 +36,7 @@ MAX_RETRY_PAUSE = 30.0
 MAX_CALLER_THROTTLES = 1000
 """Throttles kept for callers with keys of their own; the least recently used one is evicted."""
 
-MAX_ANSWER_BYTES = 256 * 1024 * 1024
+MAX_RESPONSE_BYTES = 256 * 1024 * 1024
 """Longest decompressed response body: ten times that of a thousand texts in 2,048 dimensions.
 
 Without a limit, a few compressed bytes could fill the memory.
@@ -249,7 +249,7 @@ class EndpointClient:
 async def _request(
     http: httpx.AsyncClient, url: str, headers: dict[str, str], body: bytes | None = None
 ) -> httpx.Response:
-    """Send one HTTP request and read the whole response, up to `MAX_ANSWER_BYTES`.
+    """Send one HTTP request and read the whole response, up to `MAX_RESPONSE_BYTES`.
 
     Raises:
         InvalidResponse: the body is longer, or compressed in a way that was not accepted.
@@ -263,8 +263,8 @@ async def _request(
         content = bytearray()
         async for chunk in response.aiter_bytes():
             content += chunk
-            if len(content) > MAX_ANSWER_BYTES:
-                raise InvalidResponse(f"it is longer than {MAX_ANSWER_BYTES:,} bytes")
+            if len(content) > MAX_RESPONSE_BYTES:
+                raise InvalidResponse(f"it is longer than {MAX_RESPONSE_BYTES:,} bytes")
         # Raw bytes, since httpx can decode header values that are not ASCII but not encode them again.
         kept_headers = [(name, value) for name, value in response.headers.raw if name.lower() not in _TRANSFER_HEADERS]
         return httpx.Response(

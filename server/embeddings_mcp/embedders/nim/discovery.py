@@ -12,7 +12,7 @@ from embeddings_mcp.embedders.nim.client import EndpointClient
 from embeddings_mcp.embedders.nim.endpoint import Dialect
 from embeddings_mcp.embedders.nim.failures import Failure
 from embeddings_mcp.embedders.nim.wire import InvalidResponse, parse_json
-from embeddings_mcp.models import CARDS, InputTypeUse, ModelCard, OwnCard, find_card, find_cards
+from embeddings_mcp.models import CARDS, CardOverride, InputTypeUse, ModelCard, find_card, find_cards
 
 _CARDS = (
     # Served only by endpoints: this server has no recipe for it.
@@ -38,7 +38,7 @@ def card_for(
     name: str,
     *,
     dialect: Dialect = "nim",
-    cards: Sequence[OwnCard] = (),
+    cards: Sequence[CardOverride] = (),
     listed: Mapping[str, object] | None = None,
 ) -> ModelCard:
     """Return the card of a model, given its name at an endpoint.
@@ -58,10 +58,10 @@ def card_for(
     elif dialect == "nim" and (limit := _NIM_MAX_TOKENS.get(card.id)):
         card = replace(card, max_tokens=limit)
     card = _with_listing(card, listed or {})
-    return own.over(card) if own else card
+    return own.apply_to(card) if own else card
 
 
-async def discover(client: EndpointClient, cards: Sequence[OwnCard] = ()) -> dict[str, ModelCard]:
+async def discover(client: EndpointClient, cards: Sequence[CardOverride] = ()) -> dict[str, ModelCard]:
     """Return the cards of the embedding models that the endpoint lists, by their names there.
 
     The hosted API lists its whole catalogue, including chat models and models that the account may not call. Of those,

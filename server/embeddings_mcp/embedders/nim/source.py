@@ -13,7 +13,7 @@ from embeddings_mcp.embedders.nim.client import EndpointClient
 from embeddings_mcp.embedders.nim.discovery import card_for, discover
 from embeddings_mcp.embedders.nim.embedder import NimEmbedder
 from embeddings_mcp.errors import EmbeddingsError, UpstreamTimeout
-from embeddings_mcp.models import ModelCard, OwnCard
+from embeddings_mcp.models import CardOverride, ModelCard
 
 DISCOVERY_SECONDS = 10.0
 """Longest wait for an endpoint's list of models."""
@@ -39,7 +39,7 @@ class EndpointModels:
         *,
         known: Sequence[str] = (),
         complete: bool = False,
-        cards: Sequence[OwnCard] = (),
+        cards: Sequence[CardOverride] = (),
         wrap: Callable[[Embedder], Embedder] = lambda embedder: embedder,
     ) -> None:
         self._client = client

@@ -133,7 +133,7 @@ def serve(
         from embeddings_mcp.faces.mcp.server import build_mcp_server
 
         service = build_service(settings)
-        server = build_mcp_server(service, Limits.of(settings))
+        server = build_mcp_server(service, Limits.from_settings(settings))
     if transport == "http":
         from embeddings_mcp.faces.http.app import serve_http
 
@@ -300,7 +300,7 @@ def verify(
 
     verdict = anyio.run(compare)
     write_result(tables.comparisons(verdict))
-    write_result(f"{verdict.words}\n".encode())
+    write_result(f"{verdict.summary}\n".encode())
     raise typer.Exit(0 if verdict.same else 1)
 
 
@@ -391,15 +391,15 @@ def manage_cache(
     settings = settings_from_flags(cache=cache)
     if settings.cache in {"memory", "off"}:
         raise InvalidSetting(
-            "the cache has no folder: give it with --cache DIR, or in EMBEDDINGS_MCP_CACHE; what a server remembers in "
-            "memory only is forgotten when it is restarted"
+            "the cache has no folder: set one with --cache DIR or EMBEDDINGS_MCP_CACHE; a cache in memory is cleared by "
+            "restarting the server"
         )
     from embeddings_mcp.embedders.cache import maintenance
 
     folder = Path(settings.cache)
     if action == "clear":
         forgotten = maintenance.clear(folder, None if model is None else find_id(model, settings.cards))
-        message = f"{forgotten:,} vectors forgotten"
+        message = f"{forgotten:,} vectors removed"
         if not forgotten and (remaining := {holding.model for holding in maintenance.inspect_cache(folder).holdings}):
             message += f": the cache has none of {model}, only of {', '.join(sorted(remaining))}"
         write_result(dump_json({"forgotten": forgotten}) if as_json else message.encode())

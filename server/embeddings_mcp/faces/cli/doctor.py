@@ -24,7 +24,7 @@ import anyio.to_thread
 
 from embeddings_mcp import __version__
 from embeddings_mcp.assemble import build_service
-from embeddings_mcp.catalogue import DEFAULT, Catalogue, ModelSource, ids_of
+from embeddings_mcp.catalogue import DEFAULT, Catalogue, ModelSource, model_ids
 from embeddings_mcp.embedders.base import Embedder
 from embeddings_mcp.embedders.cache.database import FILE, Database, ForeignDatabase, is_damaged
 from embeddings_mcp.embedders.local.locate import BUNDLES, find_bundled, locate
@@ -269,7 +269,7 @@ async def _check_endpoint(source: ModelSource) -> Finding:
         await source.discover(0)
     except EmbeddingsError as error:
         return problem(subject, error)
-    models = ids_of(source.models)
+    models = model_ids(source.models)
     shown = ", ".join(models[:_MODELS_SHOWN]) + (", ..." if len(models) > _MODELS_SHOWN else "")
     return Finding(subject, "fine", f"answers in {_elapsed(started)} and has {shown or 'no models'}")
 
@@ -280,7 +280,7 @@ def _model_to_try(source: ModelSource, catalogue: Catalogue) -> Embedder | None:
         return default
     from embeddings_mcp.embedders.nim import HOSTED_DEFAULT_MODEL
 
-    models = ids_of(source.models)
+    models = model_ids(source.models)
     likely = [model for model in models if model == HOSTED_DEFAULT_MODEL] or [
         model for model in models if "embed" in model.lower() or find_card(model) or len(models) == 1
     ]

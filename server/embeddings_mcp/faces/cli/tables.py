@@ -96,7 +96,7 @@ def finding(found: Finding) -> Text:
 def cache(contents: Contents) -> RenderableType:
     """One row per model that has vectors in the cache."""
     if not contents.bytes:
-        return Text(f"{contents.path}: nothing is remembered there yet")
+        return Text(f"{contents.path}: no vectors are cached there yet")
     table = _table("model", "from", "vectors", "MiB", "last used")
     for holding in contents.holdings:
         used = datetime.fromtimestamp(holding.last_used).astimezone().date().isoformat()

@@ -86,7 +86,7 @@ def create_app(service: EmbeddingService, mcp_server: MCPServer, settings: Setti
 
     app = Starlette(
         routes=[
-            *rest.routes(service, Limits.of(settings)),
+            *rest.routes(service, Limits.from_settings(settings)),
             metrics_route(),
             *descriptions.routes(),
             *(tokens.routes() if tokens is not None else ()),

@@ -47,7 +47,7 @@ class InFlightLimiter:
         self._max_bytes = settings.max_bytes_in_flight
         self._max_body_bytes = settings.max_body_bytes
         self._requests = self._bytes = 0
-        self._reservations = Reservations(self._max_requests, alike=_MAX_IDENTICAL)
+        self._reservations = Reservations(self._max_requests, max_per_client=_MAX_IDENTICAL)
         self._rate_window: tuple[float, int] | None = None  # its start by the monotonic clock, requests ended since
         self._ends_per_second = 0.0  # exponential moving average; 0 until it is known
 
@@ -76,7 +76,9 @@ class InFlightLimiter:
             *header_values(scope, b"content-length"),
             hash(beginning),
         )
-        if wait := self._reservations.wait(fingerprint, 1, used=self._requests, per_second=self._ends_per_second):
+        if wait := self._reservations.retry_after(
+            fingerprint, 1, used=self._requests, released_per_second=self._ends_per_second
+        ):
             raise TooBusy(
                 f"{self._requests:,} requests are in flight already: try again in {wait:.0f} s", retry_after=wait
             )

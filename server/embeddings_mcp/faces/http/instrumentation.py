@@ -92,7 +92,7 @@ class InstrumentationMiddleware:
             seconds = time.perf_counter() - began
             telemetry.HTTP_REQUESTS.labels(method, route, status).inc()
             telemetry.HTTP_SECONDS.labels(route).observe(seconds)
-            logs.access(method=method, route=route, status=status, seconds=round(seconds, 4))
+            logs.log_access(method=method, route=route, status=status, seconds=round(seconds, 4))
             logs.request_id.reset(token)
 
 

@@ -100,9 +100,9 @@ async def _run_operation(service: EmbeddingService, limits: Limits, operation: O
     body = await request.body()
     parse_body = partial(_parse_body, operation.request, body)
     parsed = parse_body() if len(body) <= _LARGE_BODY_BYTES else await anyio.to_thread.run_sync(parse_body)
-    with telemetry.staged() as stages:
+    with telemetry.collect_stages() as stages:
         began = time.perf_counter()
-        response = await _unless_disconnected(request.receive, limits.answer(service, operation, parsed))
+        response = await _unless_disconnected(request.receive, limits.run(service, operation, parsed))
         response.headers["Server-Timing"] = _server_timing(stages, time.perf_counter() - began)
     return response
 

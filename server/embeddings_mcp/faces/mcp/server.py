@@ -141,9 +141,7 @@ class EmbeddingsServer(MCPServer[dict[str, Any]]):
             over_http = _is_http(context)
             if over_http and isinstance(request, EmbeddingRequest):
                 await self._check_expected_size(request)
-            response = await self._limits.answer(
-                self._service, operation, request, _progress_reporter(request, context)
-            )
+            response = await self._limits.run(self._service, operation, request, _progress_reporter(request, context))
             text, structured = _RENDERERS[operation](request, response), dump_json(response)
             if over_http:
                 response_size.check(request, len(text) + len(structured), self._limits.mcp_answer_bytes)

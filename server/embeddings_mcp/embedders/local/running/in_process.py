@@ -27,17 +27,17 @@ class InProcessModel:
 
     Attributes:
         alive: always True: the model lives as long as the process.
-        facts: what the encoders have in common; the token limits of a batch are the minimum over all devices.
+        info: what the encoders have in common; the token limits of a batch are the minimum over all devices.
     """
 
     alive = True
 
     def __init__(self, encoders: Sequence[Encoder]) -> None:
         first = encoders[0]
-        self.facts = replace(
-            first.facts,
-            tokens_per_batch=min(encoder.facts.tokens_per_batch for encoder in encoders),
-            least_tokens_per_batch=min(encoder.facts.least_tokens_per_batch for encoder in encoders),
+        self.info = replace(
+            first.info,
+            tokens_per_batch=min(encoder.info.tokens_per_batch for encoder in encoders),
+            min_tokens_per_batch=min(encoder.info.min_tokens_per_batch for encoder in encoders),
         )
         self.tokenize = first.tokenize
         self._encoders = encoders
@@ -50,10 +50,10 @@ class InProcessModel:
         share = max(1, cores // len(self._encoders))
         return sum(encoder.workers(share) for encoder in self._encoders)
 
-    def compute_on(self, cores: int) -> None:
-        """See `LoadedModel.compute_on`; also assigns the calling thread to the next device."""
+    def set_thread_cores(self, cores: int) -> None:
+        """See `LoadedModel.set_thread_cores`; also assigns the calling thread to the next device."""
         self._thread_local.encoder = encoder = next(self._round_robin)
-        encoder.compute_on(cores)
+        encoder.set_thread_cores(cores)
 
     def forward(self, rows: Sequence[Row], skip: int) -> FloatMatrix:
         """See `LoadedModel.forward`."""

@@ -14,32 +14,32 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class ModelInfo:
     """Properties of a loaded model.
 
     Attributes:
         card: its model card.
         dimensions: length of its vectors.
-        vocabulary: vocabulary size: the number of token ids that it has embeddings for.
+        vocabulary_size: number of token ids that it has embeddings for.
         packed: whether batches are packed, so that a batch costs the sum of its tokens. If not, batches are padded, and
             every text costs as many tokens as the longest one.
         tokens_per_batch: token budget of a batch.
-        least_tokens_per_batch: tokens below which a batch is not worth splitting among several workers.
+        min_tokens_per_batch: tokens below which a batch is not worth splitting among several workers.
     """
 
     card: ModelCard
     dimensions: int
-    vocabulary: int
+    vocabulary_size: int
     packed: bool
     tokens_per_batch: int
-    least_tokens_per_batch: int
+    min_tokens_per_batch: int
 
 
 class LoadedModel(Protocol):
     """A loaded model."""
 
     @property
-    def facts(self) -> Facts:
+    def info(self) -> ModelInfo:
         """Its properties."""
         ...
 
@@ -52,7 +52,7 @@ class LoadedModel(Protocol):
         """Return the best number of worker threads; each runs a batch at a time, on its share of the cores."""
         ...
 
-    def compute_on(self, cores: int) -> None:
+    def set_thread_cores(self, cores: int) -> None:
         """Set how many cores the calling thread computes on. Each worker thread must call this before it computes."""
         ...
 

@@ -7,21 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from embeddings_mcp.models import ModelCard, OwnCard, Precision
+from embeddings_mcp.models import CardOverride, ModelCard, Precision
 
 if TYPE_CHECKING:
     from embeddings_mcp.embedders.local.running.in_process import InProcessModel
 
 
 @dataclass(frozen=True, slots=True)
-class Loading:
+class LoadParameters:
     """Parameters for loading a model; see `load_encoder`.
 
     Attributes:
         name: name of the model.
         folder: its checkpoint.
-        known: the built-in card of that name, if any.
-        own: the user's card, if any.
+        builtin_card: the built-in card of that name, if any.
+        user_card: the user's card, if any.
         devices: devices to load it on; several devices share the work.
         precision: number format.
         cuda_graphs: whether to capture CUDA graphs of passes over few tokens.
@@ -29,8 +29,8 @@ class Loading:
 
     name: str
     folder: Path
-    known: ModelCard | None
-    own: OwnCard | None
+    builtin_card: ModelCard | None
+    user_card: CardOverride | None
     devices: tuple[str, ...]
     precision: Precision
     cuda_graphs: bool
@@ -51,8 +51,8 @@ class Loading:
             load_encoder(
                 self.name,
                 self.folder,
-                known=self.known,
-                own=self.own,
+                builtin_card=self.builtin_card,
+                user_card=self.user_card,
                 device=device,
                 precision=self.precision,
                 cuda_graphs=self.cuda_graphs,

@@ -31,8 +31,8 @@ from embeddings_mcp import errors
 from embeddings_mcp.embedders.cores import usable_cores
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint
 from embeddings_mcp.embedders.local.inputs import InputTokenizer, Row
-from embeddings_mcp.embedders.local.running.loaded import Facts
-from embeddings_mcp.embedders.local.running.loading import Loading
+from embeddings_mcp.embedders.local.running.loaded import ModelInfo
+from embeddings_mcp.embedders.local.running.loading import LoadParameters
 from embeddings_mcp.errors import EmbeddingsError, ModelUnavailable
 from embeddings_mcp.vectors import FloatMatrix, SparseVector
 
@@ -59,7 +59,7 @@ class StartParameters:
         cores: processor cores shared by all workers.
     """
 
-    loading: Loading
+    loading: LoadParameters
     connections: Sequence[int]
     log: int
     workers: int | None
@@ -70,7 +70,7 @@ class StartParameters:
 class Ready:
     """Message of the process once the model is loaded: its properties, and the number of workers."""
 
-    facts: Facts
+    info: ModelInfo
     workers: int
 
 
@@ -105,14 +105,15 @@ class ModelProcess:
         workers: number of batches computed concurrently; None for the model's own choice.
 
     Attributes:
-        facts: see `LoadedModel`.
+        info: see `LoadedModel`.
 
     Raises:
         ImportError: a required package is not installed.
-        ModelUnavailable: `Loading.load` raised it (CheckpointInvalid included), or the process ended while loading.
+        ModelUnavailable: `LoadParameters.load` raised it (CheckpointInvalid included), or the process ended while
+            loading.
     """
 
-    def __init__(self, loading: Loading, checkpoint: Checkpoint, *, workers: int | None) -> None:
+    def __init__(self, loading: LoadParameters, checkpoint: Checkpoint, *, workers: int | None) -> None:
         cores = usable_cores()
         local_ends, remote_ends = zip(
             *(Pipe() for _ in range(workers or max(cores, 2 * len(loading.devices)))), strict=True
@@ -134,8 +135,8 @@ class ModelProcess:
         self._log_thread.start()
         try:
             ready: Ready = self._receive(local_ends[0])
-            self.facts = facts = ready.facts
-            self.tokenize = InputTokenizer(checkpoint, facts.card, vocabulary=facts.vocabulary).tokenize
+            self.info = info = ready.info
+            self.tokenize = InputTokenizer(checkpoint, info.card, vocabulary_size=info.vocabulary_size).tokenize
         except BaseException:
             self.close()
             for end in local_ends:  # the error's traceback refers to them, and may live on; see `gc_paused`
@@ -154,8 +155,8 @@ class ModelProcess:
         """See `LoadedModel.workers`; the number was decided in the subprocess."""
         return self._workers
 
-    def compute_on(self, cores: int) -> None:
-        """See `LoadedModel.compute_on`; does nothing, since the calling thread only waits for the subprocess."""
+    def set_thread_cores(self, cores: int) -> None:
+        """See `LoadedModel.set_thread_cores`; does nothing, since the calling thread only waits for the subprocess."""
 
     def forward(self, rows: Sequence[Row], skip: int) -> FloatMatrix:
         """See `LoadedModel.forward`."""

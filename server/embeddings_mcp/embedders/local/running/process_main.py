@@ -51,13 +51,13 @@ def _start_workers(model: InProcessModel, connections: Sequence[Connection], par
     cores = max(1, parameters.cores // workers)
     for connection in connections[:workers]:
         threading.Thread(target=_serve, args=(model, connection, cores), name="encode", daemon=True).start()
-    connections[0].send(Ready(model.facts, workers))
+    connections[0].send(Ready(model.info, workers))
 
 
 def _serve(model: InProcessModel, connection: Connection, cores: int) -> None:
     """Compute the batches that arrive on a connection, and send back the results."""
     with _exit_process_on_error():
-        model.compute_on(cores)
+        model.set_thread_cores(cores)
         methods = {"forward": model.forward, "forward_all": model.forward_all}
         while True:
             try:
