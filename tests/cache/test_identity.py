@@ -206,7 +206,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(ModelFiles, "load", recording_load)
     monkeypatch.setattr(assemble, "file_digest", recording_digest)
-    monkeypatch.setattr(assemble, "_TICK_SECONDS", 0.0)
+    monkeypatch.setattr(assemble, "_TIMESTAMP_RESOLUTION_SECONDS", 0.0)
     return seen
 
 
@@ -231,7 +231,7 @@ async def test_replaced_weights_never_get_the_vectors_of_the_previous_ones(folde
 async def test_a_recently_changed_file_is_digested_again(
     folder: Path, tmp_path: Path, loads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(assemble, "_TICK_SECONDS", time.time())
+    monkeypatch.setattr(assemble, "_TIMESTAMP_RESOLUTION_SECONDS", time.time())
     for _ in range(2):
         del loads[:]
         await embedded(folder, tmp_path / "cache")

@@ -64,7 +64,7 @@ def test_each_text_gets_the_same_vector_as_alone_at_its_index(
     alone = [encode(encoder, [text]) for text in texts]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoder, "facts", replace(encoder.info, tokens_per_batch=budget))
+        patch.setattr(encoder, "info", replace(encoder.info, tokens_per_batch=budget))
         together = encode(encoder, texts)
 
     assert together.vectors.shape == (len(texts), WIDTH)

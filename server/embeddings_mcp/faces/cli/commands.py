@@ -391,8 +391,8 @@ def manage_cache(
     settings = settings_from_flags(cache=cache)
     if settings.cache in {"memory", "off"}:
         raise InvalidSetting(
-            "the cache has no folder: set one with --cache DIR or EMBEDDINGS_MCP_CACHE; a cache in memory is cleared by "
-            "restarting the server"
+            "the cache has no folder: set one with --cache DIR or EMBEDDINGS_MCP_CACHE; a cache in memory is cleared "
+            "by restarting the server"
         )
     from embeddings_mcp.embedders.cache import maintenance
 
