@@ -225,7 +225,7 @@ def _load(checkpoint: Checkpoint, card: ModelCard, placement: Placement, *, cuda
         prepack(latent_attention, quantized=placement.quantized)
     heads = None
     if "sparse" in card.modes:
-        weightless = inputs.model_ids("<s>", "</s>", "<pad>", "<unk>")
+        weightless = inputs.token_ids("<s>", "</s>", "<pad>", "<unk>")
         heads = M3Heads(checkpoint.folder, hidden_size=checkpoint.dimensions, weightless=weightless, device=device)
     return Encoder(
         info=ModelInfo(

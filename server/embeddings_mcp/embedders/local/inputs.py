@@ -86,9 +86,9 @@ class InputTokenizer:
             self._check_rows(rows, skip, start)
             yield Tokens(rows, skip)
 
-    def model_ids(self, *tokens: str) -> Collection[int]:
+    def token_ids(self, *tokens: str) -> Collection[int]:
         """Return the ids of these tokens; tokens that are not in the vocabulary are skipped."""
-        return self._tokenizer.model_ids(*tokens)
+        return self._tokenizer.token_ids(*tokens)
 
     def _check_rows(self, rows: Sequence[Row], skip: int, start: int) -> None:
         """Check that the model can process these rows, the first of which is text number `start`.

@@ -117,7 +117,7 @@ class Tokenizer:
         kept = slice(-self.max_tokens, None) if truncate == "START" else slice(self.max_tokens)
         return ids[kept] == other_ids[kept]
 
-    def model_ids(self, *tokens: str) -> set[int]:
+    def token_ids(self, *tokens: str) -> set[int]:
         """Return the ids of these tokens; tokens that are not in the vocabulary are skipped."""
         return {token_id for token in tokens if (token_id := self._tokenizer.token_to_id(token)) is not None}
 
