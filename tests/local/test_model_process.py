@@ -24,8 +24,8 @@ import pytest
 from benchmarks.process import process_tree
 
 from embeddings_mcp.assemble import build_service
-from embeddings_mcp.embedders.local.running import model_process
-from embeddings_mcp.embedders.local.running.model_process import ModelProcess
+from embeddings_mcp.embedders.local.runtime import model_process
+from embeddings_mcp.embedders.local.runtime.model_process import ModelProcess
 from embeddings_mcp.embedders.local_embedder import LocalEmbedder
 from embeddings_mcp.errors import CheckpointInvalid, EmbeddingsError, ModelUnavailable
 from embeddings_mcp.settings import Settings
@@ -235,7 +235,7 @@ async def test_whatever_fails_in_the_process_no_request_waits_forever(
 ) -> None:
     faulty = (
         "import threading\n"
-        "from embeddings_mcp.embedders.local.running import in_process, loading, process_main\n"
+        "from embeddings_mcp.embedders.local.runtime import in_process, loading, process_main\n"
         "def fail(*_): raise SystemExit('a fault')\n"
         f"{fault}\n"
         "process_main.main()\n"
@@ -250,7 +250,7 @@ async def test_whatever_fails_in_the_process_no_request_waits_forever(
 async def test_a_third_party_s_faulty_logging_call_does_not_end_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     faulty = (
         "import logging\n"
-        "from embeddings_mcp.embedders.local.running import loading, process_main\n"
+        "from embeddings_mcp.embedders.local.runtime import loading, process_main\n"
         "load = loading.LoadParameters.load\n"
         "def loud(self):\n"
         "    logging.getLogger('transformers').warning('%d files', 'three')\n"

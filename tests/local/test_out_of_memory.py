@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from embeddings_mcp.embedders.local.out_of_memory import is_out_of_memory, split_on_oom
-from embeddings_mcp.embedders.local.running.in_process import InProcessModel
+from embeddings_mcp.embedders.local.runtime.in_process import InProcessModel
 from embeddings_mcp.embedders.local_embedder import LocalEmbedder
 from embeddings_mcp.errors import ModelUnavailable
 from tests.test_local_embedder import EXACT, ROUGH, SteppedEncoder

@@ -11,8 +11,8 @@ from typing import TypeAlias
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint, read_checkpoint
 from embeddings_mcp.embedders.local.fingerprint import file_state, fingerprint, number_format
 from embeddings_mcp.embedders.local.locate import locate
-from embeddings_mcp.embedders.local.running.loaded import LoadedModel
-from embeddings_mcp.embedders.local.running.loading import LoadParameters
+from embeddings_mcp.embedders.local.runtime.loaded import LoadedModel
+from embeddings_mcp.embedders.local.runtime.loading import LoadParameters
 from embeddings_mcp.errors import CheckpointInvalid, MissingDependency, ModelUnavailable
 from embeddings_mcp.models import CardOverride, ModelCard, Precision
 

@@ -31,14 +31,14 @@ from embeddings_mcp import errors
 from embeddings_mcp.embedders.cores import usable_cores
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint
 from embeddings_mcp.embedders.local.inputs import InputTokenizer, Row
-from embeddings_mcp.embedders.local.running.loaded import ModelInfo
-from embeddings_mcp.embedders.local.running.loading import LoadParameters
+from embeddings_mcp.embedders.local.runtime.loaded import ModelInfo
+from embeddings_mcp.embedders.local.runtime.loading import LoadParameters
 from embeddings_mcp.errors import EmbeddingsError, ModelUnavailable
 from embeddings_mcp.vectors import FloatMatrix, SparseVector
 
 _logger = logging.getLogger(__name__)
 
-_PROGRAM = "from embeddings_mcp.embedders.local.running.process_main import main; main()"
+_PROGRAM = "from embeddings_mcp.embedders.local.runtime.process_main import main; main()"
 
 _SECRET_NAME = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL)S?($|_)", re.IGNORECASE)
 """Environment variables whose names match hold credentials, and are not passed on."""

@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
-from embeddings_mcp.embedders.local.running.model_process import Ready, RemoteError, StartParameters
+from embeddings_mcp.embedders.local.runtime.model_process import Ready, RemoteError, StartParameters
 from embeddings_mcp.gc_pause import gc_paused
 
 if TYPE_CHECKING:
-    from embeddings_mcp.embedders.local.running.in_process import InProcessModel
+    from embeddings_mcp.embedders.local.runtime.in_process import InProcessModel
 
 _logger = logging.getLogger(__name__)
 

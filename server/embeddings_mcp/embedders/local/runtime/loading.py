@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from embeddings_mcp.models import CardOverride, ModelCard, Precision
 
 if TYPE_CHECKING:
-    from embeddings_mcp.embedders.local.running.in_process import InProcessModel
+    from embeddings_mcp.embedders.local.runtime.in_process import InProcessModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class LoadParameters:
         """
         _leave_deleted_working_directory()
         from embeddings_mcp.embedders.local.encoder import load_encoder
-        from embeddings_mcp.embedders.local.running.in_process import InProcessModel
+        from embeddings_mcp.embedders.local.runtime.in_process import InProcessModel
 
         encoders = [
             load_encoder(
