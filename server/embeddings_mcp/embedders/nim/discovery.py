@@ -69,7 +69,7 @@ async def discover(client: EndpointClient, cards: Sequence[CardOverride] = ()) -
     it is called.
 
     Args:
-        client: of the endpoint; the request is not retried.
+        client: of the endpoint; the request is not retried, since a caller that needs the list asks again.
         cards: the user's own.
 
     Raises:

@@ -82,8 +82,10 @@ class NimEmbedder:
             InvalidRequest: the model or the endpoint does not support the request.
             InputTooLong: a text is too long and `truncate` is NONE.
             UnknownModel: the endpoint does not serve the model, or not to this account.
-            Overloaded: the rate limits do not allow the call within its deadline, or the endpoint refused it.
-            ModelUnavailable: the endpoint failed; the subclass says how.
+            Overloaded: the endpoint's limits do not allow the call within its deadline, or it responded that it takes
+                no more requests for now.
+            ModelUnavailable: the endpoint failed, cannot be reached, or refused this server's key; the subclass says
+                which.
         """
         if self._endpoint.dialect == "openai" and truncate != "NONE":
             raise InvalidRequest(
@@ -113,7 +115,8 @@ class NimEmbedder:
         """Return once the model is ready.
 
         Most endpoints have a readiness route. The hosted API has none, so one text is embedded instead, unless one was
-        embedded before. Not even that is possible if only callers have keys.
+        embedded before. One is also embedded if the model's dimensions are unknown. Without a key, where only callers
+        have keys, none is embedded.
 
         Raises:
             EmbeddingsError: the model is not ready.
