@@ -102,7 +102,9 @@ class Checkpoint:
     ) -> ModelCard:
         """Return the card of this checkpoint.
 
-        Sizes are taken from the files; everything else from the user's card, then from the built-in one.
+        Modes and dimensions are taken from the files, and so is the limit on tokens, which a card can only lower.
+        Everything else is taken from the user's card, then from the built-in one; prompts that neither has, from the
+        files.
 
         Args:
             name: the user's name for the model.
