@@ -165,7 +165,7 @@ class Int8Linear(torch.nn.Module):
 def make_linear(
     weight: torch.Tensor, bias: torch.Tensor | None, *, quantized: bool, lower_bound: float | None = None
 ) -> Linear | Int8Linear:
-    """Create an `Int8Linear` if `quantized`, else a `Linear` in the dtype of `weight`."""
+    """Create an `Int8Linear` (see there for `lower_bound`) if `quantized`, else a `Linear` in the dtype of `weight`."""
     return Int8Linear(weight, bias, lower_bound=lower_bound) if quantized else Linear(weight, bias)
 
 

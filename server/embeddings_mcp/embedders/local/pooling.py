@@ -43,7 +43,7 @@ def _without_first(hidden: torch.Tensor, packing: Packing, skip: int) -> torch.T
 
 def _sum(hidden: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     if hidden.is_cuda:
-        # index_add_ is not deterministic on CUDA: it adds in the order in which threads arrive.
+        # Deterministic, unlike index_add_, which on CUDA adds in the order in which threads arrive.
         return torch.segment_reduce(hidden, "sum", lengths=lengths, axis=0, unsafe=True)
     sums = hidden.new_zeros(len(lengths), hidden.shape[1])
     return sums.index_add_(0, torch.arange(len(lengths)).repeat_interleave(lengths), hidden)

@@ -1,6 +1,6 @@
 """Read tensors from a checkpoint's files, and check that they match the architecture.
 
-Pickles are read with ``weights_only``: nothing in them is executed.
+Pickles are read with ``weights_only``, and may hold nothing but tensors: nothing in them is executed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def find_weights(folder: Path) -> list[Path]:
     """Return the files with a checkpoint's tensors: one, or the shards in an index; pickles only without safetensors.
 
     Raises:
-        CheckpointInvalid: a file is missing or truncated; names it.
+        CheckpointInvalid: a file is missing, truncated or not readable; names it.
     """
     path = next((folder / name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
     if path is None:
