@@ -26,7 +26,7 @@ _APPLICATION_ID = 0x456D4243
 """Identifies our files in SQLite's header: "EmBC"."""
 
 _VERSION = 1
-"""Schema version; files of other versions are not used."""
+"""Schema version; files of other versions are neither used nor changed."""
 
 _CLEARED = "cleared"
 """Subject of the note that changes when everything is cleared; followed by a model's id, when that model is."""

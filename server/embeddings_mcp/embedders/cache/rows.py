@@ -55,7 +55,7 @@ def keys_of(
         generation: of its rows (`Cache.generation`), so that rows computed while the cache is cleared are not found.
         card: of the embedder, read after `Embedder.identify`.
         input_type: part of the key in addition to its prompt, since an endpoint may prepend a prompt of its own.
-        truncate: part of the key of every text, since its number of tokens is not known here.
+        truncate: part of the key of every text, since it is not known here which texts are too long.
     """
     effective_type = None if card.input_type == "ignored" else input_type
     context = json.dumps([identity, generation, effective_type, card.prompt(input_type), truncate, card.max_tokens])
