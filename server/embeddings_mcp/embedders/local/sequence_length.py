@@ -41,8 +41,8 @@ def max_tokens(config: JsonObject, sentence_config: JsonObject) -> int:
     """Return the length in tokens of the longest text that a transformer accepts.
 
     This is the minimum of two limits: ``max_seq_length`` of the sentence encoder, or else ``model_max_length`` of the
-    tokenizer; and the number of position embeddings. If positions are rotary, ``max_seq_length`` counts alone, where it
-    is given.
+    tokenizer; and the number of position embeddings. If ``max_seq_length`` is given, and
+    positions are rotary with angles that do not depend on a text's length, it is the only limit.
 
     Args:
         config: the transformer's ``config.json``.
