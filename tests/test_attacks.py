@@ -45,9 +45,12 @@ def exchange(url: str, requests: bytes) -> bytes:
 
 def test_the_threat_model_names_tests_that_exist() -> None:
     text = (ROOT / "SECURITY.md").read_text("utf-8")
-    named = set(re.findall(r"tests/[\w/]+\.py", text))
-    assert len(named) > 8
-    assert all((ROOT / path).is_file() for path in named)
+    files = {path: (ROOT / path).read_text("utf-8") for path in re.findall(r"tests/[\w/]+\.py", text)}
+    assert len(files) > 8
+    for path, sentences in re.findall(r"`(tests/[\w/]+\.py)`: ([^|`]+)", text):
+        for sentence in filter(None, map(str.strip, sentences.split(";"))):
+            name = "_".join(re.findall(r"\w+", sentence.lower().replace("'", "")))
+            assert f"def test_{name}(" in files[path], f"{path} has no test_{name}"
 
 
 # --- Path traversal --------------------------------------------------------------------------------------------------
