@@ -23,6 +23,7 @@ import pytest
 from embeddings_mcp import __version__
 from embeddings_mcp.assemble import build_service
 from embeddings_mcp.errors import EmbeddingsError
+from embeddings_mcp.faces.mcp import response_size
 from embeddings_mcp.models import ModelCard
 from embeddings_mcp.operations import CREATE_EMBEDDING, SEARCH, SIMILARITY, Operation
 from embeddings_mcp.publish.skill import read_skill
@@ -204,5 +205,18 @@ def test_an_error_matches_the_message_quoted_in_the_skill(
     with pytest.raises(EmbeddingsError) as caught:
         ask(service, *refused)
 
+    assert _quotes(quoted, caught.value.message), caught.value.message
+
+
+def test_the_error_of_a_response_that_is_too_large_over_mcp_is_quoted_in_the_skill() -> None:
+    request = parse(CREATE_EMBEDDING.request, {"model": "default", "input": ["a"] * 300})
+
+    with pytest.raises(EmbeddingsError) as caught:
+        response_size.check(request, response_size.expected_bytes(request, 384), 1_000_000)
+
+    assert any(_quotes(quoted, caught.value.message) for quoted in ERRORS[2:]), caught.value.message
+
+
+def _quotes(quoted: str, message: str) -> bool:
     pattern = re.sub(r"\d+", r"\\d+", re.escape(quoted)).replace(re.escape("..."), ".*")
-    assert re.search(pattern, caught.value.message), caught.value.message
+    return re.search(pattern, message) is not None
