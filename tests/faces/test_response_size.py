@@ -89,7 +89,7 @@ async def test_the_refusal_of_a_ranking_that_is_too_long_names_top_k() -> None:
             refused = await call(client, "search", query="a", input=texts, top_k=100)
             answer = await call(client, "search", query="a", input=texts, top_k=10)
 
-    assert "the limit over MCP is 1,000 bytes: lower `top_k`" in text_of(refused)
+    assert "the limit over MCP is 1,000 bytes: ask for fewer scores with `top_k`" in text_of(refused)
     assert not answer.is_error
 
 

@@ -41,7 +41,7 @@ def check(request: BaseModel, size: int, limit: int) -> None:
         return
     too_large = f"the response would be about {size:,} bytes, and the limit over MCP is {limit:,} bytes: "
     if not isinstance(request, EmbeddingRequest):
-        raise InvalidRequest(f"{too_large}lower `top_k`", param="top_k")
+        raise InvalidRequest(f"{too_large}ask for fewer scores with `top_k`", param="top_k")
     fitting = limit * count_texts(request.input) // size
     fewer = f"send at most {fitting:,} texts at once" if fitting else "ask for shorter vectors (`dimensions`)"
     base64_hint = (
