@@ -20,7 +20,7 @@
     `-- ModelUnavailable          the model is known, but not available now
         |-- MissingDependency     a package is not installed: says which extra installs it
         |-- CheckpointInvalid     the model's files are invalid: names file and reason
-        |-- ModelRetired          its endpoint has retired it: says when, and which model continues its vector space
+        |-- ModelRetired          its endpoint has retired it: says when, and how to compute its vectors locally
         |-- UpstreamRefused       its endpoint rejects this server's key or account: says which key
         |-- UpstreamFailed        its endpoint failed, or its response is unusable
         |-- UpstreamUnavailable   its endpoint cannot be reached, or does not accept requests now
@@ -239,7 +239,7 @@ class ModelRetired(ModelUnavailable):
 
 
 class UpstreamRefused(ModelUnavailable):
-    """The model's endpoint rejects this server's key, or its account lacks permission.
+    """The model's endpoint rejects this server's key or account.
 
     The caller's own key was accepted, so this is not an `AuthenticationFailed`.
     """

@@ -50,7 +50,7 @@ class EndpointSettings(BaseModel):
     batch_size: Annotated[int | None, Field(gt=0, description="Maximum texts per request; 50.")] = None
     concurrency: Annotated[int | None, Field(gt=0, description="Maximum requests in flight; 8.")] = None
     requests_per_minute: Annotated[
-        float | None, Field(gt=0, description="Maximum requests per minute; 40 at the hosted API, else no limit.")
+        float | None, Field(gt=0, description="Maximum requests in any minute; 40 at the hosted API, else no limit.")
     ] = None
     timeout: Annotated[
         float | None, Field(gt=0, description="Seconds of inactivity after which an attempt fails; 120.")
@@ -147,8 +147,8 @@ class Settings(BaseSettings):
     model_process: Annotated[
         bool | None,
         Field(
-            description="Run each local model in a subprocess, so that the server stays responsive while it "
-            "computes, and survives if it crashes. If not set, only when serving HTTP (never on Windows)."
+            description="Run each local model in a subprocess, so that the server stays responsive while the "
+            "model computes, and survives its crash. If not set, only when serving HTTP (never on Windows)."
         ),
     ] = None
     cuda_graphs: Annotated[
@@ -192,7 +192,7 @@ class Settings(BaseSettings):
     ] = None
     api_keys_file: Annotated[
         Path | None,
-        Field(description="File of hashed keys, written by `embeddings-mcp key`; reloaded when it changes."),
+        Field(description="File of hashed keys, as `embeddings-mcp key` prints them; reloaded when it changes."),
     ] = None
     oauth_issuer: Annotated[
         str | None,
