@@ -74,7 +74,7 @@ class Manifest:
         return next((model for endpoint in self.endpoints for model in endpoint.models or ()), None)
 
     def added_to(self, settings: Settings) -> Settings:
-        """Return the settings with these endpoints appended; their own key and default model take precedence.
+        """Return the settings with these endpoints appended; the key and default model of `settings` take precedence.
 
         Raises:
             InvalidSetting: callers need a key, and its environment variable is not set.

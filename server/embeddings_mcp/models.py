@@ -123,7 +123,10 @@ class CardOverride:
 
 
 def input_type_use(query_prompt: str, passage_prompt: str, default_prompt: str | None) -> InputTypeUse:
-    """Derive from the prompts whether an input type is required: not if all texts get the same prompt, or none.
+    """Derive from the prompts whether an input type is required, optional or ignored.
+
+    It is ignored if all texts get the same prompt, or none; required if queries and passages differ and there is no
+    default; otherwise optional.
 
     Args:
         query_prompt: text before a query.

@@ -24,7 +24,7 @@ PROMISED_FRACTION = 0.75
 take some of what is released."""
 
 MAX_RESERVED_FRACTION = 0.75
-"""Fraction of the capacity that is reserved at most, and the largest that a single client counts for."""
+"""Fraction of the capacity that is withheld from new clients at most, and the most that a single client counts for."""
 
 OVERCOMMIT_FRACTION = 0.25
 """Fraction of the capacity by which clients whose reservation is due may exceed it: many may come at one moment."""
@@ -123,7 +123,7 @@ class Reservations:
             self._remove(reservations[0])
 
     def _reserve(self, client: Hashable, size: float, now: float, seconds: float, promised_per_second: float) -> float:
-        """Reserve capacity for a client in that many seconds; return them as whole ones."""
+        """Reserve capacity for a client, due after `seconds`; return the wait, whole and at most the maximum."""
         max_wait = MAX_WAIT_SECONDS + self._capacity / promised_per_second
         wait = _whole_seconds(min(seconds, max_wait))
         if seconds <= max_wait and len(self._reservations) < _MAX_RESERVATIONS:

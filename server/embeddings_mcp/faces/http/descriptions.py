@@ -27,7 +27,7 @@ _DOCUMENTS: Mapping[str, identity.Format] = {
     "/apis.json": "apis-json",
     "/mcp/server-card": "server-card",
 }
-"""Documents with a well-known path of their own; ``/manifest`` serves all of them."""
+"""Documents that clients look for at a path of their own; ``/manifest`` serves all of them."""
 
 
 def routes() -> list[Route]:
