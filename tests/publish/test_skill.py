@@ -27,6 +27,7 @@ from embeddings_mcp.faces.mcp import response_size
 from embeddings_mcp.models import ModelCard
 from embeddings_mcp.operations import CREATE_EMBEDDING, SEARCH, SIMILARITY, Operation
 from embeddings_mcp.publish.skill import read_skill
+from embeddings_mcp.schema import EmbeddingRequest
 from embeddings_mcp.serialization import parse
 from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
@@ -209,7 +210,7 @@ def test_an_error_matches_the_message_quoted_in_the_skill(
 
 
 def test_the_error_of_a_response_that_is_too_large_over_mcp_is_quoted_in_the_skill() -> None:
-    request = parse(CREATE_EMBEDDING.request, {"model": "default", "input": ["a"] * 300})
+    request = EmbeddingRequest(model="default", input=["a"] * 300)
 
     with pytest.raises(EmbeddingsError) as caught:
         response_size.check(request, response_size.expected_bytes(request, 384), 1_000_000)
