@@ -82,7 +82,7 @@ SIMILARITY = Operation(
         "compared with every `other`; without it, the texts of `input` with each other. `top_k` returns only the "
         "closest pairs: use it to find duplicates or best matches among many texts.\n"
         "Do NOT use it to find the passages that answer a question: `search` does that, and embeds question and "
-        "passages as such. Scores rank pairs within one model; what counts as close differs by model."
+        "passages each in the right way. Scores rank pairs within one model; what counts as close differs by model."
     ),
     request=SimilarityRequest,
     response=SimilarityResponse,
