@@ -14,7 +14,7 @@
     |-- PayloadTooLarge           the body is over the limit
     |-- Overloaded                the queue is full: says when to retry
     |-- RateLimited               the caller is over its rate limit: says when to retry
-    |-- TooBusy                   too many requests are in flight: says when to retry
+    |-- TooBusy                   too many requests, or bytes, are in flight: says when to retry
     |-- RequestTimeout            the request took longer than allowed
     |-- ServerStopped             the server is shutting down
     `-- ModelUnavailable          the model is known, but not available now
@@ -208,7 +208,7 @@ class RateLimited(EmbeddingsError):
 
 
 class TooBusy(EmbeddingsError):
-    """The server has too many requests in flight; `Retry-After` is always sent."""
+    """The server has too many requests, or too many bytes of them, in flight; `Retry-After` is always sent."""
 
 
 class RequestTimeout(EmbeddingsError):

@@ -270,7 +270,7 @@ def test_a_token_needs_no_kid_where_the_issuer_has_one_key(issuer: Issuer) -> No
         (Response(status_code=500), "answers 500"),
         (Response("no JSON"), "cannot be read"),
         (JSONResponse([]), "does not answer with a JSON object"),
-        (JSONResponse({"keys": []}), "its JWKS has no `keys`"),
+        (JSONResponse({"keys": []}), "its JWKS lists nothing in `keys`"),
         (JSONResponse({"keys": [{"kty": "oct", "k": "c2VjcmV0", "kid": "rsa"}]}), None),
         (JSONResponse({"keys": ["rsa", None, {"kty": "RSA", "n": 5}, {"kty": "EC", "crv": "P-256"}]}), None),
         (Response(b" " * (jwks._MAX_RESPONSE_BYTES + 1)), "more than 1,048,576 bytes"),

@@ -148,7 +148,7 @@ class JwksClient:
         jwks = await self._get(str(metadata.get("jwks_uri", "")))
         listed = jwks.get("keys")
         if not isinstance(listed, list) or not listed:
-            raise self._unavailable("its JWKS has no `keys`")
+            raise self._unavailable("its JWKS lists nothing in `keys`")
         keys: dict[str | None, SigningKey] = {
             key.kid: key for key in map(SigningKey.from_jwk, listed) if key is not None
         }
