@@ -7,8 +7,6 @@ only translates; requests are parsed, validated and executed by the modules belo
 from __future__ import annotations
 
 import asyncio
-import base64
-from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
 
@@ -39,23 +37,12 @@ from embeddings_mcp import __version__
 from embeddings_mcp.embedders.base import OnProgress
 from embeddings_mcp.errors import EmbeddingsError, UnknownModel
 from embeddings_mcp.faces.mcp import response_size
+from embeddings_mcp.faces.mcp.response_text import model_as_text, response_as_text
 from embeddings_mcp.faces.mcp.skills import SKILL_URI, SkillsExtension, use_embeddings
-from embeddings_mcp.operations import CREATE_EMBEDDING, LIST_MODELS, OPERATIONS, SEARCH, SIMILARITY, Operation
+from embeddings_mcp.operations import OPERATIONS, Operation
 from embeddings_mcp.publish.schemas import json_schema
 from embeddings_mcp.request_limits import DEFAULT_LIMITS, Limits
-from embeddings_mcp.schema import (
-    EmbeddingRequest,
-    EmbeddingResponse,
-    ListModelsRequest,
-    ModelEntry,
-    ModelsResponse,
-    SearchRequest,
-    SearchResponse,
-    SimilarityRequest,
-    SimilarityResponse,
-    count_texts,
-    texts_of,
-)
+from embeddings_mcp.schema import EmbeddingRequest, count_texts, texts_of
 from embeddings_mcp.serialization import dump_json, parse
 from embeddings_mcp.service import EmbeddingService
 
@@ -142,7 +129,7 @@ class EmbeddingsServer(MCPServer[dict[str, Any]]):
             if over_http and isinstance(request, EmbeddingRequest):
                 await self._check_expected_size(request)
             response = await self._limits.run(self._service, operation, request, _progress_reporter(request, context))
-            text, structured = _RENDERERS[operation](request, response), dump_json(response)
+            text, structured = response_as_text(operation, request, response), dump_json(response)
             if over_http:
                 response_size.check(request, len(text) + len(structured), self._limits.mcp_answer_bytes)
         except EmbeddingsError as error:
@@ -172,7 +159,7 @@ class EmbeddingsServer(MCPServer[dict[str, Any]]):
                 uri=CARD_TEMPLATE.replace("{+model}", quote(entry["id"], safe="/")),
                 name=entry["id"],
                 title=f"Embedding model {entry['id']}",
-                description=_model_as_text(entry),
+                description=model_as_text(entry),
                 mime_type="application/json",
             )
             for entry in self._service.known_models()
@@ -310,76 +297,3 @@ def answer_from_texts(
         "nothing: read the passages, and say so plainly if they do not answer the question.\n\n"
         f"More on passages, scores and errors: see the skill {SKILL_URI}."
     )
-
-
-# --- Responses as text -----------------------------------------------------------------------------------------------
-# Some hosts show the model only this text, others only the structured content, so both carry the same information. The
-# exception is vectors: they are never written as text, since a model cannot read them.
-
-
-def _embeddings_as_text(request: EmbeddingRequest, response: EmbeddingResponse) -> str:
-    vectors, tokens = response["data"], response["usage"]["prompt_tokens"]
-    first = vectors[0]["embedding"]
-    length = len(base64.b64decode(first)) // 4 if isinstance(first, str) else len(first)
-    if request.encoding_format == "base64":
-        form = "each base64 of little-endian float32 bytes"
-    else:
-        form = (
-            "as arrays of numbers. `encoding_format` 'base64' takes less than half the space; to compare or rank "
-            "texts, use `similarity` and `search`, which return no vectors"
-        )
-    count = "1 vector" if len(vectors) == 1 else f"{len(vectors)} vectors"
-    return f"{count} of {length} numbers by {response['model']} ({tokens} tokens) in the structured content, {form}."
-
-
-def _similarity_as_text(request: SimilarityRequest, response: SimilarityResponse) -> str:
-    other = "input" if request.other is None else "other"
-    measure = response.get("metric", request.mode)
-    closer = "lower is closer" if measure == "euclidean" else "higher is closer"
-    lines = [f"{measure} by {response['model']}, {closer}"]
-    if "pairs" in response:
-        lines += [f"input[{pair['input']}] {other}[{pair['other']}] {pair['score']:.4f}" for pair in response["pairs"]]
-    else:
-        columns = len(response["scores"][0])
-        lines[0] += f"; columns are {other}[0]" + (f" to {other}[{columns - 1}]" if columns > 1 else "")
-        lines += [
-            f"input[{index}] {' '.join(f'{score:.4f}' for score in row)}"
-            for index, row in enumerate(response["scores"])
-        ]
-    return "\n".join(lines)
-
-
-def _search_as_text(request: SearchRequest, response: SearchResponse) -> str:
-    measure = "cosine" if request.mode == "dense" else request.mode
-    hits = [f"input[{hit['index']}] {hit['score']:.4f}" for hit in response["results"]]
-    return "\n".join([f"{measure} by {response['model']}, best first", *hits])
-
-
-def _models_as_text(_request: ListModelsRequest, response: ModelsResponse) -> str:
-    return "\n".join(f"{entry['id']}: {_model_as_text(entry)}" for entry in response["models"])
-
-
-def _model_as_text(entry: ModelEntry) -> str:
-    facts = ["the default model"] if entry["default"] else []
-    if "dimensions" in entry:
-        lengths = [entry["dimensions"], *entry["allowed_dimensions"]]
-        facts.append(f"{' or '.join(map(str, lengths))} dimensions")
-    if "max_tokens" in entry:
-        facts.append(f"texts up to {entry['max_tokens']} tokens")
-    facts.append(f"input_type {entry['input_type']}")
-    if len(entry["modes"]) > 1:
-        facts.append(f"modes {', '.join(entry['modes'])}")
-    facts.append(f"served from {entry['served_from']}")
-    if "licence" in entry:
-        facts.append(f"licence {entry['licence']}")
-    if entry["aliases"]:
-        facts.append(f"also called {', '.join(entry['aliases'])}")
-    return "; ".join(facts)
-
-
-_RENDERERS: Mapping[Operation, Callable[[Any, Any], str]] = {
-    CREATE_EMBEDDING: _embeddings_as_text,
-    SIMILARITY: _similarity_as_text,
-    SEARCH: _search_as_text,
-    LIST_MODELS: _models_as_text,
-}
