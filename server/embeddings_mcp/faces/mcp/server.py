@@ -78,14 +78,14 @@ class EmbeddingsServer(MCPServer[dict[str, Any]]):
     overridden and `serialization.parse` receives the arguments unchanged.
 
     Attributes:
-        listed: set once a client has requested the list of tools.
+        tools_listed: set once a client has requested the list of tools.
     """
 
     def __init__(self, service: EmbeddingService, limits: Limits) -> None:
         self._service = service
         self._limits = limits
         self._operations = {operation.name: operation for operation in OPERATIONS}
-        self.listed = asyncio.Event()
+        self.tools_listed = asyncio.Event()
         self._advertised_tools = [_tool(operation, open_world=not service.catalogue.local) for operation in OPERATIONS]
         super().__init__(
             "embeddings-mcp",
@@ -108,7 +108,7 @@ class EmbeddingsServer(MCPServer[dict[str, Any]]):
 
     async def list_tools(self) -> list[Tool]:
         """Return the operations as tools, in the order of `OPERATIONS`."""
-        self.listed.set()
+        self.tools_listed.set()
         return [*self._advertised_tools]
 
     async def call_tool(

@@ -38,21 +38,21 @@ def serve_stdio(service: EmbeddingService, server: EmbeddingsServer, settings: S
         ModelUnavailable: the default model should be loaded at start-up and cannot be.
     """
 
-    async def listed() -> None:
+    async def tools_received() -> None:
         """Wait until the host has received the list of tools, its first request."""
-        await server.listed.wait()
+        await server.tools_listed.wait()
         await asyncio.sleep(_WRITE_SECONDS)
 
     async def serve() -> None:
         async with (
             contextlib.aclosing(service),
-            preloaded(service, settings.load, after=listed),
-            stdio_server() as (incoming, outgoing),
+            preloaded(service, settings.load, after=tools_received),
+            stdio_server() as (from_host, to_host),
             anyio.create_task_group() as tasks,
         ):
-            sender, receiver = anyio.create_memory_object_stream[SessionMessage | Exception]()
-            tasks.start_soon(_forward, incoming, sender, outgoing)
-            await server.run_on(receiver, outgoing)
+            to_server, messages = anyio.create_memory_object_stream[SessionMessage | Exception]()
+            tasks.start_soon(_forward, from_host, to_server, to_host)
+            await server.run_on(messages, to_host)
 
     # Ctrl-C kills the process at once: a worker thread is blocked reading stdin, and only end of file would wake it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -63,21 +63,21 @@ def serve_stdio(service: EmbeddingService, server: EmbeddingsServer, settings: S
 
 
 async def _forward(
-    incoming: ReadStream[SessionMessage | Exception],
-    messages: ObjectSendStream[SessionMessage | Exception],
-    outgoing: WriteStream[SessionMessage],
+    from_host: ReadStream[SessionMessage | Exception],
+    to_server: ObjectSendStream[SessionMessage | Exception],
+    to_host: WriteStream[SessionMessage],
 ) -> None:
     """Forward messages from the host to the server, and answer invalid lines with an error.
 
     The SDK ignores an invalid line silently, so its sender would wait forever. A text that was cut in the middle of an
     emoji is enough to make a line invalid.
     """
-    async with messages:
-        async for item in incoming:
+    async with to_server:
+        async for item in from_host:
             if isinstance(item, Exception):
-                await outgoing.send(SessionMessage(_error_response(item)))
+                await to_host.send(SessionMessage(_error_response(item)))
             else:
-                await messages.send(item)
+                await to_server.send(item)
 
 
 def _error_response(error: Exception) -> JSONRPCError:
