@@ -33,9 +33,10 @@ from embeddings_mcp.errors import (
 )
 from embeddings_mcp.faces.http.access_tokens import TokenVerifier
 from embeddings_mcp.faces.http.api_keys import Keyring
-from embeddings_mcp.faces.http.in_flight import InFlightLimiter, client_address, header_values
+from embeddings_mcp.faces.http.in_flight import InFlightLimiter
 from embeddings_mcp.faces.http.rate_limit import RateLimiter
 from embeddings_mcp.faces.http.rest import error_response, http_error_response
+from embeddings_mcp.faces.http.scope import client_address, header_values
 from embeddings_mcp.settings import Settings
 
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})

@@ -13,6 +13,7 @@ from starlette.types import Message, Receive, Scope
 
 from embeddings_mcp import telemetry
 from embeddings_mcp.errors import PayloadTooLarge, TooBusy
+from embeddings_mcp.faces.http.scope import client_address, header_values
 from embeddings_mcp.reservations import Reservations
 from embeddings_mcp.settings import Settings
 
@@ -165,17 +166,6 @@ async def _peek_body(receive: Receive) -> tuple[bytes, Receive]:
         return peeked.pop() if peeked else await receive()
 
     return first.get("body", b"")[:_PEEK_BYTES], replaying
-
-
-def client_address(scope: Scope) -> str:
-    """The address that the request came from; clients behind one proxy share one."""
-    host, _port = scope.get("client") or ("", 0)
-    return str(host)
-
-
-def header_values(scope: Scope, name: bytes) -> list[str]:
-    """All values of a header; latin-1 decodes any byte, so this cannot fail."""
-    return [value.decode("latin-1") for key, value in scope["headers"] if key == name]
 
 
 def _content_length(value: str) -> int:
