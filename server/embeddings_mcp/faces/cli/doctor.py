@@ -234,7 +234,7 @@ async def _check_access(settings: Settings) -> AsyncIterator[Finding]:
     from embeddings_mcp.faces.http.guard import Guard
 
     try:
-        tokens = TokenVerifier.of(settings)
+        tokens = TokenVerifier.from_settings(settings)
         Guard(Starlette(), settings, tokens)
         credentials = {"a key": Keyring(settings).in_use, "an access token": tokens is not None}
     except EmbeddingsError as error:

@@ -73,7 +73,7 @@ def create_app(service: EmbeddingService, mcp_server: MCPServer, settings: Setti
         transport_security=TransportSecuritySettings(enable_dns_rebinding_protection=False),
     )
 
-    tokens = TokenVerifier.of(settings)
+    tokens = TokenVerifier.from_settings(settings)
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:

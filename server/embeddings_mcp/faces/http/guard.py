@@ -72,7 +72,8 @@ class Guard:
         if tokens is not None:
             self._keyless_paths |= {urlsplit(tokens.metadata_url).path}
         self._origins = frozenset(settings.cors_origins)
-        self._rate = None if settings.requests_per_minute is None else RateLimiter(settings.requests_per_minute)
+        rate = settings.requests_per_minute
+        self._rate_limiter = None if rate is None else RateLimiter(rate)
         self._in_flight = InFlightLimiter(settings)
         self._hosts = _LOOPBACK_NAMES | {
             _host_in(host) or host.lower() for host in (settings.host, *settings.allowed_hosts)
@@ -85,14 +86,16 @@ class Guard:
             await self._app(scope, receive, send)
             return
         is_post = scope["method"] == "POST"
+        keyless = scope["path"] in self._keyless_paths
         try:
-            caller = await self._check(scope)
+            caller = await self._check_head(scope)
+            name = None if caller is None else _name_of(caller)
             if is_post:
-                receive = await self._in_flight.admit(scope, receive, None if caller is None else _name_of(caller))
+                receive = await self._in_flight.admit(scope, receive, name)
             # Routes without a key have no rate limit: others at the same address could use it up, and a health probe
             # would then fail.
-            if scope["path"] not in self._keyless_paths:
-                self._check_rate(client_address(scope) if caller is None else _name_of(caller))
+            if not keyless:
+                self._check_rate(client_address(scope) if name is None else name)
         except EmbeddingsError as error:
             await error_response(error)(scope, receive, send)
             return
@@ -110,14 +113,14 @@ class Guard:
                 stack.enter_context(with_caller_name(_name_of(caller)))
             # Ignored on routes without authentication: a readiness probe sends a request to the endpoint, so anybody
             # could use one to test stolen keys.
-            if scope["path"] not in self._keyless_paths and (keys := header_values(scope, _CALLER_KEY)):
+            if not keyless and (keys := header_values(scope, _CALLER_KEY)):
                 stack.enter_context(with_caller_key(SecretStr(keys[0])))
             # A GET is not counted: on the MCP route it is a stream of server messages, open while the client stays.
             if is_post:
                 receive = stack.enter_context(self._in_flight.track(receive))
             await self._app(scope, receive, send)
 
-    async def _check(self, scope: Scope) -> AccessToken | None:
+    async def _check_head(self, scope: Scope) -> AccessToken | None:
         """Check everything in a request's head, and return its caller; None where no authentication is required.
 
         Raises:
@@ -146,7 +149,7 @@ class Guard:
         Raises:
             RateLimited: the caller has exceeded it.
         """
-        if self._rate is not None and (wait := self._rate.wait(caller)):
+        if self._rate_limiter is not None and (wait := self._rate_limiter.retry_after(caller)):
             raise RateLimited(
                 f"too many requests in a minute from one caller: try again in {math.ceil(wait)} s, or send more texts "
                 "in one request",

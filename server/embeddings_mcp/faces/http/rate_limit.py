@@ -23,8 +23,8 @@ class RateLimiter:
         self._arrival_times: dict[str, float] = {}
         self._prune_at = _MIN_PRUNE_SIZE
 
-    def wait(self, caller: str) -> float:
-        """Return the seconds until the caller may send a request; if it is 0, count this request."""
+    def retry_after(self, caller: str) -> float:
+        """Return in how many seconds the caller may send a request; 0 if it may now, and this request is counted."""
         now = time.monotonic()
         arrival_time = max(self._arrival_times.get(caller, now), now) + self._interval
         if (wait := arrival_time - now - 60) > 1e-6:

@@ -166,19 +166,19 @@ def _model_object(entry: ModelEntry, created: int) -> ModelObject:
 # --- Responses -------------------------------------------------------------------------------------------------------
 
 
-def _json(answer: Mapping[str, Any], status: int = HTTPStatus.OK) -> Response:
-    if any(isinstance(value, list) and len(value) > _rows_per_chunk(value) for value in answer.values()):
-        return StreamingResponse(_json_chunks(answer), status, media_type="application/json")
+def _json(content: Mapping[str, Any], status: int = HTTPStatus.OK) -> Response:
+    if any(isinstance(value, list) and len(value) > _rows_per_chunk(value) for value in content.values()):
+        return StreamingResponse(_json_chunks(content), status, media_type="application/json")
     with telemetry.stage("serialise"):
-        body = dump_json(answer)
+        body = dump_json(content)
     return Response(body, status, media_type="application/json")
 
 
-async def _json_chunks(answer: Mapping[str, Any]) -> AsyncIterator[bytes]:
-    """Serialize the answer, its lists in slices, and yield to the event loop after each slice."""
+async def _json_chunks(content: Mapping[str, Any]) -> AsyncIterator[bytes]:
+    """Serialize the content, its lists in slices, and yield to the event loop after each slice."""
     seconds = 0.0
     separator = b"{"
-    for key, value in answer.items():
+    for key, value in content.items():
         yield separator + dump_json(key) + b":"
         if isinstance(value, list) and value:
             separator = b"["
