@@ -92,14 +92,14 @@ class Catalogue:
     def __init__(self, embedders: Iterable[Embedder], sources: Iterable[ModelSource], *, default: str) -> None:
         self._embedders = list(embedders)
         self.sources = list(sources)
-        self._local: dict[str, Embedder] = {}
+        self._local_models: dict[str, Embedder] = {}
         for embedder in self._embedders:
             for name in embedder.card.names:
                 if name == DEFAULT:
                     raise InvalidSetting("no model can be named 'default', which stands for the default model")
-                if name in self._local:
+                if name in self._local_models:
                     raise InvalidSetting(f"two of the models answer to the name {name!r}: give each a name of its own")
-                self._local[name] = embedder
+                self._local_models[name] = embedder
         self._default = default
         if not self.sources and self.default is None:
             raise InvalidSetting(
@@ -110,7 +110,7 @@ class Catalogue:
     @property
     def known(self) -> list[Embedder]:
         """The models known so far, without endpoint models whose name an earlier model has; makes no request."""
-        known, taken = list(self._embedders), set(self._local)
+        known, taken = list(self._embedders), set(self._local_models)
         for source in self.sources:
             known += [
                 embedder
@@ -133,7 +133,7 @@ class Catalogue:
         return self._default if self.default is None else self.default.card.id
 
     @property
-    def local(self) -> bool:
+    def is_local(self) -> bool:
         """Whether all vectors are computed on this machine."""
         return not self.sources and all(embedder.origin == "local" for embedder in self._embedders)
 
@@ -144,10 +144,10 @@ class Catalogue:
             UnknownModel: no model has this name.
             UpstreamUnavailable: an endpoint that may serve the model cannot list its models.
         """
-        name = next((self._default + end for end in ("", *_SUFFIXES) if model.lower() == DEFAULT + end), model)
-        if resolved := resolve_name(name, self._local):
+        name = self._expand_default(model)
+        if resolved := resolve_name(name, self._local_models):
             return resolved
-        for max_age in (math.inf, MODEL_LIST_TTL_SECONDS):  # first only list endpoints that were never listed
+        for max_age in (math.inf, MODEL_LIST_TTL_SECONDS):  # the first pass asks only endpoints that were never asked
             for source in self.sources:
                 if resolved := resolve_name(name, source.models):
                     return resolved
@@ -173,8 +173,15 @@ class Catalogue:
             for source in self.sources:
                 stack.push_async_callback(source.aclose)
 
+    def _expand_default(self, model: str) -> str:
+        """Replace ``default`` with the default model's name; a suffix stays."""
+        for suffix in ("", *_SUFFIXES):
+            if model.lower() == DEFAULT + suffix:
+                return self._default + suffix
+        return model
+
     def _name_tables(self) -> list[Mapping[str, Embedder]]:
-        return [self._local, *(source.models for source in self.sources)]
+        return [self._local_models, *(source.models for source in self.sources)]
 
     def _ids(self) -> str:
         return ", ".join(embedder.card.id for embedder in self.known)

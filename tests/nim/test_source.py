@@ -340,5 +340,5 @@ def test_a_catalogue_is_created_without_requests() -> None:
         EndpointModels(EndpointClient(Endpoint(url=f"http://localhost:{port}"))) for port in itertools.count(1)
     )
     catalogue = Catalogue([HERE], itertools.islice(endpoints, 20), default="test/here")
-    assert not catalogue.local
+    assert not catalogue.is_local
     assert http_server(catalogue) == [("test/here", "local")]

@@ -86,7 +86,9 @@ class EmbeddingsServer(MCPServer[dict[str, Any]]):
         self._limits = limits
         self._operations = {operation.name: operation for operation in OPERATIONS}
         self.tools_listed = asyncio.Event()
-        self._advertised_tools = [_tool(operation, open_world=not service.catalogue.local) for operation in OPERATIONS]
+        self._advertised_tools = [
+            _tool(operation, open_world=not service.catalogue.is_local) for operation in OPERATIONS
+        ]
         super().__init__(
             "embeddings-mcp",
             title="Text embeddings",
@@ -96,7 +98,7 @@ class EmbeddingsServer(MCPServer[dict[str, Any]]):
             cache_hints={
                 method: CacheHint(ttl_ms=_LIST_TTL_MS, scope="public")
                 for method in _CACHEABLE_METHODS
-                if method != "resources/list" or service.catalogue.local  # endpoint models are discovered later
+                if method != "resources/list" or service.catalogue.is_local  # endpoint models are discovered later
             },
             subscriptions=False,
             log_level="WARNING",
