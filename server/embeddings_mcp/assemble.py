@@ -47,7 +47,7 @@ def build_service(settings: Settings) -> EmbeddingService:
             default model is not among them, or an endpoint's settings are invalid.
     """
     cache = _open_cache(settings)
-    embedders = [_with_cache(cache)(_local_embedder(spec, settings, cache)) for spec in _local_models(settings)]
+    embedders = [_with_cache(_local_embedder(spec, settings, cache), cache) for spec in _local_models(settings)]
     default = settings.default_model or (embedders[0].card.id if embedders else DEFAULT_MODEL)
     return EmbeddingService(embedders, default_model=default, sources=endpoint_models(settings, cache))
 
@@ -153,7 +153,7 @@ def endpoint_models(settings: Settings, cache: Cache | None = None, *, ask_hoste
             known=configured.models or (HOSTED_MODELS if endpoint.hosted else ()),
             complete=configured.models is not None,
             cards=settings.cards,
-            wrap=_with_cache(cache),
+            wrap=functools.partial(_with_cache, cache=cache),
         )
         for configured, endpoint in endpoints
     ]
@@ -257,9 +257,9 @@ def _open_cache(settings: Settings) -> Cache | None:
     return Cache(memory, DiskStore(Path(settings.cache), settings.cache_disk_mb << 20))
 
 
-def _with_cache(cache: Cache | None) -> Callable[[Embedder], Embedder]:
-    """Return a function that wraps an embedder with the cache, if there is one."""
-    return lambda embedder: embedder if cache is None else cached(embedder, cache)
+def _with_cache(embedder: Embedder, cache: Cache | None) -> Embedder:
+    """Wrap an embedder with the cache, if there is one."""
+    return embedder if cache is None else cached(embedder, cache)
 
 
 def _memoized_digest(disk: DiskStore) -> Callable[[Path], str]:

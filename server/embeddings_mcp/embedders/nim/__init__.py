@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from embeddings_mcp.embedders.nim.client import EndpointClient
-from embeddings_mcp.embedders.nim.discovery import card_for, discover
+from embeddings_mcp.embedders.nim.discovery import card_for, discover, is_embedding_model
 from embeddings_mcp.embedders.nim.embedder import NimEmbedder
 from embeddings_mcp.embedders.nim.endpoint import HOSTED_DEFAULT_MODEL, HOSTED_MODELS, HOSTED_URL, Endpoint
 from embeddings_mcp.embedders.nim.source import EndpointModels
@@ -18,4 +18,5 @@ __all__ = [
     "NimEmbedder",
     "card_for",
     "discover",
+    "is_embedding_model",
 ]

@@ -84,7 +84,7 @@ async def discover(client: EndpointClient, cards: Sequence[CardOverride] = ()) -
         return {
             name: card_for(name, dialect=dialect, cards=cards, listed=entry)
             for entry in entries
-            if _is_embedding_model(name := entry["id"]) or not hosted
+            if is_embedding_model(name := entry["id"]) or not hosted
         }
     raise failure.error
 
@@ -97,7 +97,8 @@ def _parse_entries(response: httpx.Response) -> list[dict[str, Any]]:
     return [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
 
 
-def _is_embedding_model(name: str) -> bool:
+def is_embedding_model(name: str) -> bool:
+    """Return whether a model is likely to be an embedding model, given only its name at an endpoint."""
     return "embed" in name.lower() or find_card(name, _CARDS) is not None
 
 

@@ -44,7 +44,7 @@ from embeddings_mcp.errors import (
     UpstreamUnavailable,
 )
 from embeddings_mcp.misspelt_settings import misspelt
-from embeddings_mcp.models import DEFAULT_MODEL, find_card
+from embeddings_mcp.models import DEFAULT_MODEL
 from embeddings_mcp.settings import Settings
 
 if TYPE_CHECKING:
@@ -278,13 +278,14 @@ def _model_to_try(source: ModelSource, catalogue: Catalogue) -> Embedder | None:
     """Choose the model to try an endpoint with: the default model, or one that is likely to be an embedding model."""
     if (default := catalogue.default) is not None and any(default is model for model in source.models.values()):
         return default
-    from embeddings_mcp.embedders.nim import HOSTED_DEFAULT_MODEL
+    from embeddings_mcp.embedders.nim import HOSTED_DEFAULT_MODEL, is_embedding_model
 
     models = model_ids(source.models)
-    likely = [model for model in models if model == HOSTED_DEFAULT_MODEL] or [
-        model for model in models if "embed" in model.lower() or find_card(model) or len(models) == 1
-    ]
-    return source.models[likely[0].lower()] if likely else None
+    likely = models if len(models) == 1 else [model for model in models if is_embedding_model(model)]
+    if not likely:
+        return None
+    chosen = HOSTED_DEFAULT_MODEL if HOSTED_DEFAULT_MODEL in likely else likely[0]
+    return source.models[chosen.lower()]
 
 
 async def _try_endpoint_model(source: ModelSource, embedder: Embedder) -> Finding:
