@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from embeddings_mcp.embedders.local.inputs import Tokens
-from embeddings_mcp.embedders.local.runtime.loaded import ModelInfo
+from embeddings_mcp.embedders.local.runtime.loaded_model import ModelInfo
 from embeddings_mcp.embedders.local_embedder import LocalEmbedder
 from embeddings_mcp.errors import CheckpointInvalid, InputTooLong, Overloaded, ServerStopped
 from embeddings_mcp.models import InputType, ModelCard, Truncate

@@ -22,8 +22,8 @@ from embeddings_mcp.embedders.local.checkpoint import Checkpoint, read_checkpoin
 from embeddings_mcp.embedders.local.fingerprint import file_digest, file_state
 from embeddings_mcp.embedders.local.locate import find_bundled
 from embeddings_mcp.embedders.local.model_files import ModelFiles
-from embeddings_mcp.embedders.local.runtime.loaded import LoadedModel
-from embeddings_mcp.embedders.local.runtime.loading import LoadParameters
+from embeddings_mcp.embedders.local.runtime.load_parameters import LoadParameters
+from embeddings_mcp.embedders.local.runtime.loaded_model import LoadedModel
 from embeddings_mcp.embedders.local_embedder import LocalEmbedder
 from embeddings_mcp.errors import CheckpointInvalid, InvalidRequest, InvalidSetting, UnknownModel
 from embeddings_mcp.models import DEFAULT_MODEL, ModelCard, find_card, find_cards, find_id
@@ -239,12 +239,12 @@ def _local_embedder(spec: str, settings: Settings, cache: Cache | None = None) -
     )
 
 
-def _start_process(loading: LoadParameters, checkpoint: Checkpoint, *, workers: int | None) -> LoadedModel:
+def _start_process(load_parameters: LoadParameters, checkpoint: Checkpoint, *, workers: int | None) -> LoadedModel:
     """Load the model in a subprocess."""
     # Imported here, since it imports the tokenizer, which is slow.
     from embeddings_mcp.embedders.local.runtime.model_process import ModelProcess
 
-    return ModelProcess(loading, checkpoint, workers=workers)
+    return ModelProcess(load_parameters, checkpoint, workers=workers)
 
 
 def _open_cache(settings: Settings) -> Cache | None:

@@ -223,7 +223,7 @@ async def test_a_process_that_is_killed_while_it_loads_leaves_no_file_open(monke
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("loading.LoadParameters.load = fail", "ended with exit code 1 during this request"),
+        ("load_parameters.LoadParameters.load = fail", "ended with exit code 1 during this request"),
         ("process_main._start_workers = fail", "ended with exit code 1 during this request"),
         ("in_process.InProcessModel.forward = fail", "ended with exit code 1 during this request"),
         ("in_process.InProcessModel.forward = lambda *_: threading.Lock()", "cannot pickle '_thread.lock' object"),
@@ -235,7 +235,7 @@ async def test_whatever_fails_in_the_process_no_request_waits_forever(
 ) -> None:
     faulty = (
         "import threading\n"
-        "from embeddings_mcp.embedders.local.runtime import in_process, loading, process_main\n"
+        "from embeddings_mcp.embedders.local.runtime import in_process, load_parameters, process_main\n"
         "def fail(*_): raise SystemExit('a fault')\n"
         f"{fault}\n"
         "process_main.main()\n"
@@ -250,12 +250,12 @@ async def test_whatever_fails_in_the_process_no_request_waits_forever(
 async def test_a_third_party_s_faulty_logging_call_does_not_end_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     faulty = (
         "import logging\n"
-        "from embeddings_mcp.embedders.local.runtime import loading, process_main\n"
-        "load = loading.LoadParameters.load\n"
+        "from embeddings_mcp.embedders.local.runtime import load_parameters, process_main\n"
+        "load = load_parameters.LoadParameters.load\n"
         "def loud(self):\n"
         "    logging.getLogger('transformers').warning('%d files', 'three')\n"
         "    return load(self)\n"
-        "loading.LoadParameters.load = loud\n"
+        "load_parameters.LoadParameters.load = loud\n"
         "process_main.main()\n"
     )
     monkeypatch.setattr(model_process, "_PROGRAM", faulty)

@@ -25,7 +25,7 @@ from embeddings_mcp.vectors import FloatMatrix, FloatVector, SparseVector
 
 if TYPE_CHECKING:
     from embeddings_mcp.embedders.local.inputs import Row, Tokens
-    from embeddings_mcp.embedders.local.runtime.loaded import LoadedModel
+    from embeddings_mcp.embedders.local.runtime.loaded_model import LoadedModel
 
 _MAX_CHARACTERS_ON_LOOP = 2048
 """Requests of more characters than this in total are tokenized on a worker thread instead of the event loop: this many

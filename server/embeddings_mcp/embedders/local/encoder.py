@@ -29,7 +29,7 @@ from embeddings_mcp.embedders.local.pipeline import Cut, Dense, LayerNorm, Stage
 from embeddings_mcp.embedders.local.placement import Placement, choose_placement
 from embeddings_mcp.embedders.local.pooling import pool
 from embeddings_mcp.embedders.local.recipes import PoolingMode
-from embeddings_mcp.embedders.local.runtime.loaded import ModelInfo
+from embeddings_mcp.embedders.local.runtime.loaded_model import ModelInfo
 from embeddings_mcp.embedders.local.static_embedding import load_static
 from embeddings_mcp.embedders.local.transformer import Transformer
 from embeddings_mcp.embedders.local.weights import load_weights

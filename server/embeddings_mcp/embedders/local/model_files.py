@@ -11,8 +11,8 @@ from typing import TypeAlias
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint, read_checkpoint
 from embeddings_mcp.embedders.local.fingerprint import file_state, fingerprint, number_format
 from embeddings_mcp.embedders.local.locate import locate
-from embeddings_mcp.embedders.local.runtime.loaded import LoadedModel
-from embeddings_mcp.embedders.local.runtime.loading import LoadParameters
+from embeddings_mcp.embedders.local.runtime.load_parameters import LoadParameters
+from embeddings_mcp.embedders.local.runtime.loaded_model import LoadedModel
 from embeddings_mcp.errors import CheckpointInvalid, MissingDependency, ModelUnavailable
 from embeddings_mcp.models import CardOverride, ModelCard, Precision
 
@@ -62,7 +62,7 @@ class ModelFiles:
         self._start_process = start_process
         self._digest = digest
         self._lock = threading.Lock()
-        self._described: tuple[Checkpoint, str] | None = None
+        self._checkpoint_and_state: tuple[Checkpoint, str] | None = None
 
     def identify(self) -> tuple[str, ModelCard]:
         """Return the identity of the model's vectors, and its card; see `Embedder.identify`.
@@ -73,7 +73,7 @@ class ModelFiles:
             CheckpointInvalid: a file is missing or damaged, or was changed.
         """
         with self._translate_errors():
-            checkpoint, state = self._describe()
+            checkpoint, state = self._read_once()
             precision = number_format(self._precision, self._devices[0])
             identity = fingerprint(checkpoint, precision=precision, digest=self._digest)
             self._check_unchanged(checkpoint, state)
@@ -88,8 +88,8 @@ class ModelFiles:
             CheckpointInvalid: as in `identify`.
         """
         with self._translate_errors():
-            checkpoint, state = self._describe()
-            loading = LoadParameters(
+            checkpoint, state = self._read_once()
+            parameters = LoadParameters(
                 name=self._name,
                 folder=checkpoint.folder,
                 builtin_card=self._builtin_card,
@@ -99,7 +99,7 @@ class ModelFiles:
                 precision=number_format(self._precision, self._devices[0]),
                 cuda_graphs=self._cuda_graphs,
             )
-            model = loading.load() if self._start_process is None else self._start_process(loading, checkpoint)
+            model = parameters.load() if self._start_process is None else self._start_process(parameters, checkpoint)
             self._check_unchanged(checkpoint, state)
         return model
 
@@ -123,13 +123,13 @@ class ModelFiles:
                 f"{self._name} cannot be loaded now: {error}; the next request tries again"
             ) from error
 
-    def _describe(self) -> tuple[Checkpoint, str]:
-        """Return the checkpoint's description, and the state of its files when it was read."""
+    def _read_once(self) -> tuple[Checkpoint, str]:
+        """Return the checkpoint, and the state of its files when it was read; the first call locates and reads it."""
         with self._lock:
-            if self._described is None:
+            if self._checkpoint_and_state is None:
                 checkpoint = read_checkpoint(self._folder or locate(self._name, self._repository), self._builtin_card)
-                self._described = checkpoint, _state(checkpoint)
-            return self._described
+                self._checkpoint_and_state = checkpoint, _state(checkpoint)
+            return self._checkpoint_and_state
 
     def _check_unchanged(self, checkpoint: Checkpoint, state: str) -> None:
         if _state(checkpoint) != state:
