@@ -17,6 +17,9 @@ OnProgress = Callable[[int], Awaitable[None]]
 """Called on the event loop with the number of the request's texts that are done so far; again with the same number
 while the request has to wait."""
 
+PROGRESS_INTERVAL = 5.0
+"""Seconds between two progress reports while nothing completes: clients give up on a call without progress."""
+
 
 @dataclass(frozen=True, slots=True)
 class Embeddings:

@@ -7,6 +7,7 @@ cancelled stay cached, so that a retry resumes from there.
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TypeVar
 
@@ -15,7 +16,15 @@ import anyio.to_thread
 import numpy as np
 
 from embeddings_mcp import telemetry
-from embeddings_mcp.embedders.base import Embedder, Embeddings, MultiEmbedder, OnProgress, OnRows, Representations
+from embeddings_mcp.embedders.base import (
+    PROGRESS_INTERVAL,
+    Embedder,
+    Embeddings,
+    MultiEmbedder,
+    OnProgress,
+    OnRows,
+    Representations,
+)
 from embeddings_mcp.embedders.cache.request import Request
 from embeddings_mcp.embedders.cache.rows import Key, Kind, Row, keys_of, rows_of
 from embeddings_mcp.embedders.cache.store import Cache
@@ -29,9 +38,6 @@ _Outcome = Row | ModelUnavailable | None
 
 _Call = dict[Key, "asyncio.Future[_Outcome]"]
 """The rows of one call to the embedder that are still in flight."""
-
-_PROGRESS_INTERVAL = 5.0
-"""Seconds between two progress reports while a request waits for another one."""
 
 _SHORT_CALL = 64
 """Rows. Only requests of at least the same length wait for a longer call, which would delay a single query."""
@@ -120,11 +126,9 @@ class CachedEmbedder:
                 truncate=truncate,
             )
 
-        async def compute(keys: list[Key]) -> None:
-            await self._compute(request, keys, input_type=input_type, truncate=truncate)
-
         keys = await _run(compute_keys, 256 * len(texts) + sum(map(len, texts)))
         request = Request(texts, keys, on_progress)
+        compute = functools.partial(self._compute, request, input_type=input_type, truncate=truncate)
         request.add(await self._cache.get(request.missing))
         telemetry.CACHE_TEXTS.labels("miss").inc(len(request.missing))
         telemetry.CACHE_TEXTS.labels("hit").inc(len(set(keys)) - len(request.missing))
@@ -159,7 +163,7 @@ class CachedEmbedder:
         if own := [key for key in request.missing if key not in awaited]:
             await compute(own)
         while awaited:
-            await asyncio.wait(awaited.values(), timeout=_PROGRESS_INTERVAL)
+            await asyncio.wait(awaited.values(), timeout=PROGRESS_INTERVAL)
             outcomes = {key: future.result() for key, future in awaited.items() if future.done()}
             awaited = {key: future for key, future in awaited.items() if key not in outcomes}
             request.add({key: outcome for key, outcome in outcomes.items() if isinstance(outcome, Row)})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from operator import add
@@ -14,6 +14,7 @@ import httpx
 import numpy as np
 
 from embeddings_mcp.embedders.base import Embeddings, OnProgress, OnRows
+from embeddings_mcp.embedders.nim.batched_call import BatchedCall
 from embeddings_mcp.embedders.nim.client import EndpointClient
 from embeddings_mcp.embedders.nim.failures import Failure, RequestContext
 from embeddings_mcp.embedders.nim.wire import parse_json, parse_response, request_body
@@ -21,9 +22,6 @@ from embeddings_mcp.errors import EmbeddingsError, InputUnusable, InvalidRequest
 from embeddings_mcp.models import InputType, ModelCard, Truncate
 
 logger = logging.getLogger(__name__)
-
-PROGRESS_INTERVAL = 5.0
-"""Seconds between two progress reports while nothing completes: clients give up on a call without progress."""
 
 _MAX_WARNINGS = 100
 """Distinct warnings logged per model: an endpoint's messages may contain a timestamp or a request id."""
@@ -92,7 +90,7 @@ class NimEmbedder:
                 f"`truncate` must be 'NONE' with {self._card.id}: {self.origin} cannot be asked to truncate",
                 param="truncate",
             )
-        call = _BatchedCall(
+        call = BatchedCall(
             texts,
             self._endpoint.batch_size,
             partial(self._embed_batch, input_type=input_type, truncate=truncate),
@@ -213,77 +211,6 @@ class NimEmbedder:
         if message not in self._warnings and len(self._warnings) < _MAX_WARNINGS:
             self._warnings.add(message)
             logger.warning(message)
-
-
-class _BatchedCall:
-    """Embeds the batches of one call concurrently; the first failure cancels the others.
-
-    Args:
-        texts: of the whole call.
-        batch_size: most texts in a batch.
-        embed: embeds a batch, given the position of its first text.
-        on_progress: called with the number of texts done.
-        on_rows: called with the rows of each batch as it completes.
-
-    Attributes:
-        requests: number of batches.
-        done: number of texts embedded so far.
-    """
-
-    def __init__(
-        self,
-        texts: Sequence[str],
-        batch_size: int,
-        embed: Callable[[Sequence[str], int], Awaitable[Embeddings]],
-        on_progress: OnProgress | None,
-        on_rows: OnRows | None,
-    ) -> None:
-        self._texts = texts
-        self._batch_size = batch_size
-        self._embed = embed
-        self._on_progress = on_progress
-        self._on_rows = on_rows
-        self._results: dict[int, Embeddings] = {}
-        self._failures: list[EmbeddingsError] = []
-        starts = range(0, len(texts), batch_size)
-        self._pending = iter(starts)
-        self.requests = len(starts)
-        self.done = 0
-
-    async def run(self, workers: int) -> list[Embeddings]:
-        """Embed all batches and return their results in the order of the texts."""
-        async with anyio.create_task_group() as reporting:
-            reporting.start_soon(self._report_periodically)
-            async with anyio.create_task_group() as group:
-                for _ in range(workers):
-                    group.start_soon(self._work, group.cancel_scope)
-            reporting.cancel_scope.cancel()
-        if self._failures:
-            raise self._failures[0]
-        return [self._results[start] for start in sorted(self._results)]
-
-    async def _work(self, all_workers: anyio.CancelScope) -> None:
-        for start in self._pending:
-            batch = self._texts[start : start + self._batch_size]
-            try:
-                embeddings = self._results[start] = await self._embed(batch, start)
-            except EmbeddingsError as error:
-                self._failures.append(error)
-                all_workers.cancel()
-                return
-            if self._on_rows is not None:
-                self._on_rows(range(start, start + len(batch)), embeddings)
-            self.done += len(batch)
-            await self._report()
-
-    async def _report_periodically(self) -> None:
-        while True:
-            await anyio.sleep(PROGRESS_INTERVAL)
-            await self._report()
-
-    async def _report(self) -> None:
-        if self._on_progress is not None:
-            await self._on_progress(self.done)
 
 
 def _concatenate(parts: Sequence[Embeddings], origin: str) -> Embeddings:
