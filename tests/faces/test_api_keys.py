@@ -295,7 +295,7 @@ def test_with_a_certificate_the_server_speaks_https(tmp_path: Path) -> None:
     assert answer.status_code == 200
 
 
-def test_a_certificate_that_cannot_be_used_is_an_error_that_teaches(tmp_path: Path) -> None:
+def test_the_error_for_an_unusable_certificate_says_what_to_do(tmp_path: Path) -> None:
     chain, _key = certificate(tmp_path)
     for wrong in (tmp_path / "none.pem", chain):
         with pytest.raises(InvalidSetting, match="EMBEDDINGS_MCP_TLS_KEY"):

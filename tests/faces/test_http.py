@@ -116,7 +116,7 @@ def test_answers_are_not_delayed_by_nagles_algorithm() -> None:
     assert min(times) < 0.03
 
 
-def test_a_port_that_is_taken_is_an_error_that_teaches() -> None:
+def test_the_error_for_a_port_that_is_taken_says_what_to_do() -> None:
     service = service_of()
     with http_server(service) as url:
         port = httpx.URL(url).port or 0

@@ -292,7 +292,7 @@ ONE = {"model": MODEL, "input": "one"}
         pytest.param([ONE], 400, "invalid_request", None, ["JSON object", "array"], id="not an object"),
     ],
 )
-def test_a_wrong_request_gets_an_error_that_teaches(
+def test_the_error_for_an_invalid_request_says_what_is_accepted(
     client: httpx.Client, body: Any, status: int, code: str, param: str | None, words: list[str]
 ) -> None:
     answer = client.post("/v1/embeddings", json=body)

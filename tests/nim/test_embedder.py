@@ -386,7 +386,7 @@ async def test_a_text_that_is_too_long_is_reported_by_its_position_in_the_call()
 
 
 @pytest.mark.parametrize("key", ["x", "token", "64"])
-async def test_a_message_that_contains_a_short_key_by_rng_is_still_recognised(key: str) -> None:
+async def test_a_message_that_contains_a_short_key_by_chance_is_still_recognised(key: str) -> None:
     async with stand_in() as nim, embedding_at(nim, api_key=SecretStr(key)) as embedder:
         with pytest.raises(InputTooLong) as caught:
             await embed(embedder, ["word " * 70])

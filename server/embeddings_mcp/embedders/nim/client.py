@@ -49,6 +49,9 @@ By default httpx also accepts zstd and br where their packages are installed; a 
 length, as can a body with two encodings applied one after the other.
 """
 
+_TRANSFER_HEADERS = frozenset({b"content-encoding", b"content-length", b"transfer-encoding"})
+"""Headers that describe the body as it was sent, not as it is once it has been read and decompressed."""
+
 _MAX_CONNECTIONS = 100  # of all callers together, if they bring keys; otherwise the endpoint's concurrency
 _CONNECT_TIMEOUT = 10.0
 _POLL_INTERVALS = (0.1, 0.5, 2.0, 5.0)  # seconds; the last one repeats until the deadline
@@ -270,9 +273,6 @@ async def _request(
         return httpx.Response(
             response.status_code, headers=kept_headers, content=bytes(content), request=response.request
         )
-
-
-_TRANSFER_HEADERS = frozenset({b"content-encoding", b"content-length", b"transfer-encoding"})
 
 
 def _throttle_for(endpoint: Endpoint) -> Throttle:

@@ -47,7 +47,7 @@ class EndpointModels:
         self._wrap = wrap
         self._embedders: dict[str, Embedder] = {}
         self._lock = anyio.Lock()
-        self._discovered_at = math.inf if complete else None
+        self._discovered_at = math.inf if complete else None  # a complete list never becomes stale
         self._failed_at = 0.0
         self._failure: EmbeddingsError | None = None
         self._set_models({name: card_for(name, dialect=client.endpoint.dialect, cards=cards) for name in known})
