@@ -187,16 +187,16 @@ class LocalEmbedder:
         expected = [min(max_tokens, math.ceil(len(text) * self._tokens_per_character)) for text in texts]
         # Refused before it is tokenized if the queue is full; a retry is recognised by its texts.
         with batcher.admit((caller_name(), hash(tuple(texts))), sum(expected)) as claim:
-            pieces = model.tokenize(texts, input_type=request.input_type, truncate=request.truncate)
+            token_batches = model.tokenize(texts, input_type=request.input_type, truncate=request.truncate)
             on_thread = sum(map(len, texts)) > _MAX_CHARACTERS_ON_LOOP
 
             async def tokenize_next() -> Tokens:
                 with telemetry.stage("tokenise"):
-                    tokens = await anyio.to_thread.run_sync(next, pieces) if on_thread else next(pieces)
-                piece = slice(len(counts), len(counts) + len(tokens.rows))
-                self._update_estimate(texts[piece], tokens.counts, max_tokens)
+                    tokens = await anyio.to_thread.run_sync(next, token_batches) if on_thread else next(token_batches)
+                tokenized = slice(len(counts), len(counts) + len(tokens.rows))  # positions of their texts
+                self._update_estimate(texts[tokenized], tokens.counts, max_tokens)
                 counts.extend(tokens.counts)
-                claim.expected -= sum(expected[piece])
+                claim.expected -= sum(expected[tokenized])
                 return tokens
 
             async def more() -> Sequence[Row]:

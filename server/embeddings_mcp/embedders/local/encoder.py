@@ -209,20 +209,13 @@ def _checkpoint_errors(checkpoint: Checkpoint, device: torch.device) -> Iterator
 
 
 def _load(checkpoint: Checkpoint, card: ModelCard, placement: Placement, *, cuda_graphs: bool) -> Encoder:
-    recipe, backbone, device = checkpoint.recipe, checkpoint.pipeline.backbone, placement.device
+    device = placement.device
     transformer = _load_backbone(checkpoint, placement)
     inputs = InputTokenizer(checkpoint, card, vocabulary_size=transformer.vocabulary_size)
     if cuda_graphs and device.type == "cuda" and transformer.packed:
         transformer = capture_graphs(transformer, max_tokens=placement.tokens_per_batch, longest=checkpoint.max_tokens)
     if placement.in_amx and transformer.packed:
         transformer = BucketedTransformer(transformer)
-    latent_attention = None
-    if recipe and recipe.latent_attention:
-        with torch.device("meta"):  # not initialized: it has as many parameters as a small model
-            latent_attention = LatentAttention(checkpoint.config["latent_attention_config"])
-        load_weights(latent_attention, backbone, prefix=LATENT_ATTENTION)
-        latent_attention = latent_attention.eval().to(device, placement.dtype)
-        prepack(latent_attention, quantized=placement.quantized)
     heads = None
     if "sparse" in card.modes:
         weightless = inputs.token_ids("<s>", "</s>", "<pad>", "<unk>")
@@ -239,7 +232,7 @@ def _load(checkpoint: Checkpoint, card: ModelCard, placement: Placement, *, cuda
         pooling=checkpoint.pipeline.pooling,
         inputs=inputs,
         backbone=transformer,
-        latent_attention=latent_attention,
+        latent_attention=_load_latent_attention(checkpoint, placement),
         heads=heads,
         stages=[_load_stage(stage, device) for stage in checkpoint.pipeline.stages],
     )
@@ -260,6 +253,18 @@ def _load_backbone(checkpoint: Checkpoint, placement: Placement) -> Transformer:
     from embeddings_mcp.embedders.local.backbone import load_backbone  # transformers takes seconds to import
 
     return load_backbone(checkpoint, placement)
+
+
+def _load_latent_attention(checkpoint: Checkpoint, placement: Placement) -> LatentAttention | None:
+    """Load the layer between the transformer and pooling that only NV-Embed has."""
+    if checkpoint.recipe is None or not checkpoint.recipe.latent_attention:
+        return None
+    with torch.device("meta"):  # not initialized: it has as many parameters as a small model
+        module = LatentAttention(checkpoint.config["latent_attention_config"])
+    load_weights(module, checkpoint.pipeline.backbone, prefix=LATENT_ATTENTION)
+    module = module.eval().to(placement.device, placement.dtype)
+    prepack(module, quantized=placement.quantized)
+    return module
 
 
 def _load_stage(stage: Stage, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
