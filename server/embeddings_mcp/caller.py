@@ -1,8 +1,8 @@
 """The identity of the caller, and the endpoint key that a caller may send with a request.
 
-Only the two ends need them: the HTTP face, which reads them from the headers, and the endpoint's client, which sends
-the key, or the queue, which is fair between callers. Context variables carry them past the layers in between, as in the
-MCP SDK: they are visible only to the tasks that work on the request.
+The HTTP face reads them from the headers; the endpoint's client sends the key, and the queue of a local model is fair
+between callers. Context variables carry them past the layers in between, as in the MCP SDK: they are visible only to
+the tasks that work on the request.
 """
 
 from __future__ import annotations

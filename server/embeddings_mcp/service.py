@@ -165,6 +165,7 @@ class EmbeddingService:
         )
         left = responses.select(result, slice(rows))
         right = left if columns is None else responses.select(result, slice(rows, None))
+        # Called only in `_compute`, since preparing the right side may take long too.
         make_scorer = functools.partial(responses.make_block_scorer, left, right, request.mode, request.metric)
         response: SimilarityResponse = {
             "model": result.served_model or embedder.card.id,
@@ -247,7 +248,7 @@ class EmbeddingService:
     async def _resolve(self, model: str, input_type: InputType | None) -> tuple[Embedder, InputType | None]:
         """Return the embedder for a model name, its card complete, and the input type, which a suffix may imply."""
         embedder, implied = await self.catalogue.find(model)
-        # Until then only the name of a hub model is known, and a wrong prompt would go unnoticed.
+        # Before this, the card of a hub model may have only its name, so a missing input type would go unnoticed.
         await embedder.identify()
         if implied is None:
             return embedder, input_type

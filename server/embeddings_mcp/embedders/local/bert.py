@@ -32,8 +32,8 @@ _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNor
 
 _LAYER = "encoder.layer.{}"
 _PROJECTIONS = ("attention.self.query", "attention.self.key", "attention.self.value")
-_OUTPUT, _OUTPUT_NORM = "attention.output.dense", "attention.output.LayerNorm"
-_INTERMEDIATE, _LAST, _LAST_NORM = "intermediate.dense", "output.dense", "output.LayerNorm"
+_ATTENTION_OUTPUT, _ATTENTION_NORM = "attention.output.dense", "attention.output.LayerNorm"
+_INTERMEDIATE, _OUTPUT, _OUTPUT_NORM = "intermediate.dense", "output.dense", "output.LayerNorm"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,18 +78,18 @@ class Bert:
     ) -> None:
         epsilon = float(config.get("layer_norm_eps", 1e-12))
         self._heads = int(config["num_attention_heads"])
-        self._words = tensors["embeddings.word_embeddings.weight"]
+        self._word_embeddings = tensors["embeddings.word_embeddings.weight"]
         # All tokens are of type 0, so its embedding can be added to the position embeddings once.
         types = tensors["embeddings.token_type_embeddings.weight"]
-        self._positions = tensors["embeddings.position_embeddings.weight"] + types[0]
+        self._position_embeddings = tensors["embeddings.position_embeddings.weight"] + types[0]
         self._norm = _norm(tensors, "embeddings.LayerNorm", epsilon)
         self._layers = [
             _layer(tensors, _LAYER.format(number), epsilon, quantized=quantized)
             for number in range(int(config["num_hidden_layers"]))
         ]
-        self.vocabulary_size = len(self._words)
+        self.vocabulary_size = len(self._word_embeddings)
         self.first_position = first_position
-        self.device = self._words.device
+        self.device = self._word_embeddings.device
 
     def hidden_states(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, Packing]:
         """See `transformer.Transformer`."""
@@ -98,7 +98,9 @@ class Bert:
 
     def forward(self, row: PackedRow) -> torch.Tensor:
         """Return the token vectors of a packed row, ``[tokens, d]``."""
-        hidden = self._norm(embedding(row.ids, self._words) + embedding(row.positions, self._positions))
+        hidden = self._norm(
+            embedding(row.ids, self._word_embeddings) + embedding(row.positions, self._position_embeddings)
+        )
         for layer in self._layers:
             hidden = layer(hidden, self._heads, row.packing)
         return hidden
@@ -155,12 +157,12 @@ def _shapes(config: JsonObject) -> dict[str, tuple[int, ...]]:
         "embeddings.position_embeddings.weight": (size("max_position_embeddings"), width),
         "embeddings.token_type_embeddings.weight": (config.get("type_vocab_size", 2), width),
     }
-    linear = {_OUTPUT: (width, width), _INTERMEDIATE: (inner, width), _LAST: (width, inner)}
+    linear = {_ATTENTION_OUTPUT: (width, width), _INTERMEDIATE: (inner, width), _OUTPUT: (width, inner)}
     linear |= dict.fromkeys(_PROJECTIONS, (width, width))
     norms = ["embeddings.LayerNorm"]
     for number in range(size("num_hidden_layers")):
         layer = _LAYER.format(number)
-        norms += [f"{layer}.{_OUTPUT_NORM}", f"{layer}.{_LAST_NORM}"]
+        norms += [f"{layer}.{_ATTENTION_NORM}", f"{layer}.{_OUTPUT_NORM}"]
         for name, shape in linear.items():
             shapes |= {f"{layer}.{name}.weight": shape, f"{layer}.{name}.bias": shape[:1]}
     return shapes | {f"{name}.{part}": (width,) for name in norms for part in ("weight", "bias")}
@@ -173,11 +175,11 @@ def _layer(tensors: Mapping[str, torch.Tensor], name: str, epsilon: float, *, qu
 
     return _Layer(
         projections=linear(*_PROJECTIONS),
-        attention_output=linear(_OUTPUT),
-        attention_norm=_norm(tensors, f"{name}.{_OUTPUT_NORM}", epsilon),
+        attention_output=linear(_ATTENTION_OUTPUT),
+        attention_norm=_norm(tensors, f"{name}.{_ATTENTION_NORM}", epsilon),
         intermediate=linear(_INTERMEDIATE),
-        output=linear(_LAST, lower_bound=GELU_MIN),
-        output_norm=_norm(tensors, f"{name}.{_LAST_NORM}", epsilon),
+        output=linear(_OUTPUT, lower_bound=GELU_MIN),
+        output_norm=_norm(tensors, f"{name}.{_OUTPUT_NORM}", epsilon),
     )
 
 

@@ -109,15 +109,17 @@ async def examine(settings: Settings) -> AsyncIterator[Finding]:
             yield finding
         if settings.nvidia_api_key is None:
             yield Finding("hosted API", "note", "NVIDIA_API_KEY is not set, so none of its models are served")
-        default: Finding | None = None
+        default_finding: Finding | None = None
         for source in catalogue.sources:
             yield (finding := await _check_endpoint(source))
             if finding.state == "fine" and (embedder := _model_to_try(source, catalogue)):
                 yield (finding := await _try_endpoint_model(source, embedder))
                 if embedder is catalogue.default:
-                    default = finding
+                    default_finding = finding
         subject = f"default model {catalogue.default_name}"
-        yield await _try_default_model(subject, catalogue) if default is None else replace(default, subject=subject)
+        if default_finding is None:
+            default_finding = await _try_default_model(subject, catalogue)
+        yield replace(default_finding, subject=subject)
 
 
 async def _in_thread(check: Callable[..., Finding], *args: object, **kwargs: object) -> Finding:
