@@ -52,7 +52,9 @@ def build_service(settings: Settings) -> EmbeddingService:
     return EmbeddingService(embedders, default_model=default, sources=endpoint_models(settings, cache))
 
 
-async def service_for(settings: Settings, model: str | None, *, at_endpoint: bool = False) -> EmbeddingService:
+async def build_service_for_model(
+    settings: Settings, model: str | None, *, at_endpoint: bool = False
+) -> EmbeddingService:
     """Build a service for one model, which is its default.
 
     A name is looked up among the models of the settings, then at endpoints; otherwise it is a model that runs locally.

@@ -72,7 +72,7 @@ class InvalidRequest(EmbeddingsError):
 class InputUnusable(InvalidRequest):
     """A text cannot be embedded as it is.
 
-    An embedder knows a text only by its position in a list; `about` translates the error for the layers above.
+    An embedder knows a text only by its position in a list; `translated` adapts the error for the layers above.
 
     Attributes:
         reason: what is wrong with the text, as a sentence without its subject.
@@ -89,7 +89,7 @@ class InputUnusable(InvalidRequest):
         super().__init__(f"{subject} {reason}", param=None if name is None else name(index))
         self.reason, self.index, self.certain = reason, index, certain
 
-    def about(
+    def translated(
         self, position: Callable[[int], int] = _identity, name: Callable[[int], str] | None = None
     ) -> InputUnusable:
         """Return the same error for another list of the texts.
@@ -140,10 +140,10 @@ class InputTooLong(InputUnusable):
         )
         self.tokens, self.allowed, self.others = tokens, allowed, others
 
-    def about(
+    def translated(
         self, position: Callable[[int], int] = _identity, name: Callable[[int], str] | None = None
     ) -> InputTooLong:
-        """See `InputUnusable.about`."""
+        """See `InputUnusable.translated`."""
         return InputTooLong(
             index=position(self.index),
             tokens=self.tokens,

@@ -281,7 +281,7 @@ class EmbeddingService:
         try:
             result = await embed(texts, input_type=input_type, truncate=truncate, on_progress=on_progress)
         except InputUnusable as error:
-            raise error.about(name=functools.partial(_field_of, fields)) from None
+            raise error.translated(name=functools.partial(_field_of, fields)) from None
         return await _compute(result, lambda: _validated(result, embedder.card, fields, dimensions))
 
     async def _embed_query_and_passages(

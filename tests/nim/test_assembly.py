@@ -10,7 +10,7 @@ import anyio
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from embeddings_mcp.assemble import build_service, endpoint_models, open_embedder, service_for
+from embeddings_mcp.assemble import build_service, endpoint_models, open_embedder, build_service_for_model
 from embeddings_mcp.embedders.nim import HOSTED_DEFAULT_MODEL, HOSTED_MODELS, HOSTED_URL, EndpointModels
 from embeddings_mcp.errors import InvalidRequest, InvalidSetting, UnknownModel, UpstreamUnavailable
 from embeddings_mcp.models import DEFAULT_MODEL, CardOverride
@@ -199,7 +199,7 @@ async def test_a_single_model_is_opened_locally_or_at_the_endpoint_that_has_it()
     """The hosted API is not contacted: its address cannot be reached here."""
 
     async def origin(settings: Settings, model: str | None, *, at_endpoint: bool = False) -> str:
-        async with aclosing(await service_for(settings, model, at_endpoint=at_endpoint)) as service:
+        async with aclosing(await build_service_for_model(settings, model, at_endpoint=at_endpoint)) as service:
             embedder, _ = await service.catalogue.find("default")
             return embedder.origin
 
@@ -230,7 +230,7 @@ async def test_a_single_model_is_opened_locally_or_at_the_endpoint_that_has_it()
 async def test_a_folder_is_always_opened_locally(tmp_path: Path) -> None:
     async with stand_in() as nim:
         with pytest.raises(Exception, match="config"):
-            await service_for(settings_of(nim.url), f"{SYMMETRIC.id}={tmp_path}")
+            await build_service_for_model(settings_of(nim.url), f"{SYMMETRIC.id}={tmp_path}")
         assert not nim.seen
 
 

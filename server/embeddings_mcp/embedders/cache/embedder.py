@@ -203,7 +203,7 @@ class CachedEmbedder:
                 on_rows=store,
             )
         except InputUnusable as error:
-            raise error.about(lambda index: request.position_of(keys[index])) from None
+            raise error.translated(lambda index: request.position_of(keys[index])) from None
         except ModelUnavailable as error:
             failure = error
             raise

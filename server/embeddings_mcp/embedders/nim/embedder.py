@@ -243,4 +243,4 @@ def _distribute_tokens(tokens: int, texts: Sequence[str]) -> list[int]:
 
 def _with_offset(error: EmbeddingsError, start: int) -> EmbeddingsError:
     """Translate an error about a text of a batch to the text's position in the call."""
-    return error.about(partial(add, start)) if isinstance(error, InputUnusable) else error
+    return error.translated(partial(add, start)) if isinstance(error, InputUnusable) else error

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
-from embeddings_mcp.assemble import service_for
+from embeddings_mcp.assemble import build_service_for_model
 from embeddings_mcp.errors import InvalidSetting
 from embeddings_mcp.models import Precision
 from embeddings_mcp.service import EmbeddingService
@@ -42,7 +42,7 @@ def service_factory(
 ) -> Callable[[], Awaitable[EmbeddingService]]:
     """Return a factory for a service with a single model: the one given with ``--model``, or else the default."""
     settings = settings_from_flags(endpoints=endpoints, device=device, cache=cache, precision=precision)
-    return partial(service_for, settings, model, at_endpoint=bool(endpoints))
+    return partial(build_service_for_model, settings, model, at_endpoint=bool(endpoints))
 
 
 def refuse_self_endpoint(settings: Settings) -> None:
