@@ -10,7 +10,7 @@ import anyio
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from embeddings_mcp.assemble import build_service, endpoint_models, open_embedder, build_service_for_model
+from embeddings_mcp.assemble import build_service, build_service_for_model, endpoint_models, open_embedder
 from embeddings_mcp.embedders.nim import HOSTED_DEFAULT_MODEL, HOSTED_MODELS, HOSTED_URL, EndpointModels
 from embeddings_mcp.errors import InvalidRequest, InvalidSetting, UnknownModel, UpstreamUnavailable
 from embeddings_mcp.models import DEFAULT_MODEL, CardOverride
