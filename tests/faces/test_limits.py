@@ -297,13 +297,13 @@ def test_a_caller_that_waits_for_as_long_as_it_is_told_is_admitted(monkeypatch: 
     clock = Clock()
     monkeypatch.setattr("embeddings_mcp.faces.http.rate_limit.time", clock)
     limiter = RateLimiter(per_minute=4)
-    assert [limiter.wait("a") for _ in range(4)] == [0, 0, 0, 0]
+    assert [limiter.retry_after("a") for _ in range(4)] == [0, 0, 0, 0]
     for _ in range(10):
-        wait = limiter.wait("a")
+        wait = limiter.retry_after("a")
         assert wait == pytest.approx(15)
         clock.now += wait
-        assert limiter.wait("a") == 0
-    assert limiter.wait("b") == 0
+        assert limiter.retry_after("a") == 0
+    assert limiter.retry_after("b") == 0
 
 
 def test_the_rate_limiter_prunes_callers_that_have_all_their_allowance_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,7 +311,7 @@ def test_the_rate_limiter_prunes_callers_that_have_all_their_allowance_back(monk
     monkeypatch.setattr("embeddings_mcp.faces.http.rate_limit.time", clock)
     limiter = RateLimiter(per_minute=1)
     for caller in range(100_000):
-        assert limiter.wait(str(caller)) == 0
+        assert limiter.retry_after(str(caller)) == 0
         clock.now += 0.1  # each caller has its allowance back after a minute
     assert len(limiter._arrival_times) < 3000
-    assert limiter.wait(str(caller)) > 0
+    assert limiter.retry_after(str(caller)) > 0

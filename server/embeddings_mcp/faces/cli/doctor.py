@@ -234,24 +234,24 @@ async def _check_access(settings: Settings) -> AsyncIterator[Finding]:
     from embeddings_mcp.faces.http.guard import Guard
 
     try:
-        tokens = TokenVerifier.of(settings)
-        Guard(Starlette(), settings, tokens)
-        credentials = {"a key": Keyring(settings).in_use, "an access token": tokens is not None}
+        token_verifier = TokenVerifier.from_settings(settings)
+        Guard(Starlette(), settings, token_verifier)
+        credentials = {"a key": Keyring(settings).in_use, "an access token": token_verifier is not None}
     except EmbeddingsError as error:
         yield problem("HTTP callers", error)
         return
     accepted = " or ".join(name for name, used in credentials.items() if used)
     how = f"with {accepted}" if accepted else "without a key"
     yield Finding("HTTP callers", "fine", f"reach {settings.host} port {settings.port} {how}")
-    if tokens is not None:
-        async with contextlib.aclosing(tokens):
-            yield await _check_issuer(f"issuer {settings.oauth_issuer}", tokens)
+    if token_verifier is not None:
+        async with contextlib.aclosing(token_verifier):
+            yield await _check_issuer(f"issuer {settings.oauth_issuer}", token_verifier)
 
 
-async def _check_issuer(subject: str, tokens: TokenVerifier) -> Finding:
+async def _check_issuer(subject: str, token_verifier: TokenVerifier) -> Finding:
     started = time.perf_counter()
     try:
-        keys = await tokens.check()
+        keys = await token_verifier.check()
     except EmbeddingsError as error:
         return problem(subject, error)
     return Finding(subject, "fine", f"answers in {_elapsed(started)} and publishes {keys} key{'s' if keys > 1 else ''}")

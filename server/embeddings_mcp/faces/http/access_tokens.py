@@ -53,7 +53,7 @@ class TokenVerifier:
         self.metadata_url = str(build_resource_metadata_url(self._resource_url))
 
     @classmethod
-    def of(cls, settings: Settings) -> TokenVerifier | None:
+    def from_settings(cls, settings: Settings) -> TokenVerifier | None:
         """Build the verifier that the settings describe; return None where they name no issuer.
 
         Raises:

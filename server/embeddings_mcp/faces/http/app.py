@@ -73,13 +73,13 @@ def create_app(service: EmbeddingService, mcp_server: MCPServer, settings: Setti
         transport_security=TransportSecuritySettings(enable_dns_rebinding_protection=False),
     )
 
-    tokens = TokenVerifier.of(settings)
+    token_verifier = TokenVerifier.from_settings(settings)
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as stack:
-            if tokens is not None:
-                stack.push_async_callback(tokens.aclose)
+            if token_verifier is not None:
+                stack.push_async_callback(token_verifier.aclose)
             await stack.enter_async_context(contextlib.aclosing(service))
             await stack.enter_async_context(mcp_server.session_manager.run())
             yield
@@ -89,13 +89,13 @@ def create_app(service: EmbeddingService, mcp_server: MCPServer, settings: Setti
             *rest.routes(service, Limits.from_settings(settings)),
             metrics_route(),
             *descriptions.routes(),
-            *(tokens.routes() if tokens is not None else ()),
+            *(token_verifier.routes() if token_verifier is not None else ()),
             *mcp_app.routes,
         ],
         exception_handlers=rest.EXCEPTION_HANDLERS,
         lifespan=lifespan,
     )
-    guard = Guard(app, settings, tokens)
+    guard = Guard(app, settings, token_verifier)
     if not settings.cors_origins:
         return InstrumentationMiddleware(guard)
     # Outside the guard, since a browser sends no key with a preflight request.

@@ -49,7 +49,7 @@ class InFlightLimiter:
         self._requests = self._bytes = 0
         self._reservations = Reservations(self._max_requests, max_per_client=_MAX_IDENTICAL)
         self._rate_window: tuple[float, int] | None = None  # its start by the monotonic clock, requests ended since
-        self._ends_per_second = 0.0  # exponential moving average; 0 until it is known
+        self._released_per_second = 0.0  # exponential moving average; 0 until it is known
 
     def check_length(self, scope: Scope) -> None:
         """Refuse a request whose Content-Length is over the limit of one body.
@@ -76,11 +76,12 @@ class InFlightLimiter:
             *header_values(scope, b"content-length"),
             hash(beginning),
         )
-        if wait := self._reservations.retry_after(
-            fingerprint, 1, used=self._requests, released_per_second=self._ends_per_second
+        if retry_after := self._reservations.retry_after(
+            fingerprint, 1, used=self._requests, released_per_second=self._released_per_second
         ):
             raise TooBusy(
-                f"{self._requests:,} requests are in flight already: try again in {wait:.0f} s", retry_after=wait
+                f"{self._requests:,} requests are in flight already: try again in {retry_after:.0f} s",
+                retry_after=retry_after,
             )
         self._reservations.admitted(fingerprint)
         return receive
@@ -125,12 +126,12 @@ class InFlightLimiter:
         try:
             yield limited
         finally:
-            self._note_end()
+            self._update_release_rate()
             self._requests -= 1
             telemetry.REQUESTS_IN_FLIGHT.dec()
             self._bytes -= received
 
-    def _note_end(self) -> None:
+    def _update_release_rate(self) -> None:
         """Update the estimate of how fast requests end."""
         if self._requests * 2 < self._max_requests:  # under low load the rate says nothing about the capacity
             self._rate_window = None
@@ -144,7 +145,7 @@ class InFlightLimiter:
             self._rate_window = start, ended + 1
             return
         rate = (ended + 1) / (now - start)
-        self._ends_per_second = (self._ends_per_second or rate) * 0.5 + rate * 0.5
+        self._released_per_second = (self._released_per_second or rate) * 0.5 + rate * 0.5
         self._rate_window = now, 0
 
     def _too_large(self) -> PayloadTooLarge:

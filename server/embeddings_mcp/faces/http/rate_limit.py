@@ -23,12 +23,12 @@ class RateLimiter:
         self._arrival_times: dict[str, float] = {}
         self._prune_at = _MIN_PRUNE_SIZE
 
-    def wait(self, caller: str) -> float:
+    def retry_after(self, caller: str) -> float:
         """Return the seconds until the caller may send a request; if it is 0, count this request."""
         now = time.monotonic()
         arrival_time = max(self._arrival_times.get(caller, now), now) + self._interval
-        if (wait := arrival_time - now - 60) > 1e-6:
-            return wait
+        if (retry_after := arrival_time - now - 60) > 1e-6:
+            return retry_after
         if len(self._arrival_times) >= self._prune_at:
             self._arrival_times = {other: moment for other, moment in self._arrival_times.items() if moment > now}
             self._prune_at = max(_MIN_PRUNE_SIZE, 2 * len(self._arrival_times))
