@@ -232,7 +232,7 @@ async def test_a_failed_load_that_no_request_waited_for_does_not_fail_the_next()
         await wait_until(lambda: loader.calls)
         leaving.cancel_scope.cancel()
     loader.may_end.set()
-    await wait_until(lambda: embedder._loaded._made is None)
+    await wait_until(lambda: embedder._loaded._future is None)
     loader.failure = None
     assert await embed(embedder, ["abc"]) == [3]
 

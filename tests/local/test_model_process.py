@@ -57,8 +57,8 @@ async def local_embedder(name: FamilyName, **settings: Any) -> AsyncIterator[Loc
 
 
 def model_of(embedder: LocalEmbedder) -> ModelProcess:
-    assert embedder._loaded._made is not None
-    model = embedder._loaded._made.result()
+    assert embedder._loaded._future is not None
+    model = embedder._loaded._future.result()
     assert isinstance(model, ModelProcess)
     return model
 

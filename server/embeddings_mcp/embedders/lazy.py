@@ -41,20 +41,20 @@ class AsyncLazy(Generic[_Value]):
         self._name = name
         self._factory = factory
         self._dispose = dispose
-        self._made: asyncio.Future[_Value] | None = None
+        self._future: asyncio.Future[_Value] | None = None
 
     async def get(self) -> _Value:
         """Return the value, computing it if necessary; raises what the factory raised.
 
         A failure is not kept, since a network or a disk may have caused it: the next call tries again.
         """
-        if self._made is None:
-            self._made = self._start()
-        return await asyncio.shield(self._made)
+        if self._future is None:
+            self._future = self._start()
+        return await asyncio.shield(self._future)
 
     def close(self) -> None:
         """Dispose of the value; callers that still wait for it get `ServerStopped`."""
-        future, self._made = self._made, None
+        future, self._future = self._future, None
         if future is None:
             return
         if not future.done():
@@ -64,7 +64,7 @@ class AsyncLazy(Generic[_Value]):
 
     def invalidate(self, value: _Value) -> bool:
         """Dispose of `value` if it is current, so that the next `get` computes another; return whether it was."""
-        future = self._made
+        future = self._future
         if future is None or not future.done() or future.exception() is not None or future.result() is not value:
             return False
         self.close()
@@ -98,5 +98,5 @@ class AsyncLazy(Generic[_Value]):
         return future
 
     def _discard_failure(self, future: asyncio.Future[_Value]) -> None:
-        if future.exception() is not None and self._made is future:
-            self._made = None
+        if future.exception() is not None and self._future is future:
+            self._future = None
