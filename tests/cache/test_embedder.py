@@ -461,8 +461,8 @@ async def test_it_delegates_to_its_embedder() -> None:
         ["a", "b"],
         input_type=None,
         truncate="NONE",
-        on_rows=lambda positions, rows: received.append((list(positions), rows)),
+        on_rows=lambda indices, rows: received.append((list(indices), rows)),
     )
-    ((positions, rows),) = received
-    assert positions == [0, 1]
+    ((indices, rows),) = received
+    assert indices == [0, 1]
     assert rows is result

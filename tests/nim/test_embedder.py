@@ -381,7 +381,7 @@ async def test_a_text_that_is_too_long_is_reported_by_its_position_in_the_call()
             with pytest.raises(InputTooLong) as caught:
                 await embed(embedder, texts)
             assert caught.value.index == 7
-            named = caught.value.about(name="input[{}]".format)
+            named = caught.value.reindexed(name="input[{}]".format)
             assert "probably `input[7]`, the longest of those sent together" in named.message
 
 

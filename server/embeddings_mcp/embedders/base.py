@@ -40,7 +40,7 @@ class Embeddings:
 
 
 OnRows = Callable[[Sequence[int], Embeddings], None]
-"""Called on the event loop with the positions of some of a call's texts and their embeddings, as soon as they are done.
+"""Called on the event loop with the indices of some of a call's texts and their embeddings, as soon as they are done.
 
 Each text is passed exactly once, before the call returns and before the progress that includes it is reported. What was
 passed stays valid if the call fails later."""
@@ -104,7 +104,7 @@ class Embedder(Protocol):
 
         Raises:
             InputUnusable: a text cannot be embedded, for instance one that is too long where `truncate` is NONE;
-                ``index`` is its position.
+                ``index`` is its index in `texts`.
             ModelUnavailable: the model cannot be loaded or reached.
             Overloaded: the queue is full.
             EmbeddingsError: an endpoint refuses the request for another reason.
@@ -139,7 +139,7 @@ class MultiEmbedder(Embedder, Protocol):
         """Return all representations that the model has of `texts`; otherwise like `Embedder.embed`.
 
         Raises:
-            InputUnusable: a text cannot be embedded; ``index`` is its position.
+            InputUnusable: a text cannot be embedded; ``index`` is its index in `texts`.
             ModelUnavailable: the model cannot be loaded, or has dense vectors only.
             Overloaded: the queue is full.
         """

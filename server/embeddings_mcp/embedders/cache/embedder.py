@@ -181,8 +181,8 @@ class CachedEmbedder:
         completed: dict[Key, Row] = {}
         failure: ModelUnavailable | None = None
 
-        def store(positions: Sequence[int], embeddings: Embeddings) -> None:
-            rows = dict(zip([keys[position] for position in positions], rows_of(embeddings), strict=True))
+        def store(indices: Sequence[int], embeddings: Embeddings) -> None:
+            rows = dict(zip([keys[index] for index in indices], rows_of(embeddings), strict=True))
             request.add(rows)
             self._latest = next(iter(rows.values())).kind
             if np.isfinite(embeddings.vectors).all():  # the service refuses other vectors, so they are not cached
@@ -199,7 +199,7 @@ class CachedEmbedder:
                 on_rows=store,
             )
         except InputUnusable as error:
-            raise error.about(lambda index: request.position_of(keys[index])) from None
+            raise error.reindexed(lambda index: request.index_of(keys[index])) from None
         except ModelUnavailable as error:
             failure = error
             raise

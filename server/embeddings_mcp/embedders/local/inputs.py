@@ -82,7 +82,7 @@ class InputTokenizer:
             try:
                 rows = self._tokenizer.encode(texts[start : start + _BATCH_SIZE], prompt=prompt, truncate=truncate)
             except InputUnusable as error:
-                raise error.about(partial(add, start)) from None
+                raise error.reindexed(partial(add, start)) from None
             self._check_rows(rows, skip, start)
             yield Tokens(rows, skip)
 

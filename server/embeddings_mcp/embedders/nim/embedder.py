@@ -125,7 +125,7 @@ class NimEmbedder:
             else:
                 await self._client.check()
             return
-        raise UpstreamTimeout(f"the endpoint {self.origin} did not answer within {self._endpoint.timeout:g} s")
+        raise UpstreamTimeout(f"the endpoint {self.origin} did not respond within {self._endpoint.timeout:g} s")
 
     async def aclose(self) -> None:
         """Cancel requests in flight for all models of the endpoint, and close its connections."""
@@ -144,7 +144,7 @@ class NimEmbedder:
 
         Args:
             texts: the batch.
-            start: position of its first text in the call.
+            start: index of its first text in the call.
             input_type: as in `embed`.
             truncate: as in `embed`.
             retry: whether to retry transient failures.
@@ -218,7 +218,7 @@ class _BatchedCall:
     Args:
         texts: of the whole call.
         batch_size: most texts in a batch.
-        embed: embeds a batch, given the position of its first text.
+        embed: embeds a batch, given the index of its first text.
         on_progress: called with the number of texts done.
         on_rows: called with the rows of each batch as it completes.
 
@@ -312,5 +312,5 @@ def _distribute_tokens(tokens: int, texts: Sequence[str]) -> list[int]:
 
 
 def _with_offset(error: EmbeddingsError, start: int) -> EmbeddingsError:
-    """Translate an error about a text of a batch to the text's position in the call."""
-    return error.about(partial(add, start)) if isinstance(error, InputUnusable) else error
+    """Translate an error about a text of a batch to the text's index in the call."""
+    return error.reindexed(partial(add, start)) if isinstance(error, InputUnusable) else error
