@@ -23,7 +23,8 @@ class Limits:
     """The limits of one request.
 
     Attributes:
-        max_inputs: maximum number of texts in all arrays together; a text outside an array, like a query, does not count.
+        max_inputs: maximum number of texts in all arrays together; a text outside an array, like a query, is not
+            counted.
         max_characters: maximum number of characters in one text.
         timeout: in seconds, from the parsed request to the response.
         max_mcp_response_bytes: maximum size of the response to an MCP call over HTTP (see `faces.mcp.response_size`).

@@ -90,7 +90,7 @@ _Value = TypeVar("_Value")
 Optional = Annotated[_Value | None, BeforeValidator(_reject_null)]
 """A field that may be omitted but, if present, must not be null."""
 
-WholeNumber = Annotated[int, BeforeValidator(_integral_float_to_int)]
+Integer = Annotated[int, BeforeValidator(_integral_float_to_int)]
 Texts = Annotated[str | list[str], BeforeValidator(_check_texts)]
 IntegerVector = Annotated[npt.NDArray[np.int64], WithJsonSchema({"type": "array", "items": {"type": "integer"}})]
 FloatRows = Annotated[
@@ -122,7 +122,7 @@ TruncateField = Annotated[
     ),
 ]
 DimensionsField = Annotated[
-    Optional[WholeNumber],
+    Optional[Integer],
     Field(description="Length of the vectors, on models that allow shorter ones (Matryoshka models)."),
 ]
 UserField = Annotated[Optional[str], Field(description="A label for the end user; it does not affect the response.")]
