@@ -1,1 +1,1 @@
-"""The interfaces: each only translates between one wire format and the requests and answers of the service."""
+"""The interfaces: each only translates between one wire format and the requests and responses of the service."""

@@ -23,7 +23,7 @@ async def preloaded(
     Args:
         service: the service whose default model is loaded.
         load: the setting.
-        after: awaited before loading in the background, so that loading does not delay an answer that the host is
+        after: awaited before loading in the background, so that loading does not delay a response that the host is
             waiting for.
 
     Raises:

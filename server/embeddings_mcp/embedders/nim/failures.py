@@ -189,7 +189,7 @@ def _input_type(response: ErrorResponse, context: RequestContext, _match: re.Mat
     return Failure(
         InvalidRequest(
             f"`input_type` is not as {context.model} wants it: 'query' for what is searched with, 'passage' for what "
-            f"is searched ({response.sender} answered {response.quote})",
+            f"is searched ({response.sender} responded with {response.quote})",
             param="input_type",
         )
     )

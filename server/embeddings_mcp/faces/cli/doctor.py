@@ -254,7 +254,9 @@ async def _check_issuer(subject: str, token_verifier: TokenVerifier) -> Finding:
         keys = await token_verifier.check()
     except EmbeddingsError as error:
         return problem(subject, error)
-    return Finding(subject, "fine", f"answers in {_elapsed(started)} and publishes {keys} key{'s' if keys > 1 else ''}")
+    return Finding(
+        subject, "fine", f"responds in {_elapsed(started)} and publishes {keys} key{'s' if keys > 1 else ''}"
+    )
 
 
 # --- Endpoints and models --------------------------------------------------------------------------------------------
@@ -271,7 +273,7 @@ async def _check_endpoint(source: ModelSource) -> Finding:
         return problem(subject, error)
     models = model_ids(source.models)
     shown = ", ".join(models[:_MODELS_SHOWN]) + (", ..." if len(models) > _MODELS_SHOWN else "")
-    return Finding(subject, "fine", f"answers in {_elapsed(started)} and has {shown or 'no models'}")
+    return Finding(subject, "fine", f"responds in {_elapsed(started)} and has {shown or 'no models'}")
 
 
 def _model_to_try(source: ModelSource, catalogue: Catalogue) -> Embedder | None:

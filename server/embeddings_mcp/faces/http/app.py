@@ -148,7 +148,7 @@ def serve_http(service: EmbeddingService, mcp_server: MCPServer, settings: Setti
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, which also announces its address, logs accept errors, and answers all requests at shutdown."""
+    """uvicorn's server; announces its address, logs accept errors, and responds to all requests at shutdown."""
 
     def __init__(self, config: uvicorn.Config, listener: socket.socket, service: EmbeddingService, load: Load) -> None:
         super().__init__(config)

@@ -57,7 +57,7 @@ class Connection(H11Protocol):
             self._head_timer = None
 
     def _should_upgrade(self) -> bool:
-        """Ignore offers of another protocol and answer in HTTP/1.1; uvicorn would warn that a package is missing."""
+        """Ignore offers of another protocol and respond in HTTP/1.1; uvicorn would warn that a package is missing."""
         return False
 
     def pause_writing(self) -> None:
@@ -102,5 +102,5 @@ class Connection(H11Protocol):
         if unread_before - self._unread_bytes() >= _MIN_READ_BYTES:
             self._start_read_timer()
             return
-        _logger.info("A connection was closed, since its client did not read the answer for %.0f s", STALL_SECONDS)
+        _logger.info("A connection was closed, since its client did not read the response for %.0f s", STALL_SECONDS)
         self.transport.abort()  # the request ends as if the client had disconnected

@@ -101,9 +101,9 @@ async def _run_operation(service: EmbeddingService, limits: Limits, operation: O
     parse_body = partial(_parse_body, operation.request, body)
     parsed = parse_body() if len(body) <= _LARGE_BODY_BYTES else await anyio.to_thread.run_sync(parse_body)
     with telemetry.collect_stages() as stages:
-        began = time.perf_counter()
+        started = time.perf_counter()
         response = await _unless_disconnected(request.receive, limits.run(service, operation, parsed))
-        response.headers["Server-Timing"] = _server_timing(stages, time.perf_counter() - began)
+        response.headers["Server-Timing"] = _server_timing(stages, time.perf_counter() - started)
     return response
 
 
@@ -143,7 +143,7 @@ async def _unless_disconnected(receive: Receive, work: Awaitable[Mapping[str, An
 
 
 async def _readiness_problem(service: EmbeddingService) -> str | None:
-    """Why the default model cannot answer; None if it can.
+    """Why the default model is not ready; None if it is.
 
     A probe needs no key, so details (paths, addresses) only go to the log, and the response has the error's code.
     """
@@ -166,28 +166,28 @@ def _model_object(entry: ModelEntry, created: int) -> ModelObject:
 # --- Responses -------------------------------------------------------------------------------------------------------
 
 
-def _json(answer: Mapping[str, Any], status: int = HTTPStatus.OK) -> Response:
-    if any(isinstance(value, list) and len(value) > _rows_per_chunk(value) for value in answer.values()):
-        return StreamingResponse(_json_chunks(answer), status, media_type="application/json")
+def _json(content: Mapping[str, Any], status: int = HTTPStatus.OK) -> Response:
+    if any(isinstance(value, list) and len(value) > _rows_per_chunk(value) for value in content.values()):
+        return StreamingResponse(_json_chunks(content), status, media_type="application/json")
     with telemetry.stage("serialise"):
-        body = dump_json(answer)
+        body = dump_json(content)
     return Response(body, status, media_type="application/json")
 
 
-async def _json_chunks(answer: Mapping[str, Any]) -> AsyncIterator[bytes]:
-    """Serialize the answer, its lists in slices, and yield to the event loop after each slice."""
+async def _json_chunks(content: Mapping[str, Any]) -> AsyncIterator[bytes]:
+    """Serialize the content, its lists in slices, and yield to the event loop after each slice."""
     seconds = 0.0
     separator = b"{"
-    for key, value in answer.items():
+    for key, value in content.items():
         yield separator + dump_json(key) + b":"
         if isinstance(value, list) and value:
             separator = b"["
             step = _rows_per_chunk(value)
             for start in range(0, len(value), step):
-                began = time.perf_counter()
+                started = time.perf_counter()
                 # Strip the slice's own brackets: the whole list has only one pair.
                 chunk = separator + dump_json(value[start : start + step])[1:-1]
-                seconds += time.perf_counter() - began
+                seconds += time.perf_counter() - started
                 yield chunk
                 separator = b","
                 await anyio.lowlevel.checkpoint()
