@@ -80,8 +80,9 @@ class Endpoint:
         object.__setattr__(self, "api_key", _checked_key(self.api_key, self.key_name))
         if self.hosted and self.status_url is None:
             object.__setattr__(self, "status_url", HOSTED_STATUS_URL)
-        for limit in ("batch_size", "concurrency", "rate", "timeout", "deadline"):
-            if getattr(self, limit) <= 0:
+        for limit in ("batch_size", "concurrency", "requests_per_minute", "timeout", "deadline"):
+            value = getattr(self, limit)
+            if value is not None and value <= 0:
                 raise InvalidSetting(f"`{limit}` of the endpoint {self.url} must be more than 0")
 
     @property
