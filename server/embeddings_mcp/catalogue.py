@@ -36,7 +36,7 @@ class ModelSource(Protocol):
 
     @property
     def origin(self) -> str:
-        """The address of the endpoint, without secrets."""
+        """The URL of the endpoint, without secrets."""
         ...
 
     @property

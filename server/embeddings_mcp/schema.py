@@ -399,7 +399,7 @@ class ModelEntry(TypedDict):
     ]
     input_type: Annotated[InputTypeUse, Field(description="Whether `input_type` is required, optional or ignored.")]
     modes: Annotated[list[Mode], Field(description="Accepted values of `mode` in similarity and search.")]
-    served_from: Annotated[str, Field(description="`local`, or the address of the endpoint that computes the vectors.")]
+    served_from: Annotated[str, Field(description="`local`, or the URL of the endpoint that computes the vectors.")]
     licence: NotRequired[Annotated[str, Field(description="The licence of the weights.")]]
     hosted_until: NotRequired[
         Annotated[str, Field(description="Day on which NVIDIA's hosted endpoint stopped, or will stop, serving it.")]

@@ -81,7 +81,7 @@ class Embedder(Protocol):
     async def identify(self) -> str:
         """Return a string that identifies this source of vectors: equal only where the vectors are equal.
 
-        It covers everything that is neither in a request nor in `card`: weights, number format, address. After this
+        It covers everything that is neither in a request nor in `card`: weights, number format, URL. After this
         call, `card` is exact in all that affects vectors; the weights themselves are not loaded.
 
         Raises:

@@ -131,7 +131,7 @@ class Endpoint:
 
 
 _INVALID_URL = (
-    "an endpoint's address must look like https://host or http://localhost:8000; the value given is not repeated here, "
+    "an endpoint's URL must look like https://host or http://localhost:8000; the value given is not repeated here, "
     "since it may be a key"
 )
 
@@ -146,7 +146,7 @@ def _checked_url(text: str, *, allow_http: bool) -> str:
     if url.userinfo or url.query or url.fragment:
         # The URL is not repeated, since these parts may hold a key.
         raise InvalidSetting(
-            f"the address of the endpoint at {url.host!r} must end with its path, and hold neither user name nor "
+            f"the URL of the endpoint at {url.host!r} must end with its path, and hold neither user name nor "
             "password: a key goes where the endpoint's `api_key_env` says"
         )
     if url.scheme not in {"http", "https"} or not url.host:

@@ -36,7 +36,7 @@ from embeddings_mcp.errors import (
 from embeddings_mcp.models import ModelCard
 
 # Attempts in total. The backoff between them is 0.5, 1, 2 ... 30 s, plus jitter.
-_CONNECT_ATTEMPTS = 3  # nothing listens at the address: if it is mistyped, the user should learn it soon
+_CONNECT_ATTEMPTS = 3  # nothing listens at the URL: if it is mistyped, the user should learn it soon
 _TRANSIENT_ATTEMPTS = 6  # a failure of the endpoint or the network
 _RATE_LIMIT_ATTEMPTS = 8  # the pauses add up to just over a minute, the usual window of a rate limit
 
@@ -141,7 +141,7 @@ def failure_from_transport_error(error: httpx.RequestError, *, endpoint: Endpoin
     detail = endpoint.redact(str(error)) or type(error).__name__
     match error:
         case httpx.ConnectTimeout() | httpx.ConnectError() | httpx.ProxyError():
-            question = "is this machine online" if endpoint.hosted else "is it running, is the address right"
+            question = "is this machine online" if endpoint.hosted else "is it running, is the URL right"
             message = f"cannot connect to the endpoint {endpoint.url} ({detail}): {question}, is a proxy in between?"
             return Failure(UpstreamUnavailable(message), attempts=_CONNECT_ATTEMPTS)
         case httpx.TimeoutException():
@@ -258,7 +258,7 @@ _REQUEST_FAILURES: tuple[
     ({410}, _ANY, _retired),
 )
 
-# --- Failures of the endpoint, its authentication, or its address ----------------------------------------------------
+# --- Failures of the endpoint, its authentication, or its URL --------------------------------------------------------
 
 
 def _key_refused(response: ErrorResponse) -> Failure:
@@ -286,7 +286,7 @@ def _no_credits(response: ErrorResponse) -> Failure:
 
 
 def _no_route(response: ErrorResponse) -> Failure:
-    return Failure(UpstreamFailed(f"{response.sender} has no such route (404): is its address right?"))
+    return Failure(UpstreamFailed(f"{response.sender} has no such route (404): is its URL right?"))
 
 
 def _rate_limited(response: ErrorResponse) -> Failure:
@@ -321,7 +321,7 @@ def _redirected(response: ErrorResponse) -> Failure:
     return Failure(
         UpstreamFailed(
             f"{response.sender} redirects to {target} ({response.status}), which is not followed, since "
-            "the key would go with it: if that address is the right one, set it as the endpoint's"
+            "the key would go with it: if that URL is the right one, set it as the endpoint's `url`"
         )
     )
 

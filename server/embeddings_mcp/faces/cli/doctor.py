@@ -326,12 +326,12 @@ async def _try_embedding(subject: str, embedder: Embedder, seconds: float) -> Fi
 
 _ADVICE: dict[type[EmbeddingsError], str] = {
     InvalidSetting: "correct the setting; `embeddings-mcp serve --help` explains each flag",
-    IssuerUnavailable: "check that the issuer is running and reachable, or correct its address",
+    IssuerUnavailable: "check that the issuer is running and reachable, or correct its URL",
     MissingDependency: "install the missing package",
     CheckpointInvalid: "download or reinstall the model's files",
     ModelRetired: "serve the model locally, or choose another one (--default-model)",
     UpstreamRefused: "set a key that the endpoint accepts",
-    UpstreamUnavailable: "check that the endpoint is running and reachable, or correct its address (--endpoint)",
+    UpstreamUnavailable: "check that the endpoint is running and reachable, or correct its URL (--endpoint)",
     UpstreamTimeout: "check the endpoint's log, or allow more time (`timeout`, `deadline`)",
     UpstreamFailed: "check the endpoint's log; `dialect` must be 'openai' for servers other than NIM",
     Overloaded: "try again later, or lower `requests_per_minute` to what the account allows",

@@ -112,7 +112,7 @@ def create_app(service: EmbeddingService, mcp_server: MCPServer, settings: Setti
 def serve_http(service: EmbeddingService, mcp_server: MCPServer, settings: Settings) -> None:
     """Serve until SIGINT or SIGTERM; requests then in flight have `SHUTDOWN_SECONDS` to complete.
 
-    Once the server listens, it writes its address to stderr in one line; port 0 picks a free port.
+    Once the server listens, it writes its URL to stderr in one line; port 0 picks a free port.
 
     Raises:
         InvalidSetting: the server cannot listen on the address, the certificate is unusable, or the server would be
@@ -148,7 +148,7 @@ def serve_http(service: EmbeddingService, mcp_server: MCPServer, settings: Setti
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server; announces its address, logs accept errors, and responds to all requests at shutdown."""
+    """uvicorn's server; announces its URL, logs accept errors, and responds to all requests at shutdown."""
 
     def __init__(self, config: uvicorn.Config, listener: socket.socket, service: EmbeddingService, load: Load) -> None:
         super().__init__(config)

@@ -156,8 +156,8 @@ class JwksClient:
 
     async def _fetch_metadata(self) -> dict[str, Any]:
         """The issuer's metadata: that of OAuth (RFC 8414) or else of OpenID Connect Discovery."""
-        address = urlsplit(self._url)
-        host, path = f"{address.scheme}://{address.netloc}", address.path.rstrip("/")
+        issuer_url = urlsplit(self._url)
+        host, path = f"{issuer_url.scheme}://{issuer_url.netloc}", issuer_url.path.rstrip("/")
         try:
             return await self._get(f"{host}/.well-known/oauth-authorization-server{path}")
         except IssuerUnavailable:

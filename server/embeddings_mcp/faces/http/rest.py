@@ -145,7 +145,7 @@ async def _unless_disconnected(receive: Receive, work: Awaitable[Mapping[str, An
 async def _readiness_problem(service: EmbeddingService) -> str | None:
     """Why the default model is not ready; None if it is.
 
-    A probe needs no key, so details (paths, addresses) only go to the log, and the response has the error's code.
+    A probe needs no key, so details (paths, URLs) only go to the log, and the response has the error's code.
     """
     try:
         with anyio.fail_after(READY_SECONDS):
