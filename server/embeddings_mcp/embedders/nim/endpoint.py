@@ -83,7 +83,7 @@ class Endpoint:
         for limit in ("batch_size", "concurrency", "requests_per_minute", "timeout", "deadline"):
             value = getattr(self, limit)
             if value is not None and value <= 0:
-                raise InvalidSetting(f"`{limit}` of the endpoint {self.url} must be more than 0")
+                raise InvalidSetting(f"`{limit}` of the endpoint {self.url} must be greater than 0")
 
     @property
     def host(self) -> str:
