@@ -61,7 +61,7 @@ async def embedding_at(
 ) -> AsyncIterator[NimEmbedder]:
     """Open an embedder at the stand-in."""
     configured = Endpoint(url=nim.url, **endpoint)
-    throttle = Throttle("the stand-in", concurrency=configured.concurrency, requests=configured.rate, window=window)
+    throttle = Throttle("the stand-in", concurrency=configured.concurrency, max_requests=configured.rate, window=window)
     embedder = NimEmbedder(EndpointClient(configured, throttle=throttle), card, model=model)
     try:
         with anyio.fail_after(60):

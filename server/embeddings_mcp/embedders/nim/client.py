@@ -276,4 +276,4 @@ _TRANSFER_HEADERS = frozenset({b"content-encoding", b"content-length", b"transfe
 
 
 def _throttle_for(endpoint: Endpoint) -> Throttle:
-    return Throttle(f"the endpoint {endpoint.url}", concurrency=endpoint.concurrency, requests=endpoint.rate)
+    return Throttle(f"the endpoint {endpoint.url}", concurrency=endpoint.concurrency, max_requests=endpoint.rate)

@@ -217,7 +217,7 @@ class _BatchedCall:
 
     Args:
         texts: of the whole call.
-        batch_size: most texts in a batch.
+        batch_size: maximum number of texts in a batch.
         embed: embeds a batch, given the index of its first text.
         on_progress: called with the number of texts done.
         on_rows: called with the rows of each batch as it completes.

@@ -49,10 +49,10 @@ class Endpoint:
         dialect: ``nim`` for NIM and compatible servers (such as this one); ``openai`` for others (vLLM, TEI, Ollama).
             The latter are never sent fields that they would silently ignore: prompts are prepended to the texts here.
         allow_http: accept a URL without TLS that is not on this machine: texts and key travel unencrypted.
-        batch_size: most texts in one request.
-        concurrency: most requests in flight.
-        requests_per_minute: most requests in any 60 seconds; ``inf`` for no limit. None means 40 for the hosted API
-            and no limit elsewhere.
+        batch_size: maximum number of texts in one request.
+        concurrency: maximum number of requests in flight.
+        requests_per_minute: maximum number of requests in any 60 seconds; ``inf`` for no limit. None means 40 for the
+            hosted API and no limit for others.
         timeout: seconds without a byte received after which an attempt fails.
         deadline: seconds that one call may take in total, including queueing and retries.
         status_url: where to poll for a response that was not ready at once; None if the server has no such route.
@@ -97,7 +97,7 @@ class Endpoint:
 
     @property
     def rate(self) -> float:
-        """Most requests in any 60 seconds."""
+        """Maximum number of requests in any 60 seconds."""
         if self.requests_per_minute is not None:
             return self.requests_per_minute
         return HOSTED_REQUESTS_PER_MINUTE if self.hosted else math.inf

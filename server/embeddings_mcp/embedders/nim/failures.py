@@ -50,7 +50,7 @@ class Failure(Exception):
 
     Attributes:
         error: raised to the caller if there is no further attempt.
-        attempts: most attempts in total; 1 if a retry cannot help.
+        attempts: maximum number of attempts in total; 1 if a retry cannot help.
         pause: seconds to wait before the next attempt, as requested by the endpoint; None if it requests none.
         divisible: the same texts may be accepted in smaller requests.
     """
