@@ -56,7 +56,7 @@ class SteppedEncoder:
             assert not start or self.may_tokenize.wait(SECONDS), "the test did not let the tokenizing go on"
             piece = lengths[start : start + 100]
             if truncate == "NONE" and max(piece) > 8:
-                raise InputTooLong(index=start + int(np.argmax(piece)), tokens=max(piece), allowed=8)
+                raise InputTooLong(index=start + int(np.argmax(piece)), tokens=max(piece), max_tokens=8)
             yield Tokens([[0] * length for length in piece], skip=0)
 
     def workers(self, cores: int) -> int:
@@ -279,7 +279,7 @@ async def test_a_text_that_is_too_long_is_refused_before_anything_is_computed() 
     loader = Loader()
     with pytest.raises(InputTooLong) as caught:
         await embed(embedder_of(loader), ["a", "x" * 9])
-    assert (caught.value.index, caught.value.tokens, caught.value.allowed) == (1, 9, 8)
+    assert (caught.value.index, caught.value.tokens, caught.value.max_tokens) == (1, 9, 8)
     assert loader.encoder.begun.empty()
 
 

@@ -106,7 +106,7 @@ class InputTooLong(InputUnusable):
 
     Attributes:
         tokens: its length as the model counts it, with special tokens and prompt; None if an endpoint did not say.
-        allowed: the model's limit; None if it is not known.
+        max_tokens: the model's limit; None if it is not known.
         others: indices of further texts that are too long, among those that were checked.
     """
 
@@ -115,15 +115,15 @@ class InputTooLong(InputUnusable):
         *,
         index: int,
         tokens: int | None,
-        allowed: int | None,
+        max_tokens: int | None,
         others: Sequence[int] = (),
         name: Callable[[int], str] | None = None,
         certain: bool = True,
     ) -> None:
         if tokens is not None:
-            length = f"{tokens:,} tokens{'' if allowed is None else f', and the model takes {allowed:,}'}"
-        elif allowed is not None:
-            length = f"more than the {allowed:,} tokens that the model takes"
+            length = f"{tokens:,} tokens{'' if max_tokens is None else f', and the model takes {max_tokens:,}'}"
+        elif max_tokens is not None:
+            length = f"more than the {max_tokens:,} tokens that the model takes"
         else:
             length = "more tokens than the model takes"
         if others:
@@ -138,7 +138,7 @@ class InputTooLong(InputUnusable):
             name=name,
             certain=certain,
         )
-        self.tokens, self.allowed, self.others = tokens, allowed, others
+        self.tokens, self.max_tokens, self.others = tokens, max_tokens, others
 
     def reindexed(
         self, map_index: Callable[[int], int] = _identity, name: Callable[[int], str] | None = None
@@ -147,7 +147,7 @@ class InputTooLong(InputUnusable):
         return InputTooLong(
             index=map_index(self.index),
             tokens=self.tokens,
-            allowed=self.allowed,
+            max_tokens=self.max_tokens,
             others=[*map(map_index, self.others)],
             name=name,
             certain=self.certain,

@@ -177,7 +177,7 @@ async def test_a_text_that_is_too_long_is_reported_by_its_position_in_the_reques
     with pytest.raises(InputTooLong) as caught:
         await service.create_embedding(service_request(["a", "c", "c", "b", long, long, long + "d"]))
     assert caught.value.param == "input[4]"
-    assert (caught.value.tokens, caught.value.allowed) == (72, 64)
+    assert (caught.value.tokens, caught.value.max_tokens) == (72, 64)
     assert "(too long as well: `input[6]`)" in caught.value.message
 
 
@@ -301,7 +301,7 @@ async def test_a_failure_of_the_model_fails_all_waiting_requests() -> None:
 @pytest.mark.parametrize(
     "refusal",
     [
-        InputTooLong(index=1, tokens=99, allowed=64),
+        InputTooLong(index=1, tokens=99, max_tokens=64),
         Overloaded("too many texts at once", retry_after=1),
         RuntimeError("a bug"),
     ],

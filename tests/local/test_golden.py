@@ -80,7 +80,7 @@ def test_a_text_that_is_too_long_is_refused_with_its_length_unless_truncation_is
         encode(encoder(name, case.max_length), [case.text], input_type=case.input_type)
 
     assert (refused.value.index, refused.value.tokens) == (0, case.untruncated_tokens)
-    assert refused.value.allowed == case.max_length
+    assert refused.value.max_tokens == case.max_length
 
 
 @pytest.mark.parametrize("name", MODELS)

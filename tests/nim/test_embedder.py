@@ -375,7 +375,7 @@ async def test_a_text_that_is_too_long_is_reported_by_its_position_in_the_call()
         async with embedding_at(nim, batch_size=1) as embedder:
             with pytest.raises(InputTooLong) as caught:
                 await embed(embedder, texts)
-            assert (caught.value.index, caught.value.tokens, caught.value.allowed) == (7, 70, 64)
+            assert (caught.value.index, caught.value.tokens, caught.value.max_tokens) == (7, 70, 64)
             assert caught.value.certain
         async with embedding_at(nim, batch_size=5) as embedder:
             with pytest.raises(InputTooLong) as caught:
@@ -390,7 +390,7 @@ async def test_a_message_that_contains_a_short_key_by_rng_is_still_recognised(ke
     async with stand_in() as nim, embedding_at(nim, api_key=SecretStr(key)) as embedder:
         with pytest.raises(InputTooLong) as caught:
             await embed(embedder, ["word " * 70])
-        assert (caught.value.tokens, caught.value.allowed) == (70, 64)
+        assert (caught.value.tokens, caught.value.max_tokens) == (70, 64)
 
 
 async def test_a_request_that_is_too_large_is_split() -> None:

@@ -84,7 +84,7 @@ class Tokenizer:
             rows.append(ids)
         if too_long:
             index, *others = too_long
-            raise InputTooLong(index=index, tokens=too_long[index], allowed=self.max_tokens, others=others)
+            raise InputTooLong(index=index, tokens=too_long[index], max_tokens=self.max_tokens, others=others)
         return rows
 
     def _encode_excerpts(

@@ -163,12 +163,12 @@ def failure_from_invalid_response(error: InvalidResponse, *, endpoint: Endpoint)
 
 def _too_long(_response: ErrorResponse, context: RequestContext, match: re.Match[str]) -> Failure:
     groups = match.groupdict()
-    tokens, allowed, index = (_parse_int(groups.get(name)) for name in ("tokens", "allowed", "index"))
+    tokens, max_tokens, index = (_parse_int(groups.get(name)) for name in ("tokens", "max_tokens", "index"))
     if index is not None and index < len(context.texts):
-        return Failure(InputTooLong(index=index, tokens=tokens, allowed=allowed))
+        return Failure(InputTooLong(index=index, tokens=tokens, max_tokens=max_tokens))
     lengths = [len(text) for text in context.texts]
     return Failure(
-        InputTooLong(index=lengths.index(max(lengths)), tokens=tokens, allowed=allowed, certain=len(lengths) == 1)
+        InputTooLong(index=lengths.index(max(lengths)), tokens=tokens, max_tokens=max_tokens, certain=len(lengths) == 1)
     )
 
 
@@ -240,11 +240,15 @@ _REQUEST_FAILURES: tuple[
 ] = (
     # By status and message; the first match counts. The patterns match messages of NIM, this server's own REST API,
     # text-embeddings-inference, vLLM and Ollama.
-    (_INVALID, r"Input length (?P<tokens>\d+) exceeds maximum allowed token size (?P<allowed>\d+)", _too_long),
+    (_INVALID, r"Input length (?P<tokens>\d+) exceeds maximum allowed token size (?P<max_tokens>\d+)", _too_long),
     (_INVALID, r"exceeds maximum allowed token size", _too_long),
-    (_INVALID, r"`input\[(?P<index>\d+)\]` has (?P<tokens>\d[\d,]*) tokens, .* takes (?P<allowed>\d[\d,]*)", _too_long),
-    (_INVALID, r"must have less than (?P<allowed>\d+) tokens\. Given: (?P<tokens>\d+)", _too_long),
-    (_INVALID, r"maximum context length is (?P<allowed>\d+) tokens(.*?(?P<tokens>\d+) (input )?tokens)?", _too_long),
+    (
+        _INVALID,
+        r"`input\[(?P<index>\d+)\]` has (?P<tokens>\d[\d,]*) tokens, .* takes (?P<max_tokens>\d[\d,]*)",
+        _too_long,
+    ),
+    (_INVALID, r"must have less than (?P<max_tokens>\d+) tokens\. Given: (?P<tokens>\d+)", _too_long),
+    (_INVALID, r"maximum context length is (?P<max_tokens>\d+) tokens(.*?(?P<tokens>\d+) (input )?tokens)?", _too_long),
     (_INVALID | {500}, r"input length exceeds the context length", _too_long),  # Ollama reports it as a server error
     # The hosted gateway limits the bytes, other servers the number of texts.
     (_INVALID, r"payload is below|batch size|less than \d+ elements", _too_large),
