@@ -85,7 +85,7 @@ def test_a_text_that_is_too_long_is_refused_with_its_length_unless_truncation_is
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_families_run_without_padding(name: FamilyName) -> None:
-    assert encoder(name)._backbone.packed
+    assert encoder(name)._transformer.packed
 
 
 # --- over HTTP -------------------------------------------------------------------------------------------------------
