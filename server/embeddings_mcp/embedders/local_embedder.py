@@ -24,7 +24,7 @@ from embeddings_mcp.models import InputType, ModelCard, Truncate
 from embeddings_mcp.vectors import FloatMatrix, FloatVector, SparseVector
 
 if TYPE_CHECKING:
-    from embeddings_mcp.embedders.local.inputs import Row, Tokens
+    from embeddings_mcp.embedders.local.inputs import Row, TokenizedBatch
     from embeddings_mcp.embedders.local.runtime.loaded import LoadedModel
 
 _MAX_CHARACTERS_ON_LOOP = 2048
@@ -187,17 +187,17 @@ class LocalEmbedder:
         expected = [min(max_tokens, math.ceil(len(text) * self._tokens_per_character)) for text in texts]
         # Refused before it is tokenized if the queue is full; a retry is recognised by its texts.
         with batcher.admit((caller_name(), hash(tuple(texts))), sum(expected)) as claim:
-            pieces = model.tokenize(texts, input_type=request.input_type, truncate=request.truncate)
+            batches = model.tokenize(texts, input_type=request.input_type, truncate=request.truncate)
             on_thread = sum(map(len, texts)) > _MAX_CHARACTERS_ON_LOOP
 
-            async def tokenize_next() -> Tokens:
+            async def tokenize_next() -> TokenizedBatch:
                 with telemetry.stage("tokenise"):
-                    tokens = await anyio.to_thread.run_sync(next, pieces) if on_thread else next(pieces)
-                piece = slice(len(counts), len(counts) + len(tokens.rows))
-                self._update_estimate(texts[piece], tokens.counts, max_tokens)
-                counts.extend(tokens.counts)
-                claim.expected -= sum(expected[piece])
-                return tokens
+                    batch = await anyio.to_thread.run_sync(next, batches) if on_thread else next(batches)
+                span = slice(len(counts), len(counts) + len(batch.rows))
+                self._update_estimate(texts[span], batch.counts, max_tokens)
+                counts.extend(batch.counts)
+                claim.expected -= sum(expected[span])
+                return batch
 
             async def more() -> Sequence[Row]:
                 return (await tokenize_next()).rows if len(counts) < len(texts) else ()

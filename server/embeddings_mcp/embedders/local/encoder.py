@@ -20,7 +20,7 @@ from embeddings_mcp.embedders.local.bge_m3 import M3Heads
 from embeddings_mcp.embedders.local.bucketing import BucketedTransformer
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint, read_checkpoint
 from embeddings_mcp.embedders.local.cuda_graphs import capture_graphs
-from embeddings_mcp.embedders.local.inputs import InputTokenizer, Row, Tokens
+from embeddings_mcp.embedders.local.inputs import InputTokenizer, Row, TokenizedBatch
 from embeddings_mcp.embedders.local.latent_attention import LATENT_ATTENTION, LatentAttention
 from embeddings_mcp.embedders.local.linear import prepack
 from embeddings_mcp.embedders.local.malloc import raise_malloc_thresholds
@@ -71,12 +71,14 @@ class Encoder:
         on_gpu = transformer.device.type == "cuda"
         self._launch_lock: AbstractContextManager[object] = threading.Lock() if on_gpu else nullcontext()
 
-    def tokenize(self, texts: Sequence[str], *, input_type: InputType | None, truncate: Truncate) -> Iterator[Tokens]:
+    def tokenize(
+        self, texts: Sequence[str], *, input_type: InputType | None, truncate: Truncate
+    ) -> Iterator[TokenizedBatch]:
         """Tokenize texts, the first step; see `InputTokenizer.tokenize`."""
         return self._inputs.tokenize(texts, input_type=input_type, truncate=truncate)
 
     def forward(self, rows: Sequence[Row], skip: int) -> FloatMatrix:
-        """Return the vectors of one batch of tokenized texts, float32 ``[n, d]``; see `Tokens`."""
+        """Return the vectors of one batch of tokenized texts, float32 ``[n, d]``; see `TokenizedBatch`."""
         vectors: FloatMatrix = self.launch(rows, skip).cpu().numpy()
         return vectors
 
