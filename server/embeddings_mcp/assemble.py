@@ -239,12 +239,12 @@ def _local_embedder(spec: str, settings: Settings, cache: Cache | None = None) -
     )
 
 
-def _start_process(loading: LoadParameters, checkpoint: Checkpoint, *, workers: int | None) -> LoadedModel:
+def _start_process(load_parameters: LoadParameters, checkpoint: Checkpoint, *, workers: int | None) -> LoadedModel:
     """Load the model in a subprocess."""
     # Imported here, since it imports the tokenizer, which is slow.
     from embeddings_mcp.embedders.local.runtime.model_process import ModelProcess
 
-    return ModelProcess(loading, checkpoint, workers=workers)
+    return ModelProcess(load_parameters, checkpoint, workers=workers)
 
 
 def _open_cache(settings: Settings) -> Cache | None:

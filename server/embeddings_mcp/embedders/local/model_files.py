@@ -89,7 +89,7 @@ class ModelFiles:
         """
         with self._translate_errors():
             checkpoint, state = self._describe()
-            loading = LoadParameters(
+            load_parameters = LoadParameters(
                 name=self._name,
                 folder=checkpoint.folder,
                 builtin_card=self._builtin_card,
@@ -99,7 +99,11 @@ class ModelFiles:
                 precision=number_format(self._precision, self._devices[0]),
                 cuda_graphs=self._cuda_graphs,
             )
-            model = loading.load() if self._start_process is None else self._start_process(loading, checkpoint)
+            model = (
+                load_parameters.load()
+                if self._start_process is None
+                else self._start_process(load_parameters, checkpoint)
+            )
             self._check_unchanged(checkpoint, state)
         return model
 

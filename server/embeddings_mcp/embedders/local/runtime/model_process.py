@@ -52,14 +52,14 @@ class StartParameters:
     """Start-up parameters of the model process.
 
     Attributes:
-        loading: the model to load.
+        load_parameters: the model to load.
         connections: file descriptors of the connections for batches.
         log: file descriptor of the connection for log records.
         workers: number of batches computed concurrently; None for the model's own choice.
         cores: processor cores shared by all workers.
     """
 
-    loading: LoadParameters
+    load_parameters: LoadParameters
     connections: Sequence[int]
     log: int
     workers: int | None
@@ -100,7 +100,7 @@ class ModelProcess:
     """A model that computes in a subprocess, on systems whose child processes inherit file descriptors (not Windows).
 
     Args:
-        loading: the model to load.
+        load_parameters: the model to load.
         checkpoint: its checkpoint, already read.
         workers: number of batches computed concurrently; None for the model's own choice.
 
@@ -113,16 +113,16 @@ class ModelProcess:
             loading.
     """
 
-    def __init__(self, loading: LoadParameters, checkpoint: Checkpoint, *, workers: int | None) -> None:
+    def __init__(self, load_parameters: LoadParameters, checkpoint: Checkpoint, *, workers: int | None) -> None:
         cores = usable_cores()
         local_ends, remote_ends = zip(
-            *(Pipe() for _ in range(workers or max(cores, 2 * len(loading.devices)))), strict=True
+            *(Pipe() for _ in range(workers or max(cores, 2 * len(load_parameters.devices)))), strict=True
         )
         log, remote_log = Pipe(duplex=False)
         parameters = StartParameters(
-            loading, [end.fileno() for end in remote_ends], remote_log.fileno(), workers, cores
+            load_parameters, [end.fileno() for end in remote_ends], remote_log.fileno(), workers, cores
         )
-        self._name = loading.name
+        self._name = load_parameters.name
         self._closed = False
         self._killed = False  # whether `close` killed the process; False if it had already exited
         self._idle_connections: queue.SimpleQueue[Connection] = queue.SimpleQueue()

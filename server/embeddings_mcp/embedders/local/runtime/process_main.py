@@ -37,7 +37,7 @@ def main() -> None:
         connections = [Connection(descriptor) for descriptor in parameters.connections]
         try:
             with gc_paused():
-                model = parameters.loading.load()
+                model = parameters.load_parameters.load()
         except Exception as error:  # noqa: BLE001 - it is raised in the server, which then kills this process
             connections[0].send(RemoteError.from_exception(error))
         else:
