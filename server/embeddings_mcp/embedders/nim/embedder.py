@@ -173,7 +173,7 @@ class NimEmbedder:
             return await self._client.fetch("/embeddings", parse, body=body, context=context, retry=retry)
         except Failure as error:
             failure = error
-        if not failure.divisible or len(texts) == 1:
+        if not failure.splittable or len(texts) == 1:
             raise _with_offset(failure.error, start)
         self._warn_once(
             f"{failure.error.message}; sending smaller requests, which a lower `batch_size` would do at once"

@@ -52,17 +52,17 @@ class Failure(Exception):
         error: raised to the caller if there is no further attempt.
         attempts: maximum number of attempts in total; 1 if a retry cannot help.
         pause: seconds to wait before the next attempt, as requested by the endpoint; None if it requests none.
-        divisible: the same texts may be accepted in smaller requests.
+        splittable: the same texts may be accepted in smaller requests.
     """
 
     def __init__(
-        self, error: EmbeddingsError, *, attempts: int = 1, pause: float | None = None, divisible: bool = False
+        self, error: EmbeddingsError, *, attempts: int = 1, pause: float | None = None, splittable: bool = False
     ) -> None:
         super().__init__(error.message)
         self.error = error
         self.attempts = attempts
         self.pause = pause
-        self.divisible = divisible
+        self.splittable = splittable
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +175,7 @@ def _too_long(_response: ErrorResponse, context: RequestContext, match: re.Match
 def _too_large(response: ErrorResponse, context: RequestContext, _match: re.Match[str]) -> Failure:
     texts = "the text is" if len(context.texts) == 1 else f"{len(context.texts)} texts are"
     error = PayloadTooLarge(f"{texts} too much for one request to {response.sender} ({response.quote})", param="input")
-    return Failure(error, divisible=True)
+    return Failure(error, splittable=True)
 
 
 def _degraded(response: ErrorResponse, context: RequestContext, _match: re.Match[str]) -> Failure:
@@ -294,11 +294,11 @@ def _no_route(response: ErrorResponse) -> Failure:
 
 
 def _rate_limited(response: ErrorResponse) -> Failure:
-    wait = response.retry_after or _RATE_WINDOW
+    retry_after = response.retry_after or _RATE_WINDOW
     error = Overloaded(
-        f"{response.sender} takes no more requests for now ({response.quote}): try again in {wait:,.0f} s, with "
+        f"{response.sender} takes no more requests for now ({response.quote}): try again in {retry_after:,.0f} s, with "
         "fewer texts at once",
-        retry_after=wait,
+        retry_after=retry_after,
     )
     return Failure(error, attempts=_RATE_LIMIT_ATTEMPTS, pause=response.retry_after)
 
@@ -308,12 +308,12 @@ def _timed_out(response: ErrorResponse) -> Failure:
 
 
 def _unavailable(response: ErrorResponse) -> Failure:
-    wait = response.retry_after
-    when = "later" if wait is None else f"in {wait:,.0f} s"
+    retry_after = response.retry_after
+    when = "later" if retry_after is None else f"in {retry_after:,.0f} s"
     error = UpstreamUnavailable(
-        f"{response.sender} takes no work now ({response.quote}): try again {when}", retry_after=wait
+        f"{response.sender} takes no work now ({response.quote}): try again {when}", retry_after=retry_after
     )
-    return Failure(error, attempts=_TRANSIENT_ATTEMPTS, pause=wait)
+    return Failure(error, attempts=_TRANSIENT_ATTEMPTS, pause=retry_after)
 
 
 def _broken(response: ErrorResponse) -> Failure:
