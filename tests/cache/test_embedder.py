@@ -124,7 +124,7 @@ async def test_a_stored_row_replaces_the_one_with_the_same_key() -> None:
     for _ in range(100):
         store.put({key: Row(bytes(1000), 1) for key in keys})
     assert set(store.get(keys)) == set(keys)
-    store.drop(keys[1:])
+    store.remove(keys[1:])
     assert len(store) == 1
 
 

@@ -100,7 +100,7 @@ class Embedder(Protocol):
     ) -> Embeddings:
         """Embed `texts`, each independently of the others.
 
-        Cancelling the call drops the work that has not started.
+        Cancelling the call removes from the queue what has not started.
 
         Raises:
             InputUnusable: a text cannot be embedded, for instance one that is too long where `truncate` is NONE;

@@ -197,7 +197,7 @@ class Batcher(Generic[Kind, Result]):
         finally:
             job.failure = None  # its traceback refers to the job: a reference cycle that keeps the model alive
             with self._lock:
-                self._drop_waiting(job)
+                self._remove_waiting(job)
                 del self._jobs[job]
                 self._jobs_by_caller[job.caller] -= 1
                 if not self._jobs_by_caller[job.caller]:
@@ -363,11 +363,11 @@ class Batcher(Generic[Kind, Result]):
         with self._lock:
             if job not in self._jobs:  # it has ended already, or another of its batches failed
                 return
-            self._drop_waiting(job)
+            self._remove_waiting(job)
         job.failure = failure
         job.changed.set()
 
-    def _drop_waiting(self, job: _Job[Kind, Result]) -> None:
+    def _remove_waiting(self, job: _Job[Kind, Result]) -> None:
         self._change_queued(job, -sum(len(job.rows[index]) for index in job.waiting))
         job.waiting.clear()
 

@@ -131,7 +131,7 @@ class CachedEmbedder:
         model_changes = 0
         while True:
             if dropped := request.drop_mismatched(self._latest):
-                self._cache.memory.drop(dropped)
+                self._cache.memory.remove(dropped)
                 model_changes += 1
             await request.report_new_progress()
             if not request.missing:

@@ -71,7 +71,7 @@ class Guard:
         if token_verifier is not None:
             self._keyless_paths |= {urlsplit(token_verifier.metadata_url).path}
         self._origins = frozenset(settings.cors_origins)
-        self._rate = None if settings.requests_per_minute is None else RateLimiter(settings.requests_per_minute)
+        self._rate_limiter = None if settings.requests_per_minute is None else RateLimiter(settings.requests_per_minute)
         self._in_flight = InFlightLimiter(settings)
         self._hosts = _LOOPBACK_NAMES | {
             _host_in(host) or host.lower() for host in (settings.host, *settings.allowed_hosts)
@@ -145,7 +145,7 @@ class Guard:
         Raises:
             RateLimited: the caller has exceeded it.
         """
-        if self._rate is not None and (retry_after := self._rate.retry_after(caller)):
+        if self._rate_limiter is not None and (retry_after := self._rate_limiter.retry_after(caller)):
             raise RateLimited(
                 f"too many requests in a minute from one caller: try again in {math.ceil(retry_after)} s, or send more "
                 "texts in one request",
