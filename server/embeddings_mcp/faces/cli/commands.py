@@ -398,11 +398,11 @@ def manage_cache(
 
     folder = Path(settings.cache)
     if action == "clear":
-        forgotten = maintenance.clear(folder, None if model is None else find_id(model, settings.cards))
-        message = f"{forgotten:,} vectors removed"
-        if not forgotten and (remaining := {holding.model for holding in maintenance.inspect_cache(folder).holdings}):
+        cleared = maintenance.clear(folder, None if model is None else find_id(model, settings.cards))
+        message = f"{cleared:,} vectors removed"
+        if not cleared and (remaining := {holding.model for holding in maintenance.inspect_cache(folder).holdings}):
             message += f": the cache has none of {model}, only of {', '.join(sorted(remaining))}"
-        write_result(dump_json({"forgotten": forgotten}) if as_json else message.encode())
+        write_result(dump_json({"forgotten": cleared}) if as_json else message.encode())
         return
     from embeddings_mcp.faces.cli import tables
 
