@@ -162,7 +162,7 @@ async def test_an_existing_cache_is_opened(tmp_path: Path, content: bytes | None
 
 
 async def test_clearing_is_advised_only_for_a_damaged_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embeddings_mcp.embedders.cache.database._BUSY_SECONDS", 0.01)
+    monkeypatch.setattr("embeddings_mcp.embedders.cache.database._LOCK_TIMEOUT_SECONDS", 0.01)
     path = tmp_path / FILE
     async with stand_in() as standing:
         settings = at(standing.url).model_copy(update={"cache": str(tmp_path)})
@@ -294,7 +294,7 @@ async def test_an_error_of_an_endpoint_is_a_problem_with_advice(answer: object, 
 
 async def test_an_unreachable_or_silent_endpoint_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     async with stand_in() as standing:
-        monkeypatch.setattr(doctor, "ENDPOINT_SECONDS", 0.05)
+        monkeypatch.setattr(doctor, "ENDPOINT_TIMEOUT_SECONDS", 0.05)
         standing.faults = itertools.repeat(held(anyio.Event()))
         silent = (await findings(at(standing.url)))[f"endpoint {standing.url}/v1, {SYMMETRIC.id}"]
     unreachable = (await findings(at(standing.url)))[f"endpoint {standing.url}/v1"]

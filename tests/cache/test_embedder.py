@@ -376,7 +376,7 @@ async def test_progress_never_decreases_even_if_rows_are_dropped() -> None:
 
 
 async def test_progress_is_reported_while_waiting_for_another_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embeddings_mcp.embedders.cache.embedder._PROGRESS_INTERVAL", 0.01)
+    monkeypatch.setattr("embeddings_mcp.embedders.cache.embedder._PROGRESS_INTERVAL_SECONDS", 0.01)
     source = TextByText(held={"two": anyio.Event()})
     embedder = in_memory(source)
     amounts: list[int] = []

@@ -161,7 +161,7 @@ async def test_progress_counts_the_texts_that_are_done() -> None:
 
 
 async def test_progress_is_reported_periodically_during_a_long_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embeddings_mcp.embedders.nim.embedder.PROGRESS_INTERVAL", 0.01)
+    monkeypatch.setattr("embeddings_mcp.embedders.nim.embedder.PROGRESS_INTERVAL_SECONDS", 0.01)
     gate = anyio.Event()
     reported: list[int] = []
 

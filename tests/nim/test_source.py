@@ -141,7 +141,7 @@ async def test_a_failed_discovery_is_not_repeated_for_a_while(monkeypatch: pytes
 
 
 async def test_discovery_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "DISCOVERY_SECONDS", 0.05)
+    monkeypatch.setattr(source, "DISCOVERY_TIMEOUT_SECONDS", 0.05)
     silent = {"/v1/models": held(anyio.Event())}
     async with stand_in(route_faults=silent) as nim, catalogue_of(models_of(nim)) as catalogue:
         await catalogue.refresh()

@@ -30,7 +30,7 @@ _Outcome = Row | ModelUnavailable | None
 _Call = dict[Key, "asyncio.Future[_Outcome]"]
 """The rows of one call to the embedder that are still in flight."""
 
-_PROGRESS_INTERVAL = 5.0
+_PROGRESS_INTERVAL_SECONDS = 5.0
 """Seconds between two progress reports while a request waits for another one."""
 
 _SHORT_CALL = 64
@@ -159,7 +159,7 @@ class CachedEmbedder:
         if own := [key for key in request.missing if key not in awaited]:
             await compute(own)
         while awaited:
-            await asyncio.wait(awaited.values(), timeout=_PROGRESS_INTERVAL)
+            await asyncio.wait(awaited.values(), timeout=_PROGRESS_INTERVAL_SECONDS)
             outcomes = {key: future.result() for key, future in awaited.items() if future.done()}
             awaited = {key: future for key, future in awaited.items() if key not in outcomes}
             request.add({key: outcome for key, outcome in outcomes.items() if isinstance(outcome, Row)})

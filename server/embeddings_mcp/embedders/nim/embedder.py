@@ -22,7 +22,7 @@ from embeddings_mcp.models import InputType, ModelCard, Truncate
 
 logger = logging.getLogger(__name__)
 
-PROGRESS_INTERVAL = 5.0
+PROGRESS_INTERVAL_SECONDS = 5.0
 """Seconds between two progress reports while nothing completes: clients give up on a call without progress."""
 
 _MAX_WARNINGS = 100
@@ -275,7 +275,7 @@ class _BatchedCall:
 
     async def _report_periodically(self) -> None:
         while True:
-            await anyio.sleep(PROGRESS_INTERVAL)
+            await anyio.sleep(PROGRESS_INTERVAL_SECONDS)
             await self._report()
 
     async def _report(self) -> None:

@@ -40,8 +40,8 @@ _CONNECT_ATTEMPTS = 3  # nothing listens at the URL: if it is mistyped, the user
 _TRANSIENT_ATTEMPTS = 6  # a failure of the endpoint or the network
 _RATE_LIMIT_ATTEMPTS = 8  # the pauses add up to just over a minute, the usual window of a rate limit
 
-_RATE_WINDOW = 60.0  # seconds
-_MAX_RETRY_AFTER = 86_400.0  # seconds; beyond a day, no endpoint can predict its availability
+_RATE_WINDOW_SECONDS = 60.0
+_MAX_RETRY_AFTER_SECONDS = 86_400.0  # beyond a day, no endpoint can predict its availability
 _MAX_QUOTE_CHARS = 300
 
 
@@ -294,7 +294,7 @@ def _no_route(response: ErrorResponse) -> Failure:
 
 
 def _rate_limited(response: ErrorResponse) -> Failure:
-    retry_after = response.retry_after or _RATE_WINDOW
+    retry_after = response.retry_after or _RATE_WINDOW_SECONDS
     error = Overloaded(
         f"{response.sender} takes no more requests for now ({response.quote}): try again in {retry_after:,.0f} s, with "
         "fewer texts at once",
@@ -396,7 +396,7 @@ def parse_retry_after(header: str | None) -> float | None:
             seconds = (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
         except (ValueError, OverflowError):
             return None
-    return min(max(seconds, 0.0), _MAX_RETRY_AFTER) if math.isfinite(seconds) else None
+    return min(max(seconds, 0.0), _MAX_RETRY_AFTER_SECONDS) if math.isfinite(seconds) else None
 
 
 def _parse_int(digits: str | None) -> int | None:

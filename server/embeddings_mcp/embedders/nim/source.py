@@ -15,7 +15,7 @@ from embeddings_mcp.embedders.nim.embedder import NimEmbedder
 from embeddings_mcp.errors import EmbeddingsError, UpstreamTimeout
 from embeddings_mcp.models import CardOverride, ModelCard
 
-DISCOVERY_SECONDS = 10.0
+DISCOVERY_TIMEOUT_SECONDS = 10.0
 """Longest wait for an endpoint's list of models."""
 
 RETRY_SECONDS = 10.0
@@ -88,11 +88,11 @@ class EndpointModels:
 
     async def check(self) -> None:
         """See `ModelSource.check`."""
-        with anyio.move_on_after(DISCOVERY_SECONDS):
+        with anyio.move_on_after(DISCOVERY_TIMEOUT_SECONDS):
             await self._client.check()
             return
         raise UpstreamTimeout(
-            f"the endpoint {self.origin} did not report within {DISCOVERY_SECONDS:g} s whether it is ready"
+            f"the endpoint {self.origin} did not report within {DISCOVERY_TIMEOUT_SECONDS:g} s whether it is ready"
         )
 
     async def aclose(self) -> None:
@@ -103,9 +103,11 @@ class EndpointModels:
                 stack.push_async_callback(embedder.aclose)
 
     async def _list_models(self) -> dict[str, ModelCard]:
-        with anyio.move_on_after(DISCOVERY_SECONDS):
+        with anyio.move_on_after(DISCOVERY_TIMEOUT_SECONDS):
             return await discover(self._client, self._user_cards)
-        raise UpstreamTimeout(f"the endpoint {self.origin} did not list its models within {DISCOVERY_SECONDS:g} s")
+        raise UpstreamTimeout(
+            f"the endpoint {self.origin} did not list its models within {DISCOVERY_TIMEOUT_SECONDS:g} s"
+        )
 
     def _set_models(self, cards: Mapping[str, ModelCard]) -> None:
         """Set the models, keeping embedders that exist already.

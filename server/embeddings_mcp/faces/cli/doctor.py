@@ -52,10 +52,10 @@ if TYPE_CHECKING:
 
 State = Literal["fine", "note", "problem"]
 
-ENDPOINT_SECONDS = 60.0
+ENDPOINT_TIMEOUT_SECONDS = 60.0
 """Timeout for an embedding by an endpoint."""
 
-LOADING_SECONDS = 1800.0
+LOADING_TIMEOUT_SECONDS = 1800.0
 """Timeout for an embedding by a local model, whose first use may download it from the hub."""
 
 _MODELS_SHOWN = 5
@@ -291,7 +291,7 @@ def _model_to_try(source: ModelSource, catalogue: Catalogue) -> Embedder | None:
 
 async def _try_endpoint_model(source: ModelSource, embedder: Embedder) -> Finding:
     """Embed a text with a model of an endpoint; this also shows whether the endpoint accepts the key."""
-    finding = await _try_embedding(f"endpoint {source.origin}, {embedder.card.id}", embedder, ENDPOINT_SECONDS)
+    finding = await _try_embedding(f"endpoint {source.origin}, {embedder.card.id}", embedder, ENDPOINT_TIMEOUT_SECONDS)
     if finding.state == "fine" and source.key_name is not None:
         return replace(finding, says=f"{finding.says}; the key in {source.key_name} is accepted")
     return finding
@@ -303,7 +303,9 @@ async def _try_default_model(subject: str, catalogue: Catalogue) -> Finding:
         embedder, _ = await catalogue.find(DEFAULT)
     except EmbeddingsError as error:
         return problem(subject, error)
-    return await _try_embedding(subject, embedder, LOADING_SECONDS if embedder.origin == "local" else ENDPOINT_SECONDS)
+    return await _try_embedding(
+        subject, embedder, LOADING_TIMEOUT_SECONDS if embedder.origin == "local" else ENDPOINT_TIMEOUT_SECONDS
+    )
 
 
 async def _try_embedding(subject: str, embedder: Embedder, seconds: float) -> Finding:

@@ -35,7 +35,7 @@ if sys.platform != "win32":
 
 logger = logging.getLogger(__name__)
 
-SHUTDOWN_SECONDS = 7
+SHUTDOWN_GRACE_SECONDS = 7
 """Grace period for requests in flight after a signal to stop; after it they are failed with an error."""
 
 _LAST_RESPONSES_SECONDS = 2  # to send those errors; container runtimes kill a process 10 s after the signal
@@ -110,7 +110,7 @@ def create_app(service: EmbeddingService, mcp_server: MCPServer, settings: Setti
 
 
 def serve_http(service: EmbeddingService, mcp_server: MCPServer, settings: Settings) -> None:
-    """Serve until SIGINT or SIGTERM; requests then in flight have `SHUTDOWN_SECONDS` to complete.
+    """Serve until SIGINT or SIGTERM; requests then in flight have `SHUTDOWN_GRACE_SECONDS` to complete.
 
     Once the server listens, it writes its URL to stderr in one line; port 0 picks a free port.
 
@@ -132,7 +132,7 @@ def serve_http(service: EmbeddingService, mcp_server: MCPServer, settings: Setti
         server_header=False,
         proxy_headers=False,  # or a client on loopback could forge its address, and so evade the rate limit
         backlog=_ACCEPT_BATCH,
-        timeout_graceful_shutdown=SHUTDOWN_SECONDS + _LAST_RESPONSES_SECONDS,
+        timeout_graceful_shutdown=SHUTDOWN_GRACE_SECONDS + _LAST_RESPONSES_SECONDS,
     )
     try:
         config.load()
@@ -190,7 +190,7 @@ class _Server(uvicorn.Server):
 
     async def _fail_late_requests(self) -> None:
         """After the grace period, close the embedders: requests in flight get an error, not a dropped connection."""
-        await asyncio.sleep(SHUTDOWN_SECONDS)
+        await asyncio.sleep(SHUTDOWN_GRACE_SECONDS)
         await self._service.aclose()
 
 

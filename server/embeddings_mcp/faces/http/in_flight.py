@@ -16,7 +16,7 @@ from embeddings_mcp.errors import PayloadTooLarge, TooBusy
 from embeddings_mcp.reservations import Reservations
 from embeddings_mcp.settings import Settings
 
-BODY_SECONDS = 60.0
+BODY_TIMEOUT_SECONDS = 60.0
 """Timeout for a request's whole body; otherwise a client that sends a byte now and then could hold a slot forever."""
 
 _BYTES_RETRY_SECONDS = 1.0
@@ -28,7 +28,7 @@ _RATE_WINDOW_SECONDS = 0.5
 _MAX_IDENTICAL = 256
 """Reservations for refused requests that cannot be told apart."""
 
-_PEEK_SECONDS = 0.02
+_PEEK_TIMEOUT_SECONDS = 0.02
 """Timeout for the beginning of a body, which helps to recognize a refused request when it is retried."""
 
 _PEEK_BYTES = 1024
@@ -95,7 +95,7 @@ class InFlightLimiter:
         """
         received = 0
         complete = False
-        deadline = anyio.current_time() + BODY_SECONDS
+        deadline = anyio.current_time() + BODY_TIMEOUT_SECONDS
 
         async def limited() -> Message:
             nonlocal received, complete
@@ -105,7 +105,7 @@ class InFlightLimiter:
                 message = await receive()
             if scope.cancelled_caught:
                 raise HTTPException(
-                    HTTPStatus.REQUEST_TIMEOUT, f"the request body did not arrive within {BODY_SECONDS:.0f} s"
+                    HTTPStatus.REQUEST_TIMEOUT, f"the request body did not arrive within {BODY_TIMEOUT_SECONDS:.0f} s"
                 )
             complete = not message.get("more_body", False)
             size = len(message.get("body", b""))
@@ -156,7 +156,7 @@ class InFlightLimiter:
 
 async def _peek_body(receive: Receive) -> tuple[bytes, Receive]:
     """Return the beginning of a request's body (empty if it does not arrive in time), and a `receive` to replay it."""
-    with anyio.move_on_after(_PEEK_SECONDS) as scope:
+    with anyio.move_on_after(_PEEK_TIMEOUT_SECONDS) as scope:
         first = await receive()
     if scope.cancelled_caught:
         return b"", receive

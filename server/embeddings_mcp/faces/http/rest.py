@@ -38,7 +38,7 @@ from embeddings_mcp.service import EmbeddingService
 
 logger = logging.getLogger(__name__)
 
-READY_SECONDS = 5.0
+READINESS_TIMEOUT_SECONDS = 5.0
 """Timeout of a readiness probe that waits for the default model."""
 
 _LARGE_BODY_BYTES = 1024 * 1024
@@ -148,10 +148,10 @@ async def _readiness_problem(service: EmbeddingService) -> str | None:
     A probe needs no key, so details (paths, URLs) only go to the log, and the response has the error's code.
     """
     try:
-        with anyio.fail_after(READY_SECONDS):
+        with anyio.fail_after(READINESS_TIMEOUT_SECONDS):
             await service.check()
     except TimeoutError:
-        return f"not ready: the default model was not ready within {READY_SECONDS:.0f} s"
+        return f"not ready: the default model was not ready within {READINESS_TIMEOUT_SECONDS:.0f} s"
     except EmbeddingsError as error:
         logger.warning("Not ready: %s", error.message)
         return f"not ready: {wire_form(error).code}"
