@@ -226,7 +226,7 @@ async def test_the_keys_of_a_token_issuer_are_fetched() -> None:
 @pytest.mark.parametrize(
     ("answer", "says"),
     [
-        (Response(status_code=500), "answers 500"),
+        (Response(status_code=500), "responds with 500"),
         (JSONResponse({"keys": [SECRET]}), "none of its keys is for one of RS256, "),
     ],
 )
