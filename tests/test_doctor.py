@@ -71,7 +71,7 @@ async def test_a_working_installation_has_no_problems() -> None:
     assert f"embeddings-mcp {__version__}" in found["installation"].says
     assert "torch " in found["local"].says
     assert "checksum matches the published one" in found["bundled weights"].says
-    assert found[f"default model {DEFAULT_MODEL}"].says.startswith("returned a vector of 384 numbers")
+    assert found[f"default model {DEFAULT_MODEL}"].says.startswith("returned a vector of 384 dimensions")
 
 
 async def test_a_misspelt_variable_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +258,7 @@ async def test_a_working_endpoint_is_tried_with_one_embedding() -> None:
         subject = f"endpoint {standing.url}/v1"
         assert f"and has {ASYMMETRIC.id}, {SYMMETRIC.id}" in found[subject].says
         embedding = found[f"{subject}, {SYMMETRIC.id}"]
-        assert embedding.says.startswith("returned a vector of 8 numbers in ")
+        assert embedding.says.startswith("returned a vector of 8 dimensions in ")
         assert embedding.says.endswith("over the network; the key in the endpoint's `api_key` is accepted")
         assert found[f"default model {SYMMETRIC.id}"].says == embedding.says
         assert [seen.path for seen in standing.seen] == ["/v1/health/ready", "/v1/models", "/v1/embeddings"]

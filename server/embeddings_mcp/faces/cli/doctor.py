@@ -321,7 +321,7 @@ async def _try_embedding(subject: str, embedder: Embedder, seconds: float) -> Fi
         return problem(subject, error)
     where = "on this machine, including model loading" if embedder.origin == "local" else "over the network"
     length = embeddings.vectors.shape[1]
-    return Finding(subject, "fine", f"returned a vector of {length} numbers in {_elapsed(started)} {where}")
+    return Finding(subject, "fine", f"returned a vector of {length} dimensions in {_elapsed(started)} {where}")
 
 
 # --- Advice ----------------------------------------------------------------------------------------------------------
