@@ -1,7 +1,7 @@
 """Throughput and refusals under overload: ``python -m benchmarks.overload``.
 
 First, a fixed number of callers, each with one request at a time, determine the server's capacity. Then requests arrive
-at a constant rate of one, two and ten times the capacity, whether or not earlier ones were answered. Refused callers
+at a constant rate of one, two and ten times the capacity, whether or not earlier ones have completed. Refused callers
 retry after the time in Retry-After.
 """
 
@@ -37,7 +37,7 @@ _MIN_REQUESTS = 4
 """Minimum number of requests at the slowest rate: ten times as many exceed the queue."""
 
 _TIMEOUT_SECONDS = 600
-"""Timeout for all requests of one rate to be answered."""
+"""Timeout for all requests of one rate to complete."""
 
 _REFUSED = frozenset({429, 503})
 
@@ -66,7 +66,7 @@ class _Arrivals:
     Attributes:
         began: when the first was sent, by the performance counter.
         ended: end of the period in which they arrived.
-        attempts: of each request, until it was answered.
+        attempts: of each request, until it completed.
     """
 
     began: float
@@ -90,14 +90,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _row(factor, capacity, asyncio.run(_offer(server, bodies, factor * capacity, seconds)))
             for factor in (1, 2, 10)
         ]
-    header = ["pace", "texts/s offered", "answered meanwhile", "of capacity", "refused", "within ms, p50 / p99"]
-    header += ["asked back", "answered when they came back"]
+    header = [
+        "rate",
+        "texts/s offered",
+        "throughput",
+        "of capacity",
+        "requests refused",
+        "time to refusal, ms, p50 / p99",
+    ]
+    header += ["Retry-After", "retries completed"]
     show(
         f"Requests of {_TEXTS} short texts (5-30 tokens), {seconds:g} s at each rate",
         header,
         rows,
         f"capacity: {capacity * _TEXTS:,.0f} texts/s, of {_CAPACITY_CALLERS} callers with one request at a time",
-        "aim: at least 90 % of capacity, refused within 50 ms; callers who follow Retry-After are answered",
+        "aim: at least 90 % of capacity, refused within 50 ms; retries after Retry-After complete",
         "the callers run on the same cores as the server",
     )
 
@@ -124,7 +131,7 @@ def _capacity(server: Server, bodies: Iterator[bytes], seconds: float) -> float:
 
 
 async def _offer(server: Server, bodies: Iterator[bytes], per_second: float, seconds: float) -> _Arrivals:
-    """Send requests at a constant rate, and retry each until it is answered."""
+    """Send requests at a constant rate, and retry each until it completes."""
     prepared = list(itertools.islice(bodies, max(1, round(per_second * seconds))))
     began = time.perf_counter()
     arrivals = _Arrivals(began, began + seconds)

@@ -85,10 +85,10 @@ class HashEmbedder:
     ) -> Embeddings:
         self.batches.append(list(texts))
         counts = [len(text.split()) + 2 for text in texts]
-        allowed = self.card.max_tokens
-        if truncate == "NONE" and allowed is not None and max(counts) > allowed:
-            index, *others = [index for index, tokens in enumerate(counts) if tokens > allowed]
-            raise InputTooLong(index=index, tokens=counts[index], allowed=allowed, others=others)
+        max_tokens = self.card.max_tokens
+        if truncate == "NONE" and max_tokens is not None and max(counts) > max_tokens:
+            index, *others = [index for index, tokens in enumerate(counts) if tokens > max_tokens]
+            raise InputTooLong(index=index, tokens=counts[index], max_tokens=max_tokens, others=others)
         if self.gate is not None:
             try:
                 await self.gate.wait()

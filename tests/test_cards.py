@@ -88,7 +88,7 @@ async def test_a_card_sets_the_maximum_length_of_a_text(folder: Path) -> None:
         request = EmbeddingRequest(model="acme/legal", input="water " * 20, input_type="query")
         with pytest.raises(InputTooLong) as caught:
             await service.create_embedding(request)
-    assert caught.value.allowed == 8
+    assert caught.value.max_tokens == 8
 
 
 async def test_prompts_on_a_card_take_effect_without_an_input_type(tmp_path: Path) -> None:

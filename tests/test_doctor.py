@@ -71,7 +71,7 @@ async def test_a_working_installation_has_no_problems() -> None:
     assert f"embeddings-mcp {__version__}" in found["installation"].says
     assert "torch " in found["local"].says
     assert "checksum matches the published one" in found["bundled weights"].says
-    assert found[f"default model {DEFAULT_MODEL}"].says.startswith("returned a vector of 384 numbers")
+    assert found[f"default model {DEFAULT_MODEL}"].says.startswith("returned a vector of 384 dimensions")
 
 
 async def test_a_misspelt_variable_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +162,7 @@ async def test_an_existing_cache_is_opened(tmp_path: Path, content: bytes | None
 
 
 async def test_clearing_is_advised_only_for_a_damaged_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embeddings_mcp.embedders.cache.database._BUSY_SECONDS", 0.01)
+    monkeypatch.setattr("embeddings_mcp.embedders.cache.database._LOCK_TIMEOUT_SECONDS", 0.01)
     path = tmp_path / FILE
     async with stand_in() as standing:
         settings = at(standing.url).model_copy(update={"cache": str(tmp_path)})
@@ -226,7 +226,7 @@ async def test_the_keys_of_a_token_issuer_are_fetched() -> None:
 @pytest.mark.parametrize(
     ("answer", "says"),
     [
-        (Response(status_code=500), "answers 500"),
+        (Response(status_code=500), "responds with 500"),
         (JSONResponse({"keys": [SECRET]}), "none of its keys is for one of RS256, "),
     ],
 )
@@ -258,7 +258,7 @@ async def test_a_working_endpoint_is_tried_with_one_embedding() -> None:
         subject = f"endpoint {standing.url}/v1"
         assert f"and has {ASYMMETRIC.id}, {SYMMETRIC.id}" in found[subject].says
         embedding = found[f"{subject}, {SYMMETRIC.id}"]
-        assert embedding.says.startswith("returned a vector of 8 numbers in ")
+        assert embedding.says.startswith("returned a vector of 8 dimensions in ")
         assert embedding.says.endswith("over the network; the key in the endpoint's `api_key` is accepted")
         assert found[f"default model {SYMMETRIC.id}"].says == embedding.says
         assert [seen.path for seen in standing.seen] == ["/v1/health/ready", "/v1/models", "/v1/embeddings"]
@@ -294,7 +294,7 @@ async def test_an_error_of_an_endpoint_is_a_problem_with_advice(answer: object, 
 
 async def test_an_unreachable_or_silent_endpoint_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     async with stand_in() as standing:
-        monkeypatch.setattr(doctor, "ENDPOINT_SECONDS", 0.05)
+        monkeypatch.setattr(doctor, "ENDPOINT_TIMEOUT_SECONDS", 0.05)
         standing.faults = itertools.repeat(held(anyio.Event()))
         silent = (await findings(at(standing.url)))[f"endpoint {standing.url}/v1, {SYMMETRIC.id}"]
     unreachable = (await findings(at(standing.url)))[f"endpoint {standing.url}/v1"]

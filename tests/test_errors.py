@@ -52,17 +52,23 @@ NEXT_TWENTY = ", ".join(f"`text {index}`" for index in range(2, 22))
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (InputTooLong(index=3, tokens=1302, allowed=256), "`text 3` has 1,302 tokens, and the model takes 256:"),
+        (InputTooLong(index=3, tokens=1302, max_tokens=256), "`text 3` has 1,302 tokens, and the model takes 256:"),
         (
-            InputTooLong(index=0, tokens=None, allowed=8192),
+            InputTooLong(index=0, tokens=None, max_tokens=8192),
             "`text 0` has more than the 8,192 tokens that the model takes: shorten it",
         ),
-        (InputTooLong(index=0, tokens=None, allowed=None), "`text 0` has more tokens than the model takes: shorten it"),
         (
-            InputTooLong(index=0, tokens=9, allowed=8, others=range(2, 24)),
+            InputTooLong(index=0, tokens=None, max_tokens=None),
+            "`text 0` has more tokens than the model takes: shorten it",
+        ),
+        (
+            InputTooLong(index=0, tokens=9, max_tokens=8, others=range(2, 24)),
             f"`text 0` has 9 tokens, and the model takes 8 (too long as well: {NEXT_TWENTY}, and 2 more): shorten them",
         ),
-        (InputTooLong(index=0, tokens=9, allowed=8, certain=False), "a text (probably `text 0`, the longest of those"),
+        (
+            InputTooLong(index=0, tokens=9, max_tokens=8, certain=False),
+            "a text (probably `text 0`, the longest of those",
+        ),
     ],
 )
 def test_the_message_about_a_text_that_is_too_long_says_what_is_known(error: InputTooLong, message: str) -> None:
@@ -72,10 +78,10 @@ def test_the_message_about_a_text_that_is_too_long_says_what_is_known(error: Inp
 
 
 def test_the_error_about_a_text_can_be_translated_to_its_request_field() -> None:
-    error = InputTooLong(index=5, tokens=9, allowed=8, certain=False, others=[6])
-    named = error.translated(lambda index: index - 3, "other[{}]".format)
+    error = InputTooLong(index=5, tokens=9, max_tokens=8, certain=False, others=[6])
+    named = error.reindexed(lambda index: index - 3, "other[{}]".format)
     assert named.param == "other[2]"
     assert "(probably `other[2]`" in named.message
     assert "(too long as well: `other[3]`)" in named.message
-    assert (named.index, named.tokens, named.allowed, named.certain) == (2, 9, 8, False)
+    assert (named.index, named.tokens, named.max_tokens, named.certain) == (2, 9, 8, False)
     assert error.param is None

@@ -19,7 +19,7 @@ import anyio.to_thread
 import numpy as np
 import pytest
 
-from embeddings_mcp.embedders.local.inputs import Tokens
+from embeddings_mcp.embedders.local.inputs import TokenizedBatch
 from embeddings_mcp.embedders.local.runtime.loaded_model import ModelInfo
 from embeddings_mcp.embedders.local_embedder import LocalEmbedder
 from embeddings_mcp.errors import CheckpointInvalid, InputTooLong, Overloaded, ServerStopped
@@ -50,14 +50,16 @@ class SteppedEncoder:
     steps: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     may_tokenize: threading.Event = field(default_factory=threading.Event)
 
-    def tokenize(self, texts: Sequence[str], *, input_type: InputType | None, truncate: Truncate) -> Iterator[Tokens]:
+    def tokenize(
+        self, texts: Sequence[str], *, input_type: InputType | None, truncate: Truncate
+    ) -> Iterator[TokenizedBatch]:
         lengths = [len(text) + self.special for text in texts]
         for start in range(0, len(texts), 100):
             assert not start or self.may_tokenize.wait(SECONDS), "the test did not let the tokenizing go on"
-            piece = lengths[start : start + 100]
-            if truncate == "NONE" and max(piece) > 8:
-                raise InputTooLong(index=start + int(np.argmax(piece)), tokens=max(piece), allowed=8)
-            yield Tokens([[0] * length for length in piece], skip=0)
+            batch = lengths[start : start + 100]
+            if truncate == "NONE" and max(batch) > 8:
+                raise InputTooLong(index=start + int(np.argmax(batch)), tokens=max(batch), max_tokens=8)
+            yield TokenizedBatch([[0] * length for length in batch], skip=0)
 
     def workers(self, cores: int) -> int:
         return 1
@@ -279,7 +281,7 @@ async def test_a_text_that_is_too_long_is_refused_before_anything_is_computed() 
     loader = Loader()
     with pytest.raises(InputTooLong) as caught:
         await embed(embedder_of(loader), ["a", "x" * 9])
-    assert (caught.value.index, caught.value.tokens, caught.value.allowed) == (1, 9, 8)
+    assert (caught.value.index, caught.value.tokens, caught.value.max_tokens) == (1, 9, 8)
     assert loader.encoder.begun.empty()
 
 

@@ -143,7 +143,7 @@ async def test_the_model_name_that_an_endpoint_reports_is_passed_on() -> None:
 
 def test_two_models_with_the_same_name_are_rejected() -> None:
     other = ModelCard(id="test/other", aliases=("PLAIN-alias",))
-    with pytest.raises(InvalidSetting, match="two of the models answer to the name 'plain-alias'"):
+    with pytest.raises(InvalidSetting, match="two models have the name 'plain-alias'"):
         service_of(HashEmbedder(PLAIN), HashEmbedder(other))
 
 

@@ -125,9 +125,9 @@ def test_a_misspelt_variable_is_reported_but_not_settings_keys_or_those_of_kuber
         ("CARDS", '[{"dimensions": 8}]', "Field required"),
         ("CARDS", '[{"id": "mine", "max_token": 8}]', "a card has no max_token; it has id, aliases, dimensions"),
         ("CARDS", '[{"id": "mine", "input_type": "maybe"}]', "'required', 'optional' or 'ignored'"),
-        ("CARDS", '[{"id": "mine", "dimensions": 0}]', "dimensions of the card mine must be above zero"),
-        ("CARDS", '[{"id": "mine", "max_tokens": -5}]', "max_tokens of the card mine must be above zero"),
-        ("CARDS", '[{"id": "mine", "matryoshka": [4, -1]}]', "matryoshka of the card mine must be above zero"),
+        ("CARDS", '[{"id": "mine", "dimensions": 0}]', "dimensions of the card mine must be greater than 0"),
+        ("CARDS", '[{"id": "mine", "max_tokens": -5}]', "max_tokens of the card mine must be greater than 0"),
+        ("CARDS", '[{"id": "mine", "matryoshka": [4, -1]}]', "matryoshka of the card mine must be greater than 0"),
         ("CACHE", "~nobody-of-this-name/cache", "cannot be found: "),
     ],
 )

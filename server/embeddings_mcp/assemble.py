@@ -154,7 +154,7 @@ def endpoint_models(settings: Settings, cache: Cache | None = None, *, ask_hoste
             EndpointClient(endpoint),
             known=configured.models or (HOSTED_MODELS if endpoint.hosted else ()),
             complete=configured.models is not None,
-            cards=settings.cards,
+            user_cards=settings.cards,
             wrap=functools.partial(_with_cache, cache=cache),
         )
         for configured, endpoint in endpoints

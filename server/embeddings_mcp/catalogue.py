@@ -36,7 +36,7 @@ class ModelSource(Protocol):
 
     @property
     def origin(self) -> str:
-        """The address of the endpoint, without secrets."""
+        """The URL of the endpoint, without secrets."""
         ...
 
     @property
@@ -98,7 +98,7 @@ class Catalogue:
                 if name == DEFAULT:
                     raise InvalidSetting("no model can be named 'default', which stands for the default model")
                 if name in self._local_models:
-                    raise InvalidSetting(f"two of the models answer to the name {name!r}: give each a name of its own")
+                    raise InvalidSetting(f"two models have the name {name!r}: give each a name of its own")
                 self._local_models[name] = embedder
         self._default = default
         if not self.sources and self.default is None:
@@ -208,7 +208,7 @@ async def _discover(source: ModelSource, name: str, max_age: float) -> None:
         await source.discover(max_age)
     except EmbeddingsError as error:
         raise UpstreamUnavailable(
-            f"whether `model` {name[:100]!r} is served cannot be told: {error.message}",
+            f"whether `model` {name[:100]!r} is served is not known: {error.message}",
             param="model",
             retry_after=error.retry_after,
         ) from error

@@ -72,11 +72,11 @@ class InvalidRequest(EmbeddingsError):
 class InputUnusable(InvalidRequest):
     """A text cannot be embedded as it is.
 
-    An embedder knows a text only by its position in a list; `translated` adapts the error for the layers above.
+    An embedder knows a text only by its index in a list; `reindexed` adapts the error for the layers above.
 
     Attributes:
         reason: what is wrong with the text, as a sentence without its subject.
-        index: position of the text in the list to embed.
+        index: index of the text in the list to embed.
         certain: False if an endpoint refused several texts together without saying which one; `index` is then that of
             the longest.
     """
@@ -89,16 +89,16 @@ class InputUnusable(InvalidRequest):
         super().__init__(f"{subject} {reason}", param=None if name is None else name(index))
         self.reason, self.index, self.certain = reason, index, certain
 
-    def translated(
-        self, position: Callable[[int], int] = _identity, name: Callable[[int], str] | None = None
+    def reindexed(
+        self, map_index: Callable[[int], int] = _identity, name: Callable[[int], str] | None = None
     ) -> InputUnusable:
         """Return the same error for another list of the texts.
 
         Args:
-            position: maps a text's position in this list to its position in the other.
-            name: maps a text's position in the other list to its request field and index, if they are known.
+            map_index: maps a text's index in this list to its index in the other.
+            name: maps a text's index in the other list to its request field and its index there, if they are known.
         """
-        return InputUnusable(self.reason, index=position(self.index), name=name, certain=self.certain)
+        return InputUnusable(self.reason, index=map_index(self.index), name=name, certain=self.certain)
 
 
 class InputTooLong(InputUnusable):
@@ -106,8 +106,8 @@ class InputTooLong(InputUnusable):
 
     Attributes:
         tokens: its length as the model counts it, with special tokens and prompt; None if an endpoint did not say.
-        allowed: the model's limit; None if it is not known.
-        others: positions of further texts that are too long, among those that were checked.
+        max_tokens: the model's limit; None if it is not known.
+        others: indices of further texts that are too long, among those that were checked.
     """
 
     def __init__(
@@ -115,15 +115,15 @@ class InputTooLong(InputUnusable):
         *,
         index: int,
         tokens: int | None,
-        allowed: int | None,
+        max_tokens: int | None,
         others: Sequence[int] = (),
         name: Callable[[int], str] | None = None,
         certain: bool = True,
     ) -> None:
         if tokens is not None:
-            length = f"{tokens:,} tokens{'' if allowed is None else f', and the model takes {allowed:,}'}"
-        elif allowed is not None:
-            length = f"more than the {allowed:,} tokens that the model takes"
+            length = f"{tokens:,} tokens{'' if max_tokens is None else f', and the model takes {max_tokens:,}'}"
+        elif max_tokens is not None:
+            length = f"more than the {max_tokens:,} tokens that the model takes"
         else:
             length = "more tokens than the model takes"
         if others:
@@ -138,17 +138,17 @@ class InputTooLong(InputUnusable):
             name=name,
             certain=certain,
         )
-        self.tokens, self.allowed, self.others = tokens, allowed, others
+        self.tokens, self.max_tokens, self.others = tokens, max_tokens, others
 
-    def translated(
-        self, position: Callable[[int], int] = _identity, name: Callable[[int], str] | None = None
+    def reindexed(
+        self, map_index: Callable[[int], int] = _identity, name: Callable[[int], str] | None = None
     ) -> InputTooLong:
-        """See `InputUnusable.translated`."""
+        """See `InputUnusable.reindexed`."""
         return InputTooLong(
-            index=position(self.index),
+            index=map_index(self.index),
             tokens=self.tokens,
-            allowed=self.allowed,
-            others=[*map(position, self.others)],
+            max_tokens=self.max_tokens,
+            others=[*map(map_index, self.others)],
             name=name,
             certain=self.certain,
         )

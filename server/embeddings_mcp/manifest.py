@@ -1,6 +1,6 @@
 """A capability as configuration: the embeddings endpoints that an Ikanos or Naftiko document consumes.
 
-From such a document this server takes the address of each embeddings API, the name of the variable that holds its key,
+From such a document this server takes the URL of each embeddings API, the name of the variable that holds its key,
 the models written into its requests, and whether it supports the fields that only NIM has. What the document exposes is
 not needed: this server exposes the same API as REST, MCP and Agent Skill itself.
 
@@ -200,7 +200,7 @@ class _Reader:
 
     def _endpoint(self, api: YamlMapping, resource: YamlMapping, operation: YamlMapping) -> EndpointSettings:
         """Return the endpoint of an operation that makes embeddings."""
-        url = self._address(api.require("baseUri"), resource.require("path"))
+        url = self._base_url(api.require("baseUri"), resource.require("path"))
         output = operation.get("outputRawFormat")
         if output and output.text != "json":
             output.fail("`outputRawFormat` must be json, the format in which an embeddings API responds")
@@ -217,20 +217,20 @@ class _Reader:
             dialect="nim" if self._is_nim(request, url, api.require("baseUri")) else "openai",
         )
 
-    def _address(self, base: YamlNode, path: YamlNode) -> str:
+    def _base_url(self, base: YamlNode, path: YamlNode) -> str:
         """Return the URL of the API, up to and including ``/v1``."""
         if any(mark in base.text for mark in "@?#"):
             # Not quoted: it may contain a key.
-            base.fail("`baseUri` must be a plain address, without a user name, a query or a fragment")
+            base.fail("`baseUri` must be a plain URL, without a user name, a query or a fragment")
         url = f"{base.text.rstrip('/')}/{path.text.strip('/')}".removesuffix("/embeddings")
         if "{" in url:
-            base.fail(f"the address {url} depends on a variable: write it out")
+            base.fail(f"the URL {url} depends on a variable: write it out")
         try:
             urlsplit(url)
         except ValueError as error:
-            base.fail(f"the address {url} is not a URL: {error}")
+            base.fail(f"{url} is not a URL: {error}")
         if not url.endswith("/v1"):
-            base.fail(f"an embeddings API must be at an address that ends in /v1/embeddings, not {url}/embeddings")
+            base.fail(f"an embeddings API must be at a URL that ends in /v1/embeddings, not {url}/embeddings")
         return url
 
     def _is_nim(self, request: _Request, url: str, base: YamlNode) -> bool:

@@ -273,18 +273,18 @@ def find_card(name: str, cards: Iterable[ModelCard] = CARDS) -> ModelCard | None
 
 
 def find_cards(
-    name: str, own: Sequence[CardOverride], cards: Iterable[ModelCard] = CARDS
+    name: str, user_cards: Sequence[CardOverride], cards: Iterable[ModelCard] = CARDS
 ) -> tuple[CardOverride | None, ModelCard | None]:
     """Find the user's card and the built-in card of a model by any name in either; each is None if there is none."""
-    override = next((card for card in own if name.lower() in card.names), None)
-    built_in = find_card(override.id if override else name, cards)
-    if override is None and built_in is not None:
-        override = next((card for card in own if card.id.lower() in built_in.names), None)
-    return override, built_in
+    user_card = next((card for card in user_cards if name.lower() in card.names), None)
+    builtin_card = find_card(user_card.id if user_card else name, cards)
+    if user_card is None and builtin_card is not None:
+        user_card = next((card for card in user_cards if card.id.lower() in builtin_card.names), None)
+    return user_card, builtin_card
 
 
-def find_id(name: str, own: Sequence[CardOverride]) -> str:
+def find_id(name: str, user_cards: Sequence[CardOverride]) -> str:
     """Return the id in the user's card for `name`, else in the built-in card, else `name` itself."""
-    override, built_in = find_cards(name, own)
-    card = override or built_in
+    user_card, builtin_card = find_cards(name, user_cards)
+    card = user_card or builtin_card
     return card.id if card else name

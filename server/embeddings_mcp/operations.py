@@ -94,7 +94,7 @@ SEARCH = Operation(
     name="search",
     title="Rank passages by a query",
     description=(
-        "Rank the given passages by how well they answer a query; returns positions and scores, best first, no text "
+        "Rank the given passages by how well they answer a query; returns indexes and scores, best first, no text "
         "and no vectors. The query is embedded as a query and the passages as passages.\n"
         "Do NOT use it on texts that you do not have at hand: it searches only `input`, stores nothing, and reads no "
         "files. To compare texts of the same kind with each other use `similarity`."

@@ -23,16 +23,17 @@ class Limits:
     """The limits of one request.
 
     Attributes:
-        inputs: texts in all arrays together; a text outside an array, like a query, is not counted.
-        characters: characters per text.
-        seconds: timeout, from the parsed request to the response.
-        mcp_answer_bytes: size of the response to an MCP call over HTTP (see `faces.mcp.response_size`).
+        max_inputs: maximum number of texts in all arrays together; a text outside an array, like a query, is not
+            counted.
+        max_characters: maximum number of characters in one text.
+        timeout: in seconds, from the parsed request to the response.
+        max_mcp_response_bytes: maximum size of the response to an MCP call over HTTP (see `faces.mcp.response_size`).
     """
 
-    inputs: int
-    characters: int
-    seconds: float
-    mcp_answer_bytes: int
+    max_inputs: int
+    max_characters: int
+    timeout: float
+    max_mcp_response_bytes: int
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Limits:
@@ -57,30 +58,30 @@ class Limits:
         """
         with telemetry.call(operation.name):
             self._check(request)
-            with anyio.move_on_after(self.seconds):
+            with anyio.move_on_after(self.timeout):
                 response = await operation.call(service, request, on_progress)
                 if "usage" in response:
                     telemetry.TOKENS.labels(operation.name).inc(response["usage"]["prompt_tokens"])
                 return response
             raise RequestTimeout(
-                f"the request took longer than the {self.seconds:g} s allowed here: send fewer texts at once, or "
+                f"the request took longer than the {self.timeout:g} s allowed here: send fewer texts at once, or "
                 "have the server's operator raise EMBEDDINGS_MCP_REQUEST_SECONDS"
             )
 
     def _check(self, request: BaseModel) -> None:
         fields = texts_of(request)
         count = sum(len(texts) for texts in fields.values() if not isinstance(texts, str))
-        if count > self.inputs:
+        if count > self.max_inputs:
             raise TooManyInputs(
-                f"the request has {count:,} texts, and one may have {self.inputs:,} here: send several requests",
+                f"the request has {count:,} texts, and one may have {self.max_inputs:,} here: send several requests",
                 param="input",
             )
         for name, texts in fields.items():
             for index, text in enumerate([texts] if isinstance(texts, str) else texts):
-                if len(text) > self.characters:
+                if len(text) > self.max_characters:
                     field = name if isinstance(texts, str) else f"{name}[{index}]"
                     raise InputTooLarge(
-                        f"`{field}` has {len(text):,} characters, and one text may have {self.characters:,} here: "
+                        f"`{field}` has {len(text):,} characters, and one text may have {self.max_characters:,} here: "
                         "split it, or send less of it",
                         param=field,
                     )

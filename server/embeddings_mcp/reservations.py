@@ -87,7 +87,7 @@ class Reservations:
             released_per_second: how much capacity is released per second; 0 if that is not known yet.
         """
         now = time.monotonic()
-        self._drop_expired(now)
+        self._remove_expired(now)
         size = self.effective_size(size)
         promised_per_second = PROMISED_FRACTION * released_per_second
         reservations = self._by_client.get(client, [])
@@ -148,7 +148,7 @@ class Reservations:
         later = self._reserved_size - promised_per_second * until_last if promised_per_second else 0.0
         return min(max(due_soon, later), max_held)
 
-    def _drop_expired(self, now: float) -> None:
+    def _remove_expired(self, now: float) -> None:
         while self._reservations and self._reservations[0].due + GRACE_SECONDS < now:
             self._remove(self._reservations[0])
 

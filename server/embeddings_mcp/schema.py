@@ -90,7 +90,7 @@ _Value = TypeVar("_Value")
 Optional = Annotated[_Value | None, BeforeValidator(_reject_null)]
 """A field that may be omitted but, if present, must not be null."""
 
-WholeNumber = Annotated[int, BeforeValidator(_integral_float_to_int)]
+Integer = Annotated[int, BeforeValidator(_integral_float_to_int)]
 Texts = Annotated[str | list[str], BeforeValidator(_check_texts)]
 IntegerVector = Annotated[npt.NDArray[np.int64], WithJsonSchema({"type": "array", "items": {"type": "integer"}})]
 FloatRows = Annotated[
@@ -122,7 +122,7 @@ TruncateField = Annotated[
     ),
 ]
 DimensionsField = Annotated[
-    Optional[WholeNumber],
+    Optional[Integer],
     Field(description="Length of the vectors, on models that allow shorter ones (Matryoshka models)."),
 ]
 UserField = Annotated[Optional[str], Field(description="A label for the end user; it does not affect the response.")]
@@ -399,7 +399,7 @@ class ModelEntry(TypedDict):
     ]
     input_type: Annotated[InputTypeUse, Field(description="Whether `input_type` is required, optional or ignored.")]
     modes: Annotated[list[Mode], Field(description="Accepted values of `mode` in similarity and search.")]
-    served_from: Annotated[str, Field(description="`local`, or the address of the endpoint that computes the vectors.")]
+    served_from: Annotated[str, Field(description="`local`, or the URL of the endpoint that computes the vectors.")]
     licence: NotRequired[Annotated[str, Field(description="The licence of the weights.")]]
     hosted_until: NotRequired[
         Annotated[str, Field(description="Day on which NVIDIA's hosted endpoint stopped, or will stop, serving it.")]

@@ -43,7 +43,7 @@ def parse(request_type: type[_Request], value: object) -> _Request:
 
 
 def _location(detail: ErrorDetails) -> str:
-    """Return the field and the position in it; an unknown field's name is truncated."""
+    """Return the field and the index in it; an unknown field's name is truncated."""
     return str(detail["loc"][0])[:_MAX_QUOTED_CHARACTERS] + str(detail.get("ctx", {}).get("at", ""))
 
 

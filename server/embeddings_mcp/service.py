@@ -56,7 +56,7 @@ _MAX_NUMBERS_ON_EVENT_LOOP = 1 << 16
 
 
 class EmbeddingService:
-    """Answers requests with the given embedders.
+    """Handles requests with the given embedders.
 
     Args:
         embedders: one per model.
@@ -232,10 +232,10 @@ class EmbeddingService:
             await default.check()
 
     async def check(self) -> None:
-        """Wait until the default model can answer.
+        """Wait until the default model is ready.
 
         Raises:
-            EmbeddingsError: it cannot; the message says why.
+            EmbeddingsError: it cannot be made ready; the message says why.
         """
         await (await self.catalogue.find(DEFAULT))[0].check()
 
@@ -281,7 +281,7 @@ class EmbeddingService:
         try:
             result = await embed(texts, input_type=input_type, truncate=truncate, on_progress=on_progress)
         except InputUnusable as error:
-            raise error.translated(name=functools.partial(_field_of, fields)) from None
+            raise error.reindexed(name=functools.partial(_field_of, fields)) from None
         return await _compute(result, lambda: _validated(result, embedder.card, fields, dimensions))
 
     async def _embed_query_and_passages(
@@ -411,7 +411,7 @@ def _offset_progress(on_progress: OnProgress | None, offset: int) -> OnProgress 
 
 
 def _field_of(fields: Mapping[str, str | list[str]], index: int) -> str:
-    """Return the field of a text, and the position in it, from its `index` among the texts of all fields."""
+    """Return the field of a text, and the index in it, from its `index` among the texts of all fields."""
     for field, value in fields.items():
         if index < count_texts(value):
             return field if isinstance(value, str) else f"{field}[{index}]"

@@ -390,7 +390,7 @@ class Settings(BaseSettings):
                 numbers = value if isinstance(value, tuple) else (value,)
                 if any(number is not None and number < 1 for number in numbers):
                     raise PydanticCustomError(
-                        "card", "{name} of the card {id} must be above zero", {"name": name, "id": card.id}
+                        "card", "{name} of the card {id} must be greater than 0", {"name": name, "id": card.id}
                     )
         return cards
 

@@ -38,7 +38,7 @@ ProcessCollector(registry=REGISTRY)
 PlatformCollector(registry=REGISTRY)
 
 HTTP_REQUESTS = Counter(
-    "embeddings_http_requests", "HTTP requests answered.", ["method", "route", "status"], registry=REGISTRY
+    "embeddings_http_requests", "HTTP requests completed.", ["method", "route", "status"], registry=REGISTRY
 )
 HTTP_SECONDS = Histogram(
     "embeddings_http_request_seconds",
@@ -64,7 +64,7 @@ CALL_SECONDS = Histogram(
 STAGE_SECONDS = Histogram(
     "embeddings_stage_seconds", "Time spent in each stage of a request.", ["stage"], buckets=_SECONDS, registry=REGISTRY
 )
-TOKENS = Counter("embeddings_tokens", "Tokens of answered requests.", ["operation"], registry=REGISTRY)
+TOKENS = Counter("embeddings_tokens", "Tokens of completed requests.", ["operation"], registry=REGISTRY)
 QUEUED_TOKENS = Gauge("embeddings_queued_tokens", "Tokens waiting for a worker now.", registry=REGISTRY)
 BATCH_TEXTS = Histogram("embeddings_batch_texts", "Texts per batch.", buckets=_COUNTS, registry=REGISTRY)
 BATCH_TOKENS = Histogram("embeddings_batch_tokens", "Tokens per batch.", buckets=_COUNTS, registry=REGISTRY)

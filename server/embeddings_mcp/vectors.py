@@ -17,7 +17,7 @@ import numpy.typing as npt
 FloatMatrix = npt.NDArray[np.float32]
 FloatVector = npt.NDArray[np.float32]
 Scores = npt.NDArray[np.float32]
-Positions = npt.NDArray[np.intp]
+Indices = npt.NDArray[np.intp]
 
 BlockScorer = Callable[[slice], Scores]
 """Returns the scores ``[k, m]`` of a slice of k texts on one side against all m texts on the other."""
@@ -106,8 +106,8 @@ def dense_scorer(right: FloatMatrix, metric: Metric) -> Callable[[FloatMatrix], 
     return distances
 
 
-def best_first(scores: Scores, metric: Metric, top_k: int) -> Positions:
-    """Return at most `top_k` positions in the flat array `scores`, closest first; ties keep their order."""
+def best_first(scores: Scores, metric: Metric, top_k: int) -> Indices:
+    """Return at most `top_k` indices into the flat array `scores`, closest first; ties keep their order."""
     closeness = scores if metric == "euclidean" else -scores
     if top_k >= len(scores):
         return np.argsort(closeness, kind="stable")
@@ -119,7 +119,7 @@ def best_first(scores: Scores, metric: Metric, top_k: int) -> Positions:
 
 def closest_pairs(
     score: BlockScorer, rows: int, columns: int | None, metric: Metric, top_k: int
-) -> tuple[Positions, Positions, Scores]:
+) -> tuple[Indices, Indices, Scores]:
     """Return the `top_k` closest pairs of a row and a column, closest first.
 
     If `columns` is None, the rows are paired with each other: two rows form one pair, and no row is paired with itself.
@@ -134,7 +134,7 @@ def closest_pairs(
         top_k: maximum number of pairs.
 
     Returns:
-        Row positions, column positions and scores, each at most `top_k` long.
+        Row indices, column indices and scores, each at most `top_k` long.
     """
     symmetric = columns is None
     width = rows if columns is None else columns

@@ -104,7 +104,7 @@ async def verify(one: Embedder, other: Embedder) -> Verdict:
                     raise
                 del samples[[*samples][error.index]]
         if left.shape[1] != right.shape[1]:
-            summary = f"not the same vector space: vectors of {left.shape[1]} and of {right.shape[1]} numbers"
+            summary = f"not the same vector space: vectors of {left.shape[1]} and of {right.shape[1]} dimensions"
             return Verdict(same=False, summary=summary, comparisons=())
         cosines = (normalize(left) * normalize(right)).sum(axis=1)
         comparisons += [

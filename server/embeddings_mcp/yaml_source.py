@@ -11,7 +11,7 @@ import yaml
 
 from embeddings_mcp.errors import InvalidSetting
 
-_LARGEST_BYTES = 1 << 20
+_MAX_BYTES = 1 << 20
 """No document written by hand is larger; one that is can only be an attack."""
 
 
@@ -137,8 +137,8 @@ def read_yaml(path: Path) -> YamlNode:
         content = path.read_bytes()
     except OSError as error:
         raise InvalidSetting(f"{path} cannot be read: {error.strerror}") from error
-    if len(content) > _LARGEST_BYTES:
-        raise InvalidSetting(f"{path} is too large: more than {_LARGEST_BYTES:,} bytes")
+    if len(content) > _MAX_BYTES:
+        raise InvalidSetting(f"{path} is too large: more than {_MAX_BYTES:,} bytes")
     try:
         root = yaml.compose(content, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:

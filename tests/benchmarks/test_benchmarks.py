@@ -63,7 +63,7 @@ def test_http_measures_throughput_and_overhead(run: Run) -> None:
     assert all(0 < share < 100 for share in shares.values())
 
 
-def test_overload_counts_answered_and_refused_requests_at_each_rate(run: Run) -> None:
+def test_overload_counts_completed_and_refused_requests_at_each_rate(run: Run) -> None:
     cells = rows(run(overload.main))
     assert [row[0] for row in cells] == ["1 x", "2 x", "10 x"]
     assert all(float(row[3].rstrip("%")) > 0 for row in cells)

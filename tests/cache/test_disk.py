@@ -329,7 +329,7 @@ async def test_a_row_under_another_rows_key_is_ignored(tmp_path: Path) -> None:
 async def test_a_locked_file_is_skipped_and_tried_again_later(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("embeddings_mcp.embedders.cache.database._BUSY_SECONDS", 0.01)
+    monkeypatch.setattr("embeddings_mcp.embedders.cache.database._LOCK_TIMEOUT_SECONDS", 0.01)
     source = TextByText()
     disk = DiskStore(tmp_path, MB)
     embedder = on_disk(source, disk)

@@ -124,7 +124,7 @@ async def test_a_stored_row_replaces_the_one_with_the_same_key() -> None:
     for _ in range(100):
         store.put({key: Row(bytes(1000), 1) for key in keys})
     assert set(store.get(keys)) == set(keys)
-    store.drop(keys[1:])
+    store.remove(keys[1:])
     assert len(store) == 1
 
 
@@ -177,7 +177,7 @@ async def test_a_text_that_is_too_long_is_reported_by_its_position_in_the_reques
     with pytest.raises(InputTooLong) as caught:
         await service.create_embedding(service_request(["a", "c", "c", "b", long, long, long + "d"]))
     assert caught.value.param == "input[4]"
-    assert (caught.value.tokens, caught.value.allowed) == (72, 64)
+    assert (caught.value.tokens, caught.value.max_tokens) == (72, 64)
     assert "(too long as well: `input[6]`)" in caught.value.message
 
 
@@ -301,7 +301,7 @@ async def test_a_failure_of_the_model_fails_all_waiting_requests() -> None:
 @pytest.mark.parametrize(
     "refusal",
     [
-        InputTooLong(index=1, tokens=99, allowed=64),
+        InputTooLong(index=1, tokens=99, max_tokens=64),
         Overloaded("too many texts at once", retry_after=1),
         RuntimeError("a bug"),
     ],
@@ -376,7 +376,7 @@ async def test_progress_never_decreases_even_if_rows_are_dropped() -> None:
 
 
 async def test_progress_is_reported_while_waiting_for_another_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embeddings_mcp.embedders.cache.embedder.PROGRESS_INTERVAL", 0.01)
+    monkeypatch.setattr("embeddings_mcp.embedders.cache.embedder.PROGRESS_INTERVAL_SECONDS", 0.01)
     source = TextByText(held={"two": anyio.Event()})
     embedder = in_memory(source)
     amounts: list[int] = []
@@ -461,8 +461,8 @@ async def test_it_delegates_to_its_embedder() -> None:
         ["a", "b"],
         input_type=None,
         truncate="NONE",
-        on_rows=lambda positions, rows: received.append((list(positions), rows)),
+        on_rows=lambda indices, rows: received.append((list(indices), rows)),
     )
-    ((positions, rows),) = received
-    assert positions == [0, 1]
+    ((indices, rows),) = received
+    assert indices == [0, 1]
     assert rows is result

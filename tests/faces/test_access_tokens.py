@@ -267,9 +267,9 @@ def test_a_token_needs_no_kid_where_the_issuer_has_one_key(issuer: Issuer) -> No
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        (Response(status_code=500), "answers 500"),
+        (Response(status_code=500), "responds with 500"),
         (Response("no JSON"), "cannot be read"),
-        (JSONResponse([]), "does not answer with a JSON object"),
+        (JSONResponse([]), "does not respond with a JSON object"),
         (JSONResponse({"keys": []}), "its JWKS lists nothing in `keys`"),
         (JSONResponse({"keys": [{"kty": "oct", "k": "c2VjcmV0", "kid": "rsa"}]}), None),
         (JSONResponse({"keys": ["rsa", None, {"kty": "RSA", "n": 5}, {"kty": "EC", "crv": "P-256"}]}), None),
@@ -320,7 +320,7 @@ def test_a_known_key_stays_valid_while_the_issuer_is_down(issuer: Issuer, monkey
 async def test_keys_are_fetched_only_over_https_and_without_redirects(issuer: Issuer, jwks_uri: str) -> None:
     issuer.jwks_uri = jwks_uri
     verifier = TokenVerifier(issuer.url, RESOURCE)
-    with pytest.raises(IssuerUnavailable, match=r"answers 307|not https|cannot be read: ValueError"):
+    with pytest.raises(IssuerUnavailable, match=r"responds with 307|not https|cannot be read: ValueError"):
         await verifier.verify_token(issuer.token())
     await verifier.aclose()
 
@@ -330,9 +330,9 @@ async def test_keys_are_fetched_only_over_https_and_without_redirects(issuer: Is
     [
         ({"oauth_issuer": "https://a.example"}, "go together"),
         ({"oauth_resource": RESOURCE}, "go together"),
-        ({"oauth_issuer": "http://a.example", "oauth_resource": RESOURCE}, "OAUTH_ISSUER must be an https address"),
-        ({"oauth_issuer": "a.example", "oauth_resource": RESOURCE}, "OAUTH_ISSUER must be an https address"),
-        ({"oauth_issuer": "https://a.example", "oauth_resource": "mcp"}, "OAUTH_RESOURCE must be an https address"),
+        ({"oauth_issuer": "http://a.example", "oauth_resource": RESOURCE}, "OAUTH_ISSUER must be an https URL"),
+        ({"oauth_issuer": "a.example", "oauth_resource": RESOURCE}, "OAUTH_ISSUER must be an https URL"),
+        ({"oauth_issuer": "https://a.example", "oauth_resource": "mcp"}, "OAUTH_RESOURCE must be an https URL"),
     ],
 )
 def test_invalid_settings_are_refused_by_name(chosen: dict[str, str], named: str) -> None:

@@ -192,7 +192,7 @@ HALF_A_HEAD = b"POST /v1/embeddings HTTP/1.1\r\nHost: loc"
 def test_a_client_that_does_not_send_a_whole_head_is_disconnected(
     monkeypatch: pytest.MonkeyPatch, closed: threading.Event, sent: bytes
 ) -> None:
-    monkeypatch.setattr(connection, "HEAD_SECONDS", SHORT_SECONDS)
+    monkeypatch.setattr(connection, "HEAD_TIMEOUT_SECONDS", SHORT_SECONDS)
     with serving_long_vectors() as url, connected(url) as client:
         client.sendall(sent)
         assert closed.wait(SECONDS)
@@ -201,7 +201,7 @@ def test_a_client_that_does_not_send_a_whole_head_is_disconnected(
 @contextmanager
 def answered(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
     """The connection of a client that has had an answer, to a server with a short timeout for heads."""
-    monkeypatch.setattr(connection, "HEAD_SECONDS", SHORT_SECONDS)
+    monkeypatch.setattr(connection, "HEAD_TIMEOUT_SECONDS", SHORT_SECONDS)
     with serving_long_vectors() as url, connected(url) as client:
         client.sendall(request("one"))
         assert client.recv(12) == b"HTTP/1.1 200"

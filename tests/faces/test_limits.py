@@ -232,7 +232,7 @@ def test_clients_that_disconnect_or_are_refused_leave_no_slot_taken() -> None:
 
 
 def test_a_body_that_does_not_arrive_in_time_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(in_flight, "BODY_SECONDS", 0.1)
+    monkeypatch.setattr(in_flight, "BODY_TIMEOUT_SECONDS", 0.1)
     with client_of() as client:
         address = client.base_url.host, client.base_url.port or 0
         for path in (b"/v1/embeddings", b"/mcp"):

@@ -223,7 +223,7 @@ async def test_the_text_of_an_embedding_response_describes_the_vectors_without_c
             "create_embedding", {"model": "default", "input": ["a", "b"], "encoding_format": encoding_format}
         )
     text = text_of(result)
-    assert text.startswith("2 vectors of 8 numbers by test/hash (6 tokens)")
+    assert text.startswith("2 vectors of 8 dimensions by test/hash (6 tokens)")
     assert len(text) < 300
     assert not re.search(r"\d\.\d", text)
 

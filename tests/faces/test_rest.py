@@ -203,7 +203,7 @@ def test_a_server_whose_model_is_broken_is_live_but_not_ready(caplog: pytest.Log
 
 
 def test_a_readiness_probe_is_answered_while_the_model_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rest, "READY_SECONDS", 0.05)
+    monkeypatch.setattr(rest, "READINESS_TIMEOUT_SECONDS", 0.05)
     stuck = StuckEmbedder()
     with client_of(stuck) as client:
         ready = client.get("/v1/health/ready")

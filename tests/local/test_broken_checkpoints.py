@@ -205,7 +205,7 @@ DESCRIPTIONS: dict[str, tuple[Damage, str]] = {
     ),
     "the config is a folder": (replace_by_folder("config.json"), r"config\.json cannot be read"),
     "no architecture": (field("config.json", model_type=None), r"config\.json: no `model_type`"),
-    "an architecture that is a number": (field("config.json", model_type=5), r"`model_type` must be a text, not 5"),
+    "an architecture that is a number": (field("config.json", model_type=5), r"`model_type` must be a string, not 5"),
     "an unknown architecture": (
         field("config.json", model_type="quantum-bert"),
         r"config\.json: the architecture 'quantum-bert' is not one .* never run",
@@ -229,7 +229,7 @@ DESCRIPTIONS: dict[str, tuple[Damage, str]] = {
         r"modules\.json: the module 'sentence_transformers\.models\.Telepathy' is not supported",
     ),
     "a module of another package": (modules((0, "type", "custom_st.Transformer")), r"'custom_st\.Transformer' is not"),
-    "a module that is a number": (modules((0, "type", 7)), r"modules\.json: `type` must be a text"),
+    "a module that is a number": (modules((0, "type", 7)), r"modules\.json: `type` must be a string"),
     "no pooling": (keep_modules(0, 4), r"modules\.json: the modules must be a Transformer and a Pooling"),
     "two poolings": (keep_modules(0, 1, 1), r"modules\.json: the modules must be a Transformer and a Pooling"),
     "a layer before the pooling": (
@@ -267,7 +267,7 @@ DESCRIPTIONS: dict[str, tuple[Damage, str]] = {
     ),
     "vectors of no length": (
         field("config_sentence_transformers.json", truncate_dim=0),
-        r"config_sentence_transformers\.json: `truncate_dim` must be a whole number above zero, not 0",
+        r"config_sentence_transformers\.json: `truncate_dim` must be a positive integer, not 0",
     ),
     "a layer with an output of its own": (
         field("2_Dense/config.json", module_output_name="other"),
@@ -298,11 +298,11 @@ DESCRIPTIONS: dict[str, tuple[Damage, str]] = {
         field("4_Normalize/config.json", module_output_name="other"),
         r"4_Normalize/config\.json: `module_output_name` must be 'sentence_embedding': .* pooled vector only",
     ),
-    "a length that is a text": (field("2_Dense/config.json", out_features="16"), r"`out_features` must be a whole"),
-    "a length of zero": (field("3_LayerNorm/config.json", dimension=0), r"`dimension` must be a whole number"),
+    "a length that is a text": (field("2_Dense/config.json", out_features="16"), r"`out_features` must be a positive"),
+    "a length of zero": (field("3_LayerNorm/config.json", dimension=0), r"`dimension` must be a positive integer"),
     "a prompt that is a number": (
         field("config_sentence_transformers.json", prompts={"query": 5}),
-        r"config_sentence_transformers\.json: `query` must be a text, not 5",
+        r"config_sentence_transformers\.json: `query` must be a string, not 5",
     ),
     "a default prompt that does not exist": (
         field("config_sentence_transformers.json", default_prompt_name="sts"),

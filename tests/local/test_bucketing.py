@@ -30,7 +30,7 @@ def test_there_are_few_bucket_sizes() -> None:
 @settings(deadline=None)  # the first example loads the model
 @given(rows=st.lists(st.lists(st.integers(4, 100), min_size=1, max_size=20), min_size=1, max_size=20))
 def test_a_text_does_not_attend_to_the_fillers_of_its_batch(name: FamilyName, rows: list[list[int]]) -> None:
-    transformer = encoder(name)._backbone
+    transformer = encoder(name)._transformer
     with torch.inference_mode():
         plain, plain_packing = transformer.hidden_states(rows)
         bucketed, packing = BucketedTransformer(transformer).hidden_states(rows)

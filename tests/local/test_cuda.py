@@ -59,7 +59,7 @@ def on_cuda(name: FamilyName, precision: Precision, *, graphs: bool) -> Encoder:
     loaded = load_encoder(
         golden.model, golden.folder, builtin_card=builtin_card, device="cuda", precision=precision, cuda_graphs=graphs
     )
-    assert isinstance(loaded._backbone, GraphedTransformer) == graphs
+    assert isinstance(loaded._transformer, GraphedTransformer) == graphs
     return loaded
 
 
@@ -75,9 +75,9 @@ def test_replayed_graphs_give_the_vectors_of_eager_passes(
     name: FamilyName, precision: Precision, tolerance: float, texts: list[str]
 ) -> None:
     graphed, eager = (on_cuda(name, precision, graphs=graphs) for graphs in (True, False))
-    backbone = graphed._backbone
-    assert isinstance(backbone, GraphedTransformer)
-    assert all(backbone.graph_for([length]) for length in (1, 20, 60)), "launching takes longer than running"
+    transformer = graphed._transformer
+    assert isinstance(transformer, GraphedTransformer)
+    assert all(transformer.graph_for([length]) for length in (1, 20, 60)), "launching takes longer than running"
 
     expected = encode(eager, texts, truncate="END").vectors
     together = encode(graphed, texts, truncate="END").vectors

@@ -52,7 +52,7 @@ def test_a_graph_fits_neither_too_many_texts_nor_too_long_ones_nor_too_many_toke
 @settings(deadline=None)  # the first example loads the model
 @given(rows=st.lists(st.lists(st.integers(4, 100), min_size=1, max_size=20), min_size=1, max_size=6))
 def test_a_text_does_not_attend_to_the_fillers_of_its_row(name: FamilyName, rows: list[list[int]]) -> None:
-    transformer = encoder(name)._backbone
+    transformer = encoder(name)._transformer
     size = GraphSize.of(256, family(name).max_tokens)
     lengths = [len(row) for row in rows]
     padded = size.pad(lengths)
@@ -75,7 +75,7 @@ class FakeGraph:
 
 
 def graphed(*graphs: Any, launch_seconds: float) -> GraphedTransformer:
-    return GraphedTransformer(encoder("e5")._backbone, graphs, launch_seconds=launch_seconds)
+    return GraphedTransformer(encoder("e5")._transformer, graphs, launch_seconds=launch_seconds)
 
 
 SMALL: Any = FakeGraph(GraphSize.of(64, 512), 0.001)

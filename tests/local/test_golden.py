@@ -80,12 +80,12 @@ def test_a_text_that_is_too_long_is_refused_with_its_length_unless_truncation_is
         encode(encoder(name, case.max_length), [case.text], input_type=case.input_type)
 
     assert (refused.value.index, refused.value.tokens) == (0, case.untruncated_tokens)
-    assert refused.value.allowed == case.max_length
+    assert refused.value.max_tokens == case.max_length
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_families_run_without_padding(name: FamilyName) -> None:
-    assert encoder(name)._backbone.packed
+    assert encoder(name)._transformer.packed
 
 
 # --- over HTTP -------------------------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ def test_a_text_that_is_too_long_loses_tokens_at_one_end_only(kind: Kind, text: 
     assert encode(limited(kind), text, prompt, truncate="START") == before + body[-room:] + after
     with pytest.raises(InputTooLong) as refused:
         encode(limited(kind), text, prompt)
-    assert (refused.value.tokens, refused.value.allowed) == (len(before) + len(body) + len(after), LIMIT)
+    assert (refused.value.tokens, refused.value.max_tokens) == (len(before) + len(body) + len(after), LIMIT)
 
 
 @pytest.mark.parametrize("letters", range(2000, 2008))

@@ -77,7 +77,7 @@ async def test_a_thousand_texts_of_five_callers_are_each_embedded_once_despite_f
         caller: [f"caller {caller} text {number}" for number in range(100)] + random.Random(caller).sample(shared, 500)
         for caller in range(5)
     }
-    throttle = Throttle("the stand-in", concurrency=8, requests=RATE, window=WINDOW)
+    throttle = Throttle("the stand-in", concurrency=8, max_requests=RATE, window=WINDOW)
     async with stand_in() as nim:
         faults = OneInFive(nim)
         nim.faults = itertools.repeat(faults)

@@ -78,7 +78,7 @@ async def test_readiness_is_the_status_of_the_endpoints_readiness_route() -> Non
             r"takes no work now \(503: starting\)",
         ),
         (answering(401), UpstreamRefused, "does not accept the API key"),
-        (answering(404), UpstreamFailed, "is its address right"),
+        (answering(404), UpstreamFailed, "is its URL right"),
     ],
 )
 async def test_an_endpoint_that_is_not_ready_is_reported_with_the_reason_after_one_request(

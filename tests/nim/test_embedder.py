@@ -61,7 +61,7 @@ async def embedding_at(
 ) -> AsyncIterator[NimEmbedder]:
     """Open an embedder at the stand-in."""
     configured = Endpoint(url=nim.url, **endpoint)
-    throttle = Throttle("the stand-in", concurrency=configured.concurrency, requests=configured.rate, window=window)
+    throttle = Throttle("the stand-in", concurrency=configured.concurrency, max_requests=configured.rate, window=window)
     embedder = NimEmbedder(EndpointClient(configured, throttle=throttle), card, model=model)
     try:
         with anyio.fail_after(60):
@@ -161,7 +161,7 @@ async def test_progress_counts_the_texts_that_are_done() -> None:
 
 
 async def test_progress_is_reported_periodically_during_a_long_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embeddings_mcp.embedders.nim.batched_call.PROGRESS_INTERVAL", 0.01)
+    monkeypatch.setattr("embeddings_mcp.embedders.nim.batched_call.PROGRESS_INTERVAL_SECONDS", 0.01)
     gate = anyio.Event()
     reported: list[int] = []
 
@@ -375,13 +375,13 @@ async def test_a_text_that_is_too_long_is_reported_by_its_position_in_the_call()
         async with embedding_at(nim, batch_size=1) as embedder:
             with pytest.raises(InputTooLong) as caught:
                 await embed(embedder, texts)
-            assert (caught.value.index, caught.value.tokens, caught.value.allowed) == (7, 70, 64)
+            assert (caught.value.index, caught.value.tokens, caught.value.max_tokens) == (7, 70, 64)
             assert caught.value.certain
         async with embedding_at(nim, batch_size=5) as embedder:
             with pytest.raises(InputTooLong) as caught:
                 await embed(embedder, texts)
             assert caught.value.index == 7
-            named = caught.value.translated(name="input[{}]".format)
+            named = caught.value.reindexed(name="input[{}]".format)
             assert "probably `input[7]`, the longest of those sent together" in named.message
 
 
@@ -390,7 +390,7 @@ async def test_a_message_that_contains_a_short_key_by_chance_is_still_recognised
     async with stand_in() as nim, embedding_at(nim, api_key=SecretStr(key)) as embedder:
         with pytest.raises(InputTooLong) as caught:
             await embed(embedder, ["word " * 70])
-        assert (caught.value.tokens, caught.value.allowed) == (70, 64)
+        assert (caught.value.tokens, caught.value.max_tokens) == (70, 64)
 
 
 async def test_a_request_that_is_too_large_is_split() -> None:

@@ -63,7 +63,7 @@ def test_http_to_another_machine_must_be_allowed() -> None:
 
 @pytest.mark.parametrize("limit", ["batch_size", "concurrency", "requests_per_minute", "timeout", "deadline"])
 def test_a_limit_of_zero_is_refused(limit: str) -> None:
-    with pytest.raises(InvalidSetting, match=r"of the endpoint .* must be more than 0"):
+    with pytest.raises(InvalidSetting, match=rf"`{limit}` of the endpoint .* must be greater than 0"):
         Endpoint(url=HOSTED_URL, **{limit: 0})  # type: ignore[arg-type]
 
 

@@ -130,9 +130,7 @@ async def test_there_is_no_discovery_if_the_settings_name_the_models() -> None:
 async def test_a_failed_discovery_is_not_repeated_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     async with stand_in(route_faults=FAILING) as nim, catalogue_of(models_of(nim)) as catalogue:
         for _ in range(3):
-            with pytest.raises(
-                UpstreamUnavailable, match=r"whether `model` 'x' is served cannot be told: .*500: broken"
-            ):
+            with pytest.raises(UpstreamUnavailable, match=r"whether `model` 'x' is served is not known: .*500: broken"):
                 await catalogue.find("x")
             await catalogue.refresh()
         assert discoveries(nim) == 1
@@ -143,7 +141,7 @@ async def test_a_failed_discovery_is_not_repeated_for_a_while(monkeypatch: pytes
 
 
 async def test_discovery_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "DISCOVERY_SECONDS", 0.05)
+    monkeypatch.setattr(source, "DISCOVERY_TIMEOUT_SECONDS", 0.05)
     silent = {"/v1/models": held(anyio.Event())}
     async with stand_in(route_faults=silent) as nim, catalogue_of(models_of(nim)) as catalogue:
         await catalogue.refresh()
@@ -244,7 +242,7 @@ async def test_the_default_may_be_a_model_that_is_not_discovered_yet() -> None:
 async def test_readiness_is_that_of_the_default_models_endpoint() -> None:
     async with stand_in(route_faults=FAILING) as nim:
         service = EmbeddingService([], default_model="e5", sources=[models_of(nim)])
-        with pytest.raises(UpstreamUnavailable, match="cannot be told"):
+        with pytest.raises(UpstreamUnavailable, match="is served is not known"):
             await service.check()
         await service.aclose()
         nim.route_faults = {}

@@ -19,7 +19,7 @@ async def pass_through(throttle: Throttle, times: list[float]) -> None:
 
 
 async def test_no_sliding_window_exceeds_the_limit() -> None:
-    throttle = Throttle("the endpoint", concurrency=100, requests=5, window=0.05)
+    throttle = Throttle("the endpoint", concurrency=100, max_requests=5, window=0.05)
     times: list[float] = []
     with anyio.fail_after(5):
         async with anyio.create_task_group() as group:
@@ -30,7 +30,7 @@ async def test_no_sliding_window_exceeds_the_limit() -> None:
 
 
 async def test_requests_start_in_order_of_arrival() -> None:
-    throttle = Throttle("the endpoint", concurrency=1, requests=2, window=0.01)
+    throttle = Throttle("the endpoint", concurrency=1, max_requests=2, window=0.01)
     order: list[int] = []
 
     async def record(number: int) -> None:
@@ -45,7 +45,7 @@ async def test_requests_start_in_order_of_arrival() -> None:
 
 
 async def test_the_wait_for_the_last_of_several_requests_is_estimated() -> None:
-    throttle = Throttle("the endpoint", concurrency=100, requests=5, window=60)
+    throttle = Throttle("the endpoint", concurrency=100, max_requests=5, window=60)
     waits = [throttle.estimated_wait(requests) for requests in (1, 5, 6, 10, 11)]
     assert waits == pytest.approx([0, 0, 60, 60, 120], abs=0.5)
     times: list[float] = []
@@ -54,11 +54,11 @@ async def test_the_wait_for_the_last_of_several_requests_is_estimated() -> None:
     waits = [throttle.estimated_wait(requests) for requests in (1, 2, 3, 5, 6, 7, 8)]
     assert waits == pytest.approx([0, 0, 60, 60, 60, 60, 120], abs=0.5)
     assert [throttle.capacity(seconds) for seconds in (0, 59, 60, 300)] == [5, 5, 10, 30]
-    assert Throttle("the endpoint", concurrency=1, requests=math.inf).capacity(1) == math.inf
+    assert Throttle("the endpoint", concurrency=1, max_requests=math.inf).capacity(1) == math.inf
 
 
 async def test_a_request_that_cannot_start_before_its_deadline_is_refused_at_once() -> None:
-    throttle = Throttle("the endpoint", concurrency=100, requests=1, window=60)
+    throttle = Throttle("the endpoint", concurrency=100, max_requests=1, window=60)
     times: list[float] = []
     await pass_through(throttle, times)
     with anyio.move_on_after(20) as scope, pytest.raises(Overloaded, match="the endpoint is busy") as caught:
@@ -69,7 +69,7 @@ async def test_a_request_that_cannot_start_before_its_deadline_is_refused_at_onc
 
 
 async def test_a_caller_past_its_deadline_is_cancelled_rather_than_refused() -> None:
-    throttle = Throttle("the endpoint", concurrency=100, requests=1, window=60)
+    throttle = Throttle("the endpoint", concurrency=100, max_requests=1, window=60)
     times: list[float] = []
     await pass_through(throttle, times)
     with anyio.move_on_after(0) as scope:
@@ -80,7 +80,7 @@ async def test_a_caller_past_its_deadline_is_cancelled_rather_than_refused() -> 
 
 
 async def test_the_duration_of_earlier_requests_counts_in_the_estimated_wait() -> None:
-    throttle = Throttle("the endpoint", concurrency=1, requests=math.inf)
+    throttle = Throttle("the endpoint", concurrency=1, max_requests=math.inf)
     release = anyio.Event()
 
     async def block() -> None:
@@ -99,7 +99,7 @@ async def test_the_duration_of_earlier_requests_counts_in_the_estimated_wait() -
 
 
 async def test_a_paused_throttle_starts_no_request_until_the_pause_ends() -> None:
-    throttle = Throttle("the endpoint", concurrency=100, requests=math.inf)
+    throttle = Throttle("the endpoint", concurrency=100, max_requests=math.inf)
     times: list[float] = []
     start = anyio.current_time()
     throttle.pause_for(0.05)
@@ -109,7 +109,7 @@ async def test_a_paused_throttle_starts_no_request_until_the_pause_ends() -> Non
 
 
 async def test_a_cancelled_wait_frees_its_place_in_the_queue() -> None:
-    throttle = Throttle("the endpoint", concurrency=2, requests=1, window=60)
+    throttle = Throttle("the endpoint", concurrency=2, max_requests=1, window=60)
     with anyio.fail_after(5):
         await pass_through(throttle, [])
     async with anyio.create_task_group() as group:

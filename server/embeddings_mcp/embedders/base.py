@@ -17,7 +17,7 @@ OnProgress = Callable[[int], Awaitable[None]]
 """Called on the event loop with the number of the request's texts that are done so far; again with the same number
 while the request has to wait."""
 
-PROGRESS_INTERVAL = 5.0
+PROGRESS_INTERVAL_SECONDS = 5.0
 """Seconds between two progress reports while nothing completes: clients give up on a call without progress."""
 
 
@@ -43,7 +43,7 @@ class Embeddings:
 
 
 OnRows = Callable[[Sequence[int], Embeddings], None]
-"""Called on the event loop with the positions of some of a call's texts and their embeddings, as soon as they are done.
+"""Called on the event loop with the indices of some of a call's texts and their embeddings, as soon as they are done.
 
 Each text is passed exactly once, before the call returns and before the progress that includes it is reported. What was
 passed stays valid if the call fails later."""
@@ -84,7 +84,7 @@ class Embedder(Protocol):
     async def identify(self) -> str:
         """Return a string that identifies this source of vectors: equal only where the vectors are equal.
 
-        It covers everything that is neither in a request nor in `card`: weights, number format, address. After this
+        It covers everything that is neither in a request nor in `card`: weights, number format, URL. After this
         call, `card` is exact in all that affects vectors; the weights themselves are not loaded.
 
         Raises:
@@ -103,11 +103,11 @@ class Embedder(Protocol):
     ) -> Embeddings:
         """Embed `texts`, each independently of the others.
 
-        Cancelling the call drops the work that has not started.
+        Cancelling the call removes from the queue what has not started.
 
         Raises:
             InputUnusable: a text cannot be embedded, for instance one that is too long where `truncate` is NONE;
-                ``index`` is its position.
+                ``index`` is its index in `texts`.
             ModelUnavailable: the model cannot be loaded or reached.
             Overloaded: the queue is full.
             EmbeddingsError: an endpoint refuses the request for another reason.
@@ -142,7 +142,7 @@ class MultiEmbedder(Embedder, Protocol):
         """Return all representations that the model has of `texts`; otherwise like `Embedder.embed`.
 
         Raises:
-            InputUnusable: a text cannot be embedded; ``index`` is its position.
+            InputUnusable: a text cannot be embedded; ``index`` is its index in `texts`.
             ModelUnavailable: the model cannot be loaded, or has dense vectors only.
             Overloaded: the queue is full.
         """

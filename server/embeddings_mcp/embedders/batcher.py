@@ -35,7 +35,7 @@ Kind = TypeVar("Kind", bound=Hashable)
 Result = TypeVar("Result")
 
 OnResults = Callable[[Sequence[int], Sequence[Result]], None]
-"""Called on the event loop with the positions of some rows and their results."""
+"""Called on the event loop with the indices of some rows and their results."""
 
 MAX_QUEUED_TOKENS = 1_000_000
 """Default limit of queued tokens per model: minutes of work on a small CPU, seconds on a GPU."""
@@ -68,8 +68,8 @@ class _Job(Generic[Kind, Result]):
         kind: what to compute; only texts of the same kind share a batch.
         claim: the capacity that they take.
         rows: their token ids.
-        waiting: positions of the rows that are in no batch yet, the longest last.
-        undelivered: positions and results that are computed but not passed to the caller yet.
+        waiting: indices of the rows that are in no batch yet, the longest last.
+        undelivered: indices and results that are computed but not passed to the caller yet.
         served: tokens that are or were in a batch.
         started: when the first batch with one of the rows was made, by the performance counter.
         changed: set whenever `undelivered` or `failure` is.
@@ -89,7 +89,7 @@ class _Job(Generic[Kind, Result]):
 
 
 _Batch: TypeAlias = list[tuple[_Job[Kind, Result], int]]
-"""Jobs, each with the position of one of its rows."""
+"""Jobs, each with the index of one of its rows."""
 
 
 class Batcher(Generic[Kind, Result]):
@@ -197,7 +197,7 @@ class Batcher(Generic[Kind, Result]):
         finally:
             job.failure = None  # its traceback refers to the job: a reference cycle that keeps the model alive
             with self._lock:
-                self._drop_waiting(job)
+                self._remove_waiting(job)
                 del self._jobs[job]
                 self._jobs_by_caller[job.caller] -= 1
                 if not self._jobs_by_caller[job.caller]:
@@ -363,11 +363,11 @@ class Batcher(Generic[Kind, Result]):
         with self._lock:
             if job not in self._jobs:  # it has ended already, or another of its batches failed
                 return
-            self._drop_waiting(job)
+            self._remove_waiting(job)
         job.failure = failure
         job.changed.set()
 
-    def _drop_waiting(self, job: _Job[Kind, Result]) -> None:
+    def _remove_waiting(self, job: _Job[Kind, Result]) -> None:
         self._change_queued(job, -sum(len(job.rows[index]) for index in job.waiting))
         job.waiting.clear()
 

@@ -24,7 +24,7 @@ from embeddings_mcp.models import InputType, ModelCard, Truncate
 from embeddings_mcp.vectors import FloatMatrix, FloatVector, SparseVector
 
 if TYPE_CHECKING:
-    from embeddings_mcp.embedders.local.inputs import Row, Tokens
+    from embeddings_mcp.embedders.local.inputs import Row, TokenizedBatch
     from embeddings_mcp.embedders.local.runtime.loaded_model import LoadedModel
 
 _MAX_CHARACTERS_ON_LOOP = 2048
@@ -190,14 +190,14 @@ class LocalEmbedder:
             token_batches = model.tokenize(texts, input_type=request.input_type, truncate=request.truncate)
             on_thread = sum(map(len, texts)) > _MAX_CHARACTERS_ON_LOOP
 
-            async def tokenize_next() -> Tokens:
+            async def tokenize_next() -> TokenizedBatch:
                 with telemetry.stage("tokenise"):
-                    tokens = await anyio.to_thread.run_sync(next, token_batches) if on_thread else next(token_batches)
-                tokenized = slice(len(counts), len(counts) + len(tokens.rows))  # positions of their texts
-                self._update_estimate(texts[tokenized], tokens.counts, max_tokens)
-                counts.extend(tokens.counts)
+                    batch = await anyio.to_thread.run_sync(next, token_batches) if on_thread else next(token_batches)
+                tokenized = slice(len(counts), len(counts) + len(batch.rows))  # positions of their texts
+                self._update_estimate(texts[tokenized], batch.counts, max_tokens)
+                counts.extend(batch.counts)
                 claim.expected -= sum(expected[tokenized])
-                return tokens
+                return batch
 
             async def more() -> Sequence[Row]:
                 return (await tokenize_next()).rows if len(counts) < len(texts) else ()

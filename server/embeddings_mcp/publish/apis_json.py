@@ -10,7 +10,7 @@ _IMAGE = "https://github.com/embeddings-mcp.png"
 
 
 def apis_index(url: str) -> dict[str, Any]:
-    """Build the index; `url` is the base address of the server, since every user runs their own."""
+    """Build the index; `url` is the base URL of the server, since every user runs their own."""
     maintainers = [{"FN": identity.AUTHOR, "X-github": "embeddings-mcp", "url": identity.REPOSITORY}]
     return {
         "aid": identity.NAME,

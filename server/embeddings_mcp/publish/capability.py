@@ -10,7 +10,7 @@ The document is shaped by how the engine works (according to its source, 1.0.0-b
   Therefore texts are passed as arrays only, and strings only if they never need escaping.
 - A parameter that was not given is an empty string, so every optional field is in a template section of its own.
 - Parameters have neither enum nor default: their descriptions state both.
-- Bound variables are available in ``authentication`` only: the key is bound, the address is written out.
+- Bound variables are available in ``authentication`` only: the key is bound, the URL is written out.
 - A forwarding REST resource passes the body on unchanged, so it offers exactly the API that it forwards to.
 """
 

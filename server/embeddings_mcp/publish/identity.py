@@ -1,4 +1,4 @@
-"""Name, authors and addresses of the project, as given to registries, indexes and installers."""
+"""Name, authors and URLs of the project, as given to registries, indexes and installers."""
 
 from __future__ import annotations
 
@@ -31,4 +31,4 @@ EXTRAS = "local,bundled"
 """Extras that an installation needs to work without an endpoint."""
 
 LOCAL_URL = "http://localhost:8000"
-"""Default address of a server."""
+"""Default URL of a server."""

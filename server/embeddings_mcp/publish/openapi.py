@@ -129,8 +129,8 @@ def openapi_document() -> dict[str, Any]:
             paths.READY: {
                 "get": _health(
                     "healthReady",
-                    "Check whether the default model can answer",
-                    {200: "The default model can answer.", 503: "It cannot; `message` says why."},
+                    "Check whether the default model is ready",
+                    {200: "The default model is ready.", 503: "It is not; `message` says why."},
                 )
             },
         },

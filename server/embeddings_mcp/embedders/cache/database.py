@@ -51,7 +51,7 @@ CREATE INDEX vector_used ON vector (used);
 CREATE TABLE note (subject TEXT PRIMARY KEY, text TEXT NOT NULL);
 """
 
-_BUSY_SECONDS = 2.0
+_LOCK_TIMEOUT_SECONDS = 2.0
 """Timeout for locks held by other processes, which usually last milliseconds."""
 
 _EVICTION_BATCH = 64  # rows
@@ -110,7 +110,7 @@ class Database:
         self._inode = path.stat().st_ino
         self._max_bytes = max_bytes
         self._connection = sqlite3.connect(
-            path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False, cached_statements=32
+            path, timeout=_LOCK_TIMEOUT_SECONDS, isolation_level=None, check_same_thread=False, cached_statements=32
         )
         try:
             self._prepare_with_retry()
@@ -251,7 +251,7 @@ class Database:
 
     def _prepare_with_retry(self) -> None:
         """Prepare the file, retrying while another process does so: SQLite's timeout does not cover enabling WAL."""
-        deadline = time.monotonic() + _BUSY_SECONDS
+        deadline = time.monotonic() + _LOCK_TIMEOUT_SECONDS
         while True:
             try:
                 self._prepare()

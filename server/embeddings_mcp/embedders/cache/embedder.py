@@ -17,7 +17,7 @@ import numpy as np
 
 from embeddings_mcp import telemetry
 from embeddings_mcp.embedders.base import (
-    PROGRESS_INTERVAL,
+    PROGRESS_INTERVAL_SECONDS,
     Embedder,
     Embeddings,
     MultiEmbedder,
@@ -135,7 +135,7 @@ class CachedEmbedder:
         model_changes = 0
         while True:
             if dropped := request.drop_mismatched(self._latest):
-                self._cache.memory.drop(dropped)
+                self._cache.memory.remove(dropped)
                 model_changes += 1
             await request.report_new_progress()
             if not request.missing:
@@ -163,7 +163,7 @@ class CachedEmbedder:
         if own := [key for key in request.missing if key not in awaited]:
             await compute(own)
         while awaited:
-            await asyncio.wait(awaited.values(), timeout=PROGRESS_INTERVAL)
+            await asyncio.wait(awaited.values(), timeout=PROGRESS_INTERVAL_SECONDS)
             outcomes = {key: future.result() for key, future in awaited.items() if future.done()}
             awaited = {key: future for key, future in awaited.items() if key not in outcomes}
             request.add({key: outcome for key, outcome in outcomes.items() if isinstance(outcome, Row)})
@@ -185,8 +185,8 @@ class CachedEmbedder:
         completed: dict[Key, Row] = {}
         failure: ModelUnavailable | None = None
 
-        def store(positions: Sequence[int], embeddings: Embeddings) -> None:
-            rows = dict(zip([keys[position] for position in positions], rows_of(embeddings), strict=True))
+        def store(indices: Sequence[int], embeddings: Embeddings) -> None:
+            rows = dict(zip([keys[index] for index in indices], rows_of(embeddings), strict=True))
             request.add(rows)
             self._latest = next(iter(rows.values())).kind
             if np.isfinite(embeddings.vectors).all():  # the service refuses other vectors, so they are not cached
@@ -203,7 +203,7 @@ class CachedEmbedder:
                 on_rows=store,
             )
         except InputUnusable as error:
-            raise error.translated(lambda index: request.position_of(keys[index])) from None
+            raise error.reindexed(lambda index: request.index_of(keys[index])) from None
         except ModelUnavailable as error:
             failure = error
             raise

@@ -38,7 +38,7 @@ class MemoryStore:
 
     def put(self, rows: Mapping[Key, Row]) -> None:
         """Store these rows, replacing rows with the same keys, and evict the least recently used rows."""
-        self.drop(rows)
+        self.remove(rows)
         for key, row in rows.items():
             self._rows[key] = row
             self._bytes += _cost(row)
@@ -46,7 +46,7 @@ class MemoryStore:
             _, oldest = self._rows.popitem(last=False)
             self._bytes -= _cost(oldest)
 
-    def drop(self, keys: Iterable[Key]) -> None:
+    def remove(self, keys: Iterable[Key]) -> None:
         """Remove these rows."""
         for key in keys:
             row = self._rows.pop(key, None)

@@ -25,16 +25,16 @@ class Request:
         self.texts = texts
         self.rows: dict[Key, Row] = {}
         self._keys = keys
-        self._positions: dict[Key, list[int]] = {}  # a text may occur more than once
-        for position, key in enumerate(keys):
-            self._positions.setdefault(key, []).append(position)
+        self._indices: dict[Key, list[int]] = {}  # a text may occur more than once
+        for index, key in enumerate(keys):
+            self._indices.setdefault(key, []).append(index)
         self._on_progress = on_progress
         self._done = self._reported = 0
 
     @property
     def missing(self) -> list[Key]:
         """The distinct keys without a row, in the order of the texts."""
-        return [key for key in self._positions if key not in self.rows]
+        return [key for key in self._indices if key not in self.rows]
 
     @property
     def bytes(self) -> int:
@@ -43,11 +43,11 @@ class Request:
 
     def texts_of(self, keys: Iterable[Key]) -> list[str]:
         """Return the texts of these keys."""
-        return [self.texts[self.position_of(key)] for key in keys]
+        return [self.texts[self.index_of(key)] for key in keys]
 
     def add(self, rows: Mapping[Key, Row]) -> None:
         """Add rows of this request's texts."""
-        self._done += sum(len(self._positions[key]) for key in rows if key not in self.rows)
+        self._done += sum(len(self._indices[key]) for key in rows if key not in self.rows)
         self.rows.update(rows)
 
     def drop_mismatched(self, latest: Kind | None) -> list[Key]:
@@ -62,7 +62,7 @@ class Request:
         dropped = [key for key, row in self.rows.items() if row.kind != latest]
         for key in dropped:
             del self.rows[key]
-            self._done -= len(self._positions[key])
+            self._done -= len(self._indices[key])
         return dropped
 
     async def report_progress(self, _done: int = 0) -> None:
@@ -76,9 +76,9 @@ class Request:
         if self._done > self._reported:
             await self.report_progress()
 
-    def position_of(self, key: Key) -> int:
-        """Return the first position of the text with this key."""
-        return self._positions[key][0]
+    def index_of(self, key: Key) -> int:
+        """Return the index of the first text with this key."""
+        return self._indices[key][0]
 
     def result(self) -> Embeddings:
         """Return the rows in the order of the texts; none may be missing."""

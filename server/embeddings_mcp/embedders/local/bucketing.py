@@ -16,7 +16,7 @@ from embeddings_mcp.embedders.local.packing import Packing, filler_lengths
 from embeddings_mcp.embedders.local.transformer import TransformerWrapper
 
 _STEPS = ((32, 1), (128, 16), (256, 32), (512, 64), (2048, 128), (math.inf, 512))
-"""``(most tokens, step)``: batches of up to so many tokens have sizes that are multiples of the step.
+"""``(max_tokens, step)``: batches of up to `max_tokens` tokens have sizes that are multiples of `step`.
 
 There are 58 sizes up to 2,048 tokens, with four matrix products of BERT each, so those in use fit into oneDNN's
 primitive cache (see `linear`). Up to 32 tokens every size is its own bucket: single queries have few different sizes.
@@ -36,5 +36,5 @@ class BucketedTransformer(TransformerWrapper):
 
 def bucket_size(tokens: int) -> int:
     """Return the size that a batch of `tokens` tokens is padded to."""
-    step = next(step for most, step in _STEPS if tokens <= most)
+    step = next(step for max_tokens, step in _STEPS if tokens <= max_tokens)
     return -(-tokens // step) * step

@@ -20,7 +20,7 @@ from embeddings_mcp.embedders.local.bge_m3 import M3Heads
 from embeddings_mcp.embedders.local.bucketing import BucketedTransformer
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint, read_checkpoint
 from embeddings_mcp.embedders.local.cuda_graphs import capture_graphs
-from embeddings_mcp.embedders.local.inputs import InputTokenizer, Row, Tokens
+from embeddings_mcp.embedders.local.inputs import InputTokenizer, Row, TokenizedBatch
 from embeddings_mcp.embedders.local.latent_attention import LATENT_ATTENTION, LatentAttention
 from embeddings_mcp.embedders.local.linear import prepack
 from embeddings_mcp.embedders.local.malloc import raise_malloc_thresholds
@@ -56,7 +56,7 @@ class Encoder:
         info: ModelInfo,
         pooling: Sequence[PoolingMode],
         inputs: InputTokenizer,
-        backbone: Transformer,
+        transformer: Transformer,
         latent_attention: torch.nn.Module | None,
         heads: M3Heads | None,
         stages: Sequence[Callable[[torch.Tensor], torch.Tensor]],
@@ -64,19 +64,21 @@ class Encoder:
         self.info = info
         self._pooling = pooling
         self._inputs = inputs
-        self._backbone = backbone
+        self._transformer = transformer
         self._latent_attention = latent_attention
         self._heads = heads
         self._stages = stages
-        on_gpu = backbone.device.type == "cuda"
+        on_gpu = transformer.device.type == "cuda"
         self._launch_lock: AbstractContextManager[object] = threading.Lock() if on_gpu else nullcontext()
 
-    def tokenize(self, texts: Sequence[str], *, input_type: InputType | None, truncate: Truncate) -> Iterator[Tokens]:
+    def tokenize(
+        self, texts: Sequence[str], *, input_type: InputType | None, truncate: Truncate
+    ) -> Iterator[TokenizedBatch]:
         """Tokenize texts, the first step; see `InputTokenizer.tokenize`."""
         return self._inputs.tokenize(texts, input_type=input_type, truncate=truncate)
 
     def forward(self, rows: Sequence[Row], skip: int) -> FloatMatrix:
-        """Return the vectors of one batch of tokenized texts, float32 ``[n, d]``; see `Tokens`."""
+        """Return the vectors of one batch of tokenized texts, float32 ``[n, d]``; see `TokenizedBatch`."""
         vectors: FloatMatrix = self.launch(rows, skip).cpu().numpy()
         return vectors
 
@@ -107,7 +109,7 @@ class Encoder:
     @property
     def device(self) -> torch.device:
         """The device that it computes on."""
-        return self._backbone.device
+        return self._transformer.device
 
     def workers(self, cores: int) -> int:
         """Return the best number of worker threads; each runs a batch at a time, on its share of the cores.
@@ -130,7 +132,7 @@ class Encoder:
         torch.set_num_threads(cores)
 
     def _hidden_states(self, rows: Sequence[Row]) -> tuple[torch.Tensor, Packing]:
-        hidden, packing = self._backbone.hidden_states(rows)
+        hidden, packing = self._transformer.hidden_states(rows)
         return (hidden if self._latent_attention is None else self._latent_attention(hidden)), packing
 
     def _dense(self, hidden: torch.Tensor, packing: Packing, *, skip: int) -> torch.Tensor:
@@ -210,7 +212,7 @@ def _checkpoint_errors(checkpoint: Checkpoint, device: torch.device) -> Iterator
 
 def _load(checkpoint: Checkpoint, card: ModelCard, placement: Placement, *, cuda_graphs: bool) -> Encoder:
     device = placement.device
-    transformer = _load_backbone(checkpoint, placement)
+    transformer = _load_transformer(checkpoint, placement)
     inputs = InputTokenizer(checkpoint, card, vocabulary_size=transformer.vocabulary_size)
     if cuda_graphs and device.type == "cuda" and transformer.packed:
         transformer = capture_graphs(transformer, max_tokens=placement.tokens_per_batch, longest=checkpoint.max_tokens)
@@ -231,7 +233,7 @@ def _load(checkpoint: Checkpoint, card: ModelCard, placement: Placement, *, cuda
         ),
         pooling=checkpoint.pipeline.pooling,
         inputs=inputs,
-        backbone=transformer,
+        transformer=transformer,
         latent_attention=_load_latent_attention(checkpoint, placement),
         heads=heads,
         stages=[_load_stage(stage, device) for stage in checkpoint.pipeline.stages],
@@ -245,7 +247,7 @@ def _smoke_test(encoder: Encoder) -> None:
         raise ValueError("its vectors are not numbers: the weights are damaged, or too large for their number format")
 
 
-def _load_backbone(checkpoint: Checkpoint, placement: Placement) -> Transformer:
+def _load_transformer(checkpoint: Checkpoint, placement: Placement) -> Transformer:
     if checkpoint.pipeline.static:
         return load_static(checkpoint)
     if is_bert(checkpoint.config):

@@ -21,7 +21,7 @@ _BATCH_SIZE = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
+class TokenizedBatch:
     """A batch of tokenized texts.
 
     Attributes:
@@ -64,7 +64,9 @@ class InputTokenizer:
             suffix=recipe.suffix(checkpoint.config) if recipe else "",
         )
 
-    def tokenize(self, texts: Sequence[str], *, input_type: InputType | None, truncate: Truncate) -> Iterator[Tokens]:
+    def tokenize(
+        self, texts: Sequence[str], *, input_type: InputType | None, truncate: Truncate
+    ) -> Iterator[TokenizedBatch]:
         """Tokenize texts with the prompt of this input type; yield consecutive batches, in the order of the texts.
 
         The model can compute the first batches while later ones are tokenized. Errors are raised when the batch in
@@ -82,9 +84,9 @@ class InputTokenizer:
             try:
                 rows = self._tokenizer.encode(texts[start : start + _BATCH_SIZE], prompt=prompt, truncate=truncate)
             except InputUnusable as error:
-                raise error.translated(partial(add, start)) from None
+                raise error.reindexed(partial(add, start)) from None
             self._check_rows(rows, skip, start)
-            yield Tokens(rows, skip)
+            yield TokenizedBatch(rows, skip)
 
     def token_ids(self, *tokens: str) -> Collection[int]:
         """Return the ids of these tokens; tokens that are not in the vocabulary are skipped."""

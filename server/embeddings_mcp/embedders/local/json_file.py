@@ -11,7 +11,7 @@ from embeddings_mcp.errors import CheckpointInvalid
 
 Value = TypeVar("Value", str, bool, int, dict[str, Any], list[Any])
 
-_TYPE_NAMES = {str: "a text", bool: "true or false", int: "a whole number", dict: "an object", list: "an array"}
+_TYPE_NAMES = {str: "a string", bool: "a boolean", int: "an integer", dict: "an object", list: "an array"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class JsonObject:
         """
         value = self.fields.get(key)
         if type(value) is not int or value < 1:
-            raise self.invalid(key, "a whole number above zero")
+            raise self.invalid(key, "a positive integer")
         return value
 
     def invalid(self, key: str, accepted: str) -> CheckpointInvalid:

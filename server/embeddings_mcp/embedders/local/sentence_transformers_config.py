@@ -79,7 +79,7 @@ def read_prompts(config: JsonObject) -> tuple[str, str, str | None]:
         config: ``config_sentence_transformers.json``.
 
     Raises:
-        CheckpointInvalid: a prompt is not a text, or the default prompt does not exist.
+        CheckpointInvalid: a prompt is not a string, or the default prompt does not exist.
     """
     prompts = JsonObject(config.path, config.get("prompts", {}))
     passage_prompts = (prompts.get(name, "") for name in ("document", "passage", "corpus"))

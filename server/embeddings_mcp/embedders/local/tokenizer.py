@@ -63,20 +63,20 @@ class Tokenizer:
         """
         if self._suffix:
             texts = [text + self._suffix for text in texts]
-        first_reach = _CHARACTERS_PER_TOKEN * self.max_tokens
+        first_length = _CHARACTERS_PER_TOKEN * self.max_tokens
         if truncate == "NONE":
-            first_reach = max(first_reach, self._max_counted_characters)
+            first_length = max(first_length, self._max_counted_characters)
         rows: list[list[int]] = []
         too_long: dict[int, int | None] = {}
-        first_passes = self._encode_excerpts(texts, first_reach, prompt, truncate)
+        first_passes = self._encode_excerpts(texts, first_length, prompt, truncate)
         for index, (text, first_ids) in enumerate(zip(texts, first_passes, strict=True)):
-            ids, reach = first_ids, first_reach
-            while reach < len(text) and not self._is_reliable(ids, text, reach, prompt, truncate):
-                reach *= 8
-                (ids,) = self._encode_excerpts([text], reach, prompt, truncate)
+            ids, excerpt_length = first_ids, first_length
+            while excerpt_length < len(text) and not self._is_reliable(ids, text, excerpt_length, prompt, truncate):
+                excerpt_length *= 8
+                (ids,) = self._encode_excerpts([text], excerpt_length, prompt, truncate)
             if len(ids) > self.max_tokens:
                 if truncate == "NONE":
-                    too_long[index] = len(ids) if reach >= len(text) else None
+                    too_long[index] = len(ids) if excerpt_length >= len(text) else None
                     continue
                 ids = self._truncate(ids, prompt, truncate)
             if not ids:
@@ -84,14 +84,16 @@ class Tokenizer:
             rows.append(ids)
         if too_long:
             index, *others = too_long
-            raise InputTooLong(index=index, tokens=too_long[index], allowed=self.max_tokens, others=others)
+            raise InputTooLong(index=index, tokens=too_long[index], max_tokens=self.max_tokens, others=others)
         return rows
 
     def _encode_excerpts(
-        self, texts: Sequence[str], reach: int, prompt: str, truncate: Truncate
+        self, texts: Sequence[str], excerpt_length: int, prompt: str, truncate: Truncate
     ) -> Iterator[list[int]]:
-        """Encode the prompt and up to `reach` characters of each text, from the end that `truncate` keeps."""
-        excerpts = [prompt + (text[-reach:] if truncate == "START" else text[:reach]) for text in texts]
+        """Encode the prompt and up to `excerpt_length` characters of each text, from the end that `truncate` keeps."""
+        excerpts = [
+            prompt + (text[-excerpt_length:] if truncate == "START" else text[:excerpt_length]) for text in texts
+        ]
         try:
             if len(excerpts) == 1 and len(excerpts[0]) <= _UNBATCHED_CHARACTERS:
                 yield self._tokenizer.encode(excerpts[0]).ids
@@ -103,7 +105,7 @@ class Tokenizer:
                 raise
             raise CheckpointInvalid(f"the model's tokenizer has no tokens for a text: {error}") from error
 
-    def _is_reliable(self, ids: list[int], text: str, reach: int, prompt: str, truncate: Truncate) -> bool:
+    def _is_reliable(self, ids: list[int], text: str, excerpt_length: int, prompt: str, truncate: Truncate) -> bool:
         """Return whether the tokens to be kept are those of the whole text, whatever the position of the cut.
 
         This is assumed if an excerpt that is one character shorter gives the same tokens; for a run of one letter, it
@@ -111,9 +113,9 @@ class Tokenizer:
         """
         if len(ids) < self.max_tokens + _MARGIN:
             return False
-        if truncate == "NONE" or reach >= self._max_counted_characters:
+        if truncate == "NONE" or excerpt_length >= self._max_counted_characters:
             return True
-        (other_ids,) = self._encode_excerpts([text], reach - 1, prompt, truncate)
+        (other_ids,) = self._encode_excerpts([text], excerpt_length - 1, prompt, truncate)
         kept = slice(-self.max_tokens, None) if truncate == "START" else slice(self.max_tokens)
         return ids[kept] == other_ids[kept]
 
@@ -134,14 +136,14 @@ class Tokenizer:
         """Drop the excess tokens, from the text's end or from its start."""
         end = len(ids) - self._trailing_specials
         head, tail = ids[: self._leading_specials + self._prompt_prefix_length(ids, prompt)], ids[end:]
-        room = self.max_tokens - len(head) - len(tail)
-        if room < 1:
+        max_text_tokens = self.max_tokens - len(head) - len(tail)
+        if max_text_tokens < 1:
             raise InvalidRequest(
                 f"the limit of {self.max_tokens} tokens leaves no room for text after the prompt and special tokens, "
                 f"which take {len(head) + len(tail)}"
             )
         text_ids = ids[len(head) : end]
-        return head + (text_ids[:room] if truncate == "END" else text_ids[-room:]) + tail
+        return head + (text_ids[:max_text_tokens] if truncate == "END" else text_ids[-max_text_tokens:]) + tail
 
     def _prompt_prefix_length(self, ids: list[int], prompt: str) -> int:
         """Return how many tokens after the leading special ones belong to the prompt alone."""

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import anyio
 
-from embeddings_mcp.embedders.base import PROGRESS_INTERVAL, Embeddings, OnProgress, OnRows
+from embeddings_mcp.embedders.base import PROGRESS_INTERVAL_SECONDS, Embeddings, OnProgress, OnRows
 from embeddings_mcp.errors import EmbeddingsError
 
 
@@ -15,8 +15,8 @@ class BatchedCall:
 
     Args:
         texts: of the whole call.
-        batch_size: most texts in a batch.
-        embed: embeds a batch, given the position of its first text.
+        batch_size: maximum number of texts in a batch.
+        embed: embeds a batch, given the index of its first text.
         on_progress: called with the number of texts done.
         on_rows: called with the rows of each batch as it completes.
 
@@ -73,7 +73,7 @@ class BatchedCall:
 
     async def _report_periodically(self) -> None:
         while True:
-            await anyio.sleep(PROGRESS_INTERVAL)
+            await anyio.sleep(PROGRESS_INTERVAL_SECONDS)
             await self._report()
 
     async def _report(self) -> None:

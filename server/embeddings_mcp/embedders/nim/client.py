@@ -30,8 +30,8 @@ from embeddings_mcp.errors import ServerStopped
 
 logger = logging.getLogger(__name__)
 
-MAX_RETRY_PAUSE = 30.0
-"""Seconds. There is no retry if the endpoint asks for a longer pause (for an offline model it asks for 10,800)."""
+MAX_RETRY_PAUSE_SECONDS = 30.0
+"""There is no retry if the endpoint asks for a longer pause (for an offline model it asks for 10,800)."""
 
 MAX_CALLER_THROTTLES = 1000
 """Throttles kept for callers with keys of their own; the least recently used one is evicted."""
@@ -53,8 +53,8 @@ _TRANSFER_HEADERS = frozenset({b"content-encoding", b"content-length", b"transfe
 """Headers that describe the body as it was sent, not as it is once it has been read and decompressed."""
 
 _MAX_CONNECTIONS = 100  # of all callers together, if they bring keys; otherwise the endpoint's concurrency
-_CONNECT_TIMEOUT = 10.0
-_POLL_INTERVALS = (0.1, 0.5, 2.0, 5.0)  # seconds; the last one repeats until the deadline
+_CONNECT_TIMEOUT_SECONDS = 10.0
+_POLL_INTERVAL_SECONDS = (0.1, 0.5, 2.0, 5.0)  # the last one repeats until the deadline
 
 _REQUEST_ID = re.compile(r"[\w-]{1,100}", re.ASCII)
 """Valid id of a pending response; the id becomes part of a URL."""
@@ -62,7 +62,7 @@ _REQUEST_ID = re.compile(r"[\w-]{1,100}", re.ASCII)
 _Result = TypeVar("_Result")
 
 # Each failure limits its own attempts; the caller's cancel scope limits the total time.
-_retrying = stamina.AsyncRetryingCaller(attempts=None, timeout=None, wait_initial=0.5, wait_max=MAX_RETRY_PAUSE)
+_retrying = stamina.AsyncRetryingCaller(attempts=None, timeout=None, wait_initial=0.5, wait_max=MAX_RETRY_PAUSE_SECONDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +147,7 @@ class EndpointClient:
                 return False
             if error.pause is not None:
                 left = anyio.current_effective_deadline() - anyio.current_time()
-                if error.pause > min(MAX_RETRY_PAUSE, left):
+                if error.pause > min(MAX_RETRY_PAUSE_SECONDS, left):
                     return False
                 account.throttle.pause_for(error.pause)
             telemetry.UPSTREAM_RETRIES.inc()
@@ -224,7 +224,7 @@ class EndpointClient:
             request_id = response.headers.get("NVCF-REQID", "")
             if not _REQUEST_ID.fullmatch(request_id):
                 break
-            await anyio.sleep(_POLL_INTERVALS[min(polls, len(_POLL_INTERVALS) - 1)])
+            await anyio.sleep(_POLL_INTERVAL_SECONDS[min(polls, len(_POLL_INTERVAL_SECONDS) - 1)])
             polls += 1
             response = await _request(http, f"{self.endpoint.status_url}/{request_id}", headers)
         return response
@@ -236,7 +236,7 @@ class EndpointClient:
         if self._http is None:
             connections = _MAX_CONNECTIONS if self.endpoint.caller_keys else self.endpoint.concurrency
             self._http = httpx.AsyncClient(
-                timeout=httpx.Timeout(self.endpoint.timeout, connect=_CONNECT_TIMEOUT, pool=None),
+                timeout=httpx.Timeout(self.endpoint.timeout, connect=_CONNECT_TIMEOUT_SECONDS, pool=None),
                 limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
                 follow_redirects=False,  # a redirect could send the key to another host
                 trust_env=not self.endpoint.loopback,  # a proxy for the internet cannot reach this machine's loopback
@@ -276,4 +276,4 @@ async def _request(
 
 
 def _throttle_for(endpoint: Endpoint) -> Throttle:
-    return Throttle(f"the endpoint {endpoint.url}", concurrency=endpoint.concurrency, requests=endpoint.rate)
+    return Throttle(f"the endpoint {endpoint.url}", concurrency=endpoint.concurrency, max_requests=endpoint.rate)

@@ -38,7 +38,7 @@ def card_for(
     name: str,
     *,
     dialect: Dialect = "nim",
-    cards: Sequence[CardOverride] = (),
+    user_cards: Sequence[CardOverride] = (),
     listed: Mapping[str, object] | None = None,
 ) -> ModelCard:
     """Return the card of a model, given its name at an endpoint.
@@ -49,19 +49,19 @@ def card_for(
     Args:
         name: of the model at the endpoint.
         dialect: of the endpoint.
-        cards: the user's own cards; they take precedence over everything else.
+        user_cards: the user's cards; they take precedence over everything else.
         listed: the model's entry in the endpoint's list of models.
     """
-    own, card = find_cards(name, cards, _CARDS)
+    user_card, card = find_cards(name, user_cards, _CARDS)
     if card is None:
         card = ModelCard(id=name, input_type="optional", hub="")
     elif dialect == "nim" and (limit := _NIM_MAX_TOKENS.get(card.id)):
         card = replace(card, max_tokens=limit)
     card = _with_listing(card, listed or {})
-    return own.apply_to(card) if own else card
+    return user_card.apply_to(card) if user_card else card
 
 
-async def discover(client: EndpointClient, cards: Sequence[CardOverride] = ()) -> dict[str, ModelCard]:
+async def discover(client: EndpointClient, user_cards: Sequence[CardOverride] = ()) -> dict[str, ModelCard]:
     """Return the cards of the embedding models that the endpoint lists, by their names there.
 
     The hosted API lists its whole catalogue, including chat models and models that the account may not call. Of those,
@@ -70,7 +70,7 @@ async def discover(client: EndpointClient, cards: Sequence[CardOverride] = ()) -
 
     Args:
         client: of the endpoint; the request is not retried, since a caller that needs the list asks again.
-        cards: the user's own.
+        user_cards: the user's cards.
 
     Raises:
         EmbeddingsError: the list cannot be fetched.
@@ -82,7 +82,7 @@ async def discover(client: EndpointClient, cards: Sequence[CardOverride] = ()) -
     else:
         dialect, hosted = client.endpoint.dialect, client.endpoint.hosted
         return {
-            name: card_for(name, dialect=dialect, cards=cards, listed=entry)
+            name: card_for(name, dialect=dialect, user_cards=user_cards, listed=entry)
             for entry in entries
             if is_embedding_model(name := entry["id"]) or not hosted
         }

@@ -126,7 +126,7 @@ class NimEmbedder:
             else:
                 await self._client.check()
             return
-        raise UpstreamTimeout(f"the endpoint {self.origin} did not answer within {self._endpoint.timeout:g} s")
+        raise UpstreamTimeout(f"the endpoint {self.origin} did not respond within {self._endpoint.timeout:g} s")
 
     async def aclose(self) -> None:
         """Cancel requests in flight for all models of the endpoint, and close its connections."""
@@ -145,7 +145,7 @@ class NimEmbedder:
 
         Args:
             texts: the batch.
-            start: position of its first text in the call.
+            start: index of its first text in the call.
             input_type: as in `embed`.
             truncate: as in `embed`.
             retry: whether to retry transient failures.
@@ -174,7 +174,7 @@ class NimEmbedder:
             return await self._client.fetch("/embeddings", parse, body=body, context=context, retry=retry)
         except Failure as error:
             failure = error
-        if not failure.divisible or len(texts) == 1:
+        if not failure.splittable or len(texts) == 1:
             raise _with_offset(failure.error, start)
         self._warn_once(
             f"{failure.error.message}; sending smaller requests, which a lower `batch_size` would do at once"
@@ -242,5 +242,5 @@ def _distribute_tokens(tokens: int, texts: Sequence[str]) -> list[int]:
 
 
 def _with_offset(error: EmbeddingsError, start: int) -> EmbeddingsError:
-    """Translate an error about a text of a batch to the text's position in the call."""
-    return error.translated(partial(add, start)) if isinstance(error, InputUnusable) else error
+    """Translate an error about a text of a batch to the text's index in the call."""
+    return error.reindexed(partial(add, start)) if isinstance(error, InputUnusable) else error

@@ -49,10 +49,10 @@ class Endpoint:
         dialect: ``nim`` for NIM and compatible servers (such as this one); ``openai`` for others (vLLM, TEI, Ollama).
             The latter are never sent fields that they would silently ignore: prompts are prepended to the texts here.
         allow_http: accept a URL without TLS that is not on this machine: texts and key travel unencrypted.
-        batch_size: most texts in one request.
-        concurrency: most requests in flight.
-        requests_per_minute: most requests in any 60 seconds; ``inf`` for no limit. None means 40 for the hosted API
-            and no limit elsewhere.
+        batch_size: maximum number of texts in one request.
+        concurrency: maximum number of requests in flight.
+        requests_per_minute: maximum number of requests in any 60 seconds; ``inf`` for no limit. None means 40 for the
+            hosted API and no limit for others.
         timeout: seconds without a byte received after which an attempt fails.
         deadline: seconds that one call may take in total, including queueing and retries.
         status_url: where to poll for a response that was not ready at once; None if the server has no such route.
@@ -80,9 +80,10 @@ class Endpoint:
         object.__setattr__(self, "api_key", _checked_key(self.api_key, self.key_name))
         if self.hosted and self.status_url is None:
             object.__setattr__(self, "status_url", HOSTED_STATUS_URL)
-        for limit in ("batch_size", "concurrency", "rate", "timeout", "deadline"):
-            if getattr(self, limit) <= 0:
-                raise InvalidSetting(f"`{limit}` of the endpoint {self.url} must be more than 0")
+        for limit in ("batch_size", "concurrency", "requests_per_minute", "timeout", "deadline"):
+            value = getattr(self, limit)
+            if value is not None and value <= 0:
+                raise InvalidSetting(f"`{limit}` of the endpoint {self.url} must be greater than 0")
 
     @property
     def host(self) -> str:
@@ -96,7 +97,7 @@ class Endpoint:
 
     @property
     def rate(self) -> float:
-        """Most requests in any 60 seconds."""
+        """Maximum number of requests in any 60 seconds."""
         if self.requests_per_minute is not None:
             return self.requests_per_minute
         return HOSTED_REQUESTS_PER_MINUTE if self.hosted else math.inf
@@ -130,7 +131,7 @@ class Endpoint:
 
 
 _INVALID_URL = (
-    "an endpoint's address must look like https://host or http://localhost:8000; the value given is not repeated here, "
+    "an endpoint's URL must look like https://host or http://localhost:8000; the value given is not repeated here, "
     "since it may be a key"
 )
 
@@ -145,7 +146,7 @@ def _checked_url(text: str, *, allow_http: bool) -> str:
     if url.userinfo or url.query or url.fragment:
         # The URL is not repeated, since these parts may hold a key.
         raise InvalidSetting(
-            f"the address of the endpoint at {url.host!r} must end with its path, and hold neither user name nor "
+            f"the URL of the endpoint at {url.host!r} must end with its path, and hold neither user name nor "
             "password: a key goes where the endpoint's `api_key_env` says"
         )
     if url.scheme not in {"http", "https"} or not url.host:

@@ -36,12 +36,12 @@ from embeddings_mcp.errors import (
 from embeddings_mcp.models import ModelCard
 
 # Attempts in total. The backoff between them is 0.5, 1, 2 ... 30 s, plus jitter.
-_CONNECT_ATTEMPTS = 3  # nothing listens at the address: if it is mistyped, the user should learn it soon
+_CONNECT_ATTEMPTS = 3  # nothing listens at the URL: if it is mistyped, the user should learn it soon
 _TRANSIENT_ATTEMPTS = 6  # a failure of the endpoint or the network
 _RATE_LIMIT_ATTEMPTS = 8  # the pauses add up to just over a minute, the usual window of a rate limit
 
-_RATE_WINDOW = 60.0  # seconds
-_MAX_RETRY_AFTER = 86_400.0  # seconds; beyond a day, no endpoint can predict its availability
+_RATE_WINDOW_SECONDS = 60.0
+_MAX_RETRY_AFTER_SECONDS = 86_400.0  # beyond a day, no endpoint can predict its availability
 _MAX_QUOTE_CHARS = 300
 
 
@@ -50,19 +50,19 @@ class Failure(Exception):
 
     Attributes:
         error: raised to the caller if there is no further attempt.
-        attempts: most attempts in total; 1 if a retry cannot help.
+        attempts: maximum number of attempts in total; 1 if a retry cannot help.
         pause: seconds to wait before the next attempt, as requested by the endpoint; None if it requests none.
-        divisible: the same texts may be accepted in smaller requests.
+        splittable: the same texts may be accepted in smaller requests.
     """
 
     def __init__(
-        self, error: EmbeddingsError, *, attempts: int = 1, pause: float | None = None, divisible: bool = False
+        self, error: EmbeddingsError, *, attempts: int = 1, pause: float | None = None, splittable: bool = False
     ) -> None:
         super().__init__(error.message)
         self.error = error
         self.attempts = attempts
         self.pause = pause
-        self.divisible = divisible
+        self.splittable = splittable
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,7 @@ def failure_from_transport_error(error: httpx.RequestError, *, endpoint: Endpoin
     detail = endpoint.redact(str(error)) or type(error).__name__
     match error:
         case httpx.ConnectTimeout() | httpx.ConnectError() | httpx.ProxyError():
-            question = "is this machine online" if endpoint.hosted else "is it running, is the address right"
+            question = "is this machine online" if endpoint.hosted else "is it running, is the URL right"
             message = f"cannot connect to the endpoint {endpoint.url} ({detail}): {question}, is a proxy in between?"
             return Failure(UpstreamUnavailable(message), attempts=_CONNECT_ATTEMPTS)
         case httpx.TimeoutException():
@@ -163,19 +163,19 @@ def failure_from_invalid_response(error: InvalidResponse, *, endpoint: Endpoint)
 
 def _too_long(_response: ErrorResponse, context: RequestContext, match: re.Match[str]) -> Failure:
     groups = match.groupdict()
-    tokens, allowed, index = (_parse_int(groups.get(name)) for name in ("tokens", "allowed", "index"))
+    tokens, max_tokens, index = (_parse_int(groups.get(name)) for name in ("tokens", "max_tokens", "index"))
     if index is not None and index < len(context.texts):
-        return Failure(InputTooLong(index=index, tokens=tokens, allowed=allowed))
+        return Failure(InputTooLong(index=index, tokens=tokens, max_tokens=max_tokens))
     lengths = [len(text) for text in context.texts]
     return Failure(
-        InputTooLong(index=lengths.index(max(lengths)), tokens=tokens, allowed=allowed, certain=len(lengths) == 1)
+        InputTooLong(index=lengths.index(max(lengths)), tokens=tokens, max_tokens=max_tokens, certain=len(lengths) == 1)
     )
 
 
 def _too_large(response: ErrorResponse, context: RequestContext, _match: re.Match[str]) -> Failure:
     texts = "the text is" if len(context.texts) == 1 else f"{len(context.texts)} texts are"
     error = PayloadTooLarge(f"{texts} too much for one request to {response.sender} ({response.quote})", param="input")
-    return Failure(error, divisible=True)
+    return Failure(error, splittable=True)
 
 
 def _degraded(response: ErrorResponse, context: RequestContext, _match: re.Match[str]) -> Failure:
@@ -189,7 +189,7 @@ def _input_type(response: ErrorResponse, context: RequestContext, _match: re.Mat
     return Failure(
         InvalidRequest(
             f"`input_type` is not as {context.model} wants it: 'query' for what is searched with, 'passage' for what "
-            f"is searched ({response.sender} answered {response.quote})",
+            f"is searched ({response.sender} responded with {response.quote})",
             param="input_type",
         )
     )
@@ -240,11 +240,15 @@ _REQUEST_FAILURES: tuple[
 ] = (
     # By status and message; the first match counts. The patterns match messages of NIM, this server's own REST API,
     # text-embeddings-inference, vLLM and Ollama.
-    (_INVALID, r"Input length (?P<tokens>\d+) exceeds maximum allowed token size (?P<allowed>\d+)", _too_long),
+    (_INVALID, r"Input length (?P<tokens>\d+) exceeds maximum allowed token size (?P<max_tokens>\d+)", _too_long),
     (_INVALID, r"exceeds maximum allowed token size", _too_long),
-    (_INVALID, r"`input\[(?P<index>\d+)\]` has (?P<tokens>\d[\d,]*) tokens, .* takes (?P<allowed>\d[\d,]*)", _too_long),
-    (_INVALID, r"must have less than (?P<allowed>\d+) tokens\. Given: (?P<tokens>\d+)", _too_long),
-    (_INVALID, r"maximum context length is (?P<allowed>\d+) tokens(.*?(?P<tokens>\d+) (input )?tokens)?", _too_long),
+    (
+        _INVALID,
+        r"`input\[(?P<index>\d+)\]` has (?P<tokens>\d[\d,]*) tokens, .* takes (?P<max_tokens>\d[\d,]*)",
+        _too_long,
+    ),
+    (_INVALID, r"must have less than (?P<max_tokens>\d+) tokens\. Given: (?P<tokens>\d+)", _too_long),
+    (_INVALID, r"maximum context length is (?P<max_tokens>\d+) tokens(.*?(?P<tokens>\d+) (input )?tokens)?", _too_long),
     (_INVALID | {500}, r"input length exceeds the context length", _too_long),  # Ollama reports it as a server error
     # The hosted gateway limits the bytes, other servers the number of texts.
     (_INVALID, r"payload is below|batch size|less than \d+ elements", _too_large),
@@ -258,7 +262,7 @@ _REQUEST_FAILURES: tuple[
     ({410}, _ANY, _retired),
 )
 
-# --- Failures of the endpoint, its authentication, or its address ----------------------------------------------------
+# --- Failures of the endpoint, its authentication, or its URL --------------------------------------------------------
 
 
 def _key_refused(response: ErrorResponse) -> Failure:
@@ -286,15 +290,15 @@ def _no_credits(response: ErrorResponse) -> Failure:
 
 
 def _no_route(response: ErrorResponse) -> Failure:
-    return Failure(UpstreamFailed(f"{response.sender} has no such route (404): is its address right?"))
+    return Failure(UpstreamFailed(f"{response.sender} has no such route (404): is its URL right?"))
 
 
 def _rate_limited(response: ErrorResponse) -> Failure:
-    wait = response.retry_after or _RATE_WINDOW
+    retry_after = response.retry_after or _RATE_WINDOW_SECONDS
     error = Overloaded(
-        f"{response.sender} takes no more requests for now ({response.quote}): try again in {wait:,.0f} s, with "
+        f"{response.sender} takes no more requests for now ({response.quote}): try again in {retry_after:,.0f} s, with "
         "fewer texts at once",
-        retry_after=wait,
+        retry_after=retry_after,
     )
     return Failure(error, attempts=_RATE_LIMIT_ATTEMPTS, pause=response.retry_after)
 
@@ -304,12 +308,12 @@ def _timed_out(response: ErrorResponse) -> Failure:
 
 
 def _unavailable(response: ErrorResponse) -> Failure:
-    wait = response.retry_after
-    when = "later" if wait is None else f"in {wait:,.0f} s"
+    retry_after = response.retry_after
+    when = "later" if retry_after is None else f"in {retry_after:,.0f} s"
     error = UpstreamUnavailable(
-        f"{response.sender} takes no work now ({response.quote}): try again {when}", retry_after=wait
+        f"{response.sender} takes no work now ({response.quote}): try again {when}", retry_after=retry_after
     )
-    return Failure(error, attempts=_TRANSIENT_ATTEMPTS, pause=wait)
+    return Failure(error, attempts=_TRANSIENT_ATTEMPTS, pause=retry_after)
 
 
 def _broken(response: ErrorResponse) -> Failure:
@@ -321,7 +325,7 @@ def _redirected(response: ErrorResponse) -> Failure:
     return Failure(
         UpstreamFailed(
             f"{response.sender} redirects to {target} ({response.status}), which is not followed, since "
-            "the key would go with it: if that address is the right one, set it as the endpoint's"
+            "the key would go with it: if that URL is the right one, set it as the endpoint's `url`"
         )
     )
 
@@ -392,7 +396,7 @@ def parse_retry_after(header: str | None) -> float | None:
             seconds = (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
         except (ValueError, OverflowError):
             return None
-    return min(max(seconds, 0.0), _MAX_RETRY_AFTER) if math.isfinite(seconds) else None
+    return min(max(seconds, 0.0), _MAX_RETRY_AFTER_SECONDS) if math.isfinite(seconds) else None
 
 
 def _parse_int(digits: str | None) -> int | None:

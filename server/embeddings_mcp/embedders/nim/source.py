@@ -15,7 +15,7 @@ from embeddings_mcp.embedders.nim.embedder import NimEmbedder
 from embeddings_mcp.errors import EmbeddingsError, UpstreamTimeout
 from embeddings_mcp.models import CardOverride, ModelCard
 
-DISCOVERY_SECONDS = 10.0
+DISCOVERY_TIMEOUT_SECONDS = 10.0
 """Longest wait for an endpoint's list of models."""
 
 RETRY_SECONDS = 10.0
@@ -29,7 +29,7 @@ class EndpointModels:
         client: of the endpoint.
         known: names of models that are available before discovery.
         complete: `known` lists all models, so there is no discovery.
-        cards: the user's own cards; they take precedence over everything else.
+        user_cards: the user's cards; they take precedence over everything else.
         wrap: wraps each embedder, for example in a cache.
     """
 
@@ -39,18 +39,20 @@ class EndpointModels:
         *,
         known: Sequence[str] = (),
         complete: bool = False,
-        cards: Sequence[CardOverride] = (),
+        user_cards: Sequence[CardOverride] = (),
         wrap: Callable[[Embedder], Embedder] = lambda embedder: embedder,
     ) -> None:
         self._client = client
-        self._cards = cards
+        self._user_cards = user_cards
         self._wrap = wrap
         self._embedders: dict[str, Embedder] = {}
         self._lock = anyio.Lock()
         self._discovered_at = math.inf if complete else None  # a complete list never becomes stale
         self._failed_at = 0.0
         self._failure: EmbeddingsError | None = None
-        self._set_models({name: card_for(name, dialect=client.endpoint.dialect, cards=cards) for name in known})
+        self._set_models(
+            {name: card_for(name, dialect=client.endpoint.dialect, user_cards=user_cards) for name in known}
+        )
 
     @property
     def origin(self) -> str:
@@ -86,11 +88,11 @@ class EndpointModels:
 
     async def check(self) -> None:
         """See `ModelSource.check`."""
-        with anyio.move_on_after(DISCOVERY_SECONDS):
+        with anyio.move_on_after(DISCOVERY_TIMEOUT_SECONDS):
             await self._client.check()
             return
         raise UpstreamTimeout(
-            f"the endpoint {self.origin} did not report within {DISCOVERY_SECONDS:g} s whether it is ready"
+            f"the endpoint {self.origin} did not report within {DISCOVERY_TIMEOUT_SECONDS:g} s whether it is ready"
         )
 
     async def aclose(self) -> None:
@@ -101,9 +103,11 @@ class EndpointModels:
                 stack.push_async_callback(embedder.aclose)
 
     async def _list_models(self) -> dict[str, ModelCard]:
-        with anyio.move_on_after(DISCOVERY_SECONDS):
-            return await discover(self._client, self._cards)
-        raise UpstreamTimeout(f"the endpoint {self.origin} did not list its models within {DISCOVERY_SECONDS:g} s")
+        with anyio.move_on_after(DISCOVERY_TIMEOUT_SECONDS):
+            return await discover(self._client, self._user_cards)
+        raise UpstreamTimeout(
+            f"the endpoint {self.origin} did not list its models within {DISCOVERY_TIMEOUT_SECONDS:g} s"
+        )
 
     def _set_models(self, cards: Mapping[str, ModelCard]) -> None:
         """Set the models, keeping embedders that exist already.

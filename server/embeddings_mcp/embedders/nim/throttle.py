@@ -21,19 +21,19 @@ class Throttle:
 
     Args:
         name: of what is behind the throttle, for error messages.
-        concurrency: most requests in flight.
-        requests: most requests in one window; ``inf`` for no limit.
+        concurrency: maximum number of requests in flight.
+        max_requests: maximum number of requests in one window; ``inf`` for no limit.
         window: seconds.
     """
 
-    def __init__(self, name: str, *, concurrency: int, requests: float, window: float = 60.0) -> None:
+    def __init__(self, name: str, *, concurrency: int, max_requests: float, window: float = 60.0) -> None:
         self._name = name
         self._concurrency = concurrency
         self._in_flight = anyio.Semaphore(concurrency)
         self._rate_lock = anyio.Lock()
-        self._requests = None if math.isinf(requests) else max(int(requests), 1)
+        self._max_requests = None if math.isinf(max_requests) else max(int(max_requests), 1)
         self._window = window
-        self._starts: deque[float] = deque(maxlen=self._requests or 0)
+        self._starts: deque[float] = deque(maxlen=self._max_requests or 0)
         self._paused_until = -math.inf
         self._average_seconds = 0.0  # duration of a request
 
@@ -55,8 +55,8 @@ class Throttle:
         )
 
     def capacity(self, seconds: float) -> float:
-        """Return the most requests that can start within this time."""
-        return math.inf if self._requests is None else self._requests * (seconds // self._window + 1)
+        """Return the maximum number of requests that can start within this time."""
+        return math.inf if self._max_requests is None else self._max_requests * (seconds // self._window + 1)
 
     @asynccontextmanager
     async def acquire(self) -> AsyncIterator[None]:
@@ -86,11 +86,11 @@ class Throttle:
     def _start_time(self, nth: int) -> float:
         """Return when the nth request from now may start."""
         earliest = max(anyio.current_time(), self._paused_until)
-        if self._requests is None:
+        if self._max_requests is None:
             return earliest
         # Each start in the window frees one slot a window later, and so do the starts in those slots.
-        windows, slot = divmod(nth - 1, self._requests)
-        previous = slot - (self._requests - len(self._starts))
+        windows, slot = divmod(nth - 1, self._max_requests)
+        previous = slot - (self._max_requests - len(self._starts))
         if previous >= 0:
             earliest = max(earliest, self._starts[previous] + self._window)
         return earliest + windows * self._window

@@ -30,7 +30,7 @@ async def run_demo(texts: list[str] | None = None) -> None:
     """Start ``embeddings-mcp serve`` over stdio, list its tools, embed, compare and search `texts`.
 
     Raises:
-        ModelUnavailable: the server did not start or failed to answer; the message includes the server's own.
+        ModelUnavailable: the server did not start or failed to respond; the message includes the server's own.
     """
     try:
         await _demonstrate(texts or SAMPLES, Console())

@@ -52,10 +52,10 @@ if TYPE_CHECKING:
 
 State = Literal["fine", "note", "problem"]
 
-ENDPOINT_SECONDS = 60.0
+ENDPOINT_TIMEOUT_SECONDS = 60.0
 """Timeout for an embedding by an endpoint."""
 
-LOADING_SECONDS = 1800.0
+LOADING_TIMEOUT_SECONDS = 1800.0
 """Timeout for an embedding by a local model, whose first use may download it from the hub."""
 
 _MODELS_SHOWN = 5
@@ -236,27 +236,29 @@ async def _check_access(settings: Settings) -> AsyncIterator[Finding]:
     from embeddings_mcp.faces.http.guard import Guard
 
     try:
-        tokens = TokenVerifier.from_settings(settings)
-        Guard(Starlette(), settings, tokens)
-        credentials = {"a key": Keyring(settings).in_use, "an access token": tokens is not None}
+        token_verifier = TokenVerifier.from_settings(settings)
+        Guard(Starlette(), settings, token_verifier)
+        credentials = {"a key": Keyring(settings).in_use, "an access token": token_verifier is not None}
     except EmbeddingsError as error:
         yield problem("HTTP callers", error)
         return
     accepted = " or ".join(name for name, used in credentials.items() if used)
     how = f"with {accepted}" if accepted else "without a key"
     yield Finding("HTTP callers", "fine", f"reach {settings.host} port {settings.port} {how}")
-    if tokens is not None:
-        async with contextlib.aclosing(tokens):
-            yield await _check_issuer(f"issuer {settings.oauth_issuer}", tokens)
+    if token_verifier is not None:
+        async with contextlib.aclosing(token_verifier):
+            yield await _check_issuer(f"issuer {settings.oauth_issuer}", token_verifier)
 
 
-async def _check_issuer(subject: str, tokens: TokenVerifier) -> Finding:
+async def _check_issuer(subject: str, token_verifier: TokenVerifier) -> Finding:
     started = time.perf_counter()
     try:
-        keys = await tokens.check()
+        keys = await token_verifier.check()
     except EmbeddingsError as error:
         return problem(subject, error)
-    return Finding(subject, "fine", f"answers in {_elapsed(started)} and publishes {keys} key{'s' if keys > 1 else ''}")
+    return Finding(
+        subject, "fine", f"responds in {_elapsed(started)} and publishes {keys} key{'s' if keys > 1 else ''}"
+    )
 
 
 # --- Endpoints and models --------------------------------------------------------------------------------------------
@@ -273,7 +275,7 @@ async def _check_endpoint(source: ModelSource) -> Finding:
         return problem(subject, error)
     models = model_ids(source.models)
     shown = ", ".join(models[:_MODELS_SHOWN]) + (", ..." if len(models) > _MODELS_SHOWN else "")
-    return Finding(subject, "fine", f"answers in {_elapsed(started)} and has {shown or 'no models'}")
+    return Finding(subject, "fine", f"responds in {_elapsed(started)} and has {shown or 'no models'}")
 
 
 def _model_to_try(source: ModelSource, catalogue: Catalogue) -> Embedder | None:
@@ -292,7 +294,7 @@ def _model_to_try(source: ModelSource, catalogue: Catalogue) -> Embedder | None:
 
 async def _try_endpoint_model(source: ModelSource, embedder: Embedder) -> Finding:
     """Embed a text with a model of an endpoint; this also shows whether the endpoint accepts the key."""
-    finding = await _try_embedding(f"endpoint {source.origin}, {embedder.card.id}", embedder, ENDPOINT_SECONDS)
+    finding = await _try_embedding(f"endpoint {source.origin}, {embedder.card.id}", embedder, ENDPOINT_TIMEOUT_SECONDS)
     if finding.state == "fine" and source.key_name is not None:
         return replace(finding, says=f"{finding.says}; the key in {source.key_name} is accepted")
     return finding
@@ -304,7 +306,9 @@ async def _try_default_model(subject: str, catalogue: Catalogue) -> Finding:
         embedder, _ = await catalogue.find(DEFAULT)
     except EmbeddingsError as error:
         return problem(subject, error)
-    return await _try_embedding(subject, embedder, LOADING_SECONDS if embedder.origin == "local" else ENDPOINT_SECONDS)
+    return await _try_embedding(
+        subject, embedder, LOADING_TIMEOUT_SECONDS if embedder.origin == "local" else ENDPOINT_TIMEOUT_SECONDS
+    )
 
 
 async def _try_embedding(subject: str, embedder: Embedder, seconds: float) -> Finding:
@@ -320,19 +324,19 @@ async def _try_embedding(subject: str, embedder: Embedder, seconds: float) -> Fi
         return problem(subject, error)
     where = "on this machine, including model loading" if embedder.origin == "local" else "over the network"
     length = embeddings.vectors.shape[1]
-    return Finding(subject, "fine", f"returned a vector of {length} numbers in {_elapsed(started)} {where}")
+    return Finding(subject, "fine", f"returned a vector of {length} dimensions in {_elapsed(started)} {where}")
 
 
 # --- Advice ----------------------------------------------------------------------------------------------------------
 
 _ADVICE: dict[type[EmbeddingsError], str] = {
     InvalidSetting: "correct the setting; `embeddings-mcp serve --help` explains each flag",
-    IssuerUnavailable: "check that the issuer is running and reachable, or correct its address",
+    IssuerUnavailable: "check that the issuer is running and reachable, or correct its URL",
     MissingDependency: "install the missing package",
     CheckpointInvalid: "download or reinstall the model's files",
     ModelRetired: "serve the model locally, or choose another one (--default-model)",
     UpstreamRefused: "set a key that the endpoint accepts",
-    UpstreamUnavailable: "check that the endpoint is running and reachable, or correct its address (--endpoint)",
+    UpstreamUnavailable: "check that the endpoint is running and reachable, or correct its URL (--endpoint)",
     UpstreamTimeout: "check the endpoint's log, or allow more time (`timeout`, `deadline`)",
     UpstreamFailed: "check the endpoint's log; `dialect` must be 'openai' for servers other than NIM",
     Overloaded: "try again later, or lower `requests_per_minute` to what the account allows",

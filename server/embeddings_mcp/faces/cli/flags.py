@@ -46,7 +46,7 @@ def service_factory(
 
 
 def refuse_self_endpoint(settings: Settings) -> None:
-    """Reject an endpoint at the address where this server will listen: it would call itself in an endless loop.
+    """Reject an endpoint at the URL where this server will listen: it would call itself in an endless loop.
 
     Raises:
         InvalidSetting: there is such an endpoint.
@@ -54,12 +54,12 @@ def refuse_self_endpoint(settings: Settings) -> None:
     own_hosts = {settings.host, "localhost", "127.0.0.1", "::1"}
     for endpoint in settings.endpoints:
         try:
-            address = urlsplit(endpoint.url)
-            port = address.port
+            url = urlsplit(endpoint.url)
+            port = url.port
         except ValueError:
             continue  # not a valid URL, which is rejected when the endpoint is created
-        if settings.port and port == settings.port and address.hostname in own_hosts:
+        if settings.port and port == settings.port and url.hostname in own_hosts:
             raise InvalidSetting(
-                f"the endpoint {endpoint.url} would be this server itself: choose another --port, or another address "
-                "for the endpoint"
+                f"the endpoint {endpoint.url} would be this server itself: choose another --port, or another URL for "
+                "the endpoint"
             )

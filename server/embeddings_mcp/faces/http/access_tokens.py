@@ -117,14 +117,14 @@ class TokenVerifier:
         await self._jwks.aclose()
 
 
-def _https_url(address: str, setting: str) -> AnyHttpUrl:
+def _https_url(text: str, setting: str) -> AnyHttpUrl:
     """Parse the URL in a setting, which must be https, except on loopback."""
     try:
-        url = _URL.validate_python(address)
+        url = _URL.validate_python(text)
     except ValidationError:
         url = None
     if url is None or not (url.scheme == "https" or is_loopback((url.host or "").strip("[]"))):
-        raise InvalidSetting(f"{setting} must be an https address, as in https://host/path, not {address[:200]!r}")
+        raise InvalidSetting(f"{setting} must be an https URL, as in https://host/path, not {text[:200]!r}")
     return url
 
 

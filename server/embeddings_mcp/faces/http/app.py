@@ -35,7 +35,7 @@ if sys.platform != "win32":
 
 logger = logging.getLogger(__name__)
 
-SHUTDOWN_SECONDS = 7
+SHUTDOWN_GRACE_SECONDS = 7
 """Grace period for requests in flight after a signal to stop; after it they are failed with an error."""
 
 _LAST_RESPONSES_SECONDS = 2  # to send those errors; container runtimes kill a process 10 s after the signal
@@ -73,13 +73,13 @@ def create_app(service: EmbeddingService, mcp_server: MCPServer, settings: Setti
         transport_security=TransportSecuritySettings(enable_dns_rebinding_protection=False),
     )
 
-    tokens = TokenVerifier.from_settings(settings)
+    token_verifier = TokenVerifier.from_settings(settings)
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as stack:
-            if tokens is not None:
-                stack.push_async_callback(tokens.aclose)
+            if token_verifier is not None:
+                stack.push_async_callback(token_verifier.aclose)
             await stack.enter_async_context(contextlib.aclosing(service))
             await stack.enter_async_context(mcp_server.session_manager.run())
             yield
@@ -89,13 +89,13 @@ def create_app(service: EmbeddingService, mcp_server: MCPServer, settings: Setti
             *rest.routes(service, Limits.from_settings(settings)),
             metrics_route(),
             *descriptions.routes(),
-            *(tokens.routes() if tokens is not None else ()),
+            *(token_verifier.routes() if token_verifier is not None else ()),
             *mcp_app.routes,
         ],
         exception_handlers=rest.EXCEPTION_HANDLERS,
         lifespan=lifespan,
     )
-    guard = Guard(app, settings, tokens)
+    guard = Guard(app, settings, token_verifier)
     if not settings.cors_origins:
         return InstrumentationMiddleware(guard)
     # Outside the guard, since a browser sends no key with a preflight request.
@@ -110,9 +110,9 @@ def create_app(service: EmbeddingService, mcp_server: MCPServer, settings: Setti
 
 
 def serve_http(service: EmbeddingService, mcp_server: MCPServer, settings: Settings) -> None:
-    """Serve until SIGINT or SIGTERM; requests then in flight have `SHUTDOWN_SECONDS` to complete.
+    """Serve until SIGINT or SIGTERM; requests then in flight have `SHUTDOWN_GRACE_SECONDS` to complete.
 
-    Once the server listens, it writes its address to stderr in one line; port 0 picks a free port.
+    Once the server listens, it writes its URL to stderr in one line; port 0 picks a free port.
 
     Raises:
         InvalidSetting: the server cannot listen on the address, the certificate is unusable, or the server would be
@@ -132,7 +132,7 @@ def serve_http(service: EmbeddingService, mcp_server: MCPServer, settings: Setti
         server_header=False,
         proxy_headers=False,  # or a client on loopback could forge its address, and so evade the rate limit
         backlog=_ACCEPT_BATCH,
-        timeout_graceful_shutdown=SHUTDOWN_SECONDS + _LAST_RESPONSES_SECONDS,
+        timeout_graceful_shutdown=SHUTDOWN_GRACE_SECONDS + _LAST_RESPONSES_SECONDS,
     )
     try:
         config.load()
@@ -148,7 +148,7 @@ def serve_http(service: EmbeddingService, mcp_server: MCPServer, settings: Setti
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, which also announces its address, logs accept errors, and answers all requests at shutdown."""
+    """uvicorn's server; announces its URL, logs accept errors, and responds to all requests at shutdown."""
 
     def __init__(self, config: uvicorn.Config, listener: socket.socket, service: EmbeddingService, load: Load) -> None:
         super().__init__(config)
@@ -190,7 +190,7 @@ class _Server(uvicorn.Server):
 
     async def _fail_late_requests(self) -> None:
         """After the grace period, close the embedders: requests in flight get an error, not a dropped connection."""
-        await asyncio.sleep(SHUTDOWN_SECONDS)
+        await asyncio.sleep(SHUTDOWN_GRACE_SECONDS)
         await self._service.aclose()
 
 

@@ -20,7 +20,7 @@ if sys.platform == "linux":
 
 _logger = logging.getLogger(__name__)
 
-HEAD_SECONDS = 30.0
+HEAD_TIMEOUT_SECONDS = 30.0
 """Timeout for the whole head of a request; for the first request it starts when the connection is made."""
 
 STALL_SECONDS = 60.0
@@ -57,7 +57,7 @@ class Connection(H11Protocol):
             self._head_timer = None
 
     def _should_upgrade(self) -> bool:
-        """Ignore offers of another protocol and answer in HTTP/1.1; uvicorn would warn that a package is missing."""
+        """Ignore offers of another protocol and respond in HTTP/1.1; uvicorn would warn that a package is missing."""
         return False
 
     def pause_writing(self) -> None:
@@ -80,7 +80,7 @@ class Connection(H11Protocol):
 
     def _start_head_timer(self) -> None:
         if self._head_timer is None:
-            self._head_timer = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
+            self._head_timer = self.loop.call_later(HEAD_TIMEOUT_SECONDS, self.transport.abort)
 
     def _start_read_timer(self) -> None:
         self._read_timer = self.loop.call_later(STALL_SECONDS, self._check_progress, self._unread_bytes())

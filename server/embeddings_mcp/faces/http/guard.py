@@ -52,16 +52,16 @@ class Guard:
         app: the application.
         settings: the host and its names, keys, routes without a key, rate limit, limits of requests in flight, and
             whether any endpoint takes ``caller_keys``.
-        tokens: verifies access tokens, where an issuer is configured.
+        token_verifier: verifies access tokens, where an issuer is configured.
 
     Raises:
         InvalidSetting: the server would be open to other machines without a key.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, tokens: TokenVerifier | None = None) -> None:
-        self._tokens = tokens
+    def __init__(self, app: ASGIApp, settings: Settings, token_verifier: TokenVerifier | None = None) -> None:
+        self._token_verifier = token_verifier
         self._keys = Keyring(settings)
-        if not (self._keys.in_use or tokens or settings.allow_keyless or is_loopback(settings.host)):
+        if not (self._keys.in_use or token_verifier or settings.allow_keyless or is_loopback(settings.host)):
             raise InvalidSetting(
                 f"every machine that reaches {settings.host} could use this server: set an API key "
                 "(EMBEDDINGS_MCP_API_KEY) or an issuer of access tokens (EMBEDDINGS_MCP_OAUTH_ISSUER), listen on "
@@ -69,8 +69,8 @@ class Guard:
             )
         self._app = app
         self._keyless_paths = frozenset[str]().union(*(_PATHS[name] for name in settings.without_key))
-        if tokens is not None:
-            self._keyless_paths |= {urlsplit(tokens.metadata_url).path}
+        if token_verifier is not None:
+            self._keyless_paths |= {urlsplit(token_verifier.metadata_url).path}
         self._origins = frozenset(settings.cors_origins)
         rate = settings.requests_per_minute
         self._rate_limiter = None if rate is None else RateLimiter(rate)
@@ -149,11 +149,11 @@ class Guard:
         Raises:
             RateLimited: the caller has exceeded it.
         """
-        if self._rate_limiter is not None and (wait := self._rate_limiter.retry_after(caller)):
+        if self._rate_limiter is not None and (retry_after := self._rate_limiter.retry_after(caller)):
             raise RateLimited(
-                f"too many requests in a minute from one caller: try again in {math.ceil(wait)} s, or send more texts "
-                "in one request",
-                retry_after=wait,
+                f"too many requests in a minute from one caller: try again in {math.ceil(retry_after)} s, or send more "
+                "texts in one request",
+                retry_after=retry_after,
             )
 
     def _check_host_and_origin(self, scope: Scope) -> None:
@@ -198,27 +198,27 @@ class Guard:
             InsufficientScope: its token lacks a required scope.
             IssuerUnavailable: its token cannot be verified.
         """
-        if not self._keys.in_use and self._tokens is None:
+        if not self._keys.in_use and self._token_verifier is None:
             return None
         values = header_values(scope, b"authorization")
         scheme, _, credential = values[0].partition(" ") if len(values) == 1 else ("", "", "")
         credential = credential.strip() if scheme.lower() == "bearer" else ""
         if credential and (owner := self._keys.owner(credential.encode("latin-1"))) is not None:
             return AccessToken(token="", client_id=owner, scopes=[])
-        if self._tokens is None:
+        if self._token_verifier is None:
             raise AuthenticationFailed(
                 "this server requires its API key, in the header `Authorization: Bearer KEY`; it is missing or wrong"
             )
-        challenge = f'Bearer resource_metadata="{self._tokens.metadata_url}"'
-        token = await self._tokens.verify_token(credential) if credential else None
+        challenge = f'Bearer resource_metadata="{self._token_verifier.metadata_url}"'
+        token = await self._token_verifier.verify_token(credential) if credential else None
         if token is None:
             raise AuthenticationFailed(
                 "this server requires an access token, in the header `Authorization: Bearer TOKEN`; it is missing, "
-                f"expired or not for this server. {self._tokens.metadata_url} names the issuer to get one from",
+                f"expired or not for this server. {self._token_verifier.metadata_url} names the issuer to get one from",
                 challenge=f'{challenge}, error="invalid_token"' if credential else challenge,
             )
-        if missing := [name for name in self._tokens.scopes if name not in token.scopes]:
-            required = " ".join(self._tokens.scopes)
+        if missing := [name for name in self._token_verifier.scopes if name not in token.scopes]:
+            required = " ".join(self._token_verifier.scopes)
             raise InsufficientScope(
                 f"the access token lacks the scope {' '.join(missing)}: ask its issuer for one with `scope` "
                 f"{required!r}",

@@ -17,7 +17,7 @@ from embeddings_mcp.faces.http.scope import client_address, header_values
 from embeddings_mcp.reservations import Reservations
 from embeddings_mcp.settings import Settings
 
-BODY_SECONDS = 60.0
+BODY_TIMEOUT_SECONDS = 60.0
 """Timeout for a request's whole body; otherwise a client that sends a byte now and then could hold a slot forever."""
 
 _BYTES_RETRY_SECONDS = 1.0
@@ -29,7 +29,7 @@ _RATE_WINDOW_SECONDS = 0.5
 _MAX_IDENTICAL = 256
 """Reservations for refused requests that cannot be told apart."""
 
-_PEEK_SECONDS = 0.02
+_PEEK_TIMEOUT_SECONDS = 0.02
 """Timeout for the beginning of a body, which helps to recognize a refused request when it is retried."""
 
 _PEEK_BYTES = 1024
@@ -50,7 +50,7 @@ class InFlightLimiter:
         self._requests = self._bytes = 0
         self._reservations = Reservations(self._max_requests, max_per_client=_MAX_IDENTICAL)
         self._rate_window: tuple[float, int] | None = None  # its start by the monotonic clock, requests ended since
-        self._ends_per_second = 0.0  # exponential moving average; 0 until it is known
+        self._released_per_second = 0.0  # exponential moving average; 0 until it is known
 
     def check_length(self, scope: Scope) -> None:
         """Refuse a request whose Content-Length is over the limit of one body.
@@ -77,11 +77,12 @@ class InFlightLimiter:
             *header_values(scope, b"content-length"),
             hash(beginning),
         )
-        if wait := self._reservations.retry_after(
-            fingerprint, 1, used=self._requests, released_per_second=self._ends_per_second
+        if retry_after := self._reservations.retry_after(
+            fingerprint, 1, used=self._requests, released_per_second=self._released_per_second
         ):
             raise TooBusy(
-                f"{self._requests:,} requests are in flight already: try again in {wait:.0f} s", retry_after=wait
+                f"{self._requests:,} requests are in flight already: try again in {retry_after:.0f} s",
+                retry_after=retry_after,
             )
         self._reservations.admitted(fingerprint)
         return receive
@@ -95,7 +96,7 @@ class InFlightLimiter:
         """
         received = 0
         complete = False
-        deadline = anyio.current_time() + BODY_SECONDS
+        deadline = anyio.current_time() + BODY_TIMEOUT_SECONDS
 
         async def limited() -> Message:
             nonlocal received, complete
@@ -105,7 +106,7 @@ class InFlightLimiter:
                 message = await receive()
             if scope.cancelled_caught:
                 raise HTTPException(
-                    HTTPStatus.REQUEST_TIMEOUT, f"the request body did not arrive within {BODY_SECONDS:.0f} s"
+                    HTTPStatus.REQUEST_TIMEOUT, f"the request body did not arrive within {BODY_TIMEOUT_SECONDS:.0f} s"
                 )
             complete = not message.get("more_body", False)
             size = len(message.get("body", b""))
@@ -126,12 +127,12 @@ class InFlightLimiter:
         try:
             yield limited
         finally:
-            self._note_end()
+            self._update_release_rate()
             self._requests -= 1
             telemetry.REQUESTS_IN_FLIGHT.dec()
             self._bytes -= received
 
-    def _note_end(self) -> None:
+    def _update_release_rate(self) -> None:
         """Update the estimate of how fast requests end."""
         if self._requests * 2 < self._max_requests:  # under low load the rate says nothing about the capacity
             self._rate_window = None
@@ -145,7 +146,7 @@ class InFlightLimiter:
             self._rate_window = start, ended + 1
             return
         rate = (ended + 1) / (now - start)
-        self._ends_per_second = (self._ends_per_second or rate) * 0.5 + rate * 0.5
+        self._released_per_second = (self._released_per_second or rate) * 0.5 + rate * 0.5
         self._rate_window = now, 0
 
     def _too_large(self) -> PayloadTooLarge:
@@ -156,7 +157,7 @@ class InFlightLimiter:
 
 async def _peek_body(receive: Receive) -> tuple[bytes, Receive]:
     """Return the beginning of a request's body (empty if it does not arrive in time), and a `receive` to replay it."""
-    with anyio.move_on_after(_PEEK_SECONDS) as scope:
+    with anyio.move_on_after(_PEEK_TIMEOUT_SECONDS) as scope:
         first = await receive()
     if scope.cancelled_caught:
         return b"", receive

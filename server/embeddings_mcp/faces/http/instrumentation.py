@@ -63,7 +63,7 @@ class InstrumentationMiddleware:
         route = route_of(scope["path"])
         method = scope["method"] if scope["method"] in _METHODS else "other"
         status = 499  # stays where the client disconnects before a response is started
-        began = time.perf_counter()
+        started = time.perf_counter()
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -89,7 +89,7 @@ class InstrumentationMiddleware:
             status = 500
             raise
         finally:
-            seconds = time.perf_counter() - began
+            seconds = time.perf_counter() - started
             telemetry.HTTP_REQUESTS.labels(method, route, status).inc()
             telemetry.HTTP_SECONDS.labels(route).observe(seconds)
             logs.log_access(method=method, route=route, status=status, seconds=round(seconds, 4))

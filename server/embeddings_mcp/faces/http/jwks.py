@@ -156,8 +156,8 @@ class JwksClient:
 
     async def _fetch_metadata(self) -> dict[str, Any]:
         """The issuer's metadata: that of OAuth (RFC 8414) or else of OpenID Connect Discovery."""
-        address = urlsplit(self._url)
-        host, path = f"{address.scheme}://{address.netloc}", address.path.rstrip("/")
+        issuer_url = urlsplit(self._url)
+        host, path = f"{issuer_url.scheme}://{issuer_url.netloc}", issuer_url.path.rstrip("/")
         try:
             return await self._get(f"{host}/.well-known/oauth-authorization-server{path}")
         except IssuerUnavailable:
@@ -171,17 +171,17 @@ class JwksClient:
             with anyio.fail_after(_TIMEOUT_SECONDS):
                 async with self._http.stream("GET", url, headers={"Accept": "application/json"}) as response:
                     if response.status_code != HTTPStatus.OK:
-                        raise self._unavailable(f"{url} answers {response.status_code}")
+                        raise self._unavailable(f"{url} responds with {response.status_code}")
                     body = bytearray()
                     async for chunk in response.aiter_bytes():
                         body += chunk
                         if len(body) > _MAX_RESPONSE_BYTES:
-                            raise self._unavailable(f"{url} answers with more than {_MAX_RESPONSE_BYTES:,} bytes")
+                            raise self._unavailable(f"{url} responds with more than {_MAX_RESPONSE_BYTES:,} bytes")
             value = orjson.loads(body)
         except (httpx.HTTPError, httpx.InvalidURL, ValueError, TimeoutError) as error:
             raise self._unavailable(f"{url[:200]} cannot be read: {type(error).__name__} {error}") from error
         if not isinstance(value, dict):
-            raise self._unavailable(f"{url} does not answer with a JSON object")
+            raise self._unavailable(f"{url} does not respond with a JSON object")
         return value
 
     def _unavailable(self, reason: str) -> IssuerUnavailable:

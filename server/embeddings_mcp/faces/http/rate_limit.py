@@ -27,8 +27,8 @@ class RateLimiter:
         """Return in how many seconds the caller may send a request; 0 if it may now, and this request is counted."""
         now = time.monotonic()
         arrival_time = max(self._arrival_times.get(caller, now), now) + self._interval
-        if (wait := arrival_time - now - 60) > 1e-6:
-            return wait
+        if (retry_after := arrival_time - now - 60) > 1e-6:
+            return retry_after
         if len(self._arrival_times) >= self._prune_at:
             self._arrival_times = {other: moment for other, moment in self._arrival_times.items() if moment > now}
             self._prune_at = max(_MIN_PRUNE_SIZE, 2 * len(self._arrival_times))

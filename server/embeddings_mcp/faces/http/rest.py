@@ -38,7 +38,7 @@ from embeddings_mcp.service import EmbeddingService
 
 logger = logging.getLogger(__name__)
 
-READY_SECONDS = 5.0
+READINESS_TIMEOUT_SECONDS = 5.0
 """Timeout of a readiness probe that waits for the default model."""
 
 _LARGE_BODY_BYTES = 1024 * 1024
@@ -101,9 +101,9 @@ async def _run_operation(service: EmbeddingService, limits: Limits, operation: O
     parse_body = partial(_parse_body, operation.request, body)
     parsed = parse_body() if len(body) <= _LARGE_BODY_BYTES else await anyio.to_thread.run_sync(parse_body)
     with telemetry.collect_stages() as stages:
-        began = time.perf_counter()
+        started = time.perf_counter()
         response = await _unless_disconnected(request.receive, limits.run(service, operation, parsed))
-        response.headers["Server-Timing"] = _server_timing(stages, time.perf_counter() - began)
+        response.headers["Server-Timing"] = _server_timing(stages, time.perf_counter() - started)
     return response
 
 
@@ -143,15 +143,15 @@ async def _unless_disconnected(receive: Receive, work: Awaitable[Mapping[str, An
 
 
 async def _readiness_problem(service: EmbeddingService) -> str | None:
-    """Why the default model cannot answer; None if it can.
+    """Why the default model is not ready; None if it is.
 
-    A probe needs no key, so details (paths, addresses) only go to the log, and the response has the error's code.
+    A probe needs no key, so details (paths, URLs) only go to the log, and the response has the error's code.
     """
     try:
-        with anyio.fail_after(READY_SECONDS):
+        with anyio.fail_after(READINESS_TIMEOUT_SECONDS):
             await service.check()
     except TimeoutError:
-        return f"not ready: the default model was not ready within {READY_SECONDS:.0f} s"
+        return f"not ready: the default model was not ready within {READINESS_TIMEOUT_SECONDS:.0f} s"
     except EmbeddingsError as error:
         logger.warning("Not ready: %s", error.message)
         return f"not ready: {wire_form(error).code}"
@@ -184,10 +184,10 @@ async def _json_chunks(content: Mapping[str, Any]) -> AsyncIterator[bytes]:
             separator = b"["
             step = _rows_per_chunk(value)
             for start in range(0, len(value), step):
-                began = time.perf_counter()
+                started = time.perf_counter()
                 # Strip the slice's own brackets: the whole list has only one pair.
                 chunk = separator + dump_json(value[start : start + step])[1:-1]
-                seconds += time.perf_counter() - began
+                seconds += time.perf_counter() - started
                 yield chunk
                 separator = b","
                 await anyio.lowlevel.checkpoint()

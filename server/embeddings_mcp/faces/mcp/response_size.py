@@ -29,7 +29,7 @@ def check(request: BaseModel, size: int, limit: int) -> None:
     """Reject a response that is larger than `limit`.
 
     Args:
-        request: the request being answered.
+        request: the request that the response is for.
         size: actual or expected size of the response in bytes.
         limit: maximum size in bytes.
 

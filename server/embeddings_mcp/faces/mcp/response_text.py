@@ -62,7 +62,7 @@ def _embeddings_as_text(request: EmbeddingRequest, response: EmbeddingResponse) 
             "texts, use `similarity` and `search`, which return no vectors"
         )
     count = "1 vector" if len(vectors) == 1 else f"{len(vectors)} vectors"
-    return f"{count} of {length} numbers by {response['model']} ({tokens} tokens) in the structured content, {form}."
+    return f"{count} of {length} dimensions by {response['model']} ({tokens} tokens) in the structured content, {form}."
 
 
 def _similarity_as_text(request: SimilarityRequest, response: SimilarityResponse) -> str:

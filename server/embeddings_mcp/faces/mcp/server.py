@@ -133,7 +133,7 @@ class EmbeddingsServer(MCPServer[dict[str, Any]]):
             response = await self._limits.run(self._service, operation, request, _progress_reporter(request, context))
             text, structured = response_as_text(operation, request, response), dump_json(response)
             if over_http:
-                response_size.check(request, len(text) + len(structured), self._limits.mcp_answer_bytes)
+                response_size.check(request, len(text) + len(structured), self._limits.max_mcp_response_bytes)
         except EmbeddingsError as error:
             return CallToolResult(content=[TextContent(text=error.message)], is_error=True)
         except Exception as error:
@@ -152,7 +152,7 @@ class EmbeddingsServer(MCPServer[dict[str, Any]]):
             dimensions = embedder.card.dimensions
         if dimensions is not None:
             expected = response_size.expected_bytes(request, dimensions)
-            response_size.check(request, expected, self._limits.mcp_answer_bytes)
+            response_size.check(request, expected, self._limits.max_mcp_response_bytes)
 
     async def list_resources(self) -> list[Resource]:
         """Return the cards of the currently known models, followed by all other resources."""

@@ -67,7 +67,7 @@ async def _forward(
     to_server: ObjectSendStream[SessionMessage | Exception],
     to_host: WriteStream[SessionMessage],
 ) -> None:
-    """Forward messages from the host to the server, and answer invalid lines with an error.
+    """Forward messages from the host to the server, and respond to invalid lines with an error.
 
     The SDK ignores an invalid line silently, so its sender would wait forever. A text that was cut in the middle of an
     emoji is enough to make a line invalid.

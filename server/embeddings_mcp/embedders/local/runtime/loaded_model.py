@@ -10,7 +10,7 @@ from embeddings_mcp.models import InputType, ModelCard, Truncate
 from embeddings_mcp.vectors import FloatMatrix, SparseVector
 
 if TYPE_CHECKING:
-    from embeddings_mcp.embedders.local.inputs import Row, Tokens
+    from embeddings_mcp.embedders.local.inputs import Row, TokenizedBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +56,14 @@ class LoadedModel(Protocol):
         """Set how many cores the calling thread computes on. Each worker thread must call this before it computes."""
         ...
 
-    def tokenize(self, texts: Sequence[str], *, input_type: InputType | None, truncate: Truncate) -> Iterator[Tokens]:
+    def tokenize(
+        self, texts: Sequence[str], *, input_type: InputType | None, truncate: Truncate
+    ) -> Iterator[TokenizedBatch]:
         """See `InputTokenizer.tokenize`."""
         ...
 
     def forward(self, rows: Sequence[Row], skip: int) -> FloatMatrix:
-        """Return the vectors of one batch of tokenized texts, float32 ``[n, d]``; see `Tokens`.
+        """Return the vectors of one batch of tokenized texts, float32 ``[n, d]``; see `TokenizedBatch`.
 
         Raises:
             ModelUnavailable: a single text does not fit into memory, or the model's process has ended.

@@ -43,7 +43,7 @@ _PROGRAM = "from embeddings_mcp.embedders.local.runtime.process_main import main
 _SECRET_NAME = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL)S?($|_)", re.IGNORECASE)
 """Environment variables whose names match hold credentials, and are not passed on."""
 
-_KILL_TIMEOUT = 5
+_KILL_TIMEOUT_SECONDS = 5
 """Seconds to wait for the process to exit after it was killed, or after it closed a connection."""
 
 
@@ -173,8 +173,8 @@ class ModelProcess:
         self._closed = True
         self._killed |= self.alive
         self._process.kill()
-        self._process.wait(_KILL_TIMEOUT)
-        self._log_thread.join(_KILL_TIMEOUT)
+        self._process.wait(_KILL_TIMEOUT_SECONDS)
+        self._log_thread.join(_KILL_TIMEOUT_SECONDS)
         if self._process.stdin is not None:
             self._process.stdin.close()
         self._close_idle_connections()
@@ -220,7 +220,7 @@ class ModelProcess:
     def _exit_reason(self) -> str:
         """Describe how the process ended."""
         try:
-            code = self._process.wait(_KILL_TIMEOUT)
+            code = self._process.wait(_KILL_TIMEOUT_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
             return "stopped responding"

@@ -73,7 +73,7 @@ def _serve(model: InProcessModel, connection: Connection, cores: int) -> None:
 
 @contextlib.contextmanager
 def _exit_process_on_error() -> Iterator[None]:
-    """End the process if the thread fails: the server would otherwise wait for its answer forever."""
+    """End the process if the thread fails: the server would otherwise wait for its response forever."""
     try:
         yield
     except BaseException:  # noqa: BLE001 - the process exits
