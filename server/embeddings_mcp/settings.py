@@ -252,7 +252,7 @@ class Settings(BaseSettings):
     max_input_characters: Annotated[
         int, Field(gt=0, description="Maximum characters in one text, even if it may be truncated.")
     ] = 20_000_000
-    max_mcp_answer_bytes: Annotated[
+    max_mcp_response_bytes: Annotated[
         int,
         Field(
             gt=0,

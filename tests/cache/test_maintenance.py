@@ -80,7 +80,7 @@ def test_clear_removes_the_vectors_of_one_model_or_all(cache: Cache, folder: Pat
     )
     assert cache("clear", "--cache", folder, "--model", "test/hash") == "2 vectors removed\n"
     assert vectors_by_model(cache("info", "--cache", folder, "--json")) == {ASYMMETRIC.id: 3}
-    assert json.loads(cache("clear", "--cache", folder, "--json")) == {"forgotten": 3}
+    assert json.loads(cache("clear", "--cache", folder, "--json")) == {"removed": 3}
     assert vectors_by_model(cache("info", "--cache", folder, "--json")) == {}
 
 
@@ -248,7 +248,7 @@ def test_other_files_next_to_a_damaged_one_are_left_alone(cache: Cache, folder: 
     others = [folder / f"{FILE}.backup-2026", folder / f"{FILE}-walnuts"]
     for path in (folder / FILE, *others):
         path.write_bytes(b"no database at all " * 1000)
-    assert json.loads(cache("clear", "--cache", folder, "--json")) == {"forgotten": 0}
+    assert json.loads(cache("clear", "--cache", folder, "--json")) == {"removed": 0}
     assert sorted(folder.iterdir()) == sorted(others)
 
 

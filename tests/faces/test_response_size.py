@@ -72,7 +72,7 @@ async def test_more_vectors_fit_if_they_are_shorter() -> None:
 
 async def test_too_many_vectors_are_refused_even_if_their_length_is_not_known_in_advance() -> None:
     embedder = HashEmbedder(card=ModelCard(id="test/hash", dimensions=8))
-    with http_server(service_of(embedder), max_mcp_answer_bytes=500) as url, anyio.fail_after(SECONDS):
+    with http_server(service_of(embedder), max_mcp_response_bytes=500) as url, anyio.fail_after(SECONDS):
         async with Client(f"{url}/mcp") as client:
             embedder.card = ModelCard(id="test/hash")
             refused = await call(client, "create_embedding", input=["a", "b", "c", "d", "e"])
@@ -83,7 +83,7 @@ async def test_too_many_vectors_are_refused_even_if_their_length_is_not_known_in
 
 
 async def test_the_refusal_of_a_ranking_that_is_too_long_names_top_k() -> None:
-    with http_server(service_of(), max_mcp_answer_bytes=1000) as url, anyio.fail_after(SECONDS):
+    with http_server(service_of(), max_mcp_response_bytes=1000) as url, anyio.fail_after(SECONDS):
         async with Client(f"{url}/mcp") as client:
             texts = [f"text {index}" for index in range(100)]
             refused = await call(client, "search", query="a", input=texts, top_k=100)
@@ -94,7 +94,7 @@ async def test_the_refusal_of_a_ranking_that_is_too_long_names_top_k() -> None:
 
 
 async def test_responses_outside_http_may_have_any_size() -> None:
-    server = build_mcp_server(service_of(), Limits.from_settings(Settings(max_mcp_answer_bytes=1)))
+    server = build_mcp_server(service_of(), Limits.from_settings(Settings(max_mcp_response_bytes=1)))
     with anyio.fail_after(SECONDS):
         async with Client(server) as client:
             assert not (await call(client, "create_embedding", input=["a", "b"])).is_error

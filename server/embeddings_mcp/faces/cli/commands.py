@@ -402,7 +402,7 @@ def manage_cache(
         message = f"{removed:,} vectors removed"
         if not removed and (remaining := {holding.model for holding in maintenance.inspect_cache(folder).holdings}):
             message += f": the cache has none of {model}, only of {', '.join(sorted(remaining))}"
-        write_result(dump_json({"forgotten": removed}) if as_json else message.encode())
+        write_result(dump_json({"removed": removed}) if as_json else message.encode())
         return
     from embeddings_mcp.faces.cli import tables
 

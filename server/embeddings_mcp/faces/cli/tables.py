@@ -88,8 +88,8 @@ def comparisons(verdict: Verdict) -> Table:
 
 def finding(found: Finding) -> Text:
     """One line, followed by a line with the advice if there is any."""
-    mark, style = {"fine": ("ok", "green"), "note": ("note", "yellow"), "problem": ("PROBLEM", "bold red")}[found.state]
-    text = Text.assemble((f"{mark:<9}", style), (found.subject, "bold"), f": {found.says}")
+    mark, style = {"ok": ("ok", "green"), "note": ("note", "yellow"), "problem": ("PROBLEM", "bold red")}[found.state]
+    text = Text.assemble((f"{mark:<9}", style), (found.subject, "bold"), f": {found.message}")
     return text.append(f"\n         {found.advice}", "italic") if found.advice else text
 
 
