@@ -1,0 +1,1 @@
+"""The HTTP server: REST and MCP on one port, behind one guard."""
