@@ -22,6 +22,7 @@ from embeddings_mcp.embedders.local.latent_attention import LATENT_ATTENTION
 from embeddings_mcp.embedders.local.linear import prepack
 from embeddings_mcp.embedders.local.packing import PackedRow, Packing, PackingUnsupported, pack
 from embeddings_mcp.embedders.local.placement import Placement, to_device
+from embeddings_mcp.embedders.local.sequence_length import rope_parameter_sets
 from embeddings_mcp.embedders.local.weights import check_tensors, tensor_names, without_heads
 from embeddings_mcp.errors import CheckpointInvalid
 
@@ -164,9 +165,8 @@ def _uses_longrope(config: PreTrainedConfig) -> bool:
 
     Its rotary frequencies depend on the longest text of a pass, so that a text's vectors would depend on the batch.
     """
-    rope = getattr(config, "rope_parameters", None) or {}
-    candidates = [rope, *rope.values()]  # one set of parameters, or one per layer type
-    return any(isinstance(one, dict) and one.get("rope_type") == "longrope" for one in candidates)
+    parameter_sets = rope_parameter_sets(getattr(config, "rope_parameters", None))
+    return any(parameters.get("rope_type") == "longrope" for parameters in parameter_sets)
 
 
 def _same(left: torch.Tensor, right: torch.Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from embeddings_mcp.embedders.local.json_file import JsonObject, read_object
 
@@ -41,8 +42,8 @@ def max_tokens(config: JsonObject, sentence_config: JsonObject) -> int:
     """Return the length in tokens of the longest text that a transformer accepts.
 
     This is the minimum of two limits: ``max_seq_length`` of the sentence encoder, or else ``model_max_length`` of the
-    tokenizer; and the number of position embeddings. If ``max_seq_length`` is given, and
-    positions are rotary with angles that do not depend on a text's length, it is the only limit.
+    tokenizer; and the number of position embeddings. If ``max_seq_length`` is given, and positions are rotary with
+    angles that do not depend on a text's length, it is the only limit.
 
     Args:
         config: the transformer's ``config.json``.
@@ -80,16 +81,19 @@ def first_position(config: JsonObject) -> int:
     return 1 + config.get("pad_token_id", 1)
 
 
+def rope_parameter_sets(value: object) -> list[dict[str, Any]]:
+    """Return the sets of RoPE parameters that a config's field holds: one, or one per layer type."""
+    if not isinstance(value, dict):
+        return []
+    return [parameters for parameters in (value, *value.values()) if isinstance(parameters, dict)]
+
+
 def _has_unbounded_positions(config: JsonObject) -> bool:
     """Return whether positions are rotary (RoPE), with angles that do not depend on the length of the text."""
-    values = [config.fields.get(key) for key in ("rope_parameters", "rope_scaling")]
-    # Each holds either one set of parameters, or one set for each type of layer.
     parameter_sets = [
         parameters
-        for value in values
-        if isinstance(value, dict)
-        for parameters in (value, *value.values())
-        if isinstance(parameters, dict)
+        for key in ("rope_parameters", "rope_scaling")
+        for parameters in rope_parameter_sets(config.fields.get(key))
     ]
     if any(
         parameters.get("rope_type", parameters.get("type")) in _LENGTH_DEPENDENT_ROPE for parameters in parameter_sets
