@@ -273,6 +273,11 @@ def count_texts(texts: str | list[str]) -> int:
     return 1 if isinstance(texts, str) else len(texts)
 
 
+def total_texts(request: BaseModel) -> int:
+    """Return the number of texts to embed, in all fields together."""
+    return sum(map(count_texts, texts_of(request).values()))
+
+
 # --- Responses -------------------------------------------------------------------------------------------------------
 # Plain dictionaries: vectors are serialized directly from numpy, without a pydantic model (see `dump_json`).
 

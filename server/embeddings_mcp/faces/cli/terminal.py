@@ -12,7 +12,7 @@ import anyio
 from embeddings_mcp.embedders.base import OnProgress
 from embeddings_mcp.errors import InvalidRequest
 from embeddings_mcp.operations import Operation
-from embeddings_mcp.schema import count_texts, texts_of
+from embeddings_mcp.schema import total_texts
 from embeddings_mcp.serialization import parse
 from embeddings_mcp.service import EmbeddingService
 
@@ -58,10 +58,9 @@ def run_operation(
     if "model" in operation.request.model_fields:
         fields["model"] = "default"
     request = parse(operation.request, {name: value for name, value in fields.items() if value is not None})
-    count = sum(map(count_texts, texts_of(request).values()))
 
     async def call() -> Mapping[str, Any]:
-        async with contextlib.aclosing(await make_service()) as service, _progress(count) as on_progress:
+        async with contextlib.aclosing(await make_service()) as service, _progress(total_texts(request)) as on_progress:
             return await operation.call(service, request, on_progress)
 
     return anyio.run(call)

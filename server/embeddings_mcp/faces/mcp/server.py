@@ -42,7 +42,7 @@ from embeddings_mcp.faces.mcp.skills import SKILL_URI, SkillsExtension, use_embe
 from embeddings_mcp.operations import OPERATIONS, Operation
 from embeddings_mcp.publish.schemas import json_schema
 from embeddings_mcp.request_limits import DEFAULT_LIMITS, Limits
-from embeddings_mcp.schema import EmbeddingRequest, count_texts, texts_of
+from embeddings_mcp.schema import EmbeddingRequest, total_texts
 from embeddings_mcp.serialization import dump_json, parse
 from embeddings_mcp.service import EmbeddingService
 
@@ -249,7 +249,7 @@ def _progress_reporter(request: BaseModel, context: Context[dict[str, Any], Any]
     """Return a callback that reports progress to the client; the SDK sends nothing unless the client asked for it."""
     if context is None:
         return None
-    total = sum(map(count_texts, texts_of(request).values()))
+    total = total_texts(request)
     reported = 0.0
 
     async def report(done: int) -> None:
