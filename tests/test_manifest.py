@@ -180,20 +180,10 @@ BROKEN: list[tuple[str, str, str, str]] = [
     ("wrong method", "method: POST", "method: PUT", "no embeddings API is consumed here"),
     ("a tunnel", "      resources:", "      tunnel: {type: ziti}\n      resources:", "`tunnel` in `consumes` is not"),
     ("an import", "    - namespace: openai\n", "    - import: x\n      namespace: openai\n", "are not followed: write"),
-    (
-        "a header",
-        "        Accept:",
-        "        OpenAI-Organization:",
-        "`OpenAI-Organization` in the header",
-    ),
+    ("a header", "        Accept:", "        OpenAI-Organization:", "`OpenAI-Organization` in the header"),
     ("a query", "          in: header", "          in: query", "`Accept` in the query is not supported here"),
     ("another format", "method: POST", "method: POST\n              outputRawFormat: xml", "must be json"),
-    (
-        "a fixed field",
-        '"encoding_format": "float"',
-        '"dimensions": 512',
-        "`dimensions` cannot be fixed to '512' here",
-    ),
+    ("a fixed field", '"encoding_format": "float"', '"dimensions": 512', "`dimensions` cannot be fixed to '512' here"),
     ("not JSON", '"encoding_format": "float",', '"encoding_format": "float"', "`body` is not JSON once its variables"),
     ("no input", '"input": {{texts}}', '"texts": {{texts}}', "`body` has no field `input`"),
     (

@@ -16,13 +16,7 @@ import numpy as np
 
 from embeddings_mcp import responses
 from embeddings_mcp.catalogue import DEFAULT, Catalogue, ModelSource
-from embeddings_mcp.embedders.base import (
-    Embedder,
-    Embeddings,
-    MultiEmbedder,
-    OnProgress,
-    Representations,
-)
+from embeddings_mcp.embedders.base import Embedder, Embeddings, MultiEmbedder, OnProgress, Representations
 from embeddings_mcp.errors import InputUnusable, InvalidRequest, ModelUnavailable
 from embeddings_mcp.models import InputType, Mode, ModelCard, Truncate
 from embeddings_mcp.responses import EmbedderResult

@@ -15,13 +15,7 @@ import pytest
 import torch
 from benchmarks.bulk import encode
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import (
-    Dense,
-    Dropout,
-    LayerNorm,
-    Normalize,
-    Pooling,
-)
+from sentence_transformers.sentence_transformer.modules import Dense, Dropout, LayerNorm, Normalize, Pooling
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import (
     AutoModel,
