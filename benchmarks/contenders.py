@@ -56,7 +56,7 @@ def ours_served(folder: Path, _threads: int, *, precision: Precision = "float32"
 
     loop = asyncio.new_event_loop()
     settings = Settings(models=(f"benchmark={folder}",), device=device, precision=precision, cache="off")
-    embedder = build_service(settings).catalogue.default
+    embedder = build_service(settings).catalog.default
     assert embedder is not None, "the default model is served"
     loop.run_until_complete(embedder.check())
 

@@ -85,7 +85,7 @@ async def _compare(ranked: Sequence[int], compared: int) -> None:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     service = build_service(Settings(cache="off"))
-    embedder = service.catalogue.default
+    embedder = service.catalog.default
     assert embedder is not None, "the default model is served"
 
     async def embed(batch: Sequence[str]) -> FloatMatrix:

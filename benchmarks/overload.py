@@ -75,7 +75,7 @@ class _Arrivals:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure the capacity, and the behaviour beyond it."""
+    """Measure the capacity, and the behavior beyond it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overload", description=__doc__)
     parser.add_argument("--seconds", type=float, default=6, help="duration of each rate (default: 6)")
     parser.add_argument("--tiny", action="store_true", help="a fraction of a second each, to check that it runs")

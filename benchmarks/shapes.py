@@ -24,7 +24,7 @@ from benchmarks.workloads import WORDS
 _SPECIAL = ("<pad>", "<unk>", "<s>", "</s>")
 
 _SPREAD = 0.02
-"""Standard deviation of the weights, as in their usual initialisation."""
+"""Standard deviation of the weights, as in their usual initialization."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ def test_the_bundled_model_is_described_before_it_is_loaded() -> None:
     (entry,) = build_service(Settings()).known_models()
     assert (entry["id"], entry["aliases"], entry["default"]) == (DEFAULT_MODEL, ["all-MiniLM-L6-v2"], True)
     assert (entry["dimensions"], entry["max_tokens"], entry["allowed_dimensions"]) == (384, 256, [])
-    assert (entry["input_type"], entry["served_from"], entry["licence"]) == ("ignored", "local", "Apache-2.0")
+    assert (entry["input_type"], entry["served_from"], entry["license"]) == ("ignored", "local", "Apache-2.0")
 
 
 def test_a_folder_is_described_by_its_files_under_the_given_name(checkpoint: Path, tmp_path: Path) -> None:

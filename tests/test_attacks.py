@@ -72,7 +72,7 @@ TRAVERSALS = [
 @pytest.mark.parametrize("path", TRAVERSALS)
 @pytest.mark.parametrize("place", ["/skills/embeddings/", "/skills/", "/v1/models/", "/.well-known/agent-skills/"])
 def test_no_path_leads_out_of_what_is_published(url: str, place: str, path: str) -> None:
-    # Written by hand, since an HTTP client would normalise the path.
+    # Written by hand, since an HTTP client would normalize the path.
     request = (
         f"GET {place}{path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\nConnection: close\r\n\r\n"
     )

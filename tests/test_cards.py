@@ -130,7 +130,7 @@ async def test_a_card_under_an_alias_of_a_known_model_keeps_all_its_names() -> N
     settings = Settings.model_validate({"models": (NEMOTRON,), "cards": cards})
     async with open_service(settings) as service:
         for name in (NEMOTRON, "nemotron-3-embed", "nvidia/Nemotron-3-Embed-1B-BF16"):
-            embedder, _ = await service.catalogue.find(name)
+            embedder, _ = await service.catalog.find(name)
             assert (embedder.card.id, embedder.card.max_tokens) == ("nemotron-3-embed", 512)
             assert embedder.card.repository == "nvidia/Nemotron-3-Embed-1B-BF16"
 
@@ -147,7 +147,7 @@ async def test_a_card_changes_only_what_it_sets_on_a_known_model_at_an_endpoint(
         open_service(endpoint_settings(endpoint, id=NEMOTRON, matryoshka=[512])) as service,
     ):
         await service.create_embedding(EmbeddingRequest(model=NEMOTRON, input="a", input_type="query"))
-        embedder, _ = await service.catalogue.find("nemotron-3-embed")
+        embedder, _ = await service.catalog.find("nemotron-3-embed")
 
     card = embedder.card
     assert endpoint.seen[-1].json["input_type"] == "query"
@@ -160,7 +160,7 @@ async def test_a_card_takes_precedence_over_the_endpoints_model_list() -> None:
         stand_in(route_faults={"/v1/models": listing}) as endpoint,
         open_service(endpoint_settings(endpoint, id="own/model", aliases=["mine"], max_tokens=7)) as service,
     ):
-        embedder, _ = await service.catalogue.find("mine")
+        embedder, _ = await service.catalog.find("mine")
 
     card = embedder.card
     assert (card.id, card.max_tokens, card.dimensions, card.input_type) == ("own/model", 7, 8, "optional")

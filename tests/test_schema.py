@@ -245,7 +245,7 @@ def test_a_request_must_be_an_object(value: Any, kind: str) -> None:
         {**EMBED, "dimensions": {"x" * 10_000: 1}},
         {**EMBED, **{f"{number}{'x' * 100}": 1 for number in range(1000)}},
     ],
-    ids=["name", "choice", "neighbour", "number", "object", "many"],
+    ids=["name", "choice", "neighbor", "number", "object", "many"],
 )
 def test_long_values_from_the_caller_are_never_quoted_in_full(value: Any) -> None:
     error = rejection(EmbeddingRequest, value)

@@ -542,7 +542,7 @@ async def test_models_are_listed_with_their_known_properties() -> None:
     assert (plain["id"], plain["default"], plain["aliases"]) == ("Test/Plain", True, ["plain-alias"])
     assert (plain["dimensions"], plain["allowed_dimensions"], plain["max_tokens"]) == (8, [], 64)
     assert (nested["default"], nested["allowed_dimensions"], nested["input_type"]) == (False, [4, 8], "required")
-    assert not unknown.keys() & {"dimensions", "max_tokens", "licence"}
+    assert not unknown.keys() & {"dimensions", "max_tokens", "license"}
     assert await service.describe("PLAIN-ALIAS") == await service.describe("default") == plain
     with pytest.raises(UnknownModel):
         await service.describe("gone")

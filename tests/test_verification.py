@@ -83,7 +83,7 @@ class Perturbed(HashEmbedder):
     [
         (1.0, True, "vectors are equal (lowest cosine 1.0"),
         (0.9995, True, "equal up to rounding"),
-        (0.998, False, "the weights may be quantised, or the prompts differ"),
+        (0.998, False, "the weights may be quantized, or the prompts differ"),
         (0.95, False, "not the same vector space: 19 of 19 vectors differ (lowest 0.9500)"),
     ],
 )

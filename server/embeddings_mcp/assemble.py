@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import SecretStr
 
-from embeddings_mcp.catalogue import DEFAULT, ModelSource, model_ids, resolve_name
+from embeddings_mcp.catalog import DEFAULT, ModelSource, model_ids, resolve_name
 from embeddings_mcp.embedders.base import Embedder
 from embeddings_mcp.embedders.cache import Cache, DiskStore, MemoryStore, cached
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint, read_checkpoint

@@ -5,7 +5,7 @@ serving it. `CARDS` lists the models that the NIM embeddings API names. A checkp
 (see `embedders.local.checkpoint`), and users can add cards in the settings, which may be partial.
 
 Sources: NVIDIA's support matrices 1.5 to 2.4 for lengths, limits and dimensions; the models' own cards and files for
-prompts and licences; responses of the hosted endpoint in August 2026 for the end-of-life dates.
+prompts and licenses; responses of the hosted endpoint in August 2026 for the end-of-life dates.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class ModelCard:
         passage_prompt: text put before a passage.
         default_prompt: text put before an input without a type.
         modes: how its texts can be compared.
-        licence: SPDX id or the licence's own name.
-        non_commercial: whether the licence forbids commercial use.
+        license: SPDX id or the license's own name.
+        non_commercial: whether the license forbids commercial use.
         hub: the Hugging Face repository with the weights, if other than `id`; empty if there is none.
         hosted_until: date (ISO 8601) on which NVIDIA's hosted endpoint stopped, or will stop, serving it.
     """
@@ -64,7 +64,7 @@ class ModelCard:
     passage_prompt: str = ""
     default_prompt: str = ""
     modes: tuple[Mode, ...] = ("dense",)
-    licence: str | None = None
+    license: str | None = None
     non_commercial: bool = False
     hub: str | None = None
     hosted_until: str | None = None
@@ -100,7 +100,7 @@ class CardOverride:
     passage_prompt: str | None = None
     default_prompt: str | None = None
     modes: tuple[Mode, ...] | None = None
-    licence: str | None = None
+    license: str | None = None
     non_commercial: bool | None = None
     hub: str | None = None
     hosted_until: str | None = None
@@ -148,7 +148,7 @@ CARDS: tuple[ModelCard, ...] = (
         aliases=("all-MiniLM-L6-v2",),
         dimensions=384,
         max_tokens=256,
-        licence="Apache-2.0",
+        license="Apache-2.0",
     ),
     ModelCard(
         id="nvidia/nemotron-3-embed-1b",
@@ -158,7 +158,7 @@ CARDS: tuple[ModelCard, ...] = (
         input_type="optional",
         query_prompt="query: ",
         passage_prompt="passage: ",
-        licence="OpenMDW-1.1",
+        license="OpenMDW-1.1",
         hub="nvidia/Nemotron-3-Embed-1B-BF16",
     ),
     ModelCard(
@@ -170,7 +170,7 @@ CARDS: tuple[ModelCard, ...] = (
         input_type="required",
         query_prompt="query: ",
         passage_prompt="passage: ",
-        licence="NVIDIA Open Model License and Llama 3.2 Community License",
+        license="NVIDIA Open Model License and Llama 3.2 Community License",
         hosted_until="2026-08-25",
     ),
     ModelCard(
@@ -196,7 +196,7 @@ CARDS: tuple[ModelCard, ...] = (
         input_type="required",
         query_prompt="query: ",
         passage_prompt="passage: ",
-        licence="NVIDIA Community Model License",
+        license="NVIDIA Community Model License",
         hub="",
         hosted_until="2026-08-25",
     ),
@@ -207,7 +207,7 @@ CARDS: tuple[ModelCard, ...] = (
         max_tokens=32768,
         input_type="required",
         query_prompt=_NV_EMBED_QUERY,
-        licence="CC-BY-NC-4.0",
+        license="CC-BY-NC-4.0",
         non_commercial=True,
         hub="nvidia/NV-Embed-v1",
         hosted_until="2026-08-25",
@@ -219,7 +219,7 @@ CARDS: tuple[ModelCard, ...] = (
         max_tokens=32768,
         input_type="required",
         query_prompt=_NV_EMBED_QUERY,
-        licence="CC-BY-NC-4.0",
+        license="CC-BY-NC-4.0",
         non_commercial=True,
         hub="nvidia/NV-Embed-v2",
     ),
@@ -230,7 +230,7 @@ CARDS: tuple[ModelCard, ...] = (
         max_tokens=512,
         input_type="required",
         # Its files come only with the NIM, and its prompts are not public: a checkpoint folder has to provide them.
-        licence="NVIDIA Community Model License and Apache-2.0",
+        license="NVIDIA Community Model License and Apache-2.0",
         hub="",
     ),
     ModelCard(
@@ -239,7 +239,7 @@ CARDS: tuple[ModelCard, ...] = (
         dimensions=1024,
         max_tokens=8192,
         modes=("dense", "sparse", "colbert", "hybrid"),
-        licence="MIT",
+        license="MIT",
         hub="BAAI/bge-m3",
         hosted_until="2026-08-25",
     ),
@@ -250,7 +250,7 @@ CARDS: tuple[ModelCard, ...] = (
         max_tokens=512,
         input_type="required",
         query_prompt="为这个句子生成表示以用于检索相关文章：",  # noqa: RUF001 - the colon is full-width, as in the model card
-        licence="MIT",
+        license="MIT",
         hub="BAAI/bge-large-zh-v1.5",
     ),
     ModelCard(
@@ -260,7 +260,7 @@ CARDS: tuple[ModelCard, ...] = (
         max_tokens=512,
         input_type="required",
         query_prompt="Represent this sentence for searching relevant passages: ",
-        licence="Apache-2.0",
+        license="Apache-2.0",
         hub="Snowflake/snowflake-arctic-embed-l",
     ),
 )

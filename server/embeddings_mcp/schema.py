@@ -294,7 +294,7 @@ class Embedding(TypedDict):
     """One vector of a response."""
 
     object: str
-    index: Annotated[int, Field(description="Position of the text in `input`.")]
+    index: Annotated[int, Field(description="Index of the text in `input`.")]
     embedding: Annotated[
         FloatVector | str, Field(description="Array of numbers, or base64 of little-endian float32 bytes.")
     ]
@@ -314,7 +314,7 @@ class SparseEmbedding(TypedDict):
     """The lexical weights of one text; tokens that are not listed have weight 0."""
 
     object: str
-    index: Annotated[int, Field(description="Position of the text in `input`.")]
+    index: Annotated[int, Field(description="Index of the text in `input`.")]
     token_ids: Annotated[IntegerVector, Field(description="Ids in the model's vocabulary, ascending.")]
     weights: Annotated[FloatVector, Field(description="Weight of each token, above 0.")]
 
@@ -333,7 +333,7 @@ class ColbertEmbedding(TypedDict):
     """The token vectors of one text, excluding the first, special token."""
 
     object: str
-    index: Annotated[int, Field(description="Position of the text in `input`.")]
+    index: Annotated[int, Field(description="Index of the text in `input`.")]
     shape: Annotated[list[int], Field(description="Number of token vectors, and their length.")]
     embedding: Annotated[
         FloatRows | str, Field(description="Array of vectors, or base64 of little-endian float32 bytes row by row.")
@@ -352,8 +352,8 @@ class ColbertEmbeddingResponse(TypedDict):
 class SimilarPair(TypedDict):
     """A pair of texts and its score."""
 
-    input: Annotated[int, Field(description="Position in `input`.")]
-    other: Annotated[int, Field(description="Position in `other`, or in `input` if `other` was omitted.")]
+    input: Annotated[int, Field(description="Index in `input`.")]
+    other: Annotated[int, Field(description="Index in `other`, or in `input` if `other` was omitted.")]
     score: float
 
 
@@ -375,7 +375,7 @@ class SimilarityResponse(TypedDict):
 class SearchHit(TypedDict):
     """A passage and its score."""
 
-    index: Annotated[int, Field(description="Position of the passage in `input`.")]
+    index: Annotated[int, Field(description="Index of the passage in `input`.")]
     score: Annotated[float, Field(description="Closeness to the query, higher is closer; in mode `dense` the cosine.")]
 
 
@@ -405,7 +405,7 @@ class ModelEntry(TypedDict):
     input_type: Annotated[InputTypeUse, Field(description="Whether `input_type` is required, optional or ignored.")]
     modes: Annotated[list[Mode], Field(description="Accepted values of `mode` in similarity and search.")]
     served_from: Annotated[str, Field(description="`local`, or the URL of the endpoint that computes the vectors.")]
-    licence: NotRequired[Annotated[str, Field(description="The licence of the weights.")]]
+    license: NotRequired[Annotated[str, Field(description="The license of the weights.")]]
     hosted_until: NotRequired[
         Annotated[str, Field(description="Day on which NVIDIA's hosted endpoint stopped, or will stop, serving it.")]
     ]

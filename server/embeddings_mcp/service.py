@@ -1,7 +1,7 @@
 """The service: handles a whole request, independently of the transport and of how vectors are computed.
 
 It resolves the model, checks the request against the model card, gets vectors from one embedder, and builds the
-response: vectors shortened and renormalised, encoded or scored, and token usage.
+response: vectors shortened and renormalized, encoded or scored, and token usage.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import anyio.to_thread
 import numpy as np
 
 from embeddings_mcp import responses
-from embeddings_mcp.catalogue import DEFAULT, Catalogue, ModelSource
+from embeddings_mcp.catalog import DEFAULT, Catalog, ModelSource
 from embeddings_mcp.embedders.base import Embedder, Embeddings, MultiEmbedder, OnProgress, Representations
 from embeddings_mcp.errors import InputUnusable, InvalidRequest, ModelUnavailable
 from embeddings_mcp.models import InputType, Mode, ModelCard, Truncate
@@ -58,7 +58,7 @@ class EmbeddingService:
         sources: endpoints with more models.
 
     Attributes:
-        catalogue: the models served.
+        catalog: the models served.
 
     Raises:
         InvalidSetting: two embedders share a name, one is named ``default``, or none matches `default_model`.
@@ -67,7 +67,7 @@ class EmbeddingService:
     def __init__(
         self, embedders: Iterable[Embedder], *, default_model: str, sources: Iterable[ModelSource] = ()
     ) -> None:
-        self.catalogue = Catalogue(embedders, sources, default=default_model)
+        self.catalog = Catalog(embedders, sources, default=default_model)
 
     # --- Operations --------------------------------------------------------------------------------------------------
 
@@ -199,12 +199,12 @@ class EmbeddingService:
 
     async def list_models(self) -> ModelsResponse:
         """List every model served, in configuration order, after refreshing the lists of the endpoints."""
-        await self.catalogue.refresh()
+        await self.catalog.refresh()
         return {"models": self.known_models()}
 
     def known_models(self) -> list[ModelEntry]:
         """List the models known so far, without a request to any endpoint."""
-        return [self._entry(embedder) for embedder in self.catalogue.known]
+        return [self._entry(embedder) for embedder in self.catalog.known]
 
     async def describe(self, model: str) -> ModelEntry:
         """Describe one model.
@@ -213,7 +213,7 @@ class EmbeddingService:
             UnknownModel: it is not served here.
             UpstreamUnavailable: an endpoint that may serve it cannot be reached.
         """
-        return self._entry((await self.catalogue.find(model))[0])
+        return self._entry((await self.catalog.find(model))[0])
 
     async def load_default(self) -> None:
         """Load the default model if it is a local one; do nothing if it is served by an endpoint.
@@ -221,7 +221,7 @@ class EmbeddingService:
         Raises:
             ModelUnavailable: it cannot be loaded; the message says why.
         """
-        default = self.catalogue.default
+        default = self.catalog.default
         if default is not None and default.origin == "local":
             await default.check()
 
@@ -231,17 +231,17 @@ class EmbeddingService:
         Raises:
             EmbeddingsError: it cannot be made ready; the message says why.
         """
-        await (await self.catalogue.find(DEFAULT))[0].check()
+        await (await self.catalog.find(DEFAULT))[0].check()
 
     async def aclose(self) -> None:
         """Close every embedder, even if closing one of them fails."""
-        await self.catalogue.aclose()
+        await self.catalog.aclose()
 
     # --- Steps -------------------------------------------------------------------------------------------------------
 
     async def _resolve(self, model: str, input_type: InputType | None) -> tuple[Embedder, InputType | None]:
         """Return the embedder for a model name, its card complete, and the input type, which a suffix may imply."""
-        embedder, implied = await self.catalogue.find(model)
+        embedder, implied = await self.catalog.find(model)
         # Before this, the card of a hub model may have only its name, so a missing input type would go unnoticed.
         await embedder.identify()
         if implied is None:
@@ -321,7 +321,7 @@ class EmbeddingService:
         entry: ModelEntry = {
             "id": card.id,
             "aliases": list(card.aliases),
-            "default": embedder is self.catalogue.default,
+            "default": embedder is self.catalog.default,
             "allowed_dimensions": list(card.matryoshka),
             "input_type": card.input_type,
             "modes": list(card.modes),
@@ -331,8 +331,8 @@ class EmbeddingService:
             entry["dimensions"] = card.dimensions
         if card.max_tokens is not None:
             entry["max_tokens"] = card.max_tokens
-        if card.licence is not None:
-            entry["licence"] = f"{card.licence} (no commercial use)" if card.non_commercial else card.licence
+        if card.license is not None:
+            entry["license"] = f"{card.license} (no commercial use)" if card.non_commercial else card.license
         if card.hosted_until is not None:
             entry["hosted_until"] = card.hosted_until
         return entry

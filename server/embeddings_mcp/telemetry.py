@@ -27,7 +27,7 @@ from prometheus_client import (
 
 from embeddings_mcp.errors import EmbeddingsError, wire_form
 
-Stage = Literal["tokenise", "wait", "encode", "serialise"]
+Stage = Literal["tokenize", "wait", "encode", "serialize"]
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 _COUNTS = tuple(4**power for power in range(10))
@@ -109,7 +109,7 @@ def stage(name: Stage) -> Iterator[None]:
 
 @contextmanager
 def call(operation: str) -> Iterator[None]:
-    """Count and time the block as a call of `operation`, labelled with its outcome."""
+    """Count and time the block as a call of `operation`, labeled with its outcome."""
     started = time.perf_counter()
     code = "ok"
     try:

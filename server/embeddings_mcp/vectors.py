@@ -41,7 +41,7 @@ def normalize(vectors: FloatMatrix) -> FloatMatrix:
 
 
 def shorten(vectors: FloatMatrix, dimensions: int) -> FloatMatrix:
-    """Keep the first `dimensions` components of each row and renormalise.
+    """Keep the first `dimensions` components of each row and renormalize.
 
     Meaningful only for models trained so that a prefix is itself an embedding (Matryoshka representation learning,
     arXiv 2205.13147).

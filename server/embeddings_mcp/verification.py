@@ -19,7 +19,7 @@ SAME = 0.999
 """Cosine at and above which two vectors of a text are equal up to rounding: bfloat16 gives about 0.9999."""
 
 NEAR = 0.98
-"""Cosine at and above which they may be from one model with quantised weights (int8, fp8) or different prompts."""
+"""Cosine at and above which they may be from one model with quantized weights (int8, fp8) or different prompts."""
 
 _PARAGRAPH = (
     "The committee met on the first Tuesday of the month to go through the budget for the coming year. Repairs to the "
@@ -144,7 +144,7 @@ def _judge(comparisons: Sequence[Comparison]) -> Verdict:
         if input_types != {comparison.input_type for comparison in comparisons}:
             summary += f", all of them embedded as {input_types.pop()}: the prompts may differ"
         elif lowest >= NEAR:
-            summary += ": the weights may be quantised, or the prompts differ"
+            summary += ": the weights may be quantized, or the prompts differ"
         elif len(different) < len(comparisons):
             summary += f": {', '.join(dict.fromkeys(comparison.sample for comparison in different))}"
     return Verdict(same=not different, summary=summary, comparisons=tuple(comparisons))

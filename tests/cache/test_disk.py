@@ -395,4 +395,4 @@ async def test_a_note_is_computed_once(tmp_path: Path) -> None:
         assert disk.get_or_compute_note("the sky", lambda answer=answer: answer) == "blue"  # type: ignore[misc]
         await disk.aclose()
     garbage(tmp_path / FILE)
-    assert DiskStore(tmp_path, MB).get_or_compute_note("the sky", lambda: "grey") == "grey"
+    assert DiskStore(tmp_path, MB).get_or_compute_note("the sky", lambda: "gray") == "gray"

@@ -68,12 +68,12 @@ def test_an_unknown_format_is_answered_with_the_known_ones(client: httpx.Client)
 # --- The skill -------------------------------------------------------------------------------------------------------
 
 
-def test_the_catalogue_and_the_detail_have_the_shapes_of_naftikos_adapter(client: httpx.Client) -> None:
-    catalogue = client.get("/skills").json()
-    assert list(catalogue) == ["count", "skills"]
-    (entry,) = catalogue["skills"]
+def test_the_catalog_and_the_detail_have_the_shapes_of_naftikos_adapter(client: httpx.Client) -> None:
+    catalog = client.get("/skills").json()
+    assert list(catalog) == ["count", "skills"]
+    (entry,) = catalog["skills"]
     assert list(entry) == ["name", "description", "license", "tools"]
-    assert catalogue["count"] == 1
+    assert catalog["count"] == 1
 
     detail = client.get(f"/skills/{entry['name']}").json()
     assert [tool["name"] for tool in detail["tools"]] == entry["tools"] == [operation.name for operation in OPERATIONS]

@@ -96,7 +96,7 @@ def test_metrics_count_requests_calls_tokens_batches_and_stages() -> None:
     missing = '"method": "GET", "route": "/v1/models/*", "status": "404"'
     assert increase[f"embeddings_http_requests_total{{{missing}}}"] == 1
     assert (increase["embeddings_batch_texts_sum{}"], increase["embeddings_batch_tokens_sum{}"]) == (1, 4)
-    for stage in ("tokenise", "wait", "encode", "serialise"):
+    for stage in ("tokenize", "wait", "encode", "serialize"):
         assert increase[f'embeddings_stage_seconds_count{{"stage": "{stage}"}}'] >= 1, stage
 
 
@@ -160,7 +160,7 @@ def test_an_answer_has_the_time_of_each_stage() -> None:
     with client_of(local_embedder()) as client:
         header = ask(client).headers["server-timing"]
     stages = dict(re.findall(r"(\w+);dur=([0-9.]+)", header))
-    assert list(stages) == ["tokenise", "wait", "encode", "serialise", "total"]
+    assert list(stages) == ["tokenize", "wait", "encode", "serialize", "total"]
     parts = sum(float(stages[name]) for name in list(stages)[:-1])
     assert parts <= float(stages["total"]) + 0.5
 

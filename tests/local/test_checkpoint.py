@@ -638,14 +638,14 @@ def test_sizes_are_taken_from_the_files_and_everything_else_from_the_card(saved:
         max_tokens=40,
         input_type="optional",
         query_prompt="the card's: ",
-        licence="MIT",
+        license="MIT",
     )
 
     card = read_checkpoint(saved, known).card(known.id, known)
 
     assert (card.dimensions, card.matryoshka, card.max_tokens) == (WIDTH, (16,), 40)
     assert (card.aliases, card.input_type, card.query_prompt) == (("known",), "optional", "the card's: ")
-    assert card.licence == "MIT"
+    assert card.license == "MIT"
 
     larger = replace(known, max_tokens=8192)
     assert read_checkpoint(saved, larger).card(known.id, larger).max_tokens == 64

@@ -199,7 +199,7 @@ def test_a_batch_too_large_for_the_gpu_is_computed_in_halves() -> None:
 async def test_callers_of_a_server_on_the_gpu_get_the_vectors_of_their_own_texts(texts: list[str]) -> None:
     golden = family("bge-m3")
     settings = Settings(models=(f"mine={golden.folder}",), device="cuda", precision="float32", cache="off")
-    embedder = build_service(settings).catalogue.default
+    embedder = build_service(settings).catalog.default
     assert embedder is not None
     expected = encode(on_cuda("bge-m3", "float32", graphs=False), texts, truncate="END").vectors
     errors: list[float] = []

@@ -95,13 +95,13 @@ def test_a_limit_may_be_lowered_but_not_raised() -> None:
     assert load_encoder("test/e5", folder, max_tokens=10**6).info.card.max_tokens == 64
 
 
-def test_a_licence_that_forbids_commercial_use_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    known = ModelCard(id="nvidia/nv-embed-v2", licence="CC-BY-NC-4.0", non_commercial=True)
+def test_a_license_that_forbids_commercial_use_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    known = ModelCard(id="nvidia/nv-embed-v2", license="CC-BY-NC-4.0", non_commercial=True)
 
     with caplog.at_level(logging.WARNING):
         load_encoder(known.id, family("nv-embed-v2").folder, builtin_card=known)
 
-    assert "nvidia/nv-embed-v2 may not be used commercially: its licence is CC-BY-NC-4.0" in caplog.text
+    assert "nvidia/nv-embed-v2 may not be used commercially: its license is CC-BY-NC-4.0" in caplog.text
 
 
 @pytest.mark.parametrize("device", ["cuda:7", "quantum", "xla"])

@@ -48,7 +48,7 @@ async def local_embedder(name: FamilyName, **settings: Any) -> AsyncIterator[Loc
     spec = f"{MODELS[name]}={family(name).folder}"
     embedder: Any = build_service(
         Settings(models=(spec,), cache="off", precision="float32", **settings)
-    ).catalogue.default
+    ).catalog.default
     try:
         with anyio.fail_after(SECONDS):
             yield embedder
@@ -284,7 +284,7 @@ async def test_a_checkpoint_error_has_the_same_message_as_in_this_process(tmp_pa
     raised: list[EmbeddingsError] = []
     for in_subprocess in (True, False):
         settings = Settings(models=(f"mine={tmp_path}",), model_process=in_subprocess, cache="off")
-        embedder: Any = build_service(settings).catalogue.default
+        embedder: Any = build_service(settings).catalog.default
         with pytest.raises(CheckpointInvalid) as refused, anyio.fail_after(SECONDS):
             await embedder.check()
         raised.append(refused.value)
@@ -295,7 +295,7 @@ async def test_its_log_records_are_logged_by_the_server(caplog: pytest.LogCaptur
     async with local_embedder("nv-embed-v2", model_process=True) as embedder:
         await embedder.check()
         await embedder.embed(TEXTS, input_type="passage", truncate="END")
-    assert "nvidia/nv-embed-v2 may not be used commercially: its licence is CC-BY-NC-4.0" in caplog.messages
+    assert "nvidia/nv-embed-v2 may not be used commercially: its license is CC-BY-NC-4.0" in caplog.messages
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a process's environment is read from /proc")

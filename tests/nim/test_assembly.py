@@ -169,9 +169,9 @@ def test_a_key_given_as_an_address_or_variable_name_is_refused_without_being_rep
 def test_with_only_nvidias_key_the_hosted_models_are_served_next_to_the_default() -> None:
     service = build_service(Settings(nvidia_api_key=SecretStr(KEY)))
     assert http_server(service) == [(DEFAULT_MODEL, "local"), *((model, HOSTED_URL) for model in HOSTED_MODELS)]
-    assert service.catalogue.default_name == DEFAULT_MODEL
+    assert service.catalog.default_name == DEFAULT_MODEL
     chosen = build_service(Settings(nvidia_api_key=SecretStr(KEY), default_model="nemotron-3-embed"))
-    assert chosen.catalogue.default_name == HOSTED_DEFAULT_MODEL
+    assert chosen.catalog.default_name == HOSTED_DEFAULT_MODEL
 
 
 def test_a_local_model_takes_precedence_over_the_hosted_api() -> None:
@@ -200,7 +200,7 @@ async def test_a_single_model_is_opened_locally_or_at_the_endpoint_that_has_it()
 
     async def origin(settings: Settings, model: str | None, *, at_endpoint: bool = False) -> str:
         async with aclosing(await build_service_for_model(settings, model, at_endpoint=at_endpoint)) as service:
-            embedder, _ = await service.catalogue.find("default")
+            embedder, _ = await service.catalog.find("default")
             return embedder.origin
 
     hosted = Settings(nvidia_api_key=SecretStr(KEY))

@@ -44,7 +44,7 @@ async def test_listed_models_get_their_cards() -> None:
     }
 
 
-async def test_the_hosted_catalogue_is_filtered_for_embedding_models(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_hosted_catalog_is_filtered_for_embedding_models(monkeypatch: pytest.MonkeyPatch) -> None:
     models = http_server("meta/llama-4", "nvidia/nemotron-3-embed-1b", DEFAULT_MODEL)
     async with stand_in(models=models) as nim, client_of(nim) as client:
         monkeypatch.setattr(endpoint, "HOSTED_URL", nim.url)

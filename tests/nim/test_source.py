@@ -10,7 +10,7 @@ from typing import Any
 import anyio
 import pytest
 
-from embeddings_mcp.catalogue import Catalogue
+from embeddings_mcp.catalog import Catalog
 from embeddings_mcp.embedders.base import Embedder
 from embeddings_mcp.embedders.nim import Endpoint, EndpointClient, EndpointModels, source
 from embeddings_mcp.errors import InvalidSetting, UnknownModel, UpstreamUnavailable
@@ -30,24 +30,24 @@ def models_of(nim: StandIn, **chosen: Any) -> EndpointModels:
 
 
 @asynccontextmanager
-async def catalogue_of(
+async def catalog_of(
     *sources: EndpointModels, here: Sequence[Embedder] = (HERE,), default: str = "test/here"
-) -> AsyncIterator[Catalogue]:
-    catalogue = Catalogue(here, sources, default=default)
+) -> AsyncIterator[Catalog]:
+    catalog = Catalog(here, sources, default=default)
     try:
         with anyio.fail_after(10):
-            yield catalogue
+            yield catalog
     finally:
-        await catalogue.aclose()
+        await catalog.aclose()
 
 
-async def origin_of(catalogue: Catalogue, model: str) -> str:
-    embedder, _ = await catalogue.find(model)
+async def origin_of(catalog: Catalog, model: str) -> str:
+    embedder, _ = await catalog.find(model)
     return embedder.origin
 
 
-def http_server(catalogue: Catalogue) -> list[tuple[str, str]]:
-    return [(embedder.card.id, embedder.origin) for embedder in catalogue.known]
+def http_server(catalog: Catalog) -> list[tuple[str, str]]:
+    return [(embedder.card.id, embedder.origin) for embedder in catalog.known]
 
 
 def discoveries(nim: StandIn) -> int:
@@ -59,15 +59,15 @@ def discoveries(nim: StandIn) -> int:
 
 
 async def test_models_are_discovered_once_and_only_when_a_name_or_a_list_requires_it() -> None:
-    async with stand_in() as nim, catalogue_of(models_of(nim)) as catalogue:
-        assert await origin_of(catalogue, "HERE") == "local"
-        assert http_server(catalogue) == [("test/here", "local")]
+    async with stand_in() as nim, catalog_of(models_of(nim)) as catalog:
+        assert await origin_of(catalog, "HERE") == "local"
+        assert http_server(catalog) == [("test/here", "local")]
         assert not nim.seen
         for name in (ASYMMETRIC.id, SYMMETRIC.id, f"{SYMMETRIC.id}-query"):
-            assert await origin_of(catalogue, name) == f"{nim.url}/v1"
+            assert await origin_of(catalog, name) == f"{nim.url}/v1"
         with pytest.raises(UnknownModel, match="served are: test/here, test/asymmetric, test/symmetric"):
-            await catalogue.find("gone")
-        await catalogue.refresh()
+            await catalog.find("gone")
+        await catalog.refresh()
         assert discoveries(nim) == 1
 
 
@@ -75,11 +75,11 @@ async def test_discovery_is_single_flight() -> None:
     gate = anyio.Event()
     async with (
         stand_in(route_faults={"/v1/models": held(gate)}) as nim,
-        catalogue_of(models_of(nim)) as catalogue,
+        catalog_of(models_of(nim)) as catalog,
         anyio.create_task_group() as group,
     ):
         for _ in range(5):
-            group.start_soon(origin_of, catalogue, SYMMETRIC.id)
+            group.start_soon(origin_of, catalog, SYMMETRIC.id)
         await nim.received(1)
         await anyio.wait_all_tasks_blocked()
         gate.set()
@@ -89,79 +89,79 @@ async def test_discovery_is_single_flight() -> None:
 async def test_a_new_model_of_an_endpoint_is_found_once_its_list_is_stale(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async with stand_in(models={SYMMETRIC.id: SYMMETRIC}) as nim, catalogue_of(models_of(nim)) as catalogue:
-        first, _ = await catalogue.find(SYMMETRIC.id)
+    async with stand_in(models={SYMMETRIC.id: SYMMETRIC}) as nim, catalog_of(models_of(nim)) as catalog:
+        first, _ = await catalog.find(SYMMETRIC.id)
         nim.models = {ASYMMETRIC.id: ASYMMETRIC, SYMMETRIC.id: SYMMETRIC}
         with pytest.raises(UnknownModel):
-            await catalogue.find(ASYMMETRIC.id)
-        monkeypatch.setattr("embeddings_mcp.catalogue.MODEL_LIST_TTL_SECONDS", 0)
-        assert await origin_of(catalogue, ASYMMETRIC.id) == f"{nim.url}/v1"
-        assert (await catalogue.find(SYMMETRIC.id))[0] is first  # which keeps its state
+            await catalog.find(ASYMMETRIC.id)
+        monkeypatch.setattr("embeddings_mcp.catalog.MODEL_LIST_TTL_SECONDS", 0)
+        assert await origin_of(catalog, ASYMMETRIC.id) == f"{nim.url}/v1"
+        assert (await catalog.find(SYMMETRIC.id))[0] is first  # which keeps its state
         nim.models = {ASYMMETRIC.id: ASYMMETRIC}
-        await catalogue.refresh()
-        assert http_server(catalogue)[1:] == [(ASYMMETRIC.id, f"{nim.url}/v1")]
+        await catalog.refresh()
+        assert http_server(catalog)[1:] == [(ASYMMETRIC.id, f"{nim.url}/v1")]
 
 
 async def test_a_stale_list_is_not_refreshed_for_a_model_that_another_endpoint_has(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("embeddings_mcp.catalogue.MODEL_LIST_TTL_SECONDS", 0)
+    monkeypatch.setattr("embeddings_mcp.catalog.MODEL_LIST_TTL_SECONDS", 0)
     async with (
         stand_in(models={ASYMMETRIC.id: ASYMMETRIC}) as first,
         stand_in(models={SYMMETRIC.id: SYMMETRIC}) as second,
-        catalogue_of(models_of(first), models_of(second)) as catalogue,
+        catalog_of(models_of(first), models_of(second)) as catalog,
     ):
         for _ in range(3):
-            assert await origin_of(catalogue, SYMMETRIC.id) == f"{second.url}/v1"
+            assert await origin_of(catalog, SYMMETRIC.id) == f"{second.url}/v1"
         assert (discoveries(first), discoveries(second)) == (1, 1)
 
 
 async def test_there_is_no_discovery_if_the_settings_name_the_models() -> None:
     async with (
         stand_in() as nim,
-        catalogue_of(models_of(nim, known=[SYMMETRIC.id], complete=True)) as catalogue,
+        catalog_of(models_of(nim, known=[SYMMETRIC.id], complete=True)) as catalog,
     ):
-        assert await origin_of(catalogue, SYMMETRIC.id) == f"{nim.url}/v1"
+        assert await origin_of(catalog, SYMMETRIC.id) == f"{nim.url}/v1"
         with pytest.raises(UnknownModel):
-            await catalogue.find(ASYMMETRIC.id)
+            await catalog.find(ASYMMETRIC.id)
         assert not nim.seen
 
 
 async def test_a_failed_discovery_is_not_repeated_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with stand_in(route_faults=FAILING) as nim, catalogue_of(models_of(nim)) as catalogue:
+    async with stand_in(route_faults=FAILING) as nim, catalog_of(models_of(nim)) as catalog:
         for _ in range(3):
             with pytest.raises(UpstreamUnavailable, match=r"whether `model` 'x' is served is not known: .*500: broken"):
-                await catalogue.find("x")
-            await catalogue.refresh()
+                await catalog.find("x")
+            await catalog.refresh()
         assert discoveries(nim) == 1
         monkeypatch.setattr(source, "RETRY_SECONDS", 0)
         nim.route_faults = {}
-        assert await origin_of(catalogue, SYMMETRIC.id) == f"{nim.url}/v1"
+        assert await origin_of(catalog, SYMMETRIC.id) == f"{nim.url}/v1"
         assert discoveries(nim) == 2
 
 
 async def test_discovery_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source, "DISCOVERY_TIMEOUT_SECONDS", 0.05)
     silent = {"/v1/models": held(anyio.Event())}
-    async with stand_in(route_faults=silent) as nim, catalogue_of(models_of(nim)) as catalogue:
-        await catalogue.refresh()
-        assert http_server(catalogue) == [("test/here", "local")]
+    async with stand_in(route_faults=silent) as nim, catalog_of(models_of(nim)) as catalog:
+        await catalog.refresh()
+        assert http_server(catalog) == [("test/here", "local")]
         with pytest.raises(UpstreamUnavailable, match=r"did not list its models within 0\.05 s"):
-            await catalogue.find("x")
+            await catalog.find("x")
 
 
 async def test_cancelling_a_discovery_leaves_it_to_the_next_caller() -> None:
     gate = anyio.Event()
     async with (
         stand_in(route_faults={"/v1/models": held(gate)}) as nim,
-        catalogue_of(models_of(nim)) as catalogue,
+        catalog_of(models_of(nim)) as catalog,
     ):
         async with anyio.create_task_group() as group:
-            group.start_soon(origin_of, catalogue, SYMMETRIC.id)
+            group.start_soon(origin_of, catalog, SYMMETRIC.id)
             await nim.received(1)
             group.cancel_scope.cancel()
         gate.set()
-        assert await origin_of(catalogue, SYMMETRIC.id) == f"{nim.url}/v1"
+        assert await origin_of(catalog, SYMMETRIC.id) == f"{nim.url}/v1"
 
 
 # --- Precedence ------------------------------------------------------------------------------------------------------
@@ -171,21 +171,21 @@ async def test_a_local_model_takes_precedence_over_an_endpoints() -> None:
     here = HashEmbedder(SYMMETRIC)
     async with (
         stand_in() as nim,
-        catalogue_of(models_of(nim), here=[here], default=SYMMETRIC.id) as catalogue,
+        catalog_of(models_of(nim), here=[here], default=SYMMETRIC.id) as catalog,
     ):
-        await catalogue.refresh()
-        assert (await catalogue.find(SYMMETRIC.id))[0] is here
-        assert http_server(catalogue) == [(SYMMETRIC.id, "local"), (ASYMMETRIC.id, f"{nim.url}/v1")]
+        await catalog.refresh()
+        assert (await catalog.find(SYMMETRIC.id))[0] is here
+        assert http_server(catalog) == [(SYMMETRIC.id, "local"), (ASYMMETRIC.id, f"{nim.url}/v1")]
 
 
 async def test_the_first_of_two_endpoints_takes_precedence_even_if_it_requires_discovery() -> None:
     async with stand_in(models={SYMMETRIC.id: SYMMETRIC}) as first, stand_in() as second:
         known = models_of(second, known=[SYMMETRIC.id, ASYMMETRIC.id])
-        async with catalogue_of(models_of(first), known) as catalogue:
-            assert await origin_of(catalogue, SYMMETRIC.id) == f"{first.url}/v1"
-            assert await origin_of(catalogue, ASYMMETRIC.id) == f"{second.url}/v1"
+        async with catalog_of(models_of(first), known) as catalog:
+            assert await origin_of(catalog, SYMMETRIC.id) == f"{first.url}/v1"
+            assert await origin_of(catalog, ASYMMETRIC.id) == f"{second.url}/v1"
             assert discoveries(second) == 0
-            assert http_server(catalogue)[1:] == [
+            assert http_server(catalog)[1:] == [
                 (SYMMETRIC.id, f"{first.url}/v1"),
                 (ASYMMETRIC.id, f"{second.url}/v1"),
             ]
@@ -194,31 +194,31 @@ async def test_the_first_of_two_endpoints_takes_precedence_even_if_it_requires_d
 async def test_there_is_no_failover_to_the_second_endpoint_if_the_first_is_down() -> None:
     async with stand_in() as first:
         pass
-    async with stand_in() as second, catalogue_of(models_of(first), models_of(second)) as catalogue:
+    async with stand_in() as second, catalog_of(models_of(first), models_of(second)) as catalog:
         with pytest.raises(UpstreamUnavailable, match=f"cannot connect to the endpoint {first.url}"):
-            await catalogue.find(SYMMETRIC.id)
+            await catalog.find(SYMMETRIC.id)
         assert not second.seen
-        assert await origin_of(catalogue, "test/here") == "local"
+        assert await origin_of(catalog, "test/here") == "local"
 
 
 async def test_the_last_known_list_is_used_while_an_endpoint_is_down() -> None:
     async with (
         stand_in(models={"test/other": ModelCard(id="test/other")}) as first,
         stand_in() as second,
-        catalogue_of(models_of(first), models_of(second)) as catalogue,
+        catalog_of(models_of(first), models_of(second)) as catalog,
     ):
-        await catalogue.refresh()
+        await catalog.refresh()
         first.route_faults = FAILING
-        assert await origin_of(catalogue, SYMMETRIC.id) == f"{second.url}/v1"
+        assert await origin_of(catalog, SYMMETRIC.id) == f"{second.url}/v1"
 
 
 async def test_a_model_listed_under_its_old_and_new_names_is_one_model() -> None:
     old, new = "nvidia/llama-3.2-nv-embedqa-1b-v2", "nvidia/llama-nemotron-embed-1b-v2"
     models = {name: ModelCard(id=name, dimensions=2048) for name in (old, new)}
-    async with stand_in(models=models) as nim, catalogue_of(models_of(nim)) as catalogue:
-        await catalogue.refresh()
-        assert http_server(catalogue)[1:] == [(new, f"{nim.url}/v1")]
-        embedder, _ = await catalogue.find(old)
+    async with stand_in(models=models) as nim, catalog_of(models_of(nim)) as catalog:
+        await catalog.refresh()
+        assert http_server(catalog)[1:] == [(new, f"{nim.url}/v1")]
+        embedder, _ = await catalog.find(old)
         await embedder.embed(["a text"], input_type="query", truncate="NONE")
         assert nim.seen[-1].json["model"] == new
 
@@ -229,14 +229,14 @@ async def test_a_model_listed_under_its_old_and_new_names_is_one_model() -> None
 async def test_the_default_may_be_a_model_that_is_not_discovered_yet() -> None:
     async with (
         stand_in() as nim,
-        catalogue_of(models_of(nim), here=[], default=ASYMMETRIC.id) as catalogue,
+        catalog_of(models_of(nim), here=[], default=ASYMMETRIC.id) as catalog,
     ):
-        assert (catalogue.default, catalogue.default_name) == (None, ASYMMETRIC.id)
+        assert (catalog.default, catalog.default_name) == (None, ASYMMETRIC.id)
         assert not nim.seen
         for name, implied in {"default": None, "DEFAULT-query": "query"}.items():
-            embedder, input_type = await catalogue.find(name)
+            embedder, input_type = await catalog.find(name)
             assert (embedder.card.id, input_type) == (ASYMMETRIC.id, implied)
-            assert catalogue.default is embedder
+            assert catalog.default is embedder
 
 
 async def test_readiness_is_that_of_the_default_models_endpoint() -> None:
@@ -256,21 +256,21 @@ async def test_readiness_is_that_of_the_default_models_endpoint() -> None:
 
 async def test_without_endpoints_the_default_must_be_a_local_model() -> None:
     with pytest.raises(InvalidSetting, match="`--endpoint` from an endpoint that has it"):
-        Catalogue([HERE], [], default=ASYMMETRIC.id)
+        Catalog([HERE], [], default=ASYMMETRIC.id)
 
 
 async def test_an_unserved_model_that_could_run_locally_is_named_with_how_to_serve_it() -> None:
-    async with catalogue_of() as catalogue:
+    async with catalog_of() as catalog:
         with pytest.raises(UnknownModel) as caught:
-            await catalogue.find("nv-embed-v1")
+            await catalog.find("nv-embed-v1")
         assert caught.value.message.endswith(
             "served are: test/here (or `default`). NVIDIA's hosted API ended it on 2026-08-25; a server started with "
             "`--model nvidia/nv-embed-v1` has it"
         )
         with pytest.raises(UnknownModel, match=r"`--model nvidia/nv-embedqa-e5-v5=FOLDER` has it"):
-            await catalogue.find("e5")
+            await catalog.find("e5")
         with pytest.raises(UnknownModel, match=r"served are: test/here \(or `default`\)$"):
-            await catalogue.find("gone")
+            await catalog.find("gone")
 
 
 # --- Model cards -----------------------------------------------------------------------------------------------------
@@ -294,8 +294,8 @@ async def test_an_unserved_model_that_could_run_locally_is_named_with_how_to_ser
 )
 async def test_details_listed_by_an_endpoint_refine_the_card(entry: dict[str, Any], expected: dict[str, Any]) -> None:
     listing = answering(200, {"object": "list", "data": [{"id": "own/model", **entry}]})
-    async with stand_in(route_faults={"/v1/models": listing}) as nim, catalogue_of(models_of(nim)) as catalogue:
-        embedder, _ = await catalogue.find("own/model")
+    async with stand_in(route_faults={"/v1/models": listing}) as nim, catalog_of(models_of(nim)) as catalog:
+        embedder, _ = await catalog.find("own/model")
     assert {name: getattr(embedder.card, name) for name in expected} == expected
 
 
@@ -304,8 +304,8 @@ async def test_the_token_limit_of_nemotron_3_is_lower_at_a_nim() -> None:
     async with stand_in(models={name: ModelCard(id=name)}) as nim:
         for dialect, limit in (("nim", 4096), ("openai", 32768)):
             endpoint = Endpoint(url=nim.url, dialect=dialect)  # type: ignore[arg-type]
-            async with catalogue_of(EndpointModels(EndpointClient(endpoint))) as catalogue:
-                assert (await catalogue.find("nemotron-3-embed"))[0].card.max_tokens == limit
+            async with catalog_of(EndpointModels(EndpointClient(endpoint))) as catalog:
+                assert (await catalog.find("nemotron-3-embed"))[0].card.max_tokens == limit
 
 
 async def test_models_of_endpoints_are_described_like_local_ones() -> None:
@@ -326,17 +326,17 @@ async def test_models_of_endpoints_are_described_like_local_ones() -> None:
 async def test_discovery_counts_towards_the_rate_limit() -> None:
     async with stand_in() as nim:
         endpoint = Endpoint(url=nim.url, requests_per_minute=1)
-        async with catalogue_of(EndpointModels(EndpointClient(endpoint))) as catalogue:
-            embedder, _ = await catalogue.find(SYMMETRIC.id)
+        async with catalog_of(EndpointModels(EndpointClient(endpoint))) as catalog:
+            embedder, _ = await catalog.find(SYMMETRIC.id)
             with anyio.move_on_after(1), pytest.raises(Exception, match="is busy"):
                 await embedder.embed(["a"], input_type=None, truncate="NONE")
     assert len(nim.seen) == 1
 
 
-def test_a_catalogue_is_created_without_requests() -> None:
+def test_a_catalog_is_created_without_requests() -> None:
     endpoints = (
         EndpointModels(EndpointClient(Endpoint(url=f"http://localhost:{port}"))) for port in itertools.count(1)
     )
-    catalogue = Catalogue([HERE], itertools.islice(endpoints, 20), default="test/here")
-    assert not catalogue.is_local
-    assert http_server(catalogue) == [("test/here", "local")]
+    catalog = Catalog([HERE], itertools.islice(endpoints, 20), default="test/here")
+    assert not catalog.is_local
+    assert http_server(catalog) == [("test/here", "local")]

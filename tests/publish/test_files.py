@@ -50,7 +50,7 @@ def test_an_invalid_url_is_refused() -> None:
 def test_the_identity_agrees_with_the_package_metadata() -> None:
     project = PROJECT["project"]
     assert project["name"] == identity.NAME
-    assert project["license"] == identity.LICENCE
+    assert project["license"] == identity.LICENSE
     assert tuple(project["keywords"]) == identity.KEYWORDS
     assert project["authors"] == [{"name": identity.AUTHOR}]
     assert project["urls"]["Documentation"] == f"{identity.REPOSITORY}#readme"

@@ -15,7 +15,7 @@ _Value = TypeVar("_Value")
 
 
 class _FactoryThread(threading.Thread):
-    """A thread that runs a factory; a class of its own so that `is_factory_running` recognises it."""
+    """A thread that runs a factory; a class of its own so that `is_factory_running` recognizes it."""
 
 
 def is_factory_running() -> bool:

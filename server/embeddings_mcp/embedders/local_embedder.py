@@ -185,13 +185,13 @@ class LocalEmbedder:
         texts, counts = request.texts, request.counts
         max_tokens = model.info.card.max_tokens or sys.maxsize
         expected = [min(max_tokens, math.ceil(len(text) * self._tokens_per_character)) for text in texts]
-        # Refused before it is tokenized if the queue is full; a retry is recognised by its texts.
+        # Refused before it is tokenized if the queue is full; a retry is recognized by its texts.
         with batcher.admit((caller_name(), hash(tuple(texts))), sum(expected)) as claim:
             token_batches = model.tokenize(texts, input_type=request.input_type, truncate=request.truncate)
             on_thread = sum(map(len, texts)) > _MAX_CHARACTERS_ON_LOOP
 
             async def tokenize_next() -> TokenizedBatch:
-                with telemetry.stage("tokenise"):
+                with telemetry.stage("tokenize"):
                     batch = await anyio.to_thread.run_sync(next, token_batches) if on_thread else next(token_batches)
                 tokenized = slice(len(counts), len(counts) + len(batch.rows))  # positions of their texts
                 self._update_estimate(texts[tokenized], batch.counts, max_tokens)

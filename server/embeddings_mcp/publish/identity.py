@@ -11,14 +11,14 @@ NAME = "embeddings-mcp"
 """Name of the distribution, the command and the plugin."""
 
 REGISTRY_NAME = "io.github.embeddings-mcp/embeddings-mcp"
-"""Name in the MCP registry; the GitHub organisation proves ownership of the namespace."""
+"""Name in the MCP registry; the GitHub organization proves ownership of the namespace."""
 
 TITLE = "Text embeddings"
 
 DESCRIPTION = "Text embeddings as tools: embed, compare and search by meaning, locally or with NVIDIA NIM"
 """At most 100 characters, the limit of the MCP registry and of server cards."""
 
-LICENCE = "Apache-2.0"
+LICENSE = "Apache-2.0"
 AUTHOR = "The embeddings-mcp authors"
 REPOSITORY = "https://github.com/embeddings-mcp/embeddings-mcp"
 DOCUMENTS = "https://raw.githubusercontent.com/embeddings-mcp/embeddings-mcp/main"

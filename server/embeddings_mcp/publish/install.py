@@ -27,7 +27,7 @@ _METADATA = {
     "description": identity.DESCRIPTION,
     "author": {"name": identity.AUTHOR},
     "homepage": identity.REPOSITORY,
-    "license": identity.LICENCE,
+    "license": identity.LICENSE,
     "keywords": [*identity.KEYWORDS],
 }
 

@@ -56,7 +56,7 @@ _HEADERS = [
     (
         "`Server-Timing`",
         "responses to POST",
-        "Milliseconds spent in each stage: tokenising, waiting, encoding, writing the response.",
+        "Milliseconds spent in each stage: tokenizing, waiting, encoding, writing the response.",
     ),
     ("`Retry-After`", "429, 503", "Seconds to wait before retrying."),
 ]
@@ -273,12 +273,12 @@ def models() -> str:
             str(card.max_tokens or ""),
             card.input_type,
             ", ".join(card.modes),
-            f"{card.licence or 'see its page'}{' (not for commercial use)' if card.non_commercial else ''}",
+            f"{card.license or 'see its page'}{' (not for commercial use)' if card.non_commercial else ''}",
             _hosting(card),
         )
         for card in CARDS
     ]
-    known = _table(("Model", "Dimensions", "Tokens", "input_type", "Modes", "Licence", "Where"), rows)
+    known = _table(("Model", "Dimensions", "Tokens", "input_type", "Modes", "License", "Where"), rows)
     names = _table(("Model", "Also called"), ((f"`{card.id}`", _names(card)) for card in CARDS if card.aliases))
     return _page(_MODELS, known, _MODELS_NOTES, names)
 

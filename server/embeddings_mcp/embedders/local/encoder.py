@@ -174,7 +174,7 @@ def load_encoder(
     if max_tokens is not None:
         card = replace(card, max_tokens=min(max_tokens, checkpoint.max_tokens))
     if card.non_commercial:
-        _logger.warning("%s may not be used commercially: its licence is %s", card.id, card.licence)
+        _logger.warning("%s may not be used commercially: its license is %s", card.id, card.license)
     static = checkpoint.pipeline.static
     placement = choose_placement("cpu", "float32") if static else choose_placement(device, precision)
     if placement.slower_than_float32:

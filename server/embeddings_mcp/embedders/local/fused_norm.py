@@ -37,8 +37,8 @@ def _add_norm(rows, others, weight, bias, normed, width, epsilon, BLOCK: tl.cons
     left = tl.load(rows + first + columns, inside, 0).to(tl.float32)
     right = tl.load(others + first + columns, inside, 0).to(tl.float32)
     summed = left + right
-    centred = tl.where(inside, summed - tl.sum(summed) / width, 0)
-    scale = tl.rsqrt(tl.sum(centred * centred) / width + epsilon)
+    centered = tl.where(inside, summed - tl.sum(summed) / width, 0)
+    scale = tl.rsqrt(tl.sum(centered * centered) / width + epsilon)
     factors = tl.load(weight + columns, inside, 0).to(tl.float32)
     offsets = tl.load(bias + columns, inside, 0).to(tl.float32)
-    tl.store(normed + first + columns, (centred * scale * factors + offsets).to(normed.dtype.element_ty), inside)
+    tl.store(normed + first + columns, (centered * scale * factors + offsets).to(normed.dtype.element_ty), inside)

@@ -24,7 +24,7 @@ _CARDS = (
         input_type="required",
         query_prompt="query: ",
         passage_prompt="passage: ",
-        licence="NVIDIA Open Model License and Llama 3.2 Community License",
+        license="NVIDIA Open Model License and Llama 3.2 Community License",
         hub="",
     ),
     *CARDS,
@@ -64,7 +64,7 @@ def card_for(
 async def discover(client: EndpointClient, user_cards: Sequence[CardOverride] = ()) -> dict[str, ModelCard]:
     """Return the cards of the embedding models that the endpoint lists, by their names there.
 
-    The hosted API lists its whole catalogue, including chat models and models that the account may not call. Of those,
+    The hosted API lists its whole catalog, including chat models and models that the account may not call. Of those,
     only models with a card or with "embed" in their name are kept; whether the account may call one is known only once
     it is called.
 

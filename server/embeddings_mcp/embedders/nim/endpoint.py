@@ -116,7 +116,7 @@ class Endpoint:
 
     @property
     def headers(self) -> dict[str, str]:
-        """Headers that authorise a request to this endpoint."""
+        """Headers that authorize a request to this endpoint."""
         return {} if self.api_key is None else {"Authorization": f"Bearer {self.api_key.get_secret_value()}"}
 
     def with_caller_key(self, key: SecretStr) -> Endpoint:

@@ -1,4 +1,4 @@
-"""`EndpointModels`: the models of one endpoint, as a source of embedders for the catalogue."""
+"""`EndpointModels`: the models of one endpoint, as a source of embedders for the catalog."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RETRY_SECONDS = 10.0
 
 
 class EndpointModels:
-    """The models of one endpoint; follows `catalogue.ModelSource`.
+    """The models of one endpoint; follows `catalog.ModelSource`.
 
     Args:
         client: of the endpoint.

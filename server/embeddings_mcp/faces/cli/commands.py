@@ -293,7 +293,7 @@ def verify(
             service = await stack.enter_async_context(
                 contextlib.aclosing(await service_factory(model, endpoint, device, precision)())
             )
-            one, _ = await service.catalogue.find("default")
+            one, _ = await service.catalog.find("default")
             other = await open_embedder(against, against_model or one.card.id, settings_from_flags(device=device))
             stack.push_async_callback(other.aclose)
             return await verify_embedders(one, other)

@@ -24,7 +24,7 @@ import anyio.to_thread
 
 from embeddings_mcp import __version__
 from embeddings_mcp.assemble import build_service
-from embeddings_mcp.catalogue import DEFAULT, Catalogue, ModelSource, model_ids
+from embeddings_mcp.catalog import DEFAULT, Catalog, ModelSource, model_ids
 from embeddings_mcp.embedders.base import Embedder
 from embeddings_mcp.embedders.cache.database import FILE, Database, ForeignDatabase, is_damaged
 from embeddings_mcp.embedders.local.locate import BUNDLES, find_bundled, locate
@@ -99,8 +99,8 @@ async def examine(settings: Settings) -> AsyncIterator[Finding]:
         yield problem("settings", error)
         return
     async with contextlib.aclosing(service):
-        catalogue = service.catalogue
-        yield (local := await _in_thread(_check_packages, needed=_needs_local_packages(settings, catalogue)))
+        catalog = service.catalog
+        yield (local := await _in_thread(_check_packages, needed=_needs_local_packages(settings, catalog)))
         if local.state == "ok":
             yield await _in_thread(_check_device, settings)
         yield await _in_thread(_check_bundled_weights)
@@ -110,15 +110,15 @@ async def examine(settings: Settings) -> AsyncIterator[Finding]:
         if settings.nvidia_api_key is None:
             yield Finding("hosted API", "note", "NVIDIA_API_KEY is not set, so none of its models are served")
         default_finding: Finding | None = None
-        for source in catalogue.sources:
+        for source in catalog.sources:
             yield (finding := await _check_endpoint(source))
-            if finding.state == "ok" and (embedder := _model_to_try(source, catalogue)):
+            if finding.state == "ok" and (embedder := _model_to_try(source, catalog)):
                 yield (finding := await _try_endpoint_model(source, embedder))
-                if embedder is catalogue.default:
+                if embedder is catalog.default:
                     default_finding = finding
-        subject = f"default model {catalogue.default_name}"
+        subject = f"default model {catalog.default_name}"
         if default_finding is None:
-            default_finding = await _try_default_model(subject, catalogue)
+            default_finding = await _try_default_model(subject, catalog)
         yield replace(default_finding, subject=subject)
 
 
@@ -136,9 +136,9 @@ def _installation() -> str:
     )
 
 
-def _needs_local_packages(settings: Settings, catalogue: Catalogue) -> bool:
+def _needs_local_packages(settings: Settings, catalog: Catalog) -> bool:
     """Return whether a local model is requested: one was named, or the default model is local."""
-    default = catalogue.default
+    default = catalog.default
     return "models" in settings.model_fields_set or (default is not None and default.origin == "local")
 
 
@@ -278,9 +278,9 @@ async def _check_endpoint(source: ModelSource) -> Finding:
     return Finding(subject, "ok", f"responds in {_elapsed(started)} and has {shown or 'no models'}")
 
 
-def _model_to_try(source: ModelSource, catalogue: Catalogue) -> Embedder | None:
+def _model_to_try(source: ModelSource, catalog: Catalog) -> Embedder | None:
     """Choose the model to try an endpoint with: the default model, or one that is likely to be an embedding model."""
-    if (default := catalogue.default) is not None and any(default is model for model in source.models.values()):
+    if (default := catalog.default) is not None and any(default is model for model in source.models.values()):
         return default
     from embeddings_mcp.embedders.nim import HOSTED_DEFAULT_MODEL, is_embedding_model
 
@@ -300,10 +300,10 @@ async def _try_endpoint_model(source: ModelSource, embedder: Embedder) -> Findin
     return finding
 
 
-async def _try_default_model(subject: str, catalogue: Catalogue) -> Finding:
+async def _try_default_model(subject: str, catalog: Catalog) -> Finding:
     """Embed a text with the default model."""
     try:
-        embedder, _ = await catalogue.find(DEFAULT)
+        embedder, _ = await catalog.find(DEFAULT)
     except EmbeddingsError as error:
         return problem(subject, error)
     return await _try_embedding(

@@ -62,7 +62,7 @@ def search(response: SearchResponse, passages: Sequence[str]) -> RenderableType:
 
 def models(response: ModelsResponse) -> Table:
     """One row per model."""
-    table = _table("model", "length", "also", "tokens", "input_type", "from", "licence")
+    table = _table("model", "length", "also", "tokens", "input_type", "from", "license")
     for column in table.columns:  # wrap names on a narrow terminal instead of cropping them
         column.no_wrap, column.overflow = False, "fold"
     for entry in response["models"]:
@@ -73,7 +73,7 @@ def models(response: ModelsResponse) -> Table:
             str(entry.get("max_tokens", "?")),
             entry["input_type"],
             entry["served_from"],
-            entry.get("licence", ""),
+            entry.get("license", ""),
         )
     return table
 

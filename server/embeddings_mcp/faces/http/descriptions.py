@@ -35,7 +35,7 @@ def routes() -> list[Route]:
     return [
         *(Route(path, partial(_document, name)) for path, name in _DOCUMENTS.items()),
         Route("/manifest", _manifest),
-        Route("/skills", _catalogue),
+        Route("/skills", _catalog),
         Route("/skills/{name}", _skill_endpoint(_detail)),
         Route("/skills/{name}/download", _skill_endpoint(_download)),
         Route("/skills/{name}/contents", _skill_endpoint(_contents)),
@@ -68,7 +68,7 @@ async def _manifest(request: Request) -> Response:
 # --- The skill -------------------------------------------------------------------------------------------------------
 
 
-async def _catalogue(_request: Request) -> Response:
+async def _catalog(_request: Request) -> Response:
     skill = read_skill()
     entry = {**_frontmatter(skill, "description", "license"), "tools": [operation.name for operation in OPERATIONS]}
     return _json({"count": 1, "skills": [entry]})

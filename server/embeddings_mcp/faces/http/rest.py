@@ -169,7 +169,7 @@ def _model_object(entry: ModelEntry, created: int) -> ModelObject:
 def _json(content: Mapping[str, Any], status: int = HTTPStatus.OK) -> Response:
     if any(isinstance(value, list) and len(value) > _rows_per_chunk(value) for value in content.values()):
         return StreamingResponse(_json_chunks(content), status, media_type="application/json")
-    with telemetry.stage("serialise"):
+    with telemetry.stage("serialize"):
         body = dump_json(content)
     return Response(body, status, media_type="application/json")
 
@@ -196,7 +196,7 @@ async def _json_chunks(content: Mapping[str, Any]) -> AsyncIterator[bytes]:
             yield dump_json(value)
         separator = b","
     yield b"}"
-    telemetry.record("serialise", seconds)
+    telemetry.record("serialize", seconds)
 
 
 def _rows_per_chunk(rows: Sequence[object]) -> int:

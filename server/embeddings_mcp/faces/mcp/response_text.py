@@ -43,8 +43,8 @@ def model_as_text(entry: ModelEntry) -> str:
     if len(entry["modes"]) > 1:
         facts.append(f"modes {', '.join(entry['modes'])}")
     facts.append(f"served from {entry['served_from']}")
-    if "licence" in entry:
-        facts.append(f"licence {entry['licence']}")
+    if "license" in entry:
+        facts.append(f"license {entry['license']}")
     if entry["aliases"]:
         facts.append(f"also called {', '.join(entry['aliases'])}")
     return "; ".join(facts)

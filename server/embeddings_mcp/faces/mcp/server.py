@@ -86,9 +86,7 @@ class EmbeddingsServer(MCPServer[dict[str, Any]]):
         self._limits = limits
         self._operations = {operation.name: operation for operation in OPERATIONS}
         self.tools_listed = asyncio.Event()
-        self._advertised_tools = [
-            _tool(operation, open_world=not service.catalogue.is_local) for operation in OPERATIONS
-        ]
+        self._advertised_tools = [_tool(operation, open_world=not service.catalog.is_local) for operation in OPERATIONS]
         super().__init__(
             "embeddings-mcp",
             title="Text embeddings",
@@ -98,7 +96,7 @@ class EmbeddingsServer(MCPServer[dict[str, Any]]):
             cache_hints={
                 method: CacheHint(ttl_ms=_LIST_TTL_MS, scope="public")
                 for method in _CACHEABLE_METHODS
-                if method != "resources/list" or service.catalogue.is_local  # endpoint models are discovered later
+                if method != "resources/list" or service.catalog.is_local  # endpoint models are discovered later
             },
             subscriptions=False,
             log_level="WARNING",
@@ -148,7 +146,7 @@ class EmbeddingsServer(MCPServer[dict[str, Any]]):
         """Reject a request whose response would be too large, if the vector length is known in advance."""
         dimensions = request.dimensions
         if dimensions is None:
-            embedder, _ = await self._service.catalogue.find(request.model)
+            embedder, _ = await self._service.catalog.find(request.model)
             dimensions = embedder.card.dimensions
         if dimensions is not None:
             expected = response_size.expected_bytes(request, dimensions)
@@ -235,7 +233,7 @@ def _instructions(service: EmbeddingService) -> str:
         "- Vectors for a program, a file or a vector database? `create_embedding`; never to compare texts yourself.\n"
         "Give many texts in one call, as an array. Every string is taken literally, even if it looks like JSON. "
         "Indexes in results start at 0. A call knows only the texts it is given.\n"
-        f"`model` may be `default`, which is {service.catalogue.default_name}; `list_models` describes all models. "
+        f"`model` may be `default`, which is {service.catalog.default_name}; `list_models` describes all models. "
         "Vectors and scores of different models cannot be compared.\n"
         f"Thresholds, choosing a model, handling errors: see the skill {SKILL_URI}."
     )

@@ -1,4 +1,4 @@
-"""The catalogue of served models, and the resolution of model names.
+"""The catalog of served models, and the resolution of model names.
 
 A name resolves to the first model with that id or alias: first among the local models, then among the endpoints in
 their order. An endpoint's models are listed lazily, when a name cannot be resolved without them. While an endpoint
@@ -74,7 +74,7 @@ ResolvedModel = tuple[Embedder, InputType | None]
 """The embedder for a model name, and the input type if the name's suffix implies one."""
 
 
-class Catalogue:
+class Catalog:
     """The models served.
 
     Args:
