@@ -340,7 +340,7 @@ async def test_openais_capability_can_be_served(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.anyio
 async def test_a_nims_capability_can_be_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CALLERS_KEY", "of-callers")
+    monkeypatch.setenv("CALLERS_KEY", "of-callers\n")  # as read from a mounted secret file
 
     def ask() -> Any:
         with http_server("self-hosted-nim.yaml", endpoint.url, "", tmp_path) as (_, url):

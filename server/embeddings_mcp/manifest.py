@@ -81,7 +81,7 @@ class Manifest:
         """
         key = settings.api_key
         if key is None and self.api_key_env is not None:
-            value = os.environ.get(self.api_key_env)
+            value = os.environ.get(self.api_key_env, "").strip()  # as for `Settings.api_key`
             if not value:
                 raise InvalidSetting(f"the manifest takes the key that callers send from {self.api_key_env}: set it")
             key = SecretStr(value)
