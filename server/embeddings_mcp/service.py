@@ -17,7 +17,7 @@ import numpy as np
 from embeddings_mcp import responses
 from embeddings_mcp.catalog import DEFAULT, Catalog, ModelSource
 from embeddings_mcp.embedders.base import Embedder, Embeddings, MultiEmbedder, OnProgress, Representations
-from embeddings_mcp.errors import InputUnusable, InvalidRequest, ModelUnavailable
+from embeddings_mcp.errors import InputUnusable, InvalidRequest, ModelUnavailable, UpstreamFailed
 from embeddings_mcp.models import InputType, Mode, ModelCard, Truncate
 from embeddings_mcp.responses import EmbedderResult
 from embeddings_mcp.schema import (
@@ -281,7 +281,11 @@ class EmbeddingService:
     async def _embed_query_and_passages(
         self, embedder: Embedder, request: SearchRequest, on_progress: OnProgress | None
     ) -> tuple[EmbedderResult, EmbedderResult, Usage]:
-        """Embed the query and the passages, in one call for a symmetric model; also return the usage."""
+        """Embed the query and the passages, in one call for a symmetric model; also return the usage.
+
+        Raises:
+            UpstreamFailed: the model behind a name at an endpoint changed in between.
+        """
         embed = functools.partial(
             self._embed, embedder, mode=request.mode, truncate=request.truncate, dimensions=request.dimensions
         )
@@ -297,6 +301,11 @@ class EmbeddingService:
         passages = await embed(
             {"input": request.input}, input_type="passage", on_progress=_offset_progress(on_progress, query_count)
         )
+        if (query.served_model, query.vectors.shape[1]) != (passages.served_model, passages.vectors.shape[1]):
+            raise UpstreamFailed(
+                f"the vectors of the query and of the passages, from {embedder.origin}, are of different models behind "
+                f"the name {embedder.card.id} and cannot be compared: try again"
+            )
         return query, passages, responses.usage(query, passages)
 
     async def _represent_input(

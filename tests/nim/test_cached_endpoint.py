@@ -19,10 +19,11 @@ from embeddings_mcp.caller import with_caller_key
 from embeddings_mcp.embedders.cache import Cache, CachedEmbedder, MemoryStore, cached
 from embeddings_mcp.embedders.nim import Endpoint, EndpointClient, NimEmbedder
 from embeddings_mcp.embedders.nim.throttle import Throttle
-from embeddings_mcp.errors import InvalidRequest
+from embeddings_mcp.errors import InvalidRequest, UpstreamFailed
 from embeddings_mcp.models import ModelCard
-from embeddings_mcp.schema import EmbeddingRequest
+from embeddings_mcp.schema import EmbeddingRequest, SearchRequest, SearchResponse
 from embeddings_mcp.serialization import parse
+from embeddings_mcp.service import EmbeddingService
 from tests.nim.standin import ASYMMETRIC, SYMMETRIC, Fault, Reply, StandIn, answering, cut, stand_in, truncated
 from tests.support import service_of
 
@@ -36,10 +37,15 @@ REFUSAL = answering(422, {"detail": "no"})
 
 @asynccontextmanager
 async def behind_cache(
-    nim: StandIn, card: ModelCard = SYMMETRIC, *, throttle: Throttle | None = None, **chosen: Any
+    nim: StandIn,
+    card: ModelCard = SYMMETRIC,
+    *,
+    throttle: Throttle | None = None,
+    cache: Cache | None = None,
+    **chosen: Any,
 ) -> AsyncIterator[CachedEmbedder]:
     client = EndpointClient(Endpoint(url=nim.url, **chosen), throttle=throttle)
-    embedder = cached(NimEmbedder(client, card), Cache(MemoryStore(1 << 24)))
+    embedder = cached(NimEmbedder(client, card), cache or Cache(MemoryStore(1 << 24)))
     try:
         with anyio.fail_after(60):
             yield embedder
@@ -169,3 +175,31 @@ async def test_vectors_made_with_a_callers_key_are_cached_for_that_caller_only()
             await embedder.embed(["a text"], input_type=None, truncate="NONE")
         keys = [seen.headers.get("authorization") for seen in nim.seen]
         assert keys == ["Bearer nvapi-alice", "Bearer nvapi-bob", None]
+
+
+async def search(service: EmbeddingService, *passages: str) -> SearchResponse:
+    return await service.search(parse(SearchRequest, {"query": "question", "input": list(passages)}))
+
+
+async def test_a_cached_query_is_not_compared_with_passages_of_a_newer_model() -> None:
+    async with stand_in(served_as="test/v1") as nim, behind_cache(nim, ASYMMETRIC) as embedder:
+        service = service_of(embedder)
+        await search(service, "old")
+        nim.served_as = "test/v2"
+        with pytest.raises(UpstreamFailed, match="try again"):
+            await search(service, "new")
+        assert (await search(service, "new"))["model"] == "test/v2"
+        assert [seen.json["input"] for seen in nim.seen] == [["question"], ["old"], ["new"], ["question"]]
+
+
+async def test_a_query_and_passages_of_different_models_in_the_cache_are_not_compared() -> None:
+    cache = Cache(MemoryStore(1 << 24))
+    async with stand_in(served_as="test/v1") as nim:
+        async with behind_cache(nim, ASYMMETRIC, cache=cache) as embedder:
+            await embedder.embed(["passage"], input_type="passage", truncate="NONE")
+        nim.served_as = "test/v2"
+        async with behind_cache(nim, ASYMMETRIC, cache=cache) as embedder:
+            await embedder.embed(["question"], input_type="query", truncate="NONE")
+        async with behind_cache(nim, ASYMMETRIC, cache=cache) as embedder:
+            assert (await search(service_of(embedder), "passage"))["model"] == "test/v2"
+        assert [seen.json["input"] for seen in nim.seen] == [["passage"], ["question"], ["passage"]]

@@ -61,7 +61,7 @@ class CachedEmbedder:
 
     Results are the same as without the cache: rows are in the order of the texts, vectors are bit-identical to those
     computed, and tokens are as counted then. If an endpoint reports which model it served, all rows of a result are of
-    the same model, the latest.
+    the same model: the one that last computed a row or, before that, the one of the first result.
 
     Args:
         embedder: computes the vectors.
@@ -146,6 +146,8 @@ class CachedEmbedder:
                     "mixed in one response: try again"
                 )
             await self._fill(request, compute)
+        if self._latest is None:  # nothing was computed yet: later results must be of the same model as this one
+            self._latest = request.rows[keys[0]].kind
         embeddings = await _run(request.result, request.bytes)
         if on_rows is not None:
             on_rows(range(len(texts)), embeddings)
