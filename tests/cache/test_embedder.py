@@ -375,25 +375,23 @@ async def test_progress_never_decreases_even_if_rows_are_dropped() -> None:
     assert await progress_of(embedder, ["a", "b", "c", "d"]) == [3, 4, 4, 4, 4]
 
 
-async def test_progress_is_reported_while_waiting_for_another_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embeddings_mcp.embedders.cache.embedder.PROGRESS_INTERVAL_SECONDS", 0.01)
-    source = TextByText(held={"two": anyio.Event()})
+async def test_progress_counts_what_another_request_completes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embeddings_mcp.embedders.cache.embedder._COLLECT_SECONDS", 0.01)
+    source = TextByText(held={"two": anyio.Event(), "three": anyio.Event()})
     embedder = in_memory(source)
     amounts: list[int] = []
 
     async def on_progress(done: int) -> None:
         amounts.append(done)
-        if amounts[-2:] == [2, 2]:
-            source.held["two"].set()
+        source.held["two" if done == 2 else "three"].set()
 
     async with anyio.create_task_group() as callers:
-        callers.start_soon(ask, embedder, ["two"])
+        callers.start_soon(ask, embedder, ["two", "three"])
         await wait_until(lambda: source.batches)
         with anyio.fail_after(SECONDS):
-            await embedder.embed(["one", "two", "one"], input_type=None, truncate="NONE", on_progress=on_progress)
-    assert amounts[0] == 2
-    assert amounts[-1] == 3
-    assert amounts == sorted(amounts)
+            texts = ["one", "two", "one", "three"]
+            await embedder.embed(texts, input_type=None, truncate="NONE", on_progress=on_progress)
+    assert amounts == [2, 3, 4]
 
 
 # --- A model that changes behind its name ----------------------------------------------------------------------------

@@ -42,7 +42,7 @@ from embeddings_mcp.operations import OPERATIONS
 from embeddings_mcp.settings import EndpointSettings, Settings
 from tests.nim.standin import stand_in
 from tests.published import TYPES, without
-from tests.support import FailingEmbedder, HashEmbedder, service_of, wait_until
+from tests.support import SECONDS, FailingEmbedder, HashEmbedder, service_of, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -424,7 +424,7 @@ async def test_progress_counts_texts_for_a_client_that_asks(
 
 
 async def test_progress_increases_with_every_report_even_while_waiting(era: str) -> None:
-    """The protocol requires it; an embedder that is waiting reports the same number again."""
+    """The protocol requires it; an embedder may report the same number again."""
 
     class Waiting(HashEmbedder):
         async def embed(self, texts: Sequence[str], *, on_progress: OnProgress | None = None, **kw: Any) -> Embeddings:
@@ -448,6 +448,28 @@ async def test_progress_increases_with_every_report_even_while_waiting(era: str)
         "1 of 2 texts embedded, waiting for the rest",
         "2 of 2 texts embedded",
     ]
+
+
+async def test_a_call_without_progress_is_reported_as_waiting(era: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients give up on a call that reports nothing: one that waits for a model to load, for instance."""
+    monkeypatch.setattr("embeddings_mcp.faces.mcp.server.PROGRESS_INTERVAL_SECONDS", 0.01)
+    gate = anyio.Event()
+    reports: list[tuple[float, str | None]] = []
+
+    async def report(progress: float, total: float | None, message: str | None) -> None:
+        reports.append((progress, message))
+        if len(reports) == 2:
+            gate.set()
+
+    with anyio.fail_after(SECONDS):
+        async with connected(HashEmbedder(PLAIN, gate=gate), era=era) as client:
+            await client.call_tool(
+                "create_embedding", {"model": "default", "input": ["a", "b"]}, progress_callback=report
+            )
+    numbers = [number for number, _ in reports]
+    assert numbers == sorted(set(numbers))
+    assert {message for number, message in reports if number < 1} == {"0 of 2 texts embedded, waiting for the rest"}
+    assert "2 of 2 texts embedded" in [message for _, message in reports]
 
 
 async def test_a_client_that_does_not_ask_receives_no_progress(era: str) -> None:

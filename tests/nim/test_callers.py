@@ -85,7 +85,7 @@ async def test_a_rest_request_that_times_out_before_its_turn_gets_a_timeout_erro
 
 
 async def test_a_waiting_tool_call_reports_increasing_progress(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embeddings_mcp.embedders.nim.batched_call.PROGRESS_INTERVAL_SECONDS", 0.01)
+    monkeypatch.setattr("embeddings_mcp.faces.mcp.server.PROGRESS_INTERVAL_SECONDS", 0.01)
     gate = anyio.Event()
     amounts: list[float] = []
     messages: list[str | None] = []

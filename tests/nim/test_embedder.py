@@ -160,22 +160,6 @@ async def test_progress_counts_the_texts_that_are_done() -> None:
     assert reported == [3, 6, 7]
 
 
-async def test_progress_is_reported_periodically_during_a_long_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embeddings_mcp.embedders.nim.batched_call.PROGRESS_INTERVAL_SECONDS", 0.01)
-    gate = anyio.Event()
-    reported: list[int] = []
-
-    async def on_progress(done: int) -> None:
-        reported.append(done)
-        if reported.count(4) == 3:
-            gate.set()
-
-    async with stand_in(faults=iter([None, held(gate)])) as nim, embedding_at(nim, batch_size=4) as embedder:
-        await embedder.embed(TEXTS, input_type=None, truncate="NONE", on_progress=on_progress)
-    assert reported == sorted(reported)
-    assert reported[-1] == 7
-
-
 # --- Responses -------------------------------------------------------------------------------------------------------
 
 

@@ -14,11 +14,7 @@ from embeddings_mcp.models import InputType, ModelCard, Truncate
 from embeddings_mcp.vectors import FloatMatrix, SparseVector
 
 OnProgress = Callable[[int], Awaitable[None]]
-"""Called on the event loop with the number of the request's texts that are done so far; again with the same number
-while the request has to wait."""
-
-PROGRESS_INTERVAL_SECONDS = 5.0
-"""Seconds between two progress reports while nothing completes: clients give up on a call without progress."""
+"""Called on the event loop with the number of the request's texts that are done so far, which never decreases."""
 
 
 @dataclass(frozen=True, slots=True)

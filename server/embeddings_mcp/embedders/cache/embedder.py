@@ -17,7 +17,6 @@ import numpy as np
 
 from embeddings_mcp import telemetry
 from embeddings_mcp.embedders.base import (
-    PROGRESS_INTERVAL_SECONDS,
     Embedder,
     Embeddings,
     MultiEmbedder,
@@ -41,6 +40,9 @@ _Call = dict[Key, "asyncio.Future[_Outcome]"]
 
 _SHORT_CALL = 64
 """Rows. Only requests of at least the same length wait for a longer call, which would delay a single query."""
+
+_COLLECT_SECONDS = 5.0
+"""How often a request that waits for others takes the rows that they have completed, and reports them as progress."""
 
 _MAX_MODEL_CHANGES = 3
 """How often the model behind an endpoint may change during one request."""
@@ -165,7 +167,7 @@ class CachedEmbedder:
         if own := [key for key in request.missing if key not in awaited]:
             await compute(own)
         while awaited:
-            await asyncio.wait(awaited.values(), timeout=PROGRESS_INTERVAL_SECONDS)
+            await asyncio.wait(awaited.values(), timeout=_COLLECT_SECONDS)
             outcomes = {key: future.result() for key, future in awaited.items() if future.done()}
             awaited = {key: future for key, future in awaited.items() if key not in outcomes}
             request.add({key: outcome for key, outcome in outcomes.items() if isinstance(outcome, Row)})
@@ -173,7 +175,7 @@ class CachedEmbedder:
                 if isinstance(outcome, ModelUnavailable):
                     raise outcome
             if awaited:
-                await request.report_progress()
+                await request.report_new_progress()
 
     async def _compute(
         self, request: Request, keys: list[Key], *, input_type: InputType | None, truncate: Truncate

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import anyio
 
-from embeddings_mcp.embedders.base import PROGRESS_INTERVAL_SECONDS, Embeddings, OnProgress, OnRows
+from embeddings_mcp.embedders.base import Embeddings, OnProgress, OnRows
 from embeddings_mcp.errors import EmbeddingsError
 
 
@@ -47,12 +47,9 @@ class BatchedCall:
 
     async def run(self, workers: int) -> list[Embeddings]:
         """Embed all batches and return their results in the order of the texts."""
-        async with anyio.create_task_group() as reporting:
-            reporting.start_soon(self._report_periodically)
-            async with anyio.create_task_group() as group:
-                for _ in range(workers):
-                    group.start_soon(self._work, group.cancel_scope)
-            reporting.cancel_scope.cancel()
+        async with anyio.create_task_group() as group:
+            for _ in range(workers):
+                group.start_soon(self._work, group.cancel_scope)
         if self._failures:
             raise self._failures[0]
         return [self._results[start] for start in sorted(self._results)]
@@ -69,13 +66,5 @@ class BatchedCall:
             if self._on_rows is not None:
                 self._on_rows(range(start, start + len(batch)), embeddings)
             self.done += len(batch)
-            await self._report()
-
-    async def _report_periodically(self) -> None:
-        while True:
-            await anyio.sleep(PROGRESS_INTERVAL_SECONDS)
-            await self._report()
-
-    async def _report(self) -> None:
-        if self._on_progress is not None:
-            await self._on_progress(self.done)
+            if self._on_progress is not None:
+                await self._on_progress(self.done)

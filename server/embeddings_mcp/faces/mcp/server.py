@@ -7,6 +7,8 @@ only translates; requests are parsed, validated and executed by the modules belo
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
 
@@ -66,6 +68,9 @@ Reading a card is not among them: a card may gain details later.
 
 _LIST_TTL_MS = 5 * 60 * 1000
 """Longest time for which a client may see stale lists after the server was restarted with other models."""
+
+PROGRESS_INTERVAL_SECONDS = 5.0
+"""Seconds between two reports that a call is waiting: clients give up on a call without progress."""
 
 _MAX_COMPLETIONS = 100  # the protocol's limit
 
@@ -128,7 +133,8 @@ class EmbeddingsServer(MCPServer[dict[str, Any]]):
             over_http = _is_http(context)
             if over_http and isinstance(request, EmbeddingRequest):
                 await self._check_expected_size(request)
-            response = await self._limits.run(self._service, operation, request, _progress_reporter(request, context))
+            async with _progress_reports(request, context) as on_progress:
+                response = await self._limits.run(self._service, operation, request, on_progress)
             text, structured = response_as_text(operation, request, response), dump_json(response)
             if over_http:
                 response_size.check(request, len(text) + len(structured), self._limits.max_mcp_response_bytes)
@@ -243,21 +249,38 @@ def _is_http(context: Context[dict[str, Any], Any] | None) -> bool:
     return context is not None and context.request_context.request is not None
 
 
-def _progress_reporter(request: BaseModel, context: Context[dict[str, Any], Any] | None) -> OnProgress | None:
-    """Return a callback that reports progress to the client; the SDK sends nothing unless the client asked for it."""
-    if context is None:
-        return None
+@contextlib.asynccontextmanager
+async def _progress_reports(
+    request: BaseModel, context: Context[dict[str, Any], Any] | None
+) -> AsyncIterator[OnProgress | None]:
+    """Yield a callback that reports progress to the client; while nothing is done, the last report is repeated.
+
+    The SDK sends nothing unless the client asked for it.
+    """
     total = total_texts(request)
-    reported = 0.0
+    if context is None or not total:
+        yield None
+        return
+    latest, reported = 0, 0.0
 
     async def report(done: int) -> None:
-        nonlocal reported
-        waiting = done <= reported
+        nonlocal latest, reported
+        latest, waiting = done, done <= reported
         reported = reported + 0.001 if waiting else done  # the protocol requires progress to increase every time
-        message = f"{done} of {total} texts embedded"
-        await context.report_progress(reported, total, f"{message}, waiting for the rest" if waiting else message)
+        rest = ", waiting for the rest" if waiting and done < total else ""
+        await context.report_progress(reported, total, f"{done} of {total} texts embedded{rest}")
 
-    return report
+    async def report_waiting() -> None:
+        while True:
+            await asyncio.sleep(PROGRESS_INTERVAL_SECONDS)
+            await report(latest)
+
+    # Not a task group, which would wrap an exception of the block in an ExceptionGroup.
+    reporter = asyncio.create_task(report_waiting())
+    try:
+        yield report
+    finally:
+        reporter.cancel()
 
 
 # --- Resources and prompts -------------------------------------------------------------------------------------------
