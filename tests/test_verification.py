@@ -122,6 +122,14 @@ async def test_an_endpoint_without_the_model_names_those_it_has(opened: AsyncExi
         await open_one(opened, url, "bge-m3")
 
 
+@pytest.mark.parametrize("name", ["e5", "default"])
+def test_both_models_may_be_named_as_in_the_settings(name: str) -> None:
+    result = CliRunner().invoke(app, ["verify", "--model", name, "--against", name], env={"EMBEDDINGS_MCP_MODELS": E5})
+
+    assert result.exit_code == 0
+    assert "the same vector space" in result.stdout
+
+
 def test_the_command_prints_a_table_and_a_verdict_and_sets_the_exit_code() -> None:
     equal = CliRunner().invoke(app, ["verify", "--model", E5, "--against", E5])
     other = CliRunner().invoke(app, ["verify", "--model", E5, "--against", f"bge-m3={GOLDEN / 'bge-m3' / 'model'}"])

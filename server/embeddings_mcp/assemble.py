@@ -108,16 +108,19 @@ async def open_embedder(where: str, model: str, settings: Settings) -> Embedder:
     """Open one embedder outside of a service, for a local model or for a model of an endpoint.
 
     Args:
-        where: the endpoint's URL, or a local model as ``ID`` or ``ID=PATH``.
+        where: the endpoint's URL, or a local model as ``ID`` or ``ID=PATH``; ``default`` for the default model.
         model: name or alias of the endpoint's model.
-        settings: for local models; if they have an endpoint of that URL, its key and options are used.
+        settings: if they have a local model of that name, its path is used; if they have an endpoint of that URL, its
+            key and options.
 
     Raises:
         UnknownModel: the endpoint has no such model.
         EmbeddingsError: the endpoint cannot be reached.
     """
     if "://" not in where:
-        return _local_embedder(where, settings)
+        name = (settings.default_model or settings.models[0]) if where.lower() == DEFAULT else where
+        (spec,) = settings_for_model(settings, name).models
+        return _local_embedder(spec, settings)
     url = _normalized(where)
     configured = (endpoint for endpoint in settings.endpoints if _normalized(endpoint.url) == url)
     endpoint = next(configured, EndpointSettings(url=where))
