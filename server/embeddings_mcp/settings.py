@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Literal
@@ -27,7 +28,7 @@ Load = Literal["background", "eager", "lazy"]
 class EndpointSettings(BaseModel):
     """An endpoint whose models are served. Fields not set have the defaults of `embedders.nim.endpoint.Endpoint`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(frozen=True)
 
     url: Annotated[str, Field(description="Its URL, such as `https://host` or `http://localhost:8000`.")]
     api_key_env: Annotated[
@@ -63,9 +64,11 @@ class EndpointSettings(BaseModel):
     @classmethod
     def _read(cls, value: object) -> object:
         """Accept a URL alone, or a JSON object as a string."""
-        if not isinstance(value, str):
-            return value
-        return _from_json(value) if value.startswith("{") else {"url": value}
+        if isinstance(value, str):
+            value = _from_json(value) if value.startswith("{") else {"url": value}
+        if isinstance(value, dict):
+            _refuse_unknown(value, "an endpoint", list(cls.model_fields))
+        return value
 
     @model_validator(mode="after")
     def _check_key(self) -> EndpointSettings:
@@ -362,7 +365,7 @@ class Settings(BaseSettings):
     @classmethod
     def _check_tls(cls, key: Path | None, others: ValidationInfo) -> Path | None:
         if key is not None and others.data.get("tls_certificate") is None:
-            raise PydanticCustomError("tls", "has no effect without tls_certificate")
+            raise PydanticCustomError("tls", f"has no effect without {PREFIX}TLS_CERTIFICATE")
         return key
 
     @field_validator("cards", mode="before")
@@ -374,11 +377,8 @@ class Settings(BaseSettings):
         if not isinstance(cards, list) or not all(isinstance(card, dict) for card in cards):
             raise PydanticCustomError("cards", "must be a JSON array of objects, one for each card")
         known = [field.name for field in fields(CardOverride)]
-        for name in (name for card in cards for name in card if name not in known):
-            # Pydantic ignores unknown keys of a dataclass, so a misspelt limit would silently have no effect.
-            raise PydanticCustomError(
-                "unknown", "a card has no {name}; it has {known}", {"name": name, "known": ", ".join(known)}
-            )
+        for card in cards:
+            _refuse_unknown(card, "a card", known)
         return cards
 
     @field_validator("cards")
@@ -393,6 +393,17 @@ class Settings(BaseSettings):
                         "card", "{name} of the card {id} must be greater than 0", {"name": name, "id": card.id}
                     )
         return cards
+
+
+def _refuse_unknown(given: Iterable[str], owner: str, known: Sequence[str]) -> None:
+    """Refuse fields that do not exist: pydantic would ignore them, so that a misspelt limit has no effect."""
+    for name in given:
+        if name not in known:
+            raise PydanticCustomError(
+                "unknown",
+                "{owner} has no {name}; it has {known}",
+                {"owner": owner, "name": name, "known": ", ".join(known)},
+            )
 
 
 def _from_json(text: str) -> object:

@@ -358,7 +358,10 @@ async def test_keys_appear_in_no_response_or_output_however_the_endpoint_fails()
         ("http://nim.example", "must be reached over https"),
         (f"https://user:{KEY}@nim.example", "hold neither user name nor password"),
         ('{"url": "http://localhost", "api_key_env": "NOT_SET"}', "the environment variable NOT_SET, which is not set"),
-        (f'{{"url": "http://localhost", "api-key": "{KEY}"}}', "the setting --endpoint 0 api-key: Extra inputs"),
+        (
+            f'{{"url": "http://localhost", "api-key": "{KEY}"}}',
+            "--endpoint 0: an endpoint has no api-key; it has url, ",
+        ),
         (f'{{"url": "http://localhost", "api_key": "{KEY}"', "the setting --endpoint 0: must be JSON"),
     ],
 )

@@ -300,5 +300,5 @@ def test_the_error_for_an_unusable_certificate_says_what_to_do(tmp_path: Path) -
     for wrong in (tmp_path / "none.pem", chain):
         with pytest.raises(InvalidSetting, match="EMBEDDINGS_MCP_TLS_KEY"):
             serve_http(service_of(), MCPServer("test"), settings(port=0, tls_certificate=chain, tls_key=wrong))
-    with pytest.raises(ValidationError, match="no effect without tls_certificate"):
+    with pytest.raises(ValidationError, match="no effect without EMBEDDINGS_MCP_TLS_CERTIFICATE"):
         settings(tls_key=chain)
