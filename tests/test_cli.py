@@ -281,6 +281,7 @@ def test_the_usage_line_marks_texts_as_repeatable_once(run: Run, command: str) -
         (["similarity", CAT, NAP, "--top-k", "0"], "`top_k` must be at least 1, not 0"),
         (["search", "", CAT], "`query` must not be an empty string"),
         (["serve", "--default-model", "gone"], "the default model 'gone' is not among the models served"),
+        (["serve", "--port", "9000"], "--host and --port have an effect only with --transport http"),
         (["serve", "--transport", "http", "--port", "99999"], "the setting --port: "),
         (["serve", "--endpoint", "http://localhost:99999"], "the endpoint at 'localhost' must have a port from 1 to"),
         (["models", "--endpoint", "http://localhost:99999"], "the endpoint at 'localhost' must have a port from 1 to"),

@@ -75,9 +75,9 @@ async def test_neither_a_lazy_model_nor_an_endpoint_is_loaded(load: Load, origin
     assert not embedder.loading.is_set()
 
 
-@pytest.mark.parametrize("transport", ["stdio", "http"])
-def test_an_eager_server_does_not_start_with_a_model_that_cannot_be_loaded(transport: str, damaged: str) -> None:
-    command = [*SERVE, "--load", "eager", "--model", damaged, "--transport", transport, "--port", "0"]
+@pytest.mark.parametrize("flags", [["--transport", "stdio"], ["--transport", "http", "--port", "0"]])
+def test_an_eager_server_does_not_start_with_a_model_that_cannot_be_loaded(flags: list[str], damaged: str) -> None:
+    command = [*SERVE, "--load", "eager", "--model", damaged, *flags]
     result = subprocess.run(
         command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=START_SECONDS, check=False
     )

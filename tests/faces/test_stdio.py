@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -40,6 +41,20 @@ def answers_to(*lines: str) -> list[dict[str, Any]]:
         process.wait(START_SECONDS)
         watchdog.cancel()
     return received[:-1]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals are POSIX only")
+def test_a_person_who_starts_it_in_a_terminal_is_told_that_it_waits() -> None:
+    terminal, stdin = os.openpty()
+    with subprocess.Popen(SERVE, cwd=ROOT, stdin=stdin, stderr=subprocess.PIPE, text=True) as process:
+        watchdog = threading.Timer(START_SECONDS, process.kill)
+        watchdog.start()
+        assert process.stderr is not None
+        assert "waiting for MCP messages on stdin; for a URL, use --transport http" in process.stderr.readline()
+        process.kill()
+        watchdog.cancel()
+    os.close(stdin)
+    os.close(terminal)
 
 
 def search(text: str, number: str = "7") -> str:

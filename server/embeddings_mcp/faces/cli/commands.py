@@ -83,7 +83,9 @@ def main() -> None:
 @app.command()
 def serve(
     *,
-    transport: Annotated[Transport, typer.Option(help="stdio for a single MCP host, http for MCP and REST.")] = "stdio",
+    transport: Annotated[
+        Transport, typer.Option(help="stdio for the MCP host that starts it, http for MCP and REST.")
+    ] = "stdio",
     host: Annotated[str | None, typer.Option(help="Address to listen on; 127.0.0.1 by default.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 8000 by default, 0 picks a free port.")] = None,
     model: ServedModelsOption = None,
@@ -102,6 +104,9 @@ def serve(
     cache: CacheOption = None,
 ) -> None:
     """Serve the tools over MCP (stdio or HTTP) and the REST API (HTTP)."""
+    if transport == "stdio" and (host is not None or port is not None):
+        # The server would silently wait for MCP messages on stdin, and the address would refuse connections.
+        raise InvalidSetting("--host and --port have an effect only with --transport http")
     settings = settings_from_flags(
         models=model,
         endpoints=endpoint,
@@ -141,6 +146,8 @@ def serve(
     else:
         from embeddings_mcp.faces.mcp.stdio import serve_stdio
 
+        if sys.stdin is not None and sys.stdin.isatty():  # started by a person, who would see nothing happen
+            sys.stderr.write("embeddings-mcp: waiting for MCP messages on stdin; for a URL, use --transport http\n")
         serve_stdio(service, server, settings)
 
 
@@ -383,7 +390,9 @@ def key(name: Annotated[str, typer.Argument(help="Name of the caller that will u
 def manage_cache(
     action: Annotated[Literal["info", "clear"], typer.Argument(help="Show the contents, or delete them.")],
     *,
-    cache: CacheOption = None,
+    cache: Annotated[
+        str | None, typer.Option(metavar="DIR", help="The cache folder; EMBEDDINGS_MCP_CACHE if not given.")
+    ] = None,
     model: Annotated[str | None, typer.Option(metavar="ID", help="Only delete the vectors of this model.")] = None,
     as_json: JsonOption = False,
 ) -> None:

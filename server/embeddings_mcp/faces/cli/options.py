@@ -10,7 +10,9 @@ from embeddings_mcp.models import InputType, Mode, Precision, Truncate
 
 Transport = Literal["stdio", "http"]
 
-TextsArgument = Annotated[list[str], typer.Argument(help="Texts; `-` reads one text per line from stdin.")]
+TextsArgument = Annotated[
+    list[str], typer.Argument(help="Texts; `-` reads one per line from stdin, without empty lines.")
+]
 ModelOption = Annotated[
     str | None,
     typer.Option(
