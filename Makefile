@@ -11,7 +11,7 @@ MODEL_FOLDER := from embeddings_mcp.embedders.local.locate import find_bundled; 
 .PHONY: run test lint types unit test-all test-gpu soak fuzz bench-peers mcpb published format lock clean help
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: $(STAMP) ## Install, start the server as an MCP host would, and call its tools
 	$(BIN)/embeddings-mcp demo
@@ -63,8 +63,8 @@ format: $(STAMP) ## Format the code and apply ruff's fixes
 lock: $(STAMP) ## Pin the installed versions in constraints.txt
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt
 
-clean: ## Remove the environment and all caches
-	rm -rf $(VENV) $(PEERS) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+clean: ## Remove the environments and all caches
+	rm -rf $(VENV) $(PEERS) .venv-fuzz .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 
 # torch comes first, pinned to its exact version, so that pip uses a CPU wheel if one is available.
 $(STAMP): pyproject.toml constraints.txt

@@ -94,7 +94,7 @@ class Settings(BaseSettings):
         NoDecode,
         Field(
             min_length=1,
-            description="Models to serve, each `ID` or `ID=PATH`; in the environment, separated by spaces.",
+            description="Models to serve, each `ID` or `ID=PATH`; several are separated by spaces.",
         ),
     ] = (DEFAULT_MODEL,)
     default_model: Annotated[

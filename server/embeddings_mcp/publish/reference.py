@@ -88,9 +88,9 @@ _CONFIGURATION = """\
 # Configuration
 
 Every setting is an environment variable. The most common ones are also flags of `embeddings-mcp serve`, which take
-precedence; `--transport` and `--manifest` are flags only. An empty variable counts as not set. Invalid settings are
-rejected at startup, with one line that says what is accepted; a device that this machine does not have is rejected when
-the model is loaded.
+precedence. `--model` and `--endpoint` can be repeated; `--transport` and `--manifest` are flags only. An empty variable
+counts as not set. Invalid settings are rejected at startup, with one line that says what is accepted; a device that
+this machine does not have is rejected when the model is loaded.
 """
 
 _ENDPOINTS = """\
@@ -149,7 +149,8 @@ def _route(title: str, route: Mapping[str, Any], schemas: Mapping[str, Any]) -> 
         yield _example("Request", body["example"])
     response = route["responses"]["200"]["content"]["application/json"]
     if "example" in response:
-        yield _example("Response (long vectors are shortened)", response["example"])
+        shortened = " (long vectors are shortened)" if "data" in response["example"] else ""
+        yield _example(f"Response{shortened}", response["example"])
     else:
         yield f"Returns `{_name(response)}`:\n"
         yield _fields(schemas[_name(response)])

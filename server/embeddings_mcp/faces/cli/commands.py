@@ -1,6 +1,6 @@
 """The command line: starts the server, and offers the tools' operations to people and scripts.
 
-Results go to stdout, as a table or, with ``--json``, as the same JSON as the REST response; everything else goes to
+Results go to stdout, as a table or, with ``--json``, as the JSON that the tool returns; everything else goes to
 stderr. Exit codes: 0 success, 1 error (explained by one line on stderr), 2 wrong usage.
 """
 
