@@ -260,6 +260,10 @@ def test_the_usage_line_marks_texts_as_repeatable_once(run: Run, command: str) -
     assert usage.count("...") == 1
 
 
+def test_the_help_of_serve_says_where_the_other_settings_are_documented(run: Run) -> None:
+    assert "https://github.com/embeddings-mcp/embeddings-mcp#settings" in run("serve", "--help").out
+
+
 # --- Refusals --------------------------------------------------------------------------------------------------------
 
 

@@ -80,7 +80,7 @@ def main() -> None:
         sys.exit(1)
 
 
-@app.command()
+@app.command(epilog=f"Other settings, such as API keys, are environment variables: {identity.REPOSITORY}#settings")
 def serve(
     *,
     transport: Annotated[
