@@ -61,8 +61,13 @@ def test_behind_a_proxy_with_tls_urls_are_https(client: httpx.Client) -> None:
 
 def test_an_unknown_format_is_answered_with_the_known_ones(client: httpx.Client) -> None:
     answer = client.get("/manifest", params={"format": "wsdl"})
-    assert answer.status_code == 404
-    assert answer.json()["error"]["message"] == f"`format` must be one of {', '.join(FORMATS)}, not 'wsdl'"
+    assert answer.status_code == 400
+    assert answer.json()["error"] == {
+        "message": f"`format` must be one of {', '.join(FORMATS)}, not 'wsdl'",
+        "type": "invalid_request_error",
+        "param": "format",
+        "code": "invalid_request",
+    }
 
 
 # --- The skill -------------------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from embeddings_mcp.faces.http.rest import http_error_response
+from embeddings_mcp.errors import InvalidRequest
+from embeddings_mcp.faces.http.rest import error_response, http_error_response
 from embeddings_mcp.operations import OPERATIONS
 from embeddings_mcp.publish import identity
 from embeddings_mcp.publish.documents import FORMATS
@@ -62,7 +63,8 @@ async def _manifest(request: Request) -> Response:
     for name in FORMATS:
         if name == requested:
             return await _document(name, request)
-    return _not_found(f"`format` must be one of {', '.join(FORMATS)}, not {requested[:100]!r}")
+    message = f"`format` must be one of {', '.join(FORMATS)}, not {requested[:100]!r}"
+    return error_response(InvalidRequest(message, param="format"))
 
 
 # --- The skill -------------------------------------------------------------------------------------------------------
