@@ -195,7 +195,12 @@ BROKEN: list[tuple[str, str, str, str]] = [
     ("no list", "  consumes:\n    - namespace", "  consumes:\n      namespace", "`consumes` must be a list"),
     ("a string for a map", "keys:\n      OPENAI_KEY: OPENAI_API_KEY", "keys: OPENAI_KEY", "`keys` must be a map"),
     ("a key twice", "      type: http\n", "      type: http\n      type: http\n", "`type` appears twice in `consumes`"),
-    ("a misspelling", "      baseUri:", "      baseUrl:", "`baseUrl` in `consumes` is not supported here"),
+    (
+        "a misspelling",
+        "      baseUri:",
+        "      baseUrl:",
+        "`baseUrl` in `consumes` is not supported here; accepted are authentication, baseUri",
+    ),
 ]
 
 

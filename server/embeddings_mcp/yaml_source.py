@@ -73,7 +73,7 @@ class YamlNode:
             if name in values:
                 key.fail(f"`{name}` appears twice in `{self.name}`")
             if known is not None and name not in known:
-                key.fail(f"`{name}` in `{self.name}` is not supported here")
+                key.fail(f"`{name}` in `{self.name}` is not supported here; accepted are {', '.join(sorted(known))}")
             values[name] = YamlNode(self.document, name, value_node)
         return YamlMapping(self, values)
 
