@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,3 +120,21 @@ def test_a_host_that_leaves_before_its_response_causes_no_error() -> None:
 
     assert stderr == ""
     assert process.returncode == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full exists on Linux only")
+def test_a_response_that_cannot_be_written_is_one_line_on_stderr() -> None:
+    with Path("/dev/full").open("w") as full:
+        process = subprocess.run(
+            SERVE,
+            cwd=ROOT,
+            input=json.dumps(LIST_TOOLS) + "\n",
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=START_SECONDS,
+            check=False,
+        )
+
+    assert process.stderr == "embeddings-mcp: [Errno 28] No space left on device\n"
+    assert process.returncode == 1

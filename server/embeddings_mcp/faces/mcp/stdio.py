@@ -36,6 +36,7 @@ def serve_stdio(service: EmbeddingService, server: EmbeddingsServer, settings: S
 
     Raises:
         ModelUnavailable: the default model should be loaded at start-up and cannot be.
+        OSError: stdin cannot be read, or stdout cannot be written to.
     """
 
     async def tools_received() -> None:
@@ -60,6 +61,11 @@ def serve_stdio(service: EmbeddingService, server: EmbeddingsServer, settings: S
         anyio.run(serve)
     except* BrokenPipeError:
         pass  # the host is gone, so nobody waits for a response
+    except* OSError as errors:
+        error: BaseException = errors
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise error from None
 
 
 async def _forward(
