@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -24,7 +25,8 @@ from embeddings_mcp.faces.http.app import serve_http
 from embeddings_mcp.faces.mcp.server import build_mcp_server
 from embeddings_mcp.publish.openapi import openapi_document
 from embeddings_mcp.settings import Settings
-from tests.support import HashEmbedder, client_of, http_server, server_process, service_of
+from tests.e2e.waiting_server import WAIT
+from tests.support import SECONDS, HashEmbedder, client_of, http_server, server_process, service_of
 
 SCRIPT = """
 from embeddings_mcp.faces.http.app import serve_http
@@ -95,6 +97,34 @@ def test_ctrl_c_ends_the_server_without_a_traceback() -> None:
         stdout, stderr = process.communicate(timeout=10)
 
     assert (stdout, stderr, process.returncode) == ("closed\n", "", 0)
+
+
+def test_a_second_ctrl_c_ends_the_server_at_once() -> None:
+    with (
+        server_process(sys.executable, "-m", "tests.e2e.waiting_server", "http") as (process, url),
+        ThreadPoolExecutor(1) as client,
+    ):
+        request = {"model": "default", "input": WAIT}
+        waiting = client.submit(httpx.post, f"{url}/v1/embeddings", json=request, timeout=SECONDS)
+        assert process.stderr is not None
+        assert process.stderr.readline() == "began\n"
+        process.send_signal(signal.SIGINT)
+        wait_until_refusing(url)
+        process.send_signal(signal.SIGINT)
+        assert isinstance(waiting.exception(SECONDS), httpx.RemoteProtocolError)
+        _, stderr = process.communicate(timeout=SECONDS)
+
+    assert (stderr, process.returncode) == ("", -signal.SIGINT)
+
+
+def wait_until_refusing(url: str) -> None:
+    """Wait until the server at `url` no longer listens."""
+    address = httpx.URL(url)
+    deadline = time.monotonic() + SECONDS
+    with contextlib.suppress(ConnectionRefusedError):
+        while time.monotonic() < deadline:
+            socket.create_connection((address.host, address.port or 0), timeout=SECONDS).close()
+        raise AssertionError("the server still listens")
 
 
 def test_the_event_loop_is_asyncios_own_even_where_uvloop_is_installed() -> None:

@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -175,6 +177,11 @@ class _Server(uvicorn.Server):
             await super().shutdown(sockets)
         finally:
             failing.cancel()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        # A second Ctrl-C ends the process at once: uvicorn would log the traceback of everything that it interrupts.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """Log an error raised outside of any request; accept errors at a limited rate."""
