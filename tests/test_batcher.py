@@ -374,6 +374,36 @@ async def test_a_request_larger_than_the_queue_leaves_capacity_to_others() -> No
 
 
 @pytest.mark.anyio
+async def test_rows_whose_batch_fails_after_closing_fail_with_the_reason_for_closing() -> None:
+    """Closing a model ends its process, so the batch that it computes fails too; its caller may still be tokenizing."""
+    workers: queue.SimpleQueue[threading.Thread] = queue.SimpleQueue()
+    closed, tokenized = threading.Event(), anyio.Event()
+
+    def run(_kind: str, _rows: Sequence[Sequence[int]]) -> list[object]:
+        workers.put(threading.current_thread())
+        assert closed.wait(SECONDS)
+        raise ModelUnavailable("the process was ended by SIGKILL")
+
+    batcher = Batcher[str, object](run, workers=1, budget=BUDGET)
+
+    async def more() -> Sequence[Sequence[int]]:
+        await tokenized.wait()
+        return [row(1)]
+
+    async def ask() -> None:
+        with pytest.raises(ServerStopped):
+            await batcher.submit("a", [row(1)], lambda _indices, _results: None, more=more)
+
+    async with anyio.create_task_group() as callers:
+        callers.start_soon(ask)
+        worker = await anyio.to_thread.run_sync(lambda: workers.get(timeout=SECONDS))
+        batcher.close(STOPPED)
+        closed.set()
+        await anyio.to_thread.run_sync(worker.join, SECONDS)
+        tokenized.set()
+
+
+@pytest.mark.anyio
 async def test_closing_fails_waiting_rows_and_refuses_new_ones() -> None:
     steps = Steps()
     batcher = Batcher[str, object](steps, workers=1, budget=BUDGET)

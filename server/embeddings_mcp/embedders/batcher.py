@@ -361,7 +361,7 @@ class Batcher(Generic[Kind, Result]):
 
     def _fail(self, job: _Job[Kind, Result], failure: Exception) -> None:
         with self._lock:
-            if job not in self._jobs:  # it has ended already, or another of its batches failed
+            if job not in self._jobs or job.failure is not None:  # it has ended, or failed for another reason before
                 return
             self._remove_waiting(job)
         job.failure = failure
