@@ -13,8 +13,10 @@ import pytest
 from embeddings_mcp.catalog import Catalog
 from embeddings_mcp.embedders.base import Embedder
 from embeddings_mcp.embedders.nim import Endpoint, EndpointClient, EndpointModels, source
-from embeddings_mcp.errors import InvalidSetting, UnknownModel, UpstreamUnavailable
+from embeddings_mcp.errors import InvalidRequest, InvalidSetting, UnknownModel, UpstreamUnavailable
 from embeddings_mcp.models import DEFAULT_MODEL, ModelCard
+from embeddings_mcp.schema import SimilarityRequest
+from embeddings_mcp.serialization import parse
 from embeddings_mcp.service import EmbeddingService
 from tests.nim.standin import ASYMMETRIC, SYMMETRIC, StandIn, answering, held, stand_in
 from tests.support import HashEmbedder
@@ -306,6 +308,17 @@ async def test_the_token_limit_of_nemotron_3_is_lower_at_a_nim() -> None:
             endpoint = Endpoint(url=nim.url, dialect=dialect)  # type: ignore[arg-type]
             async with catalog_of(EndpointModels(EndpointClient(endpoint))) as catalog:
                 assert (await catalog.find("nemotron-3-embed"))[0].card.max_tokens == limit
+
+
+async def test_a_model_at_an_endpoint_has_only_the_mode_that_endpoints_have() -> None:
+    name = "baai/bge-m3"
+    async with stand_in(models={name: ModelCard(id=name)}) as nim:
+        service = EmbeddingService([], default_model=name, sources=[models_of(nim)])
+        assert (await service.describe(name))["modes"] == ["dense"]
+        request = parse(SimilarityRequest, {"model": name, "input": ["a", "b"], "mode": "sparse"})
+        with pytest.raises(InvalidRequest, match=r"does not support mode 'sparse'; its modes are: dense$"):
+            await service.similarity(request)
+        await service.aclose()
 
 
 async def test_models_of_endpoints_are_described_like_local_ones() -> None:

@@ -58,7 +58,9 @@ def card_for(
     elif dialect == "nim" and (limit := _NIM_MAX_TOKENS.get(card.id)):
         card = replace(card, max_tokens=limit)
     card = _with_listing(card, listed or {})
-    return user_card.apply_to(card) if user_card else card
+    if user_card:
+        card = user_card.apply_to(card)
+    return replace(card, modes=("dense",))  # endpoints return dense vectors only
 
 
 async def discover(client: EndpointClient, user_cards: Sequence[CardOverride] = ()) -> dict[str, ModelCard]:
