@@ -138,6 +138,13 @@ async def test_a_server_without_input_type_gets_the_prompt_prepended_to_the_text
         np.testing.assert_array_equal(vectors, expected(nim, ASYMMETRIC, "query"))
 
 
+async def test_a_nim_declared_as_another_server_is_an_error_that_names_the_dialect() -> None:
+    async with stand_in() as nim, embedding_at(nim, ASYMMETRIC, dialect="openai") as embedder:
+        with pytest.raises(UpstreamFailed, match=r"`input_type`, which .* set the endpoint's `dialect` to 'nim'"):
+            await embed(embedder, input_type="query")
+        assert len(nim.seen) == 1
+
+
 async def test_numbers_are_accepted_from_a_server_that_ignores_base64() -> None:
     async with stand_in(base64=False) as nim, embedding_at(nim) as embedder:
         np.testing.assert_array_equal(await embed(embedder), expected(nim))

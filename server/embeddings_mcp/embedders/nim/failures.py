@@ -186,6 +186,13 @@ def _degraded(response: ErrorResponse, context: RequestContext, _match: re.Match
 
 
 def _input_type(response: ErrorResponse, context: RequestContext, _match: re.Match[str]) -> Failure:
+    if response.endpoint.dialect == "openai":
+        return Failure(
+            UpstreamFailed(
+                f"{response.sender} asks for `input_type`, which is sent only to a NIM or a server like it: set the "
+                f"endpoint's `dialect` to 'nim' (it responded with {response.quote})"
+            )
+        )
     return Failure(
         InvalidRequest(
             f"`input_type` is not as {context.model} wants it: 'query' for what is searched with, 'passage' for what "
