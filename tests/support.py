@@ -229,12 +229,12 @@ def ask(process: subprocess.Popen[str], request: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def no_file_descriptors_left() -> Iterator[None]:
-    """Let this process open no more files within the block; files that are already open stay open."""
+def no_file_descriptors_left(limit: int = 3) -> Iterator[None]:
+    """Let this process open no file descriptors from `limit` on within the block; those that are open stay open."""
     import resource  # not available on Windows
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import logging
 import os
 import signal
@@ -30,7 +31,7 @@ from embeddings_mcp.embedders.local_embedder import LocalEmbedder
 from embeddings_mcp.errors import CheckpointInvalid, EmbeddingsError, ModelUnavailable
 from embeddings_mcp.settings import Settings
 from tests.local.golden import MODELS, FamilyName, family
-from tests.support import server_process
+from tests.support import no_file_descriptors_left, server_process
 
 pytestmark = [
     pytest.mark.anyio,
@@ -70,6 +71,12 @@ def process_of(embedder: LocalEmbedder) -> subprocess.Popen[bytes]:
 def open_files() -> int:
     """Number of open file descriptors of this process."""
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def limit_that_leaves(count: int) -> int:
+    """The limit of file descriptors under which `count` are free."""
+    used = {int(file.name) for file in Path("/proc/self/fd").iterdir()}
+    return next(itertools.islice((number for number in itertools.count() if number not in used), count, None))
 
 
 def environment_of(process: int) -> set[str]:
@@ -217,6 +224,22 @@ async def test_a_process_that_is_killed_while_it_loads_leaves_no_file_open(monke
                 for _ in range(3):
                     callers.start_soon(ask)
             seen.append(open_files())
+    assert max(seen) <= seen[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="open files are read from /proc")
+async def test_a_process_that_cannot_be_started_for_lack_of_file_descriptors_leaves_no_file_open() -> None:
+    async with local_embedder("e5", model_process=True, workers=8) as embedder:
+        seen, refused = [open_files()], list[str]()
+        for _ in range(2):
+            # Enough for the eight connections and that of the log, but not for the process.
+            with no_file_descriptors_left(limit_that_leaves(2 * 9 + 2)):
+                try:  # pytest.raises would keep the error, and all that its traceback refers to
+                    await embedder.embed(TEXTS, input_type="query", truncate="END")
+                except ModelUnavailable as error:
+                    refused.append(error.message)
+            seen.append(open_files())
+    assert ["Too many open files" in message for message in refused] == [True, True]
     assert max(seen) <= seen[0]
 
 

@@ -115,33 +115,38 @@ class ModelProcess:
 
     def __init__(self, load_parameters: LoadParameters, checkpoint: Checkpoint, *, workers: int | None) -> None:
         cores = usable_cores()
-        local_ends, remote_ends = zip(
-            *(Pipe() for _ in range(workers or max(cores, 2 * len(load_parameters.devices)))), strict=True
-        )
-        log, remote_log = Pipe(duplex=False)
-        parameters = StartParameters(
-            load_parameters, [end.fileno() for end in remote_ends], remote_log.fileno(), workers, cores
-        )
         self._name = load_parameters.name
         self._closed = False
         self._killed = False  # whether `close` killed the process; False if it had already exited
         self._idle_connections: queue.SimpleQueue[Connection] = queue.SimpleQueue()
-        self._process = _start_process(parameters)
-        for end in (*remote_ends, remote_log):
-            end.close()
-        self._log_thread = threading.Thread(
-            target=self._forward_log, args=(log,), name=f"log of {self._name}", daemon=True
-        )
-        self._log_thread.start()
-        try:
+        # Undone explicitly: the traceback of an error refers to the connections, and may live on; see `gc_paused`.
+        with contextlib.ExitStack() as on_error:
+
+            def open_pipe(*, duplex: bool = True) -> tuple[Connection, Connection]:
+                here, there = Pipe(duplex)
+                on_error.callback(here.close)
+                on_error.callback(there.close)
+                return here, there
+
+            connections = workers or max(cores, 2 * len(load_parameters.devices))
+            local_ends, remote_ends = zip(*(open_pipe() for _ in range(connections)), strict=True)
+            log, remote_log = open_pipe(duplex=False)
+            self._process = _start_process(
+                StartParameters(
+                    load_parameters, [end.fileno() for end in remote_ends], remote_log.fileno(), workers, cores
+                )
+            )
+            for end in (*remote_ends, remote_log):
+                end.close()
+            self._log_thread = threading.Thread(
+                target=self._forward_log, args=(log,), name=f"log of {self._name}", daemon=True
+            )
+            self._log_thread.start()
+            on_error.callback(self.close)
             ready: Ready = self._receive(local_ends[0])
             self.info = info = ready.info
             self.tokenize = InputTokenizer(checkpoint, info.card, vocabulary_size=info.vocabulary_size).tokenize
-        except BaseException:
-            self.close()
-            for end in local_ends:  # the error's traceback refers to them, and may live on; see `gc_paused`
-                end.close()
-            raise
+            on_error.pop_all()
         for connection in local_ends[: ready.workers]:
             self._idle_connections.put(connection)
         self._workers = ready.workers
