@@ -17,6 +17,7 @@ from benchmarks.bulk import encode
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Dropout, LayerNorm, Normalize, Pooling
 from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import models, pre_tokenizers, processors
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -475,6 +476,24 @@ def test_berts_normalization_is_set_by_tokenizer_config_json(
     assert_same(ours(saved, texts), theirs(SentenceTransformer(str(saved), device="cpu"), texts))
 
 
+@pytest.mark.parametrize("space", [True, False])
+@pytest.mark.parametrize("class_name", [None, "RobertaTokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast"])
+def test_a_space_before_texts_is_set_by_tokenizer_config_json_except_for_the_generic_class(
+    tmp_path: Path, class_name: str | None, space: bool
+) -> None:
+    save(tmp_path, Pooling(WIDTH), base="bge-m3")
+    edit(tmp_path / "config.json", model_type="roberta")
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    byte_level = FastTokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=[]))
+    byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=not space)  # the opposite of the other file
+    byte_level.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    byte_level.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": class_name, "pad_token": "<pad>", "model_max_length": 64, "add_prefix_space": space}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+    assert_as_sentence_transformers_reads_it(tmp_path, WORDS)
+
+
 def test_an_eos_token_that_only_the_config_asks_for_is_the_one_that_is_pooled(tmp_path: Path) -> None:
     # e5-mistral was trained this way with transformers 4; sentence-transformers on version 5 ignores the field.
     model = save(tmp_path, Pooling(WIDTH, pooling_mode="lasttoken"), base="nemotron-3-embed")
@@ -491,6 +510,14 @@ def test_a_text_may_contain_special_tokens(tmp_path: Path, base: FamilyName) -> 
 
     assert_as_sentence_transformers_reads_it(tmp_path, [*texts, "<pad>", "<pad> <pad> water"])
     assert_same(ours(tmp_path, texts), np.concatenate([ours(tmp_path, [text]) for text in texts]))
+
+
+@pytest.mark.parametrize("base", ["e5", "bge-m3", "nemotron-3-embed"])
+def test_special_tokens_in_a_text_are_plain_text_if_the_checkpoint_says_so(tmp_path: Path, base: FamilyName) -> None:
+    save(tmp_path, Pooling(WIDTH), base=base)
+    edit(tmp_path / "tokenizer_config.json", split_special_tokens=True)
+
+    assert_as_sentence_transformers_reads_it(tmp_path, ["the [SEP] water </s> is cold", "<s>water[PAD]"])
 
 
 FLAGS = {"lstrip": False, "rstrip": False, "single_word": False}

@@ -1,10 +1,10 @@
 """Read a checkpoint's tokenizer, directly from ``tokenizer.json`` where possible.
 
 The tokenizers library reads that file itself: it is what the model was trained with, while transformers' classes
-rebuild parts of it for some families and then give other ids. Up to version 4, transformers rebuilt two things in
-training as well, and so they are rebuilt here: BERT's normalization, and the special tokens around a text for Llama.
-gte-Qwen2's own code does the latter too. Without ``tokenizer.json``, transformers converts the tokenizer from older
-files.
+rebuild parts of it for some families and then give other ids. Up to version 4, transformers rebuilt three things in
+training as well, and so they are rebuilt here: BERT's normalization, the space before a text for byte-level BPE, and
+the special tokens around a text for Llama. gte-Qwen2's own code does the latter too. Without ``tokenizer.json``,
+transformers converts the tokenizer from older files.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenizers import AddedToken, normalizers, processors
+from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as FastTokenizer
 
 from embeddings_mcp.embedders.local.json_file import JsonObject, read_object
@@ -36,6 +36,10 @@ _BERT_TYPES = frozenset(
     | {"nezha", "nomic_bert", "qdqbert", "retribert", "squeezebert", "visual_bert"}
 )
 """Model types that use one of these classes if no class is named."""
+
+_GENERIC_CLASSES = frozenset({"PreTrainedTokenizer", "TokenizersBackend"})
+"""Names of the tokenizer class that takes ``add_prefix_space`` from ``tokenizer.json``. The classes of byte-level BPE,
+such as RoBERTa's, take it from ``tokenizer_config.json``."""
 
 _GTE = "tokenization_qwen.Qwen2TokenizerFast"
 """The tokenizer class in the own code of gte-Qwen2 and of models derived from it."""
@@ -98,11 +102,14 @@ def _configure(tokenizer: FastTokenizer, folder: Path, *, lowercase: bool, speci
     is_bert = class_name in _BERT_CLASSES if class_name else model.get("model_type", "") in _BERT_TYPES
     if is_bert:
         _set_bert_normalizer(tokenizer, config)
+    if class_name not in _GENERIC_CLASSES:
+        _set_prefix_space(tokenizer, config)
     _add_tokens(tokenizer, config, read_object(folder / "added_tokens.json", optional=True))
     if _GTE in str(config.fields.get("auto_map")):
         class_name = _GTE
     if class_name in _BOS_EOS_DEFAULTS and config.fields.keys() & {"add_bos_token", "add_eos_token"}:
         _set_bos_eos(tokenizer, JsonObject(config.path, _BOS_EOS_DEFAULTS[class_name] | config.fields))
+    tokenizer.encode_special_tokens = config.get("split_special_tokens", default=False)
     if not special_tokens:
         tokenizer.post_processor = None
     if lowercase:
@@ -121,6 +128,13 @@ def _set_bert_normalizer(tokenizer: FastTokenizer, config: JsonObject) -> None:
             strip_accents=config.fields.get("strip_accents"),
             lowercase=config.get("do_lower_case", default=True),
         )
+
+
+def _set_prefix_space(tokenizer: FastTokenizer, config: JsonObject) -> None:
+    """Set whether byte-level BPE adds a space before a text from the config, if it says."""
+    pre_tokenizer = tokenizer.pre_tokenizer
+    if isinstance(pre_tokenizer, pre_tokenizers.ByteLevel):
+        pre_tokenizer.add_prefix_space = config.get("add_prefix_space", pre_tokenizer.add_prefix_space)
 
 
 def _set_bos_eos(tokenizer: FastTokenizer, config: JsonObject) -> None:
