@@ -77,7 +77,7 @@ class Counting(PythonTokenizer):
 @pytest.mark.parametrize("text", ["wa ter ", "a", "猫"])
 def test_only_the_kept_end_of_a_much_too_long_text_is_tokenized(tmp_path: Path, text: str, truncate: Truncate) -> None:
     python_tokenizer = AutoTokenizer.from_pretrained(save(tmp_path, PHOBERT))
-    counting = Counting(python_tokenizer, lowercase=False, special_tokens=True)
+    counting = Counting(python_tokenizer, lowercase=False)
     tokenizer = Tokenizer(counting, max_tokens=32)
     long_text = text * 100_000
     if truncate == "NONE":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,6 +50,14 @@ def test_static_embeddings_have_the_limit_of_their_tokenizer(tmp_path: Path) -> 
 
     assert read_checkpoint(tmp_path).max_tokens == 9
     assert_as_sentence_transformers_reads_it(tmp_path, [*WORDS, "the water is very cold in the river " * 3])
+
+
+def test_static_embeddings_are_looked_up_by_tokenizer_json_alone(tmp_path: Path) -> None:
+    save_static(tmp_path)
+    config = {"tokenizer_class": "BertTokenizer", "do_lower_case": False, "additional_special_tokens": ["Water"]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+    assert_as_sentence_transformers_reads_it(tmp_path, WORDS)
 
 
 def test_a_text_without_any_token_is_refused_by_static_embeddings(tmp_path: Path) -> None:

@@ -60,8 +60,8 @@ class InputTokenizer:
             checkpoint.pipeline.backbone,
             max_tokens=card.max_tokens or checkpoint.max_tokens,
             lowercase=checkpoint.lowercase,
-            special_tokens=not checkpoint.pipeline.static,
             suffix=recipe.suffix(checkpoint.config) if recipe else "",
+            static=checkpoint.pipeline.static,
         )
 
     def tokenize(

@@ -35,14 +35,12 @@ class PythonTokenizer:
         tokenizer: the tokenizer of transformers.
         lowercase: whether the checkpoint asks for lowercased texts. As in sentence-transformers this only sets
             ``do_lower_case``, which most of these tokenizers ignore.
-        special_tokens: whether to add special tokens around a text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, lowercase: bool, special_tokens: bool) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, lowercase: bool) -> None:
         self._tokenizer = tokenizer
         if lowercase:
             tokenizer.do_lower_case = True
-        self._special_tokens = special_tokens
         # Some call libraries that are not thread-safe.
         self._lock = threading.Lock()
 
@@ -51,7 +49,7 @@ class PythonTokenizer:
         with self._lock:
             encoding = self._tokenizer(
                 text,
-                add_special_tokens=add_special_tokens and self._special_tokens,
+                add_special_tokens=add_special_tokens,
                 return_special_tokens_mask=True,
                 verbose=False,  # suppresses the warning about texts longer than the model's limit
             )

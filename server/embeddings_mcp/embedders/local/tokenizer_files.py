@@ -58,7 +58,7 @@ _BOS_EOS_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def read_tokenizer(
-    folder: Path, *, max_tokens: int, lowercase: bool = False, suffix: str = "", special_tokens: bool = True
+    folder: Path, *, max_tokens: int, lowercase: bool = False, suffix: str = "", static: bool = False
 ) -> Tokenizer:
     """Read the tokenizer of a checkpoint.
 
@@ -67,7 +67,7 @@ def read_tokenizer(
         max_tokens: see `Tokenizer`.
         lowercase: whether to lowercase texts before tokenization.
         suffix: see `Tokenizer`.
-        special_tokens: whether to add special tokens around a text.
+        static: whether it is that of static embeddings: ``tokenizer.json`` alone, without special tokens around a text.
 
     Raises:
         CheckpointInvalid: the tokenizer is missing, or cannot be read.
@@ -75,11 +75,11 @@ def read_tokenizer(
     """
     path = folder / "tokenizer.json"
     try:
-        loaded = FastTokenizer.from_file(str(path)) if path.is_file() else _convert(folder)
+        loaded = FastTokenizer.from_file(str(path)) if static or path.is_file() else _convert(folder)
         tokenizer = (
-            _configure(loaded, folder, lowercase=lowercase, special_tokens=special_tokens)
+            _configure(loaded, folder, lowercase=lowercase, static=static)
             if isinstance(loaded, FastTokenizer)
-            else PythonTokenizer(loaded, lowercase=lowercase, special_tokens=special_tokens)
+            else PythonTokenizer(loaded, lowercase=lowercase)
         )
         return Tokenizer(tokenizer, max_tokens=max_tokens, suffix=suffix)
     except BaseException as error:  # both libraries raise any class; a Rust panic in tokenizers is not an Exception
@@ -89,13 +89,16 @@ def read_tokenizer(
         raise kind(f"{path}: the tokenizer cannot be read: {error}") from error
 
 
-def _configure(tokenizer: FastTokenizer, folder: Path, *, lowercase: bool, special_tokens: bool) -> FastTokenizer:
+def _configure(tokenizer: FastTokenizer, folder: Path, *, lowercase: bool, static: bool) -> FastTokenizer:
     """Apply the settings of the checkpoint's other files, and disable truncation and padding.
 
     ``tokenizer.json`` may contain settings of a training run: MiniLM's truncates and pads to 128 tokens.
     """
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    if static:  # sentence-transformers reads no other file, and adds no special tokens
+        tokenizer.post_processor = None
+        return tokenizer
     config = read_object(folder / "tokenizer_config.json", optional=True)
     model = read_object(folder / "config.json", optional=True)
     class_name = (config.get("tokenizer_class", "") or model.get("tokenizer_class", "")).removesuffix("Fast")
@@ -110,8 +113,6 @@ def _configure(tokenizer: FastTokenizer, folder: Path, *, lowercase: bool, speci
     if class_name in _BOS_EOS_DEFAULTS and config.fields.keys() & {"add_bos_token", "add_eos_token"}:
         _set_bos_eos(tokenizer, JsonObject(config.path, _BOS_EOS_DEFAULTS[class_name] | config.fields))
     tokenizer.encode_special_tokens = config.get("split_special_tokens", default=False)
-    if not special_tokens:
-        tokenizer.post_processor = None
     if lowercase:
         normalizer = tokenizer.normalizer
         tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *([normalizer] if normalizer else [])])
