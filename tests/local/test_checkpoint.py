@@ -96,6 +96,15 @@ def test_a_text_with_no_tokens_besides_an_unpooled_prompt_is_refused(tmp_path: P
         ours(tmp_path, [*["Water."] * 256, ""], "query")
 
 
+def test_instructors_prompt_is_not_pooled_although_its_files_do_not_say_so(tmp_path: Path) -> None:
+    model = save(tmp_path, Pooling(WIDTH), prompts={"query": "Represent the question: "})
+    model.set_pooling_include_prompt(False)  # as sentence-transformers does for a model of this name
+
+    vectors = encode(load_encoder("hkunlp/instructor-large", tmp_path), WORDS, input_type="query").vectors
+
+    assert_same(vectors, theirs(model, WORDS, prompt_name="query"))
+
+
 def test_nv_embeds_prompt_is_not_pooled_even_without_modules_json(tmp_path: Path) -> None:
     with_modules = Path(shutil.copytree(family("nv-embed-v2").folder, tmp_path / "with"))
     edit(with_modules / "config_sentence_transformers.json", prompts={"query": "the question: "})

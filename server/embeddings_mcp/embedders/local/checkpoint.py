@@ -13,7 +13,7 @@ from typing import Any
 
 from embeddings_mcp.embedders.local.json_file import JsonObject, read_object
 from embeddings_mcp.embedders.local.pipeline import CHAT_TEMPLATE, Cut, Dense, Pipeline, plain_pipeline, read_pipeline
-from embeddings_mcp.embedders.local.recipes import RECIPES, Recipe
+from embeddings_mcp.embedders.local.recipes import RECIPES, UNPOOLED_PROMPTS, Recipe
 from embeddings_mcp.embedders.local.sentence_transformers_config import (
     read_model_config,
     read_prompts,
@@ -135,12 +135,13 @@ class Checkpoint:
         return JsonObject(self.pipeline.backbone / "config.json", fields)
 
 
-def read_checkpoint(folder: Path, builtin_card: ModelCard | None = None) -> Checkpoint:
+def read_checkpoint(folder: Path, builtin_card: ModelCard | None = None, *, name: str = "") -> Checkpoint:
     """Read all config files of a checkpoint folder.
 
     Args:
         folder: the checkpoint.
         builtin_card: the built-in card of the model that the folder should hold, if there is one.
+        name: the model's name.
 
     Raises:
         CheckpointInvalid: a file is missing or broken, or asks for something that is not supported; names the file.
@@ -169,6 +170,8 @@ def read_checkpoint(folder: Path, builtin_card: ModelCard | None = None) -> Chec
         )
     if pipeline is None:
         pipeline = plain_pipeline(folder, config, recipe, builtin_card)
+    if name in UNPOOLED_PROMPTS:
+        pipeline = replace(pipeline, pool_prompt=False)
     sentence_config = read_sentence_config(backbone)
     model_config = read_model_config(folder)
     if model_config.fields.get("truncate_dim") is not None:

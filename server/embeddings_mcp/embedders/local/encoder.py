@@ -169,7 +169,7 @@ def load_encoder(
         CheckpointInvalid: something in the folder is missing, damaged or not supported.
         ModelUnavailable: the device is not available, has too little memory, or does not support the number format.
     """
-    checkpoint = read_checkpoint(folder, builtin_card)
+    checkpoint = read_checkpoint(folder, builtin_card, name=name)
     card = checkpoint.card(name, builtin_card, user_card)
     if max_tokens is not None:
         card = replace(card, max_tokens=min(max_tokens, checkpoint.max_tokens))

@@ -127,7 +127,8 @@ class ModelFiles:
         """Return the checkpoint, and the state of its files when it was read; the first call locates and reads it."""
         with self._lock:
             if self._checkpoint_and_state is None:
-                checkpoint = read_checkpoint(self._folder or locate(self._name, self._repository), self._builtin_card)
+                folder = self._folder or locate(self._name, self._repository)
+                checkpoint = read_checkpoint(folder, self._builtin_card, name=self._name)
                 self._checkpoint_and_state = checkpoint, _state(checkpoint)
             return self._checkpoint_and_state
 

@@ -68,5 +68,8 @@ RECIPES: Mapping[str, Recipe] = {
 MEAN_POOLED = frozenset({"nvidia/nv-embedqa-e5-v5"})
 """Models published without sentence-transformers' files: mean over all tokens, then normalized to length 1."""
 
+UNPOOLED_PROMPTS = frozenset({"hkunlp/instructor-base", "hkunlp/instructor-large", "hkunlp/instructor-xl"})
+"""Models whose prompt is not pooled, although their files do not say so; sentence-transformers names them too."""
+
 NVIDIA_POOLING_NAMES: Mapping[str, PoolingMode] = {"avg": "mean", "cls": "cls", "last": "lasttoken"}
 """The names of pooling modes in NVIDIA's ``config.json``."""
