@@ -366,14 +366,25 @@ def test_rotary_positions_may_have_nomics_field_names(tmp_path: Path) -> None:
     assert_as_sentence_transformers_reads_it(saved, ["water " * 80, "water " * 150])
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_length_dependent_rotary_positions_limit_the_length(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0}},
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "dynamic"},
+                "sliding_attention": {"rope_type": "default"},
+            }
+        },
+        {"rope_parameters": None, "rope_theta": 1e4, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        {"rope_parameters": None, "rope_theta": 1e4, "rope_scaling": {"type": "su", "short_factor": [1.0]}},
+    ],
+    ids=["dynamic", "LongRoPE", "of one layer type", "under its old name", "LongRoPE under its old names"],
+)
+def test_length_dependent_rotary_positions_limit_the_length(tmp_path: Path, fields: dict[str, Any]) -> None:
     save(tmp_path, Pooling(WIDTH), base="nemotron-3-embed")
-    edit(
-        tmp_path / "config.json",
-        max_position_embeddings=32,
-        rope_parameters={"rope_type": kind, "rope_theta": 1e4, "factor": 2.0},
-    )
+    edit(tmp_path / "config.json", max_position_embeddings=32, **fields)
     edit(tmp_path / "sentence_bert_config.json", max_seq_length=100)
 
     assert read_checkpoint(tmp_path).max_tokens == 32
@@ -395,6 +406,15 @@ def test_the_limit_may_come_from_the_tokenizer_or_from_the_position_embeddings(s
     edit(saved / "tokenizer_config.json", model_max_length=10**30)
     assert read_checkpoint(saved).max_tokens == 64
     assert_as_sentence_transformers_reads_it(saved, ["water " * 80])
+
+
+def test_a_limit_of_minus_one_is_none(tmp_path: Path) -> None:
+    save(tmp_path, Pooling(WIDTH), base="nemotron-3-embed")
+    edit(tmp_path / "config.json", max_position_embeddings=-1)
+    edit(tmp_path / "tokenizer_config.json", model_max_length=48)
+    (tmp_path / "sentence_bert_config.json").unlink()
+
+    assert read_checkpoint(tmp_path).max_tokens == 48
 
 
 @pytest.mark.parametrize(
@@ -437,6 +457,15 @@ def test_positions_that_start_after_the_padding_id_reduce_the_limit(tmp_path: Pa
     assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"] == 66
     assert read_checkpoint(tmp_path).max_tokens == 64
     assert np.isfinite(ours(tmp_path, ["water " * 100])).all()
+
+
+def test_positions_start_at_two_if_the_config_omits_the_padding_id(tmp_path: Path) -> None:
+    save(tmp_path, Pooling(WIDTH), base="bge-m3")
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert config.pop("pad_token_id") == 1
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+    assert_as_sentence_transformers_reads_it(tmp_path)
 
 
 def test_texts_are_lowercased_if_the_checkpoint_says_so(tmp_path: Path) -> None:
