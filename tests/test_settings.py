@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from embeddings_mcp.misspelt_settings import misspelt
-from embeddings_mcp.models import DEFAULT_MODEL
-from embeddings_mcp.settings import Settings
+from embeddings_mcp.models import DEFAULT_MODEL, CardOverride
+from embeddings_mcp.publish.install import environment_variable
+from embeddings_mcp.settings import EndpointSettings, Settings
 
 SECRET = "sk-not-to-be-seen"
 
@@ -22,30 +24,64 @@ def test_the_default_is_the_bundled_model_on_loopback() -> None:
     assert settings.max_body_bytes == 25 * 1024 * 1024
 
 
+VALUES: dict[str, tuple[str, object]] = {
+    "models": ("a/b  mine=/some/where\n", ("a/b", "mine=/some/where")),
+    "default_model": ("mine", "mine"),
+    "cards": (
+        '[{"id": "mine", "dimensions": 8, "matryoshka": [4]}]',
+        (CardOverride(id="mine", dimensions=8, matryoshka=(4,)),),
+    ),
+    "endpoints": (
+        "http://localhost:1 https://b.example",
+        (EndpointSettings(url="http://localhost:1"), EndpointSettings(url="https://b.example")),
+    ),
+    "nvidia_api_key": ("nvapi-1", SecretStr("nvapi-1")),
+    "device": ("cuda:1", "cuda:1"),
+    "precision": ("float16", "float16"),
+    "workers": ("3", 3),
+    "model_process": ("false", False),
+    "cuda_graphs": ("false", False),
+    "load": ("lazy", "lazy"),
+    "cache": ("/some/folder", "/some/folder"),
+    "cache_memory_mb": ("1", 1),
+    "cache_disk_mb": ("2", 2),
+    "log_format": ("json", "json"),
+    "log_level": ("info", "info"),
+    "host": ("0.0.0.0", "0.0.0.0"),
+    "port": ("0", 0),
+    "api_key": (SECRET, SecretStr(SECRET)),
+    "api_keys": (f"alice={SECRET}", SecretStr(f"alice={SECRET}")),
+    "api_keys_file": ("/some/keys", Path("/some/keys")),
+    "oauth_issuer": ("https://issuer.example", "https://issuer.example"),
+    "oauth_resource": ("https://app.example/mcp", "https://app.example/mcp"),
+    "oauth_scopes": ("read embed", ("read", "embed")),
+    "allow_keyless": ("true", True),
+    "without_key": ("metrics health", ("metrics", "health")),
+    "tls_certificate": ("/some/chain.pem", Path("/some/chain.pem")),
+    "tls_key": ("/some/key.pem", Path("/some/key.pem")),
+    "cors_origins": ("https://app.example http://localhost:3000", ("https://app.example", "http://localhost:3000")),
+    "allowed_hosts": ("one.example two.example:8000", ("one.example", "two.example:8000")),
+    "max_body_bytes": ("3", 3),
+    "max_bytes_in_flight": ("4", 4),
+    "max_requests_in_flight": ("5", 5),
+    "requests_per_minute": ("6", 6),
+    "max_inputs": ("7", 7),
+    "max_input_characters": ("8", 8),
+    "max_mcp_response_bytes": ("9", 9),
+    "max_queued_tokens": ("10", 10),
+    "request_seconds": ("0.5", 0.5),
+}
+"""A value of each setting, as in its environment variable and as read; none is the default."""
+
+
 def test_every_setting_is_read_from_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {
-        "MODELS": "a/b  mine=/some/where\n",
-        "DEFAULT_MODEL": "mine",
-        "CARDS": '[{"id": "mine", "dimensions": 8, "matryoshka": [4]}]',
-        "DEVICE": "cuda:1",
-        "PRECISION": "float16",
-        "HOST": "0.0.0.0",
-        "PORT": "0",
-        "API_KEY": SECRET,
-        "ALLOWED_HOSTS": "one.example two.example:8000",
-        "MAX_BODY_BYTES": "1024",
-    }.items():
-        monkeypatch.setenv(f"EMBEDDINGS_MCP_{name}", value)
+    defaults = Settings()
+    for name, (value, _) in VALUES.items():
+        monkeypatch.setenv(environment_variable(name), value)
     settings = Settings()
-    assert settings.models == ("a/b", "mine=/some/where")
-    assert settings.default_model == "mine"
-    assert [(card.id, card.dimensions, card.matryoshka) for card in settings.cards] == [("mine", 8, (4,))]
-    assert (settings.device, settings.precision) == ("cuda:1", "float16")
-    assert (settings.host, settings.port) == ("0.0.0.0", 0)
-    assert settings.api_key is not None
-    assert settings.api_key.get_secret_value() == SECRET
-    assert settings.allowed_hosts == ("one.example", "two.example:8000")
-    assert settings.max_body_bytes == 1024
+    assert VALUES.keys() == Settings.model_fields.keys()
+    for name, (_, expected) in VALUES.items():
+        assert getattr(settings, name) == expected != getattr(defaults, name), name
 
 
 def test_a_flag_takes_precedence_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
