@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import anyio
 import httpx
@@ -111,6 +111,15 @@ class Server:
         }
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_raised: object) -> None:
+        """Kill the process, if an error has left it running."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
 
     async def start(self, *, cached: bool) -> None:
         """Start the process, and wait until the model is ready."""
@@ -351,8 +360,10 @@ async def soak(folder: Path, *, rounds: int, seconds: float, kills: int, seed: i
     """
     rng = random.Random(seed)
     findings = Findings()
-    async with stand_in(models={UPSTREAM.id: UPSTREAM}, faults=_faults(rng)) as endpoint:
-        server = Server(folder, endpoint.url)
+    async with (
+        stand_in(models={UPSTREAM.id: UPSTREAM}, faults=_faults(rng)) as endpoint,
+        Server(folder, endpoint.url) as server,
+    ):
         await server.start(cached=True)
         callers = Callers(server, findings, await _expected_vectors(server), endpoint, rng)
         async with anyio.create_task_group() as tasks:
