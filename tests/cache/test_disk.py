@@ -25,7 +25,7 @@ from embeddings_mcp.embedders.cache.rows import Key, Row
 from embeddings_mcp.errors import ModelUnavailable
 from tests.cache.support import MB, TextByText, ask, expected, on_disk, read_only
 from tests.cache.writer import MAX_BYTES, batch
-from tests.support import stdio_process, wait_until
+from tests.support import Clock, stdio_process, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -330,22 +330,23 @@ async def test_a_locked_file_is_skipped_and_tried_again_later(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("embeddings_mcp.embedders.cache.database._LOCK_TIMEOUT_SECONDS", 0.01)
+    clock = Clock()
+    monkeypatch.setattr("embeddings_mcp.embedders.cache.disk.time", clock)
     source = TextByText()
-    disk = DiskStore(tmp_path, MB)
-    embedder = on_disk(source, disk)
+    embedder = on_disk(source, DiskStore(tmp_path, MB))
     await ask(embedder, ["zero"])
     with closing(sqlite3.connect(tmp_path / FILE, isolation_level=None)) as locker:
         locker.execute("BEGIN IMMEDIATE")
         for _ in range(3):
             await ask(embedder, TEXTS)
-            disk._disabled_until = time.monotonic()
+            clock.now += 60
         await ask(embedder, TEXTS)
         locker.execute("ROLLBACK")
     await ask(embedder, TEXTS)  # the file is not tried during the pause
     assert source.batches == [["zero"], *[TEXTS] * 5]
     assert ["database is locked" in record.message for record in caplog.records] == [True]
 
-    disk._disabled_until = time.monotonic()
+    clock.now += 60
     for _ in range(2):
         await ask(embedder, [*TEXTS, "zero"])
     assert source.batches[6:] == [TEXTS]
