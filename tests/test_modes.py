@@ -103,29 +103,27 @@ async def test_top_k_returns_the_closest_pairs_in_sparse_mode(service: Embedding
     assert [pair["score"] for pair in best] == scores[:2]
 
 
-class TokenVector(np.ndarray[Any, Any]):
-    """A text's only token vector; signals its first comparison and counts all of them."""
-
+async def test_cancelling_the_request_stops_the_comparison_of_token_vectors() -> None:
     compared = threading.Event()
     comparisons = 0
 
-    def __matmul__(self, other: Any) -> Any:
-        TokenVector.comparisons += 1
-        TokenVector.compared.set()
-        return np.asarray(self) @ other
+    class TokenVector(np.ndarray[Any, Any]):
+        """A text's only token vector; signals its first comparison and counts all of them."""
 
+        def __matmul__(self, other: Any) -> Any:
+            nonlocal comparisons
+            comparisons += 1
+            compared.set()
+            return np.asarray(self) @ other
 
-class TokenEmbedder(HashEmbedder):
-    """Also returns a token vector for each text's only token."""
+    class TokenEmbedder(HashEmbedder):
+        """Also returns a token vector for each text's only token."""
 
-    async def represent(self, texts: Sequence[str], **options: Any) -> Representations:
-        result = await self.embed(texts, **options)
-        return Representations(
-            result.vectors, sparse=(), colbert=[row.view(TokenVector)[None] for row in result.vectors], prompt_tokens=0
-        )
+        async def represent(self, texts: Sequence[str], **options: Any) -> Representations:
+            result = await self.embed(texts, **options)
+            vectors = [row.view(TokenVector)[None] for row in result.vectors]
+            return Representations(result.vectors, sparse=(), colbert=vectors, prompt_tokens=0)
 
-
-async def test_cancelling_the_request_stops_the_comparison_of_token_vectors() -> None:
     service = service_of(TokenEmbedder(ModelCard(id="test/tokens", dimensions=8, modes=("dense", "colbert"))))
     texts = [str(number) for number in range(1_000)]
     request = parse(SimilarityRequest, {"model": "default", "input": texts, "mode": "colbert", "top_k": 1})
@@ -133,9 +131,9 @@ async def test_cancelling_the_request_stops_the_comparison_of_token_vectors() ->
     with anyio.fail_after(SECONDS):
         async with anyio.create_task_group() as group:
             group.start_soon(service.similarity, request)
-            assert await anyio.to_thread.run_sync(TokenVector.compared.wait, SECONDS)
+            assert await anyio.to_thread.run_sync(compared.wait, SECONDS)
             group.cancel_scope.cancel()
-    assert 0 < TokenVector.comparisons < 1_000 * 1_000
+    assert 0 < comparisons < 1_000 * 1_000
 
 
 async def test_the_error_for_an_unsupported_mode_lists_the_supported_ones() -> None:
