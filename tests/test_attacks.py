@@ -70,7 +70,9 @@ TRAVERSALS = [
 
 
 @pytest.mark.parametrize("path", TRAVERSALS)
-@pytest.mark.parametrize("place", ["/skills/embeddings/", "/skills/", "/v1/models/", "/.well-known/agent-skills/"])
+@pytest.mark.parametrize(
+    "place", ["/skills/embeddings/contents/", "/skills/", "/v1/models/", "/.well-known/agent-skills/"]
+)
 def test_no_path_leads_out_of_what_is_published(url: str, place: str, path: str) -> None:
     # Written by hand, since an HTTP client would normalize the path.
     request = (
