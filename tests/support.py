@@ -7,6 +7,7 @@ import json
 import re
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,12 @@ from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import Settings
 
 ROOT = Path(__file__).parents[1]
+
+COMMAND = str(Path(sys.executable).with_name("embeddings-mcp"))
+"""The installed command."""
+
+ERAS = {"2025-11-25": "legacy", "2026-07-28": "auto"}
+"""Protocol versions of MCP, and the mode in which the SDK's client speaks each."""
 
 ENVELOPE = {
     "io.modelcontextprotocol/protocolVersion": "2026-07-28",

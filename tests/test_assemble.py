@@ -21,7 +21,7 @@ def checkpoint() -> Path:
     return folder
 
 
-def http_server(service: EmbeddingService) -> list[tuple[str, bool]]:
+def ids_and_default(service: EmbeddingService) -> list[tuple[str, bool]]:
     return [(entry["id"], entry["default"]) for entry in service.known_models()]
 
 
@@ -44,12 +44,12 @@ def test_a_folder_in_the_home_directory_is_found(
 ) -> None:
     (tmp_path / "model").symlink_to(checkpoint, target_is_directory=True)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert http_server(build_service(Settings(models=("mine=~/model",)))) == [("mine", True)]
+    assert ids_and_default(build_service(Settings(models=("mine=~/model",)))) == [("mine", True)]
 
 
 def test_a_known_model_has_its_own_id_under_any_of_its_names(checkpoint: Path) -> None:
     for spec in ("all-minilm-l6-v2", f"ALL-MiniLM-L6-v2={checkpoint}"):
-        assert http_server(build_service(Settings(models=(spec,)))) == [(DEFAULT_MODEL, True)]
+        assert ids_and_default(build_service(Settings(models=(spec,)))) == [(DEFAULT_MODEL, True)]
 
 
 def test_a_model_of_the_hub_is_listed_before_anything_is_known_about_it() -> None:
@@ -66,10 +66,10 @@ def test_a_card_in_the_settings_takes_precedence_over_built_in_ones() -> None:
 
 def test_the_first_model_is_the_default_unless_another_is_named(checkpoint: Path) -> None:
     models = (f"mine={checkpoint}", DEFAULT_MODEL)
-    assert http_server(build_service(Settings(models=models))) == [("mine", True), (DEFAULT_MODEL, False)]
+    assert ids_and_default(build_service(Settings(models=models))) == [("mine", True), (DEFAULT_MODEL, False)]
     for name in (DEFAULT_MODEL, "all-minilm-l6-v2"):
         service = build_service(Settings(models=models, default_model=name))
-        assert http_server(service) == [("mine", False), (DEFAULT_MODEL, True)]
+        assert ids_and_default(service) == [("mine", False), (DEFAULT_MODEL, True)]
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,8 @@ from embeddings_mcp.embedders.local.locate import find_bundled
 from embeddings_mcp.faces.cli import commands, terminal
 from embeddings_mcp.models import DEFAULT_MODEL
 from embeddings_mcp.settings import Settings
-from tests.support import http_server
+from tests.support import COMMAND, ROOT, http_server
 
-COMMAND = str(Path(sys.executable).with_name("embeddings-mcp"))
-ROOT = Path(__file__).parents[1]
 SECONDS = 60
 
 CAT, NAP, STOCKS = "A cat sleeps.", "A kitten is napping.", "Stock prices fell."

@@ -29,11 +29,10 @@ from embeddings_mcp.models import DEFAULT_MODEL, ModelCard, Precision
 from embeddings_mcp.settings import EndpointSettings, Settings
 from tests.faces.issuer import RESOURCE, issuing
 from tests.nim.standin import ASYMMETRIC, SYMMETRIC, answering, held, stand_in
-from tests.support import ROOT, START_SECONDS
+from tests.support import COMMAND, ROOT, START_SECONDS
 
 pytestmark = pytest.mark.anyio
 
-COMMAND = str(Path(sys.executable).with_name("embeddings-mcp"))
 KEY = "nvapi-not-to-be-seen"
 SECRET = {"kty": "oct", "k": "c2VjcmV0", "kid": "shared"}
 

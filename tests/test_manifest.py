@@ -6,7 +6,6 @@ import os
 import random
 import re
 import subprocess
-import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -28,10 +27,9 @@ from embeddings_mcp.publish.capability import VERSIONS
 from embeddings_mcp.settings import EndpointSettings, Settings
 from tests.nim.standin import ASYMMETRIC, SYMMETRIC, stand_in
 from tests.publish.schemas import schema_of
-from tests.support import ROOT, HashEmbedder, server_process
+from tests.support import COMMAND, ROOT, HashEmbedder, server_process
 
 CAPABILITIES = ROOT / "tests" / "data" / "capabilities"
-COMMAND = str(Path(sys.executable).with_name("embeddings-mcp"))
 
 OPENAI = (CAPABILITIES / "openai.yaml").read_text("utf-8")
 NIM = (CAPABILITIES / "self-hosted-nim.yaml").read_text("utf-8")
@@ -308,7 +306,7 @@ def test_a_missing_key_for_callers_prevents_the_start(monkeypatch: pytest.Monkey
         read_manifest(CAPABILITIES / "self-hosted-nim.yaml").added_to(Settings())
 
 
-def http_server(file: str, address: str, model: str, folder: Path) -> AbstractContextManager[tuple[Any, str]]:
+def serving(file: str, address: str, model: str, folder: Path) -> AbstractContextManager[tuple[Any, str]]:
     """Run a server process with one of the capabilities, in which the endpoint's address is replaced."""
     text = (CAPABILITIES / file).read_text("utf-8").replace("text-embedding-3-small", model)
     for known in ("https://api.openai.com", "http://localhost:8000"):
@@ -330,7 +328,7 @@ async def test_openais_capability_can_be_served(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("OPENAI_API_KEY", "sk-of-the-test")
 
     def ask() -> Any:
-        with http_server("openai.yaml", endpoint.url, SYMMETRIC.id, tmp_path) as (_, url):
+        with serving("openai.yaml", endpoint.url, SYMMETRIC.id, tmp_path) as (_, url):
             return embed(url, "default")
 
     async with stand_in(prompts=False) as endpoint:
@@ -348,7 +346,7 @@ async def test_a_nims_capability_can_be_served(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("CALLERS_KEY", "of-callers\n")  # as read from a mounted secret file
 
     def ask() -> Any:
-        with http_server("self-hosted-nim.yaml", endpoint.url, "", tmp_path) as (_, url):
+        with serving("self-hosted-nim.yaml", endpoint.url, "", tmp_path) as (_, url):
             assert httpx.get(f"{url}/v1/models").status_code == 401
             return embed(url, ASYMMETRIC.id, input_type="passage")
 

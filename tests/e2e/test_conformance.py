@@ -9,17 +9,15 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT, server_process
+from tests.support import COMMAND, ROOT, server_process
 
 pytestmark = pytest.mark.node
 
-COMMAND = str(Path(sys.executable).with_name("embeddings-mcp"))
 
 NODE = "node@22"
 CONFORMANCE = "@modelcontextprotocol/conformance"

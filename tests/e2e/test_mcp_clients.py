@@ -10,7 +10,6 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import anyio
@@ -21,13 +20,11 @@ from mcp import Client, StdioServerParameters, stdio_client
 
 from embeddings_mcp.models import DEFAULT_MODEL
 from tests.e2e.waiting_server import WAIT
-from tests.support import ENVELOPE, ROOT, START_SECONDS, ask, server_process, stdio_process
+from tests.support import COMMAND, ENVELOPE, ERAS, ROOT, START_SECONDS, ask, server_process, stdio_process
 
 pytestmark = pytest.mark.anyio
 
-COMMAND = str(Path(sys.executable).with_name("embeddings-mcp"))
 SNAPSHOT = ROOT / "tests" / "faces" / "tools.json"
-ERAS = {"2025-11-25": "legacy", "2026-07-28": "auto"}
 
 
 @pytest.fixture(scope="module")

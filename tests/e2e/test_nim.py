@@ -14,7 +14,6 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import anyio
@@ -34,11 +33,10 @@ from embeddings_mcp.caller import CALLER_KEY_HEADER
 from embeddings_mcp.embedders.nim import HOSTED_DEFAULT_MODEL
 from embeddings_mcp.models import DEFAULT_MODEL
 from tests.nim.standin import ASYMMETRIC, SYMMETRIC, Reply, StandIn, answering, cut, held, stand_in
-from tests.support import ROOT, START_SECONDS, HashEmbedder
+from tests.support import COMMAND, ROOT, START_SECONDS, HashEmbedder
 
 pytestmark = pytest.mark.anyio
 
-COMMAND = str(Path(sys.executable).with_name("embeddings-mcp"))
 TEXTS = ["A cat is asleep.", '["a","b"]', "null", "A cat is asleep."]
 KEY, CALLER_KEY = "nvapi-0123456789-of-the-server", "nvapi-9876543210-of-alice"
 

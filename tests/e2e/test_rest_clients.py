@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,9 +16,8 @@ from langchain_openai import OpenAIEmbeddings
 from langchain_tests.integration_tests import EmbeddingsIntegrationTests
 
 from embeddings_mcp.models import DEFAULT_MODEL
-from tests.support import START_SECONDS, server_process
+from tests.support import COMMAND, START_SECONDS, server_process
 
-COMMAND = str(Path(sys.executable).with_name("embeddings-mcp"))
 TEXTS = ["A cat is asleep.", '["a","b"]', "null", "A cat is asleep.", "Les actions ont chuté."]
 
 

@@ -42,14 +42,13 @@ from embeddings_mcp.operations import OPERATIONS
 from embeddings_mcp.settings import EndpointSettings, Settings
 from tests.nim.standin import stand_in
 from tests.published import TYPES, without
-from tests.support import SECONDS, FailingEmbedder, HashEmbedder, service_of, wait_until
+from tests.support import ERAS, SECONDS, FailingEmbedder, HashEmbedder, service_of, wait_until
 
 pytestmark = pytest.mark.anyio
 
 SNAPSHOT = Path(__file__).parent / "tools.json"
 UPDATE_SNAPSHOT = "EMBEDDINGS_MCP_UPDATE_SNAPSHOTS"
 
-ERAS = {"2025-11-25": "legacy", "2026-07-28": "auto"}
 
 PLAIN = ModelCard(id="test/hash", dimensions=8, max_tokens=64)
 MATRYOSHKA = ModelCard(

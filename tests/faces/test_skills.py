@@ -14,9 +14,8 @@ from mcp import Client
 from mcp.types import EmbeddedResource, TextContent, TextResourceContents
 
 from embeddings_mcp.publish.skill import read_skill
-from tests.support import http_server, service_of
+from tests.support import ERAS, http_server, service_of
 
-ERAS = {"2025-11-25": "legacy", "2026-07-28": "auto"}
 SKILL = "skill://embeddings/SKILL.md"
 
 

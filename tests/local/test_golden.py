@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import numpy as np
@@ -18,9 +16,7 @@ from embeddings_mcp.errors import InputTooLong
 from embeddings_mcp.models import Truncate
 from embeddings_mcp.vectors import FloatMatrix, shorten
 from tests.local.golden import MODELS, Case, FamilyName, encoder, family
-from tests.support import server_process
-
-COMMAND = str(Path(sys.executable).with_name("embeddings-mcp"))
+from tests.support import COMMAND, server_process
 
 CASES = [pytest.param(name, case, id=f"{name}-{case.name}") for name in MODELS for case in family(name).cases]
 BATCHES = [

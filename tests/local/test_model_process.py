@@ -31,14 +31,13 @@ from embeddings_mcp.embedders.local_embedder import LocalEmbedder
 from embeddings_mcp.errors import CheckpointInvalid, EmbeddingsError, ModelUnavailable
 from embeddings_mcp.settings import Settings
 from tests.local.golden import MODELS, FamilyName, family
-from tests.support import no_file_descriptors_left, server_process
+from tests.support import COMMAND, no_file_descriptors_left, server_process
 
 pytestmark = [
     pytest.mark.anyio,
     pytest.mark.skipif(os.name != "posix", reason="models run in subprocesses on POSIX systems only"),
 ]
 
-COMMAND = str(Path(sys.executable).with_name("embeddings-mcp"))
 SECONDS = 60
 TEXTS = ["water under the bridge", "a committee", "the opinion of a committee on bridges " * 3]
 
