@@ -7,8 +7,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from embeddings_mcp.settings import Settings
-
 
 def pytest_configure(config: pytest.Config) -> None:
     """Hide GPUs except in runs with `-m gpu`, so that all other tests behave the same on every machine."""
@@ -18,11 +16,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_settings_from_outside() -> Iterator[None]:
-    """Remove settings from the environment that the tests run in."""
+    """Remove settings from the environment that the tests run in, and options of tests, which are read before.
+
+    A server warns about those that it does not know.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        for name in Settings.model_fields:
-            patch.delenv(f"EMBEDDINGS_MCP_{name.upper()}", raising=False)
-        patch.delenv("NVIDIA_API_KEY", raising=False)
+        for name in list(os.environ):
+            if name.startswith("EMBEDDINGS_MCP_") or name == "NVIDIA_API_KEY":
+                patch.delenv(name)
         yield
 
 
