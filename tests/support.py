@@ -194,21 +194,21 @@ def server_process(*command: str) -> Iterator[tuple[subprocess.Popen[str], str]]
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
     ) as process:
-        deadline = threading.Timer(START_SECONDS, process.kill)
-        deadline.start()
         try:
-            assert process.stderr is not None
-            output = []
-            for line in process.stderr:
-                output.append(line)
-                if found := re.search(r"serving MCP at (\S+)/mcp and REST at \1/v1$", line):
-                    deadline.cancel()
-                    yield process, found[1]
-                    return
-            raise AssertionError(f"the server did not start: {''.join(output)}")
+            yield process, _address_of(process)
         finally:
-            deadline.cancel()
             process.kill()
+
+
+def _address_of(process: subprocess.Popen[str]) -> str:
+    assert process.stderr is not None
+    output = []
+    with killed_late(process):
+        for line in process.stderr:
+            output.append(line)
+            if found := re.search(r"serving MCP at (\S+)/mcp and REST at \1/v1$", line):
+                return found[1]
+    raise AssertionError(f"the server did not start: {''.join(output)}")
 
 
 @contextmanager
@@ -217,13 +217,22 @@ def stdio_process(*command: str, **options: Any) -> Iterator[subprocess.Popen[st
     with subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", **options
     ) as process:
-        deadline = threading.Timer(START_SECONDS, process.kill)
-        deadline.start()
         try:
-            yield process
+            with killed_late(process):
+                yield process
         finally:
-            deadline.cancel()
             process.kill()
+
+
+@contextmanager
+def killed_late(process: subprocess.Popen[str]) -> Iterator[None]:
+    """Kill the process if the block takes longer than `START_SECONDS`, since reading its output has no timeout."""
+    timer = threading.Timer(START_SECONDS, process.kill)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def ask(process: subprocess.Popen[str], request: Mapping[str, Any]) -> str:

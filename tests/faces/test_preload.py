@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +15,17 @@ from embeddings_mcp.errors import CheckpointInvalid, ModelUnavailable
 from embeddings_mcp.faces.preload import preloaded
 from embeddings_mcp.settings import Load
 from tests.local.golden import GOLDEN
-from tests.support import LIST_TOOLS, ROOT, START_SECONDS, HashEmbedder, ask, server_process, service_of, stdio_process
+from tests.support import (
+    LIST_TOOLS,
+    ROOT,
+    START_SECONDS,
+    HashEmbedder,
+    ask,
+    killed_late,
+    server_process,
+    service_of,
+    stdio_process,
+)
 
 SERVE = [sys.executable, "-m", "embeddings_mcp", "serve"]
 
@@ -104,8 +113,5 @@ def test_a_server_over_stdio_loads_once_the_host_has_its_list_of_tools(damaged: 
 def _line_with(words: str, process: subprocess.Popen[str]) -> str:
     """The next line on stderr that contains these words; the process is killed if there is none in time."""
     assert process.stderr is not None
-    watchdog = threading.Timer(START_SECONDS, process.kill)
-    watchdog.start()
-    line = next((line for line in process.stderr if words in line), "")
-    watchdog.cancel()
-    return line
+    with killed_late(process):
+        return next((line for line in process.stderr if words in line), "")

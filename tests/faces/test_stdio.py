@@ -7,40 +7,39 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support import ENVELOPE, LIST_TOOLS, ROOT, START_SECONDS
+from tests.support import ENVELOPE, LIST_TOOLS, ROOT, START_SECONDS, killed_late
 
 SERVE = [sys.executable, "-m", "embeddings_mcp", "serve", "--load", "lazy"]
 
 
-def answers_to(*lines: str) -> list[dict[str, Any]]:
-    """Send these lines, then a request for the list of tools with id 99; return all responses before that one."""
-    last = json.dumps(LIST_TOOLS | {"id": 99})
+@pytest.fixture(scope="module")
+def server() -> Iterator[subprocess.Popen[str]]:
+    """A server that no line ends."""
     with subprocess.Popen(
-        SERVE,
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
+        SERVE, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
     ) as process:
+        yield process
         assert process.stdin is not None
-        assert process.stdout is not None
-        watchdog = threading.Timer(START_SECONDS, process.kill)
-        watchdog.start()
-        process.stdin.write("".join(f"{line}\n" for line in (*lines, last)))
-        process.stdin.flush()
-        received = []
-        for line in process.stdout:
-            received.append(json.loads(line))
-            if received[-1].get("id") == 99:
-                break
         process.stdin.close()
-        process.wait(START_SECONDS)
-        watchdog.cancel()
+        assert process.wait(START_SECONDS) == 0
+
+
+def answers_to(line: str, server: subprocess.Popen[str]) -> list[dict[str, Any]]:
+    """Send this line, then a request for the list of tools with id 99; return all responses before that one."""
+    assert server.stdin is not None
+    assert server.stdout is not None
+    with killed_late(server):
+        server.stdin.write(f"{line}\n{json.dumps(LIST_TOOLS | {'id': 99})}\n")
+        server.stdin.flush()
+        received = [json.loads(server.stdout.readline())]
+        while received[-1].get("id") != 99:
+            received.append(json.loads(server.stdout.readline()))
     return received[:-1]
 
 
@@ -90,8 +89,10 @@ def search(text: str, number: str = "7") -> str:
         "a list",
     ],
 )
-def test_an_invalid_line_is_answered(line: str, request_id: int | str | None, code: int) -> None:
-    (answer,) = answers_to(line)
+def test_an_invalid_line_is_answered(
+    server: subprocess.Popen[str], line: str, request_id: int | str | None, code: int
+) -> None:
+    (answer,) = answers_to(line, server)
 
     assert answer["id"] == request_id
     assert answer["error"]["code"] == code
@@ -99,8 +100,8 @@ def test_an_invalid_line_is_answered(line: str, request_id: int | str | None, co
     assert "emoji" not in answer["error"]["message"]
 
 
-def test_the_error_for_an_invalid_request_names_the_field() -> None:
-    (answer,) = answers_to('{"jsonrpc": "2.0", "id": 7, "method": "tools/list", "params": []}')
+def test_the_error_for_an_invalid_request_names_the_field(server: subprocess.Popen[str]) -> None:
+    (answer,) = answers_to('{"jsonrpc": "2.0", "id": 7, "method": "tools/list", "params": []}', server)
 
     assert answer["error"]["message"] == "the line is not a JSON-RPC message: `params`: Input should be an object"
 

@@ -11,7 +11,9 @@ from typing import get_args
 import orjson
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from embeddings_mcp.faces.cli.commands import app
 from embeddings_mcp.models import CardOverride
 from embeddings_mcp.publish import identity
 from embeddings_mcp.publish.documents import FORMATS
@@ -29,8 +31,7 @@ def test_the_file_is_up_to_date(path: str) -> None:
 
 @pytest.mark.parametrize("document", FORMATS)
 def test_the_command_prints_every_document(document: str) -> None:
-    command = [sys.executable, "-m", "embeddings_mcp", "manifest", "--format", document, "--url", "http://host:1/"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    printed = CliRunner().invoke(app, ["manifest", "--format", document, "--url", "http://host:1/"]).stdout
     assert printed == FORMATS[document].text("http://host:1")  # type: ignore[index]
     parsed = yaml.safe_load(printed) if FORMATS[document].media_type.endswith("yaml") else orjson.loads(printed)  # type: ignore[index]
     assert isinstance(parsed, dict)
