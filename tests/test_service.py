@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from anyio.from_thread import BlockingPortal
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embeddings_mcp.assemble import build_service
@@ -362,7 +362,7 @@ def alone(portal: BlockingPortal, minilm: EmbeddingService) -> dict[str, Vectors
     return {text: vectors_of(portal.call(embed, minilm, text))[0] for text in POOL}
 
 
-@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15)
 @given(texts=st.lists(st.sampled_from(POOL), min_size=1, max_size=8))
 def test_a_text_gets_its_own_vector_in_any_batch_even_with_duplicates(
     texts: list[str], portal: BlockingPortal, minilm: EmbeddingService, alone: dict[str, Vectors]

@@ -134,4 +134,4 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 TestCache = CacheMachine.TestCase
-TestCache.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+TestCache.settings = settings(max_examples=40, stateful_step_count=25)

@@ -404,7 +404,7 @@ ARGUMENTS = st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=8), NEARL
 
 
 @given(tool=st.sampled_from([operation.name for operation in OPERATIONS]), arguments=ARGUMENTS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_arguments_lead_to_a_result_or_to_an_error_that_names_the_field(
     call: Call, tool: str, arguments: dict[str, Any]
 ) -> None:

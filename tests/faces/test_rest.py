@@ -401,7 +401,7 @@ _fields = st.sampled_from(sorted({name for operation in ROUTES.values() for name
     path=st.sampled_from([*ROUTES]),
     body=_json_values | st.dictionaries(_fields, _likely_values, max_size=6),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_no_json_body_causes_a_server_error(client: httpx.Client, path: str, body: object) -> None:
     answer = client.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
 

@@ -735,7 +735,7 @@ def mutations(draw: st.DrawFn) -> Callable[[Any], Any]:
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(change=mutations())
 def test_a_checkpoint_with_randomly_changed_configs_works_or_is_refused(
     base: FamilyName, name: str, sound: dict[FamilyName, Path], change: Callable[[Any], Any]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from embeddings_mcp.embedders.local import placement
@@ -27,7 +27,6 @@ def test_there_are_few_bucket_sizes() -> None:
 
 
 @pytest.mark.parametrize("name", ["e5", "bge-m3", "llama-nemotron-embed"])
-@settings(deadline=None)  # the first example loads the model
 @given(rows=st.lists(st.lists(st.integers(4, 100), min_size=1, max_size=20), min_size=1, max_size=20))
 def test_a_text_does_not_attend_to_the_fillers_of_its_batch(name: FamilyName, rows: list[list[int]]) -> None:
     transformer = encoder(name)._transformer

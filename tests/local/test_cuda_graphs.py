@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from embeddings_mcp.embedders.local.cuda_graphs import MIN_TOKENS, GraphedTransformer, GraphSize, _sizes
@@ -49,7 +49,6 @@ def test_a_graph_fits_neither_too_many_texts_nor_too_long_ones_nor_too_many_toke
 
 
 @pytest.mark.parametrize("name", ["e5", "llama-nemotron-embed"])
-@settings(deadline=None)  # the first example loads the model
 @given(rows=st.lists(st.lists(st.integers(4, 100), min_size=1, max_size=20), min_size=1, max_size=6))
 def test_a_text_does_not_attend_to_the_fillers_of_its_row(name: FamilyName, rows: list[list[int]]) -> None:
     transformer = encoder(name)._transformer

@@ -55,7 +55,7 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Encoder]:
 
 @pytest.mark.parametrize("model_type", BATCHING)
 @pytest.mark.parametrize("budget", [1, 100, 10_000])
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(texts=TEXTS)
 def test_each_text_gets_the_same_vector_as_alone_at_its_index(
     encoders: dict[str, Encoder], model_type: str, budget: int, texts: list[str]

@@ -56,7 +56,7 @@ def test_a_layer_and_its_fused_operations_match_pytorch_s(
     sizes=st.lists(st.one_of(st.just(0.0), st.floats(1e-4, 1e4)), min_size=1, max_size=20),
     seed=st.integers(0, 2**32 - 1),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_an_int8_layer_is_off_by_at_most_half_a_level_per_number(
     lower_bound: float | None, sizes: list[float], seed: int
 ) -> None:

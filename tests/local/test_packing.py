@@ -185,7 +185,7 @@ def test_every_type_that_is_packed_unseen_is_shown_here() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(rows=ROWS, seed=st.integers(0, 2**32))
 def test_packed_texts_have_the_same_vectors_as_alone(kind: Kind, rows: Rows, seed: int) -> None:
     model = build(kind, seed)
@@ -201,7 +201,7 @@ OUR_LAYERS = {name: kind for name, kind in KINDS.items() if is_bert({"model_type
 
 
 @pytest.mark.parametrize("kind", OUR_LAYERS.values(), ids=OUR_LAYERS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(rows=ROWS, seed=st.integers(0, 2**32))
 def test_our_own_layers_give_the_vectors_of_transformers(kind: Kind, rows: Rows, seed: int) -> None:
     model = build(kind, seed)

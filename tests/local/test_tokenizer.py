@@ -87,7 +87,7 @@ def parts(kind: Kind, prompt: str, text: str) -> tuple[list[int], list[int], lis
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=TEXTS, prompt=st.sampled_from(PROMPTS))
 @example(text="1" * 1000, prompt="")
 @example(text="a" * 2000, prompt="query: ")
