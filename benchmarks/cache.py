@@ -167,8 +167,12 @@ async def timed(embedder: Embedder, batch: Sequence[str]) -> tuple[float, Embedd
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cache", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=200, help="rounds of the first table; the second has a fifth")
-    parser.add_argument("--stored", type=int, default=100_000, help="vectors in the file of the second table")
+    parser.add_argument(
+        "--rounds", type=int, default=200, help="rounds of the first table (default: 200); the second has a fifth"
+    )
+    parser.add_argument(
+        "--stored", type=int, default=100_000, help="vectors in the second table's file (default: 100,000)"
+    )
     parser.add_argument("--tiny", action="store_true", help="only a few of each, to check that it runs")
     options = parser.parse_args(arguments)
     rounds, stored, many = (3, 1000, 10) if options.tiny else (options.rounds, options.stored, 1000)

@@ -84,9 +84,10 @@ def infinity_server(folder: Path, engine: str) -> Iterator[Server]:
 class _Started:
     """A server process that is starting; it is killed unless it is ready in time."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    def __init__(self, process: subprocess.Popen[str], program: str) -> None:
         assert process.stderr is not None
         self.pid = process.pid
+        self._program = program
         self._process = process
         self._stderr = process.stderr
         self._stderr_lines = [""]
@@ -123,7 +124,7 @@ class _Started:
         self._stderr_lines.extend(line.strip() for line in self._stderr if line.strip())
 
     def _missing(self) -> ContenderMissing:
-        return ContenderMissing(f"{Path(str(self._process.args[0])).name}: {self._stderr_lines[-1] or 'no output'}")  # type: ignore[index]
+        return ContenderMissing(f"{Path(self._program).name}: {self._stderr_lines[-1] or 'no output'}")
 
 
 @contextlib.contextmanager
@@ -136,7 +137,7 @@ def _process(command: Sequence[str], settings: Mapping[str, str]) -> Iterator[_S
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        started = _Started(process)
+        started = _Started(process, command[0])
         try:
             yield started
         finally:

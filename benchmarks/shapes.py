@@ -110,7 +110,7 @@ def write(shape: Shape, folder: Path, dtype: torch.dtype = torch.float32) -> Pat
     folder.mkdir(parents=True)
     config = AutoConfig.for_model(**shape.config)
     with torch.device("meta"):
-        model = AutoModel.from_config(config)  # type: ignore[no-untyped-call]
+        model = AutoModel.from_config(config)  # type: ignore[no-untyped-call]  # transformers lacks the annotation
     generator = torch.Generator().manual_seed(0)
 
     def weights(name: str, like: torch.Tensor) -> torch.Tensor:
