@@ -19,7 +19,8 @@ import pytest
 
 from embeddings_mcp.assemble import build_service
 from embeddings_mcp.embedders.cache import DiskStore
-from embeddings_mcp.embedders.cache.database import FILE
+from embeddings_mcp.embedders.cache.database import FILE, Database
+from embeddings_mcp.embedders.cache.rows import Row
 from embeddings_mcp.faces.cli import commands
 from embeddings_mcp.settings import EndpointSettings, Settings
 from embeddings_mcp.vectors import FloatMatrix
@@ -194,6 +195,29 @@ def test_clear_releases_the_disk_space(cache: Cache, tmp_path: Path) -> None:
     assert (tmp_path / FILE).stat().st_size > MB
     cache("clear", "--cache", tmp_path)
     assert (tmp_path / FILE).stat().st_size < MB // 10
+
+
+@pytest.mark.parametrize("model", [[], ["--model", ASYMMETRIC.id]], ids=["all", "one model"])
+def test_servers_can_write_while_a_large_cache_is_cleared(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: list[str]
+) -> None:
+    rows = {number.to_bytes(32, "big"): Row(bytes(32), 3) for number in range(2_500)}
+    left: list[int] = []
+
+    def store_row(_pause: float) -> None:
+        with closing(Database(tmp_path / FILE)) as server:
+            server.put(
+                {(10_000 + len(left)).to_bytes(32, "big"): Row(bytes(32), 3)}, model=ASYMMETRIC.id, origin="local"
+            )
+            left.append(sum(holding.vectors for holding in server.holdings()) - len(left) - 1)
+
+    with closing(Database(tmp_path / FILE)) as database:
+        database.put(rows, model=ASYMMETRIC.id, origin="local")
+    monkeypatch.setattr("embeddings_mcp.embedders.cache.database.time.sleep", store_row)
+    monkeypatch.setattr("embeddings_mcp.embedders.cache.database._LOCK_TIMEOUT_SECONDS", 0)
+    assert cache("clear", "--cache", tmp_path, *model) == "2,500 vectors removed\n"
+    assert left[:3] == [1_500, 500, 0]
+    assert vectors_by_model(cache("info", "--cache", tmp_path, "--json")) == {ASYMMETRIC.id: len(left)}
 
 
 def test_a_folder_without_a_cache_is_empty_and_stays_unchanged(cache: Cache, tmp_path: Path) -> None:

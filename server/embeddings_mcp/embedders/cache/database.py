@@ -56,6 +56,8 @@ _LOCK_TIMEOUT_SECONDS = 2.0
 
 _EVICTION_BATCH = 64  # rows
 _MAX_EVICTION_BATCHES = 256  # in one transaction, so that evictions for a lowered bound do not block other processes
+_CLEAR_BATCH = 1_000  # rows in one transaction
+_SHRINK_BATCH = 1_000  # pages in one transaction
 
 
 class ForeignDatabase(Exception):
@@ -213,23 +215,28 @@ class Database:
         ]
 
     def clear(self, model: str | None = None) -> int:
-        """Delete all rows, or one model's, and release their disk space.
+        """Delete all rows, or one model's, and release their disk space; other processes can write in between.
 
-        Changes the `generation` of what is cleared, and the file's modification time.
+        First changes the `generation` of what is cleared, and the file's modification time: rows that are not deleted
+        yet are no longer found.
 
         Returns:
             The number of rows deleted.
         """
         with self._transaction("IMMEDIATE"):
-            if model is None:
-                deleted = self._connection.execute("DELETE FROM vector").rowcount
-            else:
-                deleted = self._connection.execute(
-                    "DELETE FROM vector WHERE source IN (SELECT id FROM source WHERE model = ?)", (model,)
-                ).rowcount
             self._set_random_note(_CLEARED if model is None else f"{_CLEARED} {model}")
+            first, last = self._connection.execute("SELECT min(rowid), max(rowid) FROM vector").fetchone()
         now = time.time_ns()  # the file system's own clock may stand still for milliseconds
         os.utime(self._path, ns=(now, now))
+        deleted = 0
+        if first is not None:
+            for start in range(first, last + 1, _CLEAR_BATCH):
+                with _pause_after(), self._transaction("IMMEDIATE"):
+                    deleted += self._connection.execute(
+                        "DELETE FROM vector WHERE rowid BETWEEN ?1 AND ?2"
+                        " AND (?3 IS NULL OR source IN (SELECT id FROM source WHERE model = ?3))",
+                        (start, min(start + _CLEAR_BATCH - 1, last), model),
+                    ).rowcount
         self._shrink()
         self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         return deleted
@@ -313,7 +320,9 @@ class Database:
 
     def _shrink(self) -> None:
         """Return free pages to the file system."""
-        self._connection.executescript("PRAGMA incremental_vacuum")  # execute() would free one page only
+        for _ in range(0, self._pragma("freelist_count"), _SHRINK_BATCH):
+            with _pause_after():  # execute() would free one page only
+                self._connection.executescript(f"PRAGMA incremental_vacuum({_SHRINK_BATCH})")
 
     def _bytes_of(self, page_count_pragma: str) -> int:
         return self._pragma(page_count_pragma) * self._pragma("page_size")
@@ -332,6 +341,17 @@ class Database:
                 self._connection.execute("ROLLBACK")
             raise
         self._connection.execute("COMMIT")
+
+
+@contextlib.contextmanager
+def _pause_after() -> Iterator[None]:
+    """Sleep after the block for half of the time it took.
+
+    SQLite does not queue for locks but polls, so one transaction right after another would keep other processes out.
+    """
+    start = time.monotonic()
+    yield
+    time.sleep((time.monotonic() - start) / 2)
 
 
 def _checksum(key: Key, tokens: object, served_model: object, numbers: object) -> bytes:
