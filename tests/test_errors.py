@@ -79,7 +79,7 @@ def test_the_message_about_a_text_that_is_too_long_says_what_is_known(error: Inp
 
 def test_the_error_about_a_text_can_be_translated_to_its_request_field() -> None:
     error = InputTooLong(index=5, tokens=9, max_tokens=8, certain=False, others=[6])
-    named = error.reindexed(lambda index: index - 3, "other[{}]".format)
+    named = error.reindexed(lambda index: [index - 3], "other[{}]".format)
     assert named.param == "other[2]"
     assert "(probably `other[2]`" in named.message
     assert "(too long as well: `other[3]`)" in named.message

@@ -33,6 +33,7 @@ the package, so that every layer can use it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -41,8 +42,8 @@ _MAX_NAMED = 20
 """How many texts besides the first a message names: enough to fix at once, without an overlong message."""
 
 
-def _identity(index: int) -> int:
-    return index
+def _unchanged(index: int) -> Sequence[int]:
+    return (index,)
 
 
 class EmbeddingsError(Exception):
@@ -90,15 +91,15 @@ class InputUnusable(InvalidRequest):
         self.reason, self.index, self.certain = reason, index, certain
 
     def reindexed(
-        self, map_index: Callable[[int], int] = _identity, name: Callable[[int], str] | None = None
+        self, map_index: Callable[[int], Sequence[int]] = _unchanged, name: Callable[[int], str] | None = None
     ) -> InputUnusable:
         """Return the same error for another list of the texts.
 
         Args:
-            map_index: maps a text's index in this list to its index in the other.
+            map_index: maps a text's index in this list to its indices in the other, where it may occur more than once.
             name: maps a text's index in the other list to its request field and its index there, if they are known.
         """
-        return InputUnusable(self.reason, index=map_index(self.index), name=name, certain=self.certain)
+        return InputUnusable(self.reason, index=map_index(self.index)[0], name=name, certain=self.certain)
 
 
 class InputTooLong(InputUnusable):
@@ -141,14 +142,15 @@ class InputTooLong(InputUnusable):
         self.tokens, self.max_tokens, self.others = tokens, max_tokens, others
 
     def reindexed(
-        self, map_index: Callable[[int], int] = _identity, name: Callable[[int], str] | None = None
+        self, map_index: Callable[[int], Sequence[int]] = _unchanged, name: Callable[[int], str] | None = None
     ) -> InputTooLong:
         """See `InputUnusable.reindexed`."""
+        index, *repeated = map_index(self.index)
         return InputTooLong(
-            index=map_index(self.index),
+            index=index,
             tokens=self.tokens,
             max_tokens=self.max_tokens,
-            others=[*map(map_index, self.others)],
+            others=sorted({*repeated, *itertools.chain.from_iterable(map(map_index, self.others))}),
             name=name,
             certain=self.certain,
         )

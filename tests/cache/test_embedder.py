@@ -178,7 +178,7 @@ async def test_a_text_that_is_too_long_is_reported_by_its_position_in_the_reques
         await service.create_embedding(service_request(["a", "c", "c", "b", long, long, long + "d"]))
     assert caught.value.param == "input[4]"
     assert (caught.value.tokens, caught.value.max_tokens) == (72, 64)
-    assert "(too long as well: `input[6]`)" in caught.value.message
+    assert "(too long as well: `input[5]`, `input[6]`)" in caught.value.message
 
 
 async def test_an_unusable_text_is_reported_by_its_position_in_the_request() -> None:

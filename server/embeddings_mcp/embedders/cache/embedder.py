@@ -207,7 +207,7 @@ class CachedEmbedder:
                 on_rows=store,
             )
         except InputUnusable as error:
-            raise error.reindexed(lambda index: request.index_of(keys[index])) from None
+            raise error.reindexed(lambda index: request.indices_of(keys[index])) from None
         except ModelUnavailable as error:
             failure = error
             raise

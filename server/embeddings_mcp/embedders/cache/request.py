@@ -43,7 +43,7 @@ class Request:
 
     def texts_of(self, keys: Iterable[Key]) -> list[str]:
         """Return the texts of these keys."""
-        return [self.texts[self.index_of(key)] for key in keys]
+        return [self.texts[self._indices[key][0]] for key in keys]
 
     def add(self, rows: Mapping[Key, Row]) -> None:
         """Add rows of this request's texts."""
@@ -76,9 +76,9 @@ class Request:
         if self._done > self._reported:
             await self.report_progress()
 
-    def index_of(self, key: Key) -> int:
-        """Return the index of the first text with this key."""
-        return self._indices[key][0]
+    def indices_of(self, key: Key) -> Sequence[int]:
+        """Return the indices of the texts with this key, in order."""
+        return self._indices[key]
 
     def result(self) -> Embeddings:
         """Return the rows in the order of the texts; none may be missing."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from operator import add
 
 from embeddings_mcp.embedders.local.checkpoint import Checkpoint
 from embeddings_mcp.embedders.local.tokenizer_files import read_tokenizer
@@ -84,7 +82,7 @@ class InputTokenizer:
             try:
                 rows = self._tokenizer.encode(texts[start : start + _BATCH_SIZE], prompt=prompt, truncate=truncate)
             except InputUnusable as error:
-                raise error.reindexed(partial(add, start)) from None
+                raise error.reindexed(lambda index, start=start: [start + index]) from None
             self._check_rows(rows, skip, start)
             yield TokenizedBatch(rows, skip)
 

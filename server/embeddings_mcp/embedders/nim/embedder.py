@@ -7,7 +7,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from operator import add
 
 import anyio
 import httpx
@@ -243,4 +242,4 @@ def _distribute_tokens(tokens: int, texts: Sequence[str]) -> list[int]:
 
 def _with_offset(error: EmbeddingsError, start: int) -> EmbeddingsError:
     """Translate an error about a text of a batch to the text's index in the call."""
-    return error.reindexed(partial(add, start)) if isinstance(error, InputUnusable) else error
+    return error.reindexed(lambda index: [start + index]) if isinstance(error, InputUnusable) else error
