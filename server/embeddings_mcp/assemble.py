@@ -49,7 +49,9 @@ def build_service(settings: Settings) -> EmbeddingService:
     cache = _open_cache(settings)
     embedders = [_with_cache(_local_embedder(spec, settings, cache), cache) for spec in _local_models(settings)]
     default = settings.default_model or (embedders[0].card.id if embedders else DEFAULT_MODEL)
-    return EmbeddingService(embedders, default_model=default, sources=endpoint_models(settings, cache))
+    return EmbeddingService(
+        embedders, default_model=default, sources=endpoint_models(settings, cache), keys=_keys_in(settings)
+    )
 
 
 async def build_service_for_model(
@@ -187,6 +189,15 @@ def _endpoint(configured: EndpointSettings, settings: Settings) -> Endpoint:
     if endpoint.hosted:
         return replace(endpoint, api_key=settings.nvidia_api_key)
     return replace(endpoint, key_name="the endpoint's `api_key_env`")
+
+
+def _keys_in(settings: Settings) -> list[SecretStr]:
+    """Return the keys of this server and of the endpoints."""
+    keys = [settings.api_key, settings.nvidia_api_key]
+    if settings.api_keys is not None:
+        keys += [SecretStr(entry.partition("=")[2]) for entry in settings.api_keys.get_secret_value().split()]
+    keys += [_endpoint(configured, settings).api_key for configured in settings.endpoints]
+    return [key for key in keys if key is not None]
 
 
 def _local_models(settings: Settings) -> tuple[str, ...]:

@@ -11,14 +11,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Protocol
 
 import anyio
+from pydantic import SecretStr
 
 from embeddings_mcp.embedders.base import Embedder
 from embeddings_mcp.errors import EmbeddingsError, InvalidSetting, UnknownModel, UpstreamUnavailable
 from embeddings_mcp.models import InputType, find_card
+from embeddings_mcp.redaction import mask_keys
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +83,7 @@ class Catalog:
         embedders: one per local model.
         sources: endpoints with more models, in the order in which they are tried.
         default: the model name that ``default`` stands for.
+        keys: configured keys, which no error repeats if one is given in the place of a model's name.
 
     Attributes:
         sources: as given.
@@ -89,7 +92,14 @@ class Catalog:
         InvalidSetting: two embedders share a name, one is named ``default``, or none can be the default model.
     """
 
-    def __init__(self, embedders: Iterable[Embedder], sources: Iterable[ModelSource], *, default: str) -> None:
+    def __init__(
+        self,
+        embedders: Iterable[Embedder],
+        sources: Iterable[ModelSource],
+        *,
+        default: str,
+        keys: Collection[SecretStr] = (),
+    ) -> None:
         self._embedders = list(embedders)
         self.sources = list(sources)
         self._local_models: dict[str, Embedder] = {}
@@ -101,10 +111,12 @@ class Catalog:
                     raise InvalidSetting(f"two models have the name {name!r}: give each a name of its own")
                 self._local_models[name] = embedder
         self._default = default
+        self._keys = keys
         if not self.sources and self.default is None:
             raise InvalidSetting(
-                f"the default model {default!r} is not among the models served: {self._ids()}; `--model` serves it "
-                "here, `--endpoint` from an endpoint that has it, and NVIDIA_API_KEY brings those of the hosted API"
+                f"the default model {self._quote(default)} is not among the models served: {self._ids()}; `--model` "
+                "serves it here, `--endpoint` from an endpoint that has it, and NVIDIA_API_KEY brings those of the "
+                "hosted API"
             )
 
     @property
@@ -151,11 +163,11 @@ class Catalog:
             for source in self.sources:
                 if resolved := resolve_name(name, source.models):
                     return resolved
-                await _discover(source, name, max_age)
+                await self._discover(source, name, max_age)
                 if resolved := resolve_name(name, source.models):
                     return resolved
         raise UnknownModel(
-            f"`model` {name[:100]!r} is not served here; served are: {self._ids()} (or `default`){_advice(name)}",
+            f"`model` {self._quote(name)} is not served here; served are: {self._ids()} (or `default`){_advice(name)}",
             param="model",
         )
 
@@ -172,6 +184,23 @@ class Catalog:
                 stack.push_async_callback(embedder.aclose)
             for source in self.sources:
                 stack.push_async_callback(source.aclose)
+
+    async def _discover(self, source: ModelSource, name: str, max_age: float) -> None:
+        try:
+            await source.discover(max_age)
+        except EmbeddingsError as error:
+            raise UpstreamUnavailable(
+                f"whether `model` {self._quote(name)} is served is not known: {error.message}",
+                param="model",
+                retry_after=error.retry_after,
+            ) from error
+
+    def _quote(self, name: str) -> str:
+        """Quote a name that a caller gave, which may be a key in the wrong place.
+
+        Configured keys are recognized as a whole only: masking a part would tell callers which texts contain one.
+        """
+        return "'***'" if SecretStr(name) in self._keys else repr(mask_keys(name)[:100])
 
     def _expand_default(self, model: str) -> str:
         """Replace ``default`` with the default model's name; a suffix stays."""
@@ -201,17 +230,6 @@ def resolve_name(model: str, models: Mapping[str, Embedder]) -> ResolvedModel | 
 def model_ids(*name_tables: Mapping[str, Embedder]) -> list[str]:
     """Return the ids of these models without duplicates, although a model may have several names."""
     return list(dict.fromkeys(embedder.card.id for models in name_tables for embedder in models.values()))
-
-
-async def _discover(source: ModelSource, name: str, max_age: float) -> None:
-    try:
-        await source.discover(max_age)
-    except EmbeddingsError as error:
-        raise UpstreamUnavailable(
-            f"whether `model` {name[:100]!r} is served is not known: {error.message}",
-            param="model",
-            retry_after=error.retry_after,
-        ) from error
 
 
 async def _refresh(source: ModelSource) -> None:

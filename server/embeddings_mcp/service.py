@@ -7,12 +7,13 @@ response: vectors shortened and renormalized, encoded or scored, and token usage
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
 import anyio.to_thread
 import numpy as np
+from pydantic import SecretStr
 
 from embeddings_mcp import responses
 from embeddings_mcp.catalog import DEFAULT, Catalog, ModelSource
@@ -56,6 +57,7 @@ class EmbeddingService:
         embedders: one per model.
         default_model: the model name that ``default`` stands for.
         sources: endpoints with more models.
+        keys: configured keys, which no error repeats.
 
     Attributes:
         catalog: the models served.
@@ -65,9 +67,14 @@ class EmbeddingService:
     """
 
     def __init__(
-        self, embedders: Iterable[Embedder], *, default_model: str, sources: Iterable[ModelSource] = ()
+        self,
+        embedders: Iterable[Embedder],
+        *,
+        default_model: str,
+        sources: Iterable[ModelSource] = (),
+        keys: Collection[SecretStr] = (),
     ) -> None:
-        self.catalog = Catalog(embedders, sources, default=default_model)
+        self.catalog = Catalog(embedders, sources, default=default_model, keys=keys)
 
     # --- Operations --------------------------------------------------------------------------------------------------
 

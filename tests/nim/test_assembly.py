@@ -7,6 +7,7 @@ from contextlib import aclosing
 from pathlib import Path
 
 import anyio
+import httpx
 import pytest
 from pydantic import SecretStr, ValidationError
 
@@ -17,6 +18,7 @@ from embeddings_mcp.models import DEFAULT_MODEL, CardOverride
 from embeddings_mcp.service import EmbeddingService
 from embeddings_mcp.settings import EndpointSettings, Settings
 from tests.nim.standin import ASYMMETRIC, SYMMETRIC, stand_in
+from tests.support import SECONDS, http_server
 
 KEY = "nvapi-not-to-be-seen"
 HERE, THERE = "http://localhost:8001", "https://nim.example"
@@ -26,7 +28,7 @@ def settings_of(*endpoints: str | EndpointSettings, **chosen: object) -> Setting
     return Settings(endpoints=endpoints, **chosen)  # type: ignore[arg-type]
 
 
-def http_server(service: EmbeddingService) -> list[tuple[str, str]]:
+def served(service: EmbeddingService) -> list[tuple[str, str]]:
     return [(entry["id"], entry["served_from"]) for entry in service.known_models()]
 
 
@@ -107,6 +109,27 @@ def test_keys_are_never_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not [text for text in printed if KEY in text]
 
 
+@pytest.mark.anyio
+async def test_a_key_in_the_place_of_a_models_name_is_not_repeated() -> None:
+    keys = ["nvapi-in-the-wrong-place", "emk_in-the-wrong-place", "of-the-server", "of-alice", "of-the-endpoint"]
+    async with stand_in() as nim:
+        endpoint = EndpointSettings(url=nim.url, api_key=SecretStr("of-the-endpoint"))
+        settings = Settings(
+            endpoints=(endpoint,), api_key=SecretStr("of-the-server"), api_keys=SecretStr("alice=of-alice")
+        )
+        with http_server(build_service(settings)) as url:
+            async with httpx.AsyncClient(base_url=url, timeout=SECONDS) as http:
+                for key in keys:
+                    for answer in (
+                        await http.post("/v1/embeddings", json={"model": key, "input": "a"}),
+                        await http.get(f"/v1/models/{key}"),
+                    ):
+                        assert answer.status_code == 404
+                        assert answer.json()["error"]["message"].startswith("`model` '***' is not served here")
+    with pytest.raises(InvalidSetting, match=r"the default model '\*\*\*' is not among the models served"):
+        build_service(Settings(default_model="nvapi-in-the-wrong-place"))
+
+
 # --- Keys ------------------------------------------------------------------------------------------------------------
 
 
@@ -168,7 +191,7 @@ def test_a_key_given_as_an_address_or_variable_name_is_refused_without_being_rep
 
 def test_with_only_nvidias_key_the_hosted_models_are_served_next_to_the_default() -> None:
     service = build_service(Settings(nvidia_api_key=SecretStr(KEY)))
-    assert http_server(service) == [(DEFAULT_MODEL, "local"), *((model, HOSTED_URL) for model in HOSTED_MODELS)]
+    assert served(service) == [(DEFAULT_MODEL, "local"), *((model, HOSTED_URL) for model in HOSTED_MODELS)]
     assert service.catalog.default_name == DEFAULT_MODEL
     chosen = build_service(Settings(nvidia_api_key=SecretStr(KEY), default_model="nemotron-3-embed"))
     assert chosen.catalog.default_name == HOSTED_DEFAULT_MODEL
@@ -177,7 +200,7 @@ def test_with_only_nvidias_key_the_hosted_models_are_served_next_to_the_default(
 def test_a_local_model_takes_precedence_over_the_hosted_api() -> None:
     card = CardOverride(id=HOSTED_DEFAULT_MODEL, dimensions=2048)
     settings = Settings(models=(HOSTED_DEFAULT_MODEL,), nvidia_api_key=SecretStr(KEY), cards=(card,))
-    assert http_server(build_service(settings)) == [(HOSTED_DEFAULT_MODEL, "local"), (HOSTED_MODELS[1], HOSTED_URL)]
+    assert served(build_service(settings)) == [(HOSTED_DEFAULT_MODEL, "local"), (HOSTED_MODELS[1], HOSTED_URL)]
 
 
 def test_endpoints_keep_their_order_and_the_hosted_api_comes_last() -> None:
@@ -186,7 +209,7 @@ def test_endpoints_keep_their_order_and_the_hosted_api_comes_last() -> None:
         EndpointSettings(url=THERE, models=("one", "two")),
         nvidia_api_key=SecretStr(KEY),
     )
-    assert http_server(build_service(settings))[1:] == [
+    assert served(build_service(settings))[1:] == [
         ("one", f"{HERE}/v1"),
         (HOSTED_DEFAULT_MODEL, f"{HERE}/v1"),
         ("two", f"{THERE}/v1"),

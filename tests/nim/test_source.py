@@ -48,7 +48,7 @@ async def origin_of(catalog: Catalog, model: str) -> str:
     return embedder.origin
 
 
-def http_server(catalog: Catalog) -> list[tuple[str, str]]:
+def served(catalog: Catalog) -> list[tuple[str, str]]:
     return [(embedder.card.id, embedder.origin) for embedder in catalog.known]
 
 
@@ -63,7 +63,7 @@ def discoveries(nim: StandIn) -> int:
 async def test_models_are_discovered_once_and_only_when_a_name_or_a_list_requires_it() -> None:
     async with stand_in() as nim, catalog_of(models_of(nim)) as catalog:
         assert await origin_of(catalog, "HERE") == "local"
-        assert http_server(catalog) == [("test/here", "local")]
+        assert served(catalog) == [("test/here", "local")]
         assert not nim.seen
         for name in (ASYMMETRIC.id, SYMMETRIC.id, f"{SYMMETRIC.id}-query"):
             assert await origin_of(catalog, name) == f"{nim.url}/v1"
@@ -101,7 +101,7 @@ async def test_a_new_model_of_an_endpoint_is_found_once_its_list_is_stale(
         assert (await catalog.find(SYMMETRIC.id))[0] is first  # which keeps its state
         nim.models = {ASYMMETRIC.id: ASYMMETRIC}
         await catalog.refresh()
-        assert http_server(catalog)[1:] == [(ASYMMETRIC.id, f"{nim.url}/v1")]
+        assert served(catalog)[1:] == [(ASYMMETRIC.id, f"{nim.url}/v1")]
 
 
 async def test_a_stale_list_is_not_refreshed_for_a_model_that_another_endpoint_has(
@@ -147,7 +147,7 @@ async def test_discovery_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     silent = {"/v1/models": held(anyio.Event())}
     async with stand_in(route_faults=silent) as nim, catalog_of(models_of(nim)) as catalog:
         await catalog.refresh()
-        assert http_server(catalog) == [("test/here", "local")]
+        assert served(catalog) == [("test/here", "local")]
         with pytest.raises(UpstreamUnavailable, match=r"did not list its models within 0\.05 s"):
             await catalog.find("x")
 
@@ -177,7 +177,7 @@ async def test_a_local_model_takes_precedence_over_an_endpoints() -> None:
     ):
         await catalog.refresh()
         assert (await catalog.find(SYMMETRIC.id))[0] is here
-        assert http_server(catalog) == [(SYMMETRIC.id, "local"), (ASYMMETRIC.id, f"{nim.url}/v1")]
+        assert served(catalog) == [(SYMMETRIC.id, "local"), (ASYMMETRIC.id, f"{nim.url}/v1")]
 
 
 async def test_the_first_of_two_endpoints_takes_precedence_even_if_it_requires_discovery() -> None:
@@ -187,7 +187,7 @@ async def test_the_first_of_two_endpoints_takes_precedence_even_if_it_requires_d
             assert await origin_of(catalog, SYMMETRIC.id) == f"{first.url}/v1"
             assert await origin_of(catalog, ASYMMETRIC.id) == f"{second.url}/v1"
             assert discoveries(second) == 0
-            assert http_server(catalog)[1:] == [
+            assert served(catalog)[1:] == [
                 (SYMMETRIC.id, f"{first.url}/v1"),
                 (ASYMMETRIC.id, f"{second.url}/v1"),
             ]
@@ -219,7 +219,7 @@ async def test_a_model_listed_under_its_old_and_new_names_is_one_model() -> None
     models = {name: ModelCard(id=name, dimensions=2048) for name in (old, new)}
     async with stand_in(models=models) as nim, catalog_of(models_of(nim)) as catalog:
         await catalog.refresh()
-        assert http_server(catalog)[1:] == [(new, f"{nim.url}/v1")]
+        assert served(catalog)[1:] == [(new, f"{nim.url}/v1")]
         embedder, _ = await catalog.find(old)
         await embedder.embed(["a text"], input_type="query", truncate="NONE")
         assert nim.seen[-1].json["model"] == new
@@ -352,4 +352,4 @@ def test_a_catalog_is_created_without_requests() -> None:
     )
     catalog = Catalog([HERE], itertools.islice(endpoints, 20), default="test/here")
     assert not catalog.is_local
-    assert http_server(catalog) == [("test/here", "local")]
+    assert served(catalog) == [("test/here", "local")]

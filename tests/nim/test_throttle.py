@@ -79,6 +79,18 @@ async def test_a_caller_past_its_deadline_is_cancelled_rather_than_refused() -> 
     assert len(times) == 1
 
 
+async def test_the_estimated_wait_follows_from_the_average_duration_of_requests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    throttle = Throttle("the endpoint", concurrency=2, max_requests=math.inf)
+    now = 0.0
+    monkeypatch.setattr(anyio, "current_time", lambda: now)
+    for seconds in (10, 20):
+        async with throttle.acquire():
+            now += seconds
+    assert [throttle.estimated_wait(requests) for requests in (1, 2, 3, 5)] == [0, 0, 12, 24]
+
+
 async def test_the_duration_of_earlier_requests_counts_in_the_estimated_wait() -> None:
     throttle = Throttle("the endpoint", concurrency=1, max_requests=math.inf)
     release = anyio.Event()
@@ -96,6 +108,21 @@ async def test_the_duration_of_earlier_requests_counts_in_the_estimated_wait() -
             with anyio.move_on_after(20), pytest.raises(Overloaded):
                 await pass_through(throttle, [])
             release.set()
+
+
+async def test_a_waiting_request_is_refused_once_a_pause_exceeds_its_deadline() -> None:
+    throttle = Throttle("the endpoint", concurrency=1, max_requests=math.inf)
+
+    async def wait() -> None:
+        with anyio.move_on_after(20) as scope, pytest.raises(Overloaded, match="the request to it would have to wait"):
+            await pass_through(throttle, [])
+        assert not scope.cancelled_caught
+
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group, throttle.acquire():
+            group.start_soon(wait)
+            await anyio.wait_all_tasks_blocked()
+            throttle.pause_for(60)
 
 
 async def test_a_paused_throttle_starts_no_request_until_the_pause_ends() -> None:

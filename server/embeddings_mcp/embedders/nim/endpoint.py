@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -13,6 +12,7 @@ from pydantic import SecretStr
 from embeddings_mcp.addresses import is_loopback
 from embeddings_mcp.caller import CALLER_KEY_HEADER
 from embeddings_mcp.errors import InvalidSetting
+from embeddings_mcp.redaction import mask_keys
 
 HOSTED_URL = "https://integrate.api.nvidia.com/v1"
 """NVIDIA's hosted API, the one behind build.nvidia.com."""
@@ -124,10 +124,10 @@ class Endpoint:
         return replace(self, api_key=key, key_name=f"the header {CALLER_KEY_HEADER}", for_caller=True)
 
     def redact(self, text: str) -> str:
-        """Mask this endpoint's key, in case the endpoint echoed it, and anything that looks like an NVIDIA key."""
+        """Mask this endpoint's key, in case the endpoint echoed it, and anything else that looks like a key."""
         if self.api_key is not None:
             text = text.replace(self.api_key.get_secret_value(), "***")
-        return re.sub(r"nvapi-[\w-]+", "***", text)
+        return mask_keys(text)
 
 
 _INVALID_URL = (
