@@ -13,6 +13,7 @@ from typing import Any
 import anyio
 import numpy as np
 import pytest
+import stamina
 from pydantic import SecretStr
 
 from embeddings_mcp.embedders.nim import Endpoint, EndpointClient, NimEmbedder
@@ -460,6 +461,16 @@ async def test_an_unreachable_endpoint_is_named_in_the_error() -> None:
         for ask in (embedder.check, lambda: embed(embedder)):
             with pytest.raises(UpstreamUnavailable, match=f"cannot connect to the endpoint {nim.url}"):
                 await ask()
+
+
+@pytest.mark.parametrize(("status", "header"), [(429, "0"), (503, "Wed, 21 Oct 2015 07:28:00 GMT")])
+async def test_a_retry_after_that_is_over_already_does_not_replace_the_backoff(status: int, header: str) -> None:
+    refused = answering(status, b"", Retry_After=header)
+    async with stand_in(faults=iter([refused])) as nim, embedding_at(nim) as embedder:
+        with stamina.set_testing(False):
+            await embed(embedder)
+        first, second = nim.seen
+        assert second.at - first.at >= 0.49
 
 
 async def test_a_short_retry_after_pauses_all_requests_to_the_endpoint() -> None:

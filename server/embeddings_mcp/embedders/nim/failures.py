@@ -121,7 +121,8 @@ def failure_from_response(response: httpx.Response, *, endpoint: Endpoint, conte
         endpoint=endpoint,
         status=response.status_code,
         message=endpoint.redact(message)[:_MAX_QUOTE_CHARS],
-        retry_after=parse_retry_after(response.headers.get("Retry-After")),
+        # With 0, or a date that has passed by this machine's clock, all retries would be made, and fail, at once.
+        retry_after=parse_retry_after(response.headers.get("Retry-After")) or None,
         location=response.headers.get("Location"),
     )
     if context is not None:
