@@ -274,6 +274,10 @@ def test_a_token_needs_no_kid_where_the_issuer_has_one_key(issuer: Issuer) -> No
         (JSONResponse({"keys": [{"kty": "oct", "k": "c2VjcmV0", "kid": "rsa"}]}), None),
         (JSONResponse({"keys": ["rsa", None, {"kty": "RSA", "n": 5}, {"kty": "EC", "crv": "P-256"}]}), None),
         (Response(b" " * (jwks._MAX_RESPONSE_BYTES + 1)), "more than 1,048,576 bytes"),
+        (
+            Response(b"\x0b\x02\x80{}\x03", headers={"Content-Encoding": "br"}),
+            "responds with the Content-Encoding 'br', which was not asked for",
+        ),
     ],
 )
 def test_an_issuer_without_readable_keys_is_reported_as_unavailable(

@@ -40,6 +40,9 @@ _TIMEOUT_SECONDS = 10.0
 _MAX_RESPONSE_BYTES = 1 << 20
 """Largest response of the issuer that is read."""
 
+_CONTENT_ENCODINGS = ("gzip", "deflate")
+"""Accepted compressions: those that httpx can decode without further packages."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SigningKey:
@@ -165,13 +168,19 @@ class JwksClient:
 
     async def _get(self, url: str) -> dict[str, Any]:
         """Fetch a JSON object from the issuer, without following redirects."""
+        headers = {"Accept": "application/json", "Accept-Encoding": ", ".join(_CONTENT_ENCODINGS)}
         try:
             if urlsplit(url).scheme != "https" and not is_loopback(urlsplit(url).hostname or ""):
                 raise self._unavailable(f"it refers to {url[:200]!r}, which is not https")
             with anyio.fail_after(_TIMEOUT_SECONDS):
-                async with self._http.stream("GET", url, headers={"Accept": "application/json"}) as response:
+                async with self._http.stream("GET", url, headers=headers) as response:
                     if response.status_code != HTTPStatus.OK:
                         raise self._unavailable(f"{url} responds with {response.status_code}")
+                    encoding = response.headers.get("Content-Encoding", "identity")
+                    if encoding.lower() not in {"identity", *_CONTENT_ENCODINGS}:
+                        raise self._unavailable(
+                            f"{url} responds with the Content-Encoding {encoding[:100]!r}, which was not asked for"
+                        )
                     body = bytearray()
                     async for chunk in response.aiter_bytes():
                         body += chunk
