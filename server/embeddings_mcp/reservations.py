@@ -93,7 +93,7 @@ class Reservations:
         reservations = self._by_client.get(client, [])
         if reservations and reservations[0].due - _CLOCK_SKEW_SECONDS <= now:
             excess = used + size - (1 + OVERCOMMIT_FRACTION) * self._capacity
-            if not used or excess <= 0 or not released_per_second:
+            if excess <= 0 or not released_per_second:
                 return 0.0
             self._remove(reservations[0])  # on time, but there is no capacity after all: it goes next
             return self._reserve(client, size, now, excess / promised_per_second, promised_per_second)
