@@ -82,7 +82,7 @@ class InputTokenizer:
             try:
                 rows = self._tokenizer.encode(texts[start : start + _BATCH_SIZE], prompt=prompt, truncate=truncate)
             except InputUnusable as error:
-                raise error.reindexed(lambda index, start=start: [start + index]) from None
+                raise error.reindexed(lambda index: [start + index]) from None  # noqa: B023 - called here and now
             self._check_rows(rows, skip, start)
             yield TokenizedBatch(rows, skip)
 
