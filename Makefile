@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 PEERS := .venv-peers
+FUZZ := .venv-fuzz
 MODEL_FOLDER := from embeddings_mcp.embedders.local.locate import find_bundled; from embeddings_mcp.models import DEFAULT_MODEL; print(find_bundled(DEFAULT_MODEL))
 
 .PHONY: run test lint types unit test-all test-gpu soak fuzz bench-peers mcpb published format lock clean help
@@ -38,8 +39,8 @@ soak: $(STAMP) ## Five minutes of load from mixed, faulty and hostile callers, w
 	$(BIN)/python -m tests.soak --minutes 5
 
 fuzz: $(STAMP) ## Thousands of requests generated from the OpenAPI document
-	test -x .venv-fuzz/bin/st || { $(PYTHON) -m venv .venv-fuzz && .venv-fuzz/bin/pip install --quiet schemathesis==4.32.5; }
-	$(BIN)/python -m tests.fuzz .venv-fuzz/bin/st
+	test -x $(FUZZ)/bin/st || { $(PYTHON) -m venv $(FUZZ) && $(FUZZ)/bin/pip install --quiet schemathesis==4.32.5; }
+	$(BIN)/python -m tests.fuzz $(FUZZ)/bin/st
 
 bench-peers: $(STAMP) ## Install the peers of `python -m benchmarks.NAME` in .venv-peers
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
@@ -64,7 +65,7 @@ lock: $(STAMP) ## Pin the installed versions in constraints.txt
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt
 
 clean: ## Remove the environments and all caches
-	rm -rf $(VENV) $(PEERS) .venv-fuzz .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(PEERS) $(FUZZ) .schemathesis .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 
 # torch comes first, pinned to its exact version, so that pip uses a CPU wheel if one is available.
 $(STAMP): pyproject.toml constraints.txt
