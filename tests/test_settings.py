@@ -159,7 +159,11 @@ def test_a_misspelt_variable_is_reported_but_not_settings_keys_or_those_of_kuber
         ("CARDS", '{"id": "mine"}', "must be a JSON array of objects"),
         ("CARDS", '["mine"]', "must be a JSON array of objects"),
         ("CARDS", '[{"dimensions": 8}]', "Field required"),
-        ("CARDS", '[{"id": "mine", "max_token": 8}]', "a card has no max_token; it has id, aliases, dimensions"),
+        (
+            "CARDS",
+            '[{"id": "mine", "max_token": 8}]',
+            "a card has no field 'max_token'; its fields are id, aliases, dimensions",
+        ),
         ("CARDS", '[{"id": "mine", "input_type": "maybe"}]', "'required', 'optional' or 'ignored'"),
         ("CARDS", '[{"id": "mine", "dimensions": 0}]', "dimensions of the card mine must be greater than 0"),
         ("CARDS", '[{"id": "mine", "max_tokens": -5}]', "max_tokens of the card mine must be greater than 0"),

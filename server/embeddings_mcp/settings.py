@@ -401,7 +401,7 @@ def _refuse_unknown(given: Iterable[str], owner: str, known: Sequence[str]) -> N
         if name not in known:
             raise PydanticCustomError(
                 "unknown",
-                "{owner} has no {name}; it has {known}",
+                "{owner} has no field '{name}'; its fields are {known}",
                 {"owner": owner, "name": name, "known": ", ".join(known)},
             )
 

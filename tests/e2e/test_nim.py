@@ -358,7 +358,7 @@ async def test_keys_appear_in_no_response_or_output_however_the_endpoint_fails()
         ('{"url": "http://localhost", "api_key_env": "NOT_SET"}', "the environment variable NOT_SET, which is not set"),
         (
             f'{{"url": "http://localhost", "api-key": "{KEY}"}}',
-            "--endpoint 0: an endpoint has no api-key; it has url, ",
+            "--endpoint 0: an endpoint has no field 'api-key'; its fields are url, ",
         ),
         (f'{{"url": "http://localhost", "api_key": "{KEY}"', "the setting --endpoint 0: must be JSON"),
     ],

@@ -77,7 +77,7 @@ def test_an_endpoint_given_by_flag_replaces_those_of_the_environment(monkeypatch
         ("[", (), "must be JSON"),
         ("[3]", (0,), "valid dictionary"),
         ('[{"dialect": "nim"}]', (0, "url"), "Field required"),
-        (f'[{{"url": "{HERE}", "key": "{KEY}"}}]', (0, "key"), "Extra inputs are not permitted"),
+        (f'[{{"url": "{HERE}", "key": "{KEY}"}}]', (0,), "an endpoint has no field 'key'; its fields are url, "),
         (f'[{{"url": "{HERE}", "dialect": "tei"}}]', (0, "dialect"), "'nim' or 'openai'"),
         (f'[{{"url": "{HERE}", "models": []}}]', (0, "models"), "at least 1 item"),
         (f'[{{"url": "{HERE}", "batch_size": 0}}]', (0, "batch_size"), "greater than 0"),
