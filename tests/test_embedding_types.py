@@ -52,7 +52,7 @@ def test_binary_is_ubinary_offset_by_128(vectors: FloatMatrix) -> None:
 
 
 @given(VECTORS, st.sampled_from(["int8", "uint8", "binary", "ubinary"]))
-def test_a_vector_is_quantized_independently_of_its_neighbours(vectors: FloatMatrix, embedding_type: str) -> None:
+def test_a_vector_is_quantized_independently_of_its_neighbors(vectors: FloatMatrix, embedding_type: str) -> None:
     together = quantize(vectors, embedding_type)  # type: ignore[arg-type]
     alone = [quantize(vector[None], embedding_type)[0] for vector in vectors]  # type: ignore[arg-type]
 

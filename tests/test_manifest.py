@@ -59,7 +59,7 @@ def test_address_key_and_model_are_read_from_openais_capability() -> None:
     assert manifest.api_key_env is None
 
 
-def test_a_nim_is_recognised_by_the_fields_that_only_nim_has() -> None:
+def test_a_nim_is_recognized_by_the_fields_that_only_nim_has() -> None:
     manifest = read_manifest(CAPABILITIES / "self-hosted-nim.yaml")
 
     assert manifest.endpoints == (EndpointSettings(url="http://localhost:8000/v1", dialect="nim"),)

@@ -76,7 +76,7 @@ def test_what_filled_the_memory_is_freed_before_the_halves_are_tried() -> None:
         gc.enable()
 
 
-def test_pytorch_s_own_out_of_memory_error_is_recognised() -> None:
+def test_pytorch_s_own_out_of_memory_error_is_recognized() -> None:
     with pytest.raises(RuntimeError) as refused:
         torch.empty(1 << 60)
     assert is_out_of_memory(refused.value)

@@ -48,7 +48,7 @@ def test_int8_ranks_pairs_as_float32_does(pair: tuple[Encoder, Encoder]) -> None
     assert np.asarray(np.corrcoef(exact, rounded))[0, 1] > 0.98
 
 
-def test_an_int8_vector_does_not_depend_on_its_neighbours(pair: tuple[Encoder, Encoder]) -> None:
+def test_an_int8_vector_does_not_depend_on_its_neighbors(pair: tuple[Encoder, Encoder]) -> None:
     _, rounded = pair
     together = encode(rounded, TEXTS, truncate="END").vectors
     alone = np.concatenate([encode(rounded, [text], truncate="END").vectors for text in TEXTS])

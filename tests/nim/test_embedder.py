@@ -120,6 +120,13 @@ async def test_a_request_has_the_fields_that_the_model_needs_and_no_others() -> 
         }
 
 
+async def test_a_request_without_input_type_has_no_such_field() -> None:
+    optional = replace(ASYMMETRIC, input_type="optional")
+    async with stand_in(models={optional.id: optional}) as nim, embedding_at(nim, optional) as embedder:
+        await embed(embedder, ["one"])
+        assert nim.seen[-1].json.keys() == {"model", "input", "encoding_format", "truncate"}
+
+
 async def test_a_model_is_requested_by_its_name_at_the_endpoint() -> None:
     served = replace(SYMMETRIC, id="symmetric:latest")
     async with stand_in(models={served.id: served}) as nim:
@@ -378,7 +385,7 @@ async def test_a_text_that_is_too_long_is_reported_by_its_position_in_the_call()
 
 
 @pytest.mark.parametrize("key", ["x", "token", "64"])
-async def test_a_message_that_contains_a_short_key_by_chance_is_still_recognised(key: str) -> None:
+async def test_a_message_that_contains_a_short_key_by_chance_is_still_recognized(key: str) -> None:
     async with stand_in() as nim, embedding_at(nim, api_key=SecretStr(key)) as embedder:
         with pytest.raises(InputTooLong) as caught:
             await embed(embedder, ["word " * 70])
@@ -454,12 +461,13 @@ async def test_an_endpoint_that_sends_nothing_times_out() -> None:
                 await embed(embedder)
 
 
-async def test_an_unreachable_endpoint_is_named_in_the_error() -> None:
+async def test_an_unreachable_endpoint_is_named_in_the_error_with_the_reason_and_what_to_check() -> None:
     async with stand_in() as nim:
         pass
+    problem = rf"cannot connect to the endpoint {nim.url}/v1 \(.* failed\): is it running, is the URL right"
     async with embedding_at(nim) as embedder:
         for ask in (embedder.check, lambda: embed(embedder)):
-            with pytest.raises(UpstreamUnavailable, match=f"cannot connect to the endpoint {nim.url}"):
+            with pytest.raises(UpstreamUnavailable, match=problem):
                 await ask()
 
 
