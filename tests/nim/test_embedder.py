@@ -384,6 +384,15 @@ async def test_a_text_that_is_too_long_is_reported_by_its_position_in_the_call()
             assert "probably `input[7]`, the longest of those sent together" in named.message
 
 
+async def test_the_text_that_an_endpoint_names_as_too_long_is_reported_even_if_another_has_more_characters() -> None:
+    message = "`input[1]` has 70 tokens, and the model takes 64: shorten it"
+    fault = answering(400, {"error": {"message": message, "code": "input_too_long"}})
+    async with stand_in(faults=iter([fault])) as nim, embedding_at(nim) as embedder:
+        with pytest.raises(InputTooLong) as caught:
+            await embed(embedder, ["incomprehensibilities", "a b c"])
+        assert (caught.value.index, caught.value.certain) == (1, True)
+
+
 @pytest.mark.parametrize("key", ["x", "token", "64"])
 async def test_a_message_that_contains_a_short_key_by_chance_is_still_recognized(key: str) -> None:
     async with stand_in() as nim, embedding_at(nim, api_key=SecretStr(key)) as embedder:
