@@ -190,8 +190,11 @@ def _no_index(payload: dict[str, Any]) -> None:
     del payload["data"][1]["index"]
 
 
-def _index_beyond(payload: dict[str, Any]) -> None:
-    payload["data"][1]["index"] = 99
+def _index(value: object) -> Fault:
+    def change(payload: dict[str, Any]) -> None:
+        payload["data"][1]["index"] = value
+
+    return changing(change)
 
 
 def _one_less(payload: dict[str, Any]) -> None:
@@ -248,7 +251,9 @@ async def test_a_response_that_can_be_reordered_or_retried_succeeds(fault: Fault
     [
         (changing(_duplicate_index), "two vectors claim to belong to text 0"),
         (changing(_no_index), "a vector does not say which text it belongs to"),
-        (changing(_index_beyond), "a vector does not say which text it belongs to"),
+        (_index(len(TEXTS)), "a vector does not say which text it belongs to"),
+        (_index(-1), "a vector does not say which text it belongs to"),
+        (_index(True), "a vector does not say which text it belongs to"),
         (changing(_one_less), "7 texts were sent and 6 vectors came back"),
         (changing(_shorter), "the vector of text 1 has 4 dimensions instead of 8"),
         (changing(_all_shorter), "the vector of text 0 has 4 dimensions instead of 8"),
@@ -259,6 +264,7 @@ async def test_a_response_that_can_be_reordered_or_retried_succeeds(fault: Fault
         (_embedding("AAAAAAAA+H8AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="), "the vector of text 1 holds values"),
         (_embedding("not base64!"), "the vector of text 1 cannot be read"),
         (_embedding("AAAA"), "the vector of text 1 cannot be read"),
+        (_embedding("AAAA AAAA+H8AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="), "the vector of text 1 cannot be read"),
         (_embedding(["a"] * 8), "the vector of text 1 cannot be read"),
         (_embedding([10**400] * 8), "the vector of text 1 cannot be read"),
         (_embedding([[0.5] * 8]), "the vector of text 1 is empty or not one-dimensional"),
@@ -293,6 +299,15 @@ async def test_implausible_token_counts_are_ignored(tokens: object) -> None:
     async with stand_in(faults=iter([changing(counted)])) as nim, embedding_at(nim) as embedder:
         made = await embedder.embed(["a text"], input_type=None, truncate="NONE")
     assert sum(made.tokens) == 0
+
+
+@pytest.mark.parametrize("model", [None, "", 7, ["test/symmetric"]])
+async def test_a_response_without_a_valid_model_id_is_of_an_unknown_model(model: object) -> None:
+    fault = changing(lambda payload: payload.update(model=model))
+    async with stand_in(faults=iter([fault])) as nim, embedding_at(nim) as embedder:
+        made = await embedder.embed(["a text"], input_type=None, truncate="NONE")
+        np.testing.assert_array_equal(made.vectors, expected(nim, texts=["a text"]))
+    assert made.served_model is None
 
 
 async def test_two_models_in_one_call_are_refused() -> None:
