@@ -309,6 +309,13 @@ HTTP_ERRORS = {
 """Errors of the HTTP layer and their meanings, by status; the code is the name of the status."""
 
 
+def first_error(error: BaseException) -> BaseException:
+    """Return the first error within an exception group, in which task groups wrap it; any other error as it is."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
 def http_form(status: int) -> WireForm:
     """Return the wire form of an error of the HTTP layer, such as the one with code ``not_found``."""
     kind = "invalid_request_error" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"

@@ -14,7 +14,7 @@ import anyio
 import httpx
 import stamina
 
-from embeddings_mcp import __version__, telemetry
+from embeddings_mcp import __version__, content_encoding, telemetry
 from embeddings_mcp.caller import caller_key
 from embeddings_mcp.embedders.nim.endpoint import Endpoint
 from embeddings_mcp.embedders.nim.failures import (
@@ -40,13 +40,6 @@ MAX_RESPONSE_BYTES = 256 * 1024 * 1024
 """Longest decompressed response body: ten times that of a thousand texts in 2,048 dimensions.
 
 Without a limit, a few compressed bytes could fill the memory.
-"""
-
-_CONTENT_ENCODINGS = ("gzip", "deflate")
-"""Accepted compressions. With these, the 64 KiB read at a time decompress to at most 64 MiB before they are counted.
-
-By default httpx also accepts zstd and br where their packages are installed; a chunk of those can decompress to any
-length, as can a body with two encodings applied one after the other.
 """
 
 _TRANSFER_HEADERS = frozenset({b"content-encoding", b"content-length", b"transfer-encoding"})
@@ -243,7 +236,7 @@ class EndpointClient:
                 headers={
                     "User-Agent": f"embeddings-mcp/{__version__}",
                     "Accept": "application/json",
-                    "Accept-Encoding": ", ".join(_CONTENT_ENCODINGS),
+                    "Accept-Encoding": content_encoding.ACCEPT_ENCODING,
                 },
             )
         return self._http
@@ -260,9 +253,10 @@ async def _request(
     """
     method = "GET" if body is None else "POST"
     async with http.stream(method, url, content=body, headers=headers) as response:
-        if (response.headers.get("Content-Encoding") or "identity").lower() not in {"identity", *_CONTENT_ENCODINGS}:
-            accepted = ", ".join(_CONTENT_ENCODINGS)
-            raise InvalidResponse(f"its Content-Encoding is none of those that were asked for ({accepted})")
+        if not content_encoding.is_accepted(response.headers):
+            raise InvalidResponse(
+                f"its Content-Encoding is none of those that were asked for ({content_encoding.ACCEPT_ENCODING})"
+            )
         content = bytearray()
         async for chunk in response.aiter_bytes():
             content += chunk

@@ -13,7 +13,7 @@ from mcp.shared.exceptions import MCPError
 from rich.console import Console
 from rich.text import Text
 
-from embeddings_mcp.errors import ModelUnavailable
+from embeddings_mcp.errors import ModelUnavailable, first_error
 from embeddings_mcp.faces.cli import tables
 from embeddings_mcp.schema import EmbeddingResponse, SearchResponse, SimilarityResponse
 
@@ -35,9 +35,7 @@ async def run_demo(texts: list[str] | None = None) -> None:
     try:
         await _demonstrate(texts or SAMPLES, Console())
     except BaseExceptionGroup as group:  # errors in the client context are wrapped by its task group
-        error: BaseException = group
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
+        error = first_error(group)
         if isinstance(error, MCPError):
             raise ModelUnavailable(f"the server has exited or does not respond: {error.message}") from error
         raise error from None

@@ -20,6 +20,7 @@ import httpx
 import jwt
 import orjson
 
+from embeddings_mcp import content_encoding
 from embeddings_mcp.addresses import is_loopback
 from embeddings_mcp.errors import InvalidSetting, IssuerUnavailable
 
@@ -39,9 +40,6 @@ _TIMEOUT_SECONDS = 10.0
 
 _MAX_RESPONSE_BYTES = 1 << 20
 """Largest response of the issuer that is read."""
-
-_CONTENT_ENCODINGS = ("gzip", "deflate")
-"""Accepted compressions: those that httpx can decode without further packages."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -168,7 +166,7 @@ class JwksClient:
 
     async def _get(self, url: str) -> dict[str, Any]:
         """Fetch a JSON object from the issuer, without following redirects."""
-        headers = {"Accept": "application/json", "Accept-Encoding": ", ".join(_CONTENT_ENCODINGS)}
+        headers = {"Accept": "application/json", "Accept-Encoding": content_encoding.ACCEPT_ENCODING}
         try:
             if urlsplit(url).scheme != "https" and not is_loopback(urlsplit(url).hostname or ""):
                 raise self._unavailable(f"it refers to {url[:200]!r}, which is not https")
@@ -176,10 +174,10 @@ class JwksClient:
                 async with self._http.stream("GET", url, headers=headers) as response:
                     if response.status_code != HTTPStatus.OK:
                         raise self._unavailable(f"{url} responds with {response.status_code}")
-                    encoding = response.headers.get("Content-Encoding", "identity")
-                    if encoding.lower() not in {"identity", *_CONTENT_ENCODINGS}:
+                    if not content_encoding.is_accepted(response.headers):
+                        encoding = response.headers["Content-Encoding"][:100]
                         raise self._unavailable(
-                            f"{url} responds with the Content-Encoding {encoding[:100]!r}, which was not asked for"
+                            f"{url} responds with the Content-Encoding {encoding!r}, which was not asked for"
                         )
                     body = bytearray()
                     async for chunk in response.aiter_bytes():

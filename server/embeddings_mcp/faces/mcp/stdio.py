@@ -15,6 +15,7 @@ from mcp.shared.message import SessionMessage
 from mcp_types import INVALID_REQUEST, PARSE_ERROR, ErrorData, JSONRPCError
 from pydantic import ValidationError
 
+from embeddings_mcp.errors import first_error
 from embeddings_mcp.faces.mcp.server import EmbeddingsServer
 from embeddings_mcp.faces.preload import preloaded
 from embeddings_mcp.service import EmbeddingService
@@ -62,10 +63,7 @@ def serve_stdio(service: EmbeddingService, server: EmbeddingsServer, settings: S
     except* BrokenPipeError:
         pass  # the host is gone, so nobody waits for a response
     except* OSError as errors:
-        error: BaseException = errors
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        raise error from None
+        raise first_error(errors) from None
 
 
 async def _forward(
