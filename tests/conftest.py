@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
+from embeddings_mcp.settings import PREFIX
+
 # On a busy machine an example, or drawing it, may take any time.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
@@ -27,7 +29,7 @@ def _no_settings_from_outside() -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patch:
         for name in list(os.environ):
-            if name.startswith("EMBEDDINGS_MCP_") or name == "NVIDIA_API_KEY":
+            if name.startswith(PREFIX) or name == "NVIDIA_API_KEY":
                 patch.delenv(name)
         yield
 

@@ -18,7 +18,6 @@ from tests.support import COMMAND, ROOT, server_process
 
 pytestmark = pytest.mark.node
 
-
 NODE = "node@22"
 CONFORMANCE = "@modelcontextprotocol/conformance"
 INSPECTOR = "@modelcontextprotocol/inspector@2.12.0"

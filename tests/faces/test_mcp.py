@@ -51,7 +51,6 @@ pytestmark = pytest.mark.anyio
 SNAPSHOT = Path(__file__).parent / "tools.json"
 UPDATE_SNAPSHOT = bool(os.environ.get("EMBEDDINGS_MCP_UPDATE_SNAPSHOTS"))
 
-
 PLAIN = ModelCard(id="test/hash", dimensions=8, max_tokens=64)
 MATRYOSHKA = ModelCard(
     id="test/nested/asymmetric",

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,14 +46,13 @@ def answers_to(line: str, server: subprocess.Popen[str]) -> list[dict[str, Any]]
 def test_a_person_who_starts_it_in_a_terminal_is_told_that_it_waits() -> None:
     terminal, stdin = os.openpty()
     with subprocess.Popen(SERVE, cwd=ROOT, stdin=stdin, stderr=subprocess.PIPE, text=True) as process:
-        watchdog = threading.Timer(START_SECONDS, process.kill)
-        watchdog.start()
         assert process.stderr is not None
-        assert "waiting for MCP messages on stdin; for a URL, use --transport http" in process.stderr.readline()
+        with killed_late(process):
+            line = process.stderr.readline()
         process.kill()
-        watchdog.cancel()
     os.close(stdin)
     os.close(terminal)
+    assert "waiting for MCP messages on stdin; for a URL, use --transport http" in line
 
 
 def search(text: str, number: str = "7") -> str:

@@ -182,27 +182,21 @@ def _shuffle(payload: dict[str, Any]) -> None:
     payload["data"].reverse()
 
 
-def _duplicate_index(payload: dict[str, Any]) -> None:
-    payload["data"][1]["index"] = 0
-
-
 def _no_index(payload: dict[str, Any]) -> None:
     del payload["data"][1]["index"]
 
 
-def _index(value: object) -> Fault:
-    def change(payload: dict[str, Any]) -> None:
-        payload["data"][1]["index"] = value
+def _second(**fields: object) -> Fault:
+    """Change fields of the second vector."""
+    return changing(lambda payload: payload["data"][1].update(fields))
 
-    return changing(change)
+
+def _index(value: object) -> Fault:
+    return _second(index=value)
 
 
 def _one_less(payload: dict[str, Any]) -> None:
     del payload["data"][1]
-
-
-def _shorter(payload: dict[str, Any]) -> None:
-    payload["data"][1]["embedding"] = [0.5] * 4
 
 
 def _all_shorter(payload: dict[str, Any]) -> None:
@@ -211,10 +205,7 @@ def _all_shorter(payload: dict[str, Any]) -> None:
 
 
 def _embedding(value: object) -> Fault:
-    def change(payload: dict[str, Any]) -> None:
-        payload["data"][1]["embedding"] = value
-
-    return changing(change)
+    return _second(embedding=value)
 
 
 def _served_by(place: str) -> Fault:
@@ -249,13 +240,13 @@ async def test_a_response_that_can_be_reordered_or_retried_succeeds(fault: Fault
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        (changing(_duplicate_index), "two vectors claim to belong to text 0"),
+        (_index(0), "two vectors claim to belong to text 0"),
         (changing(_no_index), "a vector does not say which text it belongs to"),
         (_index(len(TEXTS)), "a vector does not say which text it belongs to"),
         (_index(-1), "a vector does not say which text it belongs to"),
         (_index(True), "a vector does not say which text it belongs to"),
         (changing(_one_less), "7 texts were sent and 6 vectors came back"),
-        (changing(_shorter), "the vector of text 1 has 4 dimensions instead of 8"),
+        (_embedding([0.5] * 4), "the vector of text 1 has 4 dimensions instead of 8"),
         (changing(_all_shorter), "the vector of text 0 has 4 dimensions instead of 8"),
         (_embedding([float("nan")] * 8), "the vector of text 1 holds values that are not finite numbers"),
         (_embedding([float("inf")] * 8), "the vector of text 1 holds values that are not finite numbers"),
